@@ -1,0 +1,1 @@
+"""Binary Latent Diffusion (Wang et al., CVPR 2023) for JAX and Flax."""

@@ -1,0 +1,101 @@
+"""Saving and restoring a stage; the only user of Orbax.
+
+A stage's folder holds its last checkpoints, each named by its step with three parts: `state`, all
+that training needs but the EMA; `ema_params`, all that sampling needs; `meta`, JSON: the config,
+the data iterator's state and the seconds trained so far.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import orbax.checkpoint as ocp
+
+from binlatent.errors import UserError
+from binlatent.stages.state import TrainState
+
+
+def exists(workdir: Path, stage: str) -> bool:
+    """Tells whether a stage has a finished checkpoint in a workdir."""
+    return (workdir / stage).is_dir() and bool(ocp.utils.checkpoint_steps(workdir / stage))
+
+
+class Checkpoints:
+    """The checkpoints of one stage; a context manager that ends when all is on disk."""
+
+    def __init__(self, directory: Path, keep: int | None = None):
+        """Opens, or creates, the folder; the `keep` last checkpoints stay, all if None."""
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=keep and ocp.checkpoint_managers.LatestN(keep)
+        )
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    @classmethod
+    def open(cls, workdir: Path, stage: str) -> "Checkpoints":
+        """Opens a trained stage for reading.
+
+        Raises:
+          UserError: if it has no checkpoint.
+        """
+        if not exists(workdir, stage):
+            raise UserError(
+                f"{workdir} has no checkpoint of the {stage}: run --mode=train_{stage} first."
+            )
+        return cls(workdir / stage)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        """Returns the step of the newest checkpoint, None without one."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Saves in the background; the arrays of `state` may be donated at once."""
+        state = jax.tree.map(jnp.copy, state)
+        self._manager.save(
+            int(state.step),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state.replace(ema_params={})),
+                ema_params=ocp.args.StandardSave(state.ema_params),
+                meta=ocp.args.JsonSave(meta),
+            ),
+        )
+
+    def restore(self, like: TrainState) -> TrainState:
+        """Returns the newest checkpoint's state, placed and shaped as `like`."""
+        restored = self._manager.restore(
+            self.latest_step(),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(like.replace(ema_params={})),
+                ema_params=ocp.args.StandardRestore(like.ema_params),
+            ),
+        )
+        return restored.state.replace(ema_params=restored.ema_params)
+
+    def meta(self) -> dict[str, Any]:
+        """Returns the newest checkpoint's `meta`."""
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        return self._manager.restore(self.latest_step(), args=args).meta
+
+    def config(self) -> ml_collections.ConfigDict:
+        """Returns the config that the newest checkpoint was trained with."""
+        return ml_collections.ConfigDict(self.meta()["config"])
+
+    def restore_ema(self, like: Any) -> Any:
+        """Returns the newest checkpoint's EMA parameters on the first local device.
+
+        Args:
+          like: their shapes and types, as `jax.eval_shape` gives them.
+        """
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
+        )
+        args = ocp.args.Composite(ema_params=ocp.args.StandardRestore(like))
+        return self._manager.restore(self.latest_step(), args=args).ema_params

@@ -1,0 +1,1 @@
+"""Sources of images (TFDS and folders), transforms and the Grain pipeline."""

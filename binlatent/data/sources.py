@@ -1,0 +1,241 @@
+"""Opens a dataset by two config lines, a name and a path, as random access to decoded examples.
+
+The name is `folder`, for a folder of images, or the name of a TFDS dataset. TFDS is imported only
+in the second case, and TensorFlow only while TFDS prepares a dataset that needs it.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import io
+import logging
+import os
+import textwrap
+from collections.abc import Callable
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+from PIL import Image
+
+from binlatent.data import folder, transforms
+from binlatent.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# Decoded datasets up to this size stay in memory: decoding competes with training for the CPU.
+_KEPT_BYTES = 2**28
+
+
+class Examples(Protocol):
+    """Random access to examples, from several threads."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split of a dataset."""
+
+    examples: Examples  # of images: {'image': uint8 (h, w, c), 'label': int}
+    num_classes: int  # 0: unlabelled, and every label is 0
+
+
+def open_source(name: str, path: str, split: str, image_size: int, channels: int) -> Source:
+    """Opens one split of a dataset; one of TFDS is first prepared, as ArrayRecord, where needed.
+
+    TFDS datasets without a test split test on `validation`, and without that on the last tenth of
+    `train`. `binlatent.data.folder` says how a folder is split.
+
+    Args:
+      name: "folder", "digits" or any other TFDS name, such as "cifar10" or "celeb_a_hq/256".
+      path: the folder of images; for TFDS its data directory, "" for the default one.
+      split: "train" or "test".
+      image_size: side of the images in pixels.
+      channels: 1 or 3.
+
+    Returns:
+      Examples {'image': uint8 (image_size, image_size, channels), 'label': int}.
+
+    Raises:
+      UserError: for an unknown name, a missing folder, a dataset without images or one that cannot
+        be prepared; later, from the examples, for an image that cannot be read.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if image_size < 1 or channels not in (1, 3):
+        raise UserError(
+            "images must have a positive size and 1 or 3 channels, "
+            f"not size {image_size} and {channels} channels"
+        )
+    if name == "folder":
+        count, num_classes, read = _open_folder(path, split)
+    else:
+        count, num_classes, read = _open_tfds(name, os.path.expanduser(path), split)
+
+    def read_example(index: int) -> dict[str, Any]:
+        file, what, label = read(index)
+        return {"image": _decode(file, what, image_size, channels), "label": label}
+
+    keep = count * image_size**2 * channels <= _KEPT_BYTES
+    return Source(_Examples(count, read_example, keep), num_classes)
+
+
+# Gives an encoded image, its name for messages, and its label.
+_Read = Callable[[int], tuple[str | BinaryIO, str, int]]
+
+
+class _Examples:
+    """Examples that are read on first use, and then kept or not."""
+
+    def __init__(self, count: int, read: Callable[[int], dict[str, Any]], keep: bool):
+        self._indices = range(count)
+        self._read = read
+        self._kept: list[dict[str, Any] | None] | None = [None] * count if keep else None
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = self._indices[index]  # raises IndexError past the end
+        if self._kept is None:
+            return self._read(index)
+        # Two threads may both read an example: the same values, so no lock is needed.
+        example = self._kept[index]
+        if example is None:
+            example = self._kept[index] = self._read(index)
+        return dict(example)
+
+
+def _decode(file: str | BinaryIO, what: str, image_size: int, channels: int) -> np.ndarray:
+    try:
+        with Image.open(file) as image:
+            return transforms.to_square(image, image_size, channels)
+    except Exception as error:  # what a damaged file raises depends on its format
+        raise UserError(f"cannot read the image {what}, replace or remove it: {error}") from error
+
+
+def _open_folder(path: str, split: str) -> tuple[int, int, _Read]:
+    listing = folder.list_images(path, split)
+
+    def read(index: int) -> tuple[str, str, int]:
+        file = listing.files[index]
+        return file, repr(file), listing.labels[index]
+
+    return len(listing.files), listing.num_classes, read
+
+
+def _open_tfds(name: str, data_dir: str, split: str) -> tuple[int, int, _Read]:
+    try:
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"data.name={name} needs the package tensorflow-datasets: install it, or name a folder "
+            "of images with --config.data.name=folder --config.data.path=DIR"
+        ) from error
+
+    builder = _find_prepared(name, data_dir) or _prepare(name, data_dir)
+    features = builder.info.features
+    keys = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
+    if "image" not in keys or not isinstance(features["image"], tfds.features.Image):
+        raise UserError(
+            f"{name!r} of TFDS has no feature 'image' (it has: {', '.join(sorted(keys))}): "
+            "choose another"
+        )
+    if features["image"].np_dtype not in (np.uint8, np.uint16):
+        raise UserError(
+            f"the images of {name!r} of TFDS are not 8 or 16 bits deep: choose another dataset"
+        )
+    labelled = "label" in keys and isinstance(features["label"], tfds.features.ClassLabel)
+    num_classes = (features["label"].num_classes or 0) if labelled else 0
+    # TFDS passes encoded images on: `_decode` takes more kinds, and only 'image' is wanted.
+    images = [key for key in keys if isinstance(features[key], tfds.features.Image)]
+    decoders = {key: tfds.decode.SkipDecoding() for key in images}
+    tfds_split = _tfds_split(name, list(builder.info.splits), split)
+    try:
+        records = builder.as_data_source(split=tfds_split, decoders=decoders)
+    except NotImplementedError as error:
+        raise UserError(
+            f"the TFDS dataset at {str(builder.data_path)!r} is not stored as ArrayRecord: "
+            "give another --config.data.path to have it prepared there, or remove it"
+        ) from error
+
+    def read(index: int) -> tuple[BinaryIO, str, int]:
+        record = records[index]
+        label = int(record["label"]) if num_classes else 0
+        return io.BytesIO(record["image"]), f"{index} of {name!r}, {tfds_split}", label
+
+    return len(records), num_classes, read
+
+
+def _tfds_split(name: str, splits: list[str], split: str) -> str:
+    if "train" not in splits:
+        raise UserError(
+            f"{name!r} of TFDS has no split 'train' (it has: {', '.join(splits)}): choose another"
+        )
+    held_out = next((other for other in ("test", "validation") if other in splits), None)
+    if split == "train":
+        return "train" if held_out else "train[:90%]"
+    return held_out or "train[90%:]"
+
+
+def _find_prepared(name: str, data_dir: str) -> Any | None:
+    """Returns a TFDS builder of the files in data_dir, or None where there are none.
+
+    Files need neither the dataset's code, which for some imports TensorFlow, nor TensorFlow itself.
+    """
+    from tensorflow_datasets.core import read_only_builder
+
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+    except ValueError:  # not found, or not even a name, which `_prepare` says
+        return None
+
+
+def _prepare(name: str, data_dir: str) -> Any:
+    """Prepares a TFDS dataset as ArrayRecord and returns its builder.
+
+    TFDS writes into a temporary folder and renames it at the end, so an interrupted preparation
+    leaves no dataset.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    if name.split("/")[0].split(":")[0] == "digits":
+        importlib.import_module("binlatent.data.digits")  # registers the builder
+        tfds.disable_progress_bar()  # it takes seconds
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        if builder.name != "digits":  # which needs no TensorFlow
+            _hide_gpus_from_tensorflow()
+        log.info("Preparing %s in %s, once", name, builder.data_path)
+        builder.download_and_prepare()
+    except registered.DatasetNotFoundError as error:
+        known = ["folder", "digits", *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name.split("/")[0], known, n=1)
+        meant = f", did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"there is no TFDS dataset {name!r}{meant} (for a folder of images: "
+            "--config.data.name=folder --config.data.path=DIR)"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"preparing the TFDS dataset {name!r} needs a package that is not installed "
+            f"({str(error).splitlines()[-1]}): install it; reading it afterwards will not need it"
+        ) from error
+    except Exception as error:  # no network, no space, no such config, files to fetch by hand, ...
+        # Another process may have prepared it meanwhile, and then the renaming fails.
+        if not _find_prepared(name, data_dir):
+            reason = textwrap.shorten(str(error), 600)
+            raise UserError(f"TFDS cannot prepare {name!r}: {reason}") from error
+    return _find_prepared(name, data_dir)
+
+
+def _hide_gpus_from_tensorflow() -> None:
+    """Keeps TensorFlow, where it is installed, from taking the memory of the GPUs."""
+    try:
+        import tensorflow as tf
+    except ModuleNotFoundError:
+        return
+    tf.config.set_visible_devices([], "GPU")

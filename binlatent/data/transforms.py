@@ -1,0 +1,55 @@
+"""From any Pillow image to a square uint8 array, and between uint8 and the floats of models."""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def to_square(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
+    """Turns an image of any mode upright, fits its shorter side and crops the centre.
+
+    Transparency is composited on white, 16-bit values are scaled to 8 bits. An image that already
+    has the right size and mode keeps its values.
+
+    Args:
+      image: of any size and of any mode but "F".
+      image_size: side of the result in pixels.
+      channels: 1 (luminance) or 3 (RGB).
+
+    Returns:
+      uint8 (image_size, image_size, channels).
+
+    Raises:
+      ValueError: for floating-point images (mode "F"), whose range is not known.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating-point images have no fixed range, convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):
+        # Pillow would clip 16-bit values at 255.
+        values = np.clip(np.asarray(image, np.float64), 0, 65535)
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    width, height = image.size
+    if (width, height) != (image_size, image_size):
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        # Resizes and crops in one, and widens the filter where it shrinks, against aliasing.
+        image = image.resize(
+            (image_size, image_size),
+            Image.Resampling.BICUBIC,
+            box=(left, top, left + side, top + side),
+        )
+    return np.asarray(image).reshape(image_size, image_size, channels)
+
+
+def to_float(images: np.ndarray) -> np.ndarray:
+    """Maps uint8 values 0..255, of any shape, to float32 in [-1, 1]."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Inverts `to_float`: maps floats in [-1, 1], of any shape, to uint8, rounded and clipped."""
+    return np.clip(np.rint((np.asarray(images, np.float32) + 1) * 127.5), 0, 255).astype(np.uint8)

@@ -1,0 +1,177 @@
+"""Metrics of images, features and codes as pure NumPy functions in float64.
+
+Dimension legend: `n` batch, `h w` grid, `c` channels of an image or bits of a code, `d` feature
+width.
+"""
+
+import numpy as np
+from scipy import special
+from skimage import metrics as skimage_metrics
+
+_MAX_PIXEL = 255.0
+# scikit-image truncates the Gaussian of sigma 1.5 at 3.5 sigma: an 11 x 11 window.
+_SSIM_WINDOW = 11
+
+
+def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio of each pair of images, in decibels.
+
+    Args:
+        x: Images, uint8 (n, h, w, c).
+        y: Images of the same shape.
+
+    Returns:
+        10 log10(255^2 / mean squared error), float64 (n,); infinite for equal images.
+
+    Raises:
+        ValueError: If the images are not uint8 or their shapes are not equal and of rank 4.
+    """
+    _check_image_pair(x, y)
+    squared_error = np.mean(np.square(x.astype(np.float64) - y.astype(np.float64)), axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10.0 * np.log10(_MAX_PIXEL**2 / squared_error)
+
+
+def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Structural similarity of each pair of images, with the usual Gaussian window of sigma 1.5.
+
+    Args:
+        x: Images, uint8 (n, h, w, c) with h and w at least 11, the size of the window.
+        y: Images of the same shape.
+
+    Returns:
+        The mean over pixels and channels, float64 (n,), at most 1.
+
+    Raises:
+        ValueError: If the images are not uint8, their shapes are not equal and of rank 4, or they
+            are smaller than the window.
+
+    References:
+        Wang et al., "Image quality assessment: from error visibility to structural similarity",
+        2004, as implemented by scikit-image with the settings its documentation gives for it.
+    """
+    _check_image_pair(x, y)
+    if min(x.shape[1:3]) < _SSIM_WINDOW:
+        raise ValueError(
+            f"ssim needs images of at least {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels, "
+            f"got {x.shape[1]} x {x.shape[2]}."
+        )
+    values = [
+        skimage_metrics.structural_similarity(
+            x_i,
+            y_i,
+            channel_axis=-1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=_MAX_PIXEL,
+        )
+        for x_i, y_i in zip(x, y, strict=True)
+    ]
+    return np.asarray(values, np.float64)
+
+
+def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
+    """Squared Frechet distance between the Gaussians fitted to two sets of features.
+
+    It is |m_a - m_b|^2 + Tr S_a + Tr S_b - 2 Tr sqrt(S_a S_b) with means m and unbiased
+    covariances S; on Inception features, the FID.
+
+    Args:
+        features_a: (n_a, d), n_a >= 2.
+        features_b: (n_b, d), n_b >= 2.
+
+    Returns:
+        The distance, at least 0.
+
+    Raises:
+        ValueError: If the features are not finite, not two-dimensional, of different widths or
+            fewer than two.
+
+    References:
+        Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash
+        equilibrium", 2017.
+    """
+    mean_a, root_a = _mean_and_covariance_root(features_a, "features_a")
+    mean_b, root_b = _mean_and_covariance_root(features_b, "features_b")
+    if mean_a.shape != mean_b.shape:
+        raise ValueError(f"features must have the same width, got {mean_a.size} and {mean_b.size}.")
+    # With S = R^T R, the eigenvalues of S_a S_b are the squared singular values of R_a R_b^T, so
+    # Tr sqrt(S_a S_b) is their sum. No eigenvalue can be negative, and none is a rounding error
+    # whose square root counts, however singular the covariances are.
+    trace_of_root = np.linalg.norm(root_a @ root_b.T, "nuc")
+    distance = (
+        np.sum(np.square(mean_a - mean_b))
+        + np.sum(np.square(root_a))
+        + np.sum(np.square(root_b))
+        - 2.0 * trace_of_root
+    )
+    return max(float(distance), 0.0)
+
+
+def bernoulli_entropy_bits(p: np.ndarray | float) -> np.ndarray:
+    """Entropy of Bernoulli variables with probabilities p, in bits.
+
+    Args:
+        p: Probabilities in [0, 1], of any shape.
+
+    Returns:
+        The entropies in [0, 1], float64 of the same shape; exactly 0 at p = 0 and p = 1.
+
+    Raises:
+        ValueError: If a probability is outside [0, 1] or not a number.
+    """
+    p = np.asarray(p, np.float64)
+    if not np.all((p >= 0.0) & (p <= 1.0)):
+        raise ValueError("probabilities must lie in [0, 1].")
+    return (special.entr(p) + special.entr(1.0 - p)) / np.log(2.0)
+
+
+def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
+    """How much of their capacity binary codes use.
+
+    Args:
+        codes: Values in {0, 1} of any numeric or boolean type, (n, h, w, c).
+
+    Returns:
+        `bit_rate`: h * w * c, bits an image. `mean_bit_entropy`: in [0, 1], the mean over these
+        bits of the entropy of the bit's frequency over the images. `dead_bits`: how many bits
+        take the same value in every image.
+
+    Raises:
+        ValueError: If the codes are empty, not of rank 4 or hold other values than 0 and 1.
+    """
+    codes = np.asarray(codes)
+    if codes.ndim != 4 or codes.size == 0:
+        raise ValueError(f"codes must be a non-empty (n, h, w, c), got shape {codes.shape}.")
+    if not np.all((codes == 0) | (codes == 1)):
+        raise ValueError("codes must hold only 0 and 1.")
+    frequency = np.mean(codes, axis=0, dtype=np.float64)
+    return {
+        "bit_rate": frequency.size,
+        "mean_bit_entropy": float(np.mean(bernoulli_entropy_bits(frequency))),
+        "dead_bits": int(np.sum((frequency == 0.0) | (frequency == 1.0))),
+    }
+
+
+def _check_image_pair(x: np.ndarray, y: np.ndarray) -> None:
+    if x.ndim != 4 or x.shape != y.shape:
+        raise ValueError(
+            f"images must be two equal shapes (n, h, w, c), got {x.shape} and {y.shape}."
+        )
+    if x.dtype != np.uint8 or y.dtype != np.uint8:
+        raise ValueError(f"images must be uint8, got {x.dtype} and {y.dtype}.")
+
+
+def _mean_and_covariance_root(features: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """The mean (d,) and a matrix R (min(n, d), d) with R^T R the unbiased covariance."""
+    features = np.asarray(features, np.float64)
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise ValueError(f"{name} must have shape (n, d), got {features.shape}.")
+    if len(features) < 2:
+        raise ValueError(f"{name} needs at least 2 samples, got {len(features)}.")
+    if not np.all(np.isfinite(features)):
+        raise ValueError(f"{name} must be finite.")
+    mean = np.mean(features, axis=0)
+    root = np.linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r")
+    return mean, root

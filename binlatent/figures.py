@@ -1,0 +1,42 @@
+"""Pictures of arrays of images: grids, and PNG files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+_GAP = 2
+_BACKGROUND = 96
+
+
+def grid(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Lays out rows of images with gaps between them.
+
+    Args:
+      rows: arrays uint8 (n, h, w, channels), all of one shape.
+
+    Returns:
+      uint8, (height, width, channels).
+    """
+    images = np.stack(rows)
+    num_rows, num_columns, h, w, channels = images.shape
+    pad = ((0, 0), (0, 0), (_GAP, 0), (_GAP, 0), (0, 0))
+    cells = np.pad(images, pad, constant_values=_BACKGROUND)
+    height, width = num_rows * (h + _GAP), num_columns * (w + _GAP)
+    sheet = cells.transpose(0, 2, 1, 3, 4).reshape(height, width, channels)
+    return np.pad(sheet, ((0, _GAP), (0, _GAP), (0, 0)), constant_values=_BACKGROUND)
+
+
+def save_png(path: Path, image: np.ndarray, min_side: int = 400) -> None:
+    """Writes a picture as PNG, enlarged by a whole factor if its longer side is under `min_side`.
+
+    Args:
+      path: of the file; its folder is made.
+      image: uint8 (height, width, 1 or 3).
+      min_side: pixels that the longer side should have at least.
+    """
+    factor = -(-min_side // max(image.shape[:2]))
+    image = image.repeat(factor, axis=0).repeat(factor, axis=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)

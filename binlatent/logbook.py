@@ -1,0 +1,104 @@
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from binlatent import figures
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _silenced_stderr() -> Iterator[None]:
+    """Hides what C++ writes to stderr: TensorFlow greets each import, whatever its log level."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def _summary_writer(directory: Path):
+    """Returns clu's TensorBoard writer, or None where TensorFlow is not installed."""
+    try:
+        with _silenced_stderr():
+            import tensorflow as tf
+        from clu.metric_writers import SummaryWriter
+    except ImportError:
+        log.info("TensorFlow or clu is not installed: metrics go to metrics.jsonl only.")
+        return None
+    tf.config.set_visible_devices([], "GPU")  # they are JAX's
+    return SummaryWriter(str(directory))
+
+
+class Logbook:
+    """Records one stage's metrics and pictures; a context manager.
+
+    Shows a tqdm bar on a terminal, and a line for each record elsewhere.
+    """
+
+    def __init__(self, workdir: Path, stage: str, step: int, num_steps: int):
+        """Opens the log of `stage`, which stands at `step` of `num_steps`."""
+        self._stage = stage
+        self._num_steps = num_steps
+        self._file = (workdir / "metrics.jsonl").open("a")
+        self._figures = workdir / "figures"
+        self._writer = _summary_writer(workdir / "tensorboard" / stage)
+        self._bar = tqdm.tqdm(
+            total=num_steps, initial=step, desc=stage, unit="step", disable=not sys.stderr.isatty()
+        )
+        self._redirect = (
+            nullcontext() if self._bar.disable else logging_redirect_tqdm([logging.getLogger()])
+        )
+
+    def __enter__(self) -> "Logbook":
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
+        self._redirect.__exit__(*exception)
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+    def tick(self) -> None:
+        """Counts one step."""
+        self._bar.update()
+
+    def record(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
+        """Writes the metrics of `step`."""
+        entry = {"stage": self._stage, "step": step, **metrics}
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            self._writer.write_scalars(step, metrics)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        if self._bar.disable:
+            left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+            log.info("%s %d/%d: %s, %s left", self._stage, step, self._num_steps, text, left)
+        elif "loss" in metrics:
+            self._bar.set_postfix_str(text)
+        else:
+            log.info("%s %d: %s", self._stage, step, text)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes a picture, uint8 (height, width, channels), to figures/ and TensorBoard."""
+        figures.save_png(self._figures / f"{self._stage}_{name}_{step:07d}.png", image)
+        if self._writer is not None:
+            self._writer.write_images(step, {name: image[None]})
+            self._writer.flush()

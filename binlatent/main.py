@@ -1,0 +1,122 @@
+"""Trains, samples and evaluates: `python -m binlatent.main --config=configs/X.py --workdir=DIR`."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from absl import app, flags
+from ml_collections import config_flags
+
+from binlatent import evaluate, figures, outputs, train
+from binlatent.errors import UserError
+from binlatent.pipeline import BinaryLatentDiffusion
+
+FLAGS = flags.FLAGS
+log = logging.getLogger("binlatent")
+
+config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file. Needed for training; other modes otherwise use the one of the workdir.",
+    lock_config=True,
+)
+flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and pictures.", required=True)
+flags.DEFINE_enum(
+    "mode",
+    "all",
+    [
+        "all",
+        "train_autoencoder",
+        "train_prior",
+        "sample",
+        "reconstruct",
+        "inpaint",
+        "evaluate",
+    ],
+    "What to do; `all` trains what is not trained yet, evaluates it and draws its pictures.",
+)
+flags.DEFINE_integer("num", None, "sample, reconstruct, inpaint: how many images.")
+flags.DEFINE_integer("steps", None, "sample, inpaint: reverse steps, 1 to the T of training.")
+flags.DEFINE_float("temperature", None, "sample, inpaint: tau > 0; less is less diverse.")
+flags.DEFINE_float("guidance", None, "sample, inpaint: w >= 0, of classifier-free guidance.")
+flags.DEFINE_integer("label", None, "sample: the class of all samples; otherwise a row a class.")
+flags.DEFINE_integer("seed", 0, "sample, inpaint: of the draw.")
+flags.DEFINE_string("out", None, "sample, reconstruct, inpaint: the PNG file to write.")
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """Parses flags; a misspelt config key is bad usage, not a traceback."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:  # ml_collections', for an unknown key
+        sys.stderr.write(f"FATAL Flags parsing error: --config: {error.args[0]}\n")
+        sys.exit(2)
+
+
+def _given_config() -> ml_collections.ConfigDict | None:
+    """Returns the config of --config, None without the flag."""
+    filename = config_flags.get_config_filename(FLAGS["config"])
+    if filename and not Path(filename.split(":")[0]).is_file():
+        raise UserError(f"There is no config file {filename}: check --config.")
+    return FLAGS.config
+
+
+def _write(default: Path, picture: np.ndarray) -> None:
+    path = Path(FLAGS.out) if FLAGS.out else default
+    figures.save_png(path, picture)
+    log.info("Wrote %s", path)
+
+
+def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
+    mode = FLAGS.mode
+    if config is None and mode in ("all", "train_autoencoder", "train_prior"):
+        raise UserError(f"--mode={mode} needs --config, for example configs/digits.py.")
+    if mode in ("all", "train_autoencoder"):
+        train.train_autoencoder(config, workdir)
+    if mode in ("all", "train_prior"):
+        train.train_prior(config, workdir)
+    if mode in ("train_autoencoder", "train_prior"):
+        return
+    pipeline = BinaryLatentDiffusion.from_workdir(workdir, config)
+    key = jax.random.key(FLAGS.seed)
+    options = {name: FLAGS[name].value for name in ("steps", "temperature", "guidance")}
+    if mode in ("all", "evaluate"):
+        log.info("%s", json.dumps(evaluate.report(pipeline, workdir), indent=2))
+    if mode in ("all", "sample"):
+        picture = outputs.samples(pipeline, key, FLAGS.num, FLAGS.label, **options)
+        _write(workdir / "samples.png", picture)
+    if mode in ("all", "reconstruct"):
+        images, _ = evaluate.test_images(pipeline.config, FLAGS.num or 20)
+        _write(workdir / "reconstructions.png", outputs.reconstructions(pipeline, images))
+    if mode in ("all", "inpaint"):
+        images, labels = evaluate.test_images(pipeline.config, FLAGS.num or 8)
+        picture = outputs.inpaintings(pipeline, images, labels, key, **options)
+        _write(workdir / "inpainting.png", picture)
+    if mode == "all":
+        _write(workdir / "trajectory.png", outputs.trajectory(pipeline, key))
+
+
+def main(argv: list[str]) -> None:
+    """Dispatches on --mode; a user's error is one sentence and exit code 1."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected argument {argv[1]!r}: flags start with --.")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    log.setLevel(logging.INFO)
+    try:
+        _dispatch(_given_config(), Path(FLAGS.workdir))
+    except UserError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(1)
+
+
+def run() -> None:
+    """Entry point."""
+    app.run(main, flags_parser=_parse_flags)
+
+
+if __name__ == "__main__":
+    run()

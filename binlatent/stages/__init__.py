@@ -1,0 +1,1 @@
+"""The two stages: their state and their pure steps."""

@@ -1,0 +1,100 @@
+"""What both stages' steps share: the state, its update, and the key of a step."""
+
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import optax
+
+Array = jax.Array
+
+AXIS = "batch"  # the one pmap axis
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that a stage's training carries from one step to the next.
+
+    Fields:
+      step: updates made so far, int32 scalar.
+      key: the stage's base key; a step's keys are folded from it and it never changes.
+      params: the network's parameters.
+      ema_params: their exponential moving average.
+      opt_state: of the optimiser.
+    """
+
+    step: Array
+    key: Array
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+def create_state(key: Array, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step; `key` becomes the stage's base key."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+        params=params,
+        # A copy, never an alias: the step donates its state.
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def create_optimizer(
+    learning_rate: float, warmup_steps: int, num_steps: int, decay: str, max_grad_norm: float
+) -> optax.GradientTransformation:
+    """Returns Adam with linear warm-up and clipping by global norm (supplement B: lr, warm-up).
+
+    Args:
+      learning_rate: after the warm-up.
+      warmup_steps: steps of linear warm-up from 0, 0 for none.
+      num_steps: of the whole training, where the cosine decay reaches 0.
+      decay: "constant", as in the paper, or "cosine".
+      max_grad_norm: largest global norm of a gradient.
+
+    Raises:
+      ValueError: for another decay.
+    """
+    if decay == "constant":
+        after = optax.constant_schedule(learning_rate)
+    elif decay == "cosine":
+        after = optax.cosine_decay_schedule(learning_rate, max(num_steps - warmup_steps, 1))
+    else:
+        raise ValueError(f"decay must be 'constant' or 'cosine', got {decay!r}")
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    schedule = optax.join_schedules([warmup, after], [warmup_steps])
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adam(schedule))
+
+
+def step_key(state: TrainState) -> Array:
+    """Returns the key of this step on this device; call under pmap over `AXIS`."""
+    return jax.random.fold_in(jax.random.fold_in(state.key, state.step), jax.lax.axis_index(AXIS))
+
+
+def apply_gradients(
+    state: TrainState,
+    gradients: Any,
+    metrics: dict[str, Array],
+    *,
+    optimizer: optax.GradientTransformation,
+    ema_decay: float,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Averages gradients and metrics over the devices and takes one optimiser step.
+
+    The EMA starts short, min(ema_decay, (1 + step) / (10 + step)), so that it forgets the
+    initialisation.
+
+    Returns:
+      The new state and the averaged metrics, with `grad_norm` before clipping.
+    """
+    gradients, metrics = jax.lax.pmean((gradients, metrics), AXIS)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
+    metrics = {**metrics, "grad_norm": optax.global_norm(gradients)}
+    return state.replace(
+        step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
+    ), metrics

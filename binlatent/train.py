@@ -1,0 +1,267 @@
+"""The one training loop, and what each of the two stages plugs into it."""
+
+import copy
+import functools
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from binlatent import build, codes, evaluate, outputs
+from binlatent.checkpoint import Checkpoints
+from binlatent.data import loader
+from binlatent.data.sources import Source
+from binlatent.errors import UserError
+from binlatent.logbook import Logbook
+from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.stages import autoencoder as autoencoder_stage
+from binlatent.stages import prior as prior_stage
+from binlatent.stages.state import AXIS, TrainState, create_state
+
+log = logging.getLogger(__name__)
+
+Config = ml_collections.ConfigDict
+
+
+class Stage(NamedTuple):
+    """What the loop needs of a stage."""
+
+    name: str
+    train: Config  # its `train` section
+    state: TrainState  # before the first step
+    step: Callable[[TrainState, Any], tuple[TrainState, dict]]  # pmapped
+    batches: Any  # a Grain iterator
+    evaluate: Callable[[Any], dict[str, float]]  # EMA parameters -> metrics
+    preview: Callable[[Any], np.ndarray]  # EMA parameters -> a picture
+
+
+def with_classes(config: Config, source: Source) -> Config:
+    """Returns a copy of the config whose data.num_classes is a number, -1 replaced.
+
+    Raises:
+      UserError: if the config names another number than the data has.
+    """
+    config = copy.deepcopy(config)
+    asked = config.data.num_classes
+    if asked == -1:
+        config.data.num_classes = source.num_classes
+    elif asked not in (0, source.num_classes):
+        raise UserError(
+            f"config.data.num_classes is {asked}, but the data has {source.num_classes} classes; "
+            f"set it to that, to 0 to ignore labels, or to -1."
+        )
+    return config
+
+
+def replicate(tree: Any) -> Any:
+    """Places a tree on all devices as the pmapped step returns it, so it compiles only once."""
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), (AXIS,))
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Splits a host's batch over its devices: (b, …) -> (devices, b / devices, …)."""
+    devices = jax.local_device_count()
+    return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+
+
+def _batches(source: Source, train: Config, seed: int):
+    """Returns this host's share of the global batches."""
+    if train.batch_size % jax.device_count():
+        raise UserError(
+            f"The batch size, {train.batch_size}, must be a multiple of the number of devices, "
+            f"{jax.device_count()}."
+        )
+    return loader.train_batches(
+        source,
+        train.batch_size // jax.process_count(),
+        seed,
+        shard=(jax.process_index(), jax.process_count()),
+    )
+
+
+def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
+    """Returns stage 1 at its first step, and the config with data.num_classes filled in."""
+    source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
+    config = with_classes(config, source)
+    model, optimizer = build.autoencoder(config), build.optimizer(config.autoencoder.train)
+    init_key, base_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
+    step = functools.partial(
+        autoencoder_stage.train_step,
+        code_shape=build.code_shape(config),
+        model=model,
+        optimizer=optimizer,
+        ema_decay=config.autoencoder.train.ema_decay,
+    )
+    images, _ = evaluate.load_images(test, config.evaluate.num_images)
+    pipeline = functools.partial(BinaryLatentDiffusion, config)
+    stage = Stage(
+        name="autoencoder",
+        train=config.autoencoder.train,
+        state=create_state(base_key, build.init_autoencoder(config, init_key), optimizer),
+        step=jax.pmap(
+            step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0
+        ),
+        batches=_batches(source, config.autoencoder.train, config.seed),
+        evaluate=lambda params: evaluate.autoencoder_metrics(pipeline(params), images),
+        preview=lambda params: outputs.reconstructions(pipeline(params), images[:10]),
+    )
+    return stage, config
+
+
+def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
+    """Returns stage 2 at its first step, on the codes of the workdir's autoencoder; the config."""
+    source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
+    config = with_classes(config, source)
+    encoder = BinaryLatentDiffusion.from_workdir(workdir, config, prior=False)
+    if config.prior.cache_codes:
+        source = codes.cached_codes(encoder, source, workdir / "codes")
+    model, denoiser = build.autoencoder(config), build.denoiser(config)
+    optimizer = build.optimizer(config.prior.train)
+    init_key, base_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
+    step = functools.partial(
+        prior_stage.train_step,
+        encode=functools.partial(model.apply, method="encode"),
+        denoiser=denoiser,
+        label_dropout=config.prior.label_dropout,
+        optimizer=optimizer,
+        ema_decay=config.prior.train.ema_decay,
+    )
+    pmapped = jax.pmap(
+        step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=0
+    )
+    encoder_params = None if config.prior.cache_codes else replicate(encoder.autoencoder_params)
+    images, labels = evaluate.load_images(test, config.evaluate.num_images)
+    probs = encoder.encode_probs(images)
+    pipeline = functools.partial(BinaryLatentDiffusion, config, encoder.autoencoder_params)
+    stage = Stage(
+        name="prior",
+        train=config.prior.train,
+        state=create_state(base_key, build.init_prior(config, init_key), optimizer),
+        step=lambda state, batch: pmapped(state, batch, encoder_params),
+        batches=_batches(source, config.prior.train, config.seed),
+        evaluate=lambda params: evaluate.prior_metrics(pipeline(params), probs, labels),
+        preview=lambda params: outputs.samples(pipeline(params), jax.random.key(config.seed)),
+    )
+    return stage, config
+
+
+@contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """Yields an event that SIGTERM and SIGINT set instead of ending the process."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event  # signals reach the main thread only
+        return
+    signals = (signal.SIGTERM, signal.SIGINT)
+    previous = [signal.signal(number, lambda *_: event.set()) for number in signals]
+    try:
+        yield event
+    finally:
+        for number, handler in zip(signals, previous, strict=True):
+            signal.signal(number, handler)
+
+
+def _check_finite(window: list[dict], step: int, saved: int | None) -> dict[str, float]:
+    """Returns the mean of each metric over the last steps.
+
+    Args:
+      window: metrics of the steps up to `step`.
+      step: the last of them.
+      saved: step of the last good checkpoint.
+
+    Raises:
+      UserError: if a loss is not finite, naming the first step that has it.
+    """
+    window = jax.device_get(window)
+    for i, metrics in enumerate(window):
+        if not math.isfinite(metrics["loss"]):
+            where = f"checkpoint of step {saved}" if saved else "start: no checkpoint was saved yet"
+            raise UserError(
+                f"The loss is {metrics['loss']} at step {step - len(window) + i + 1}. The last "
+                f"good state is the {where}. Lower the learning rate and start again."
+            )
+    return {name: float(np.mean([m[name] for m in window])) for name in window[0]}
+
+
+def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
+    """Trains a stage from its newest checkpoint, if there is one, to its last step.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      UserError: if the loss is not finite, or the checkpoint is of another model.
+      SystemExit: with 0 after SIGTERM or SIGINT, when the state has been saved.
+    """
+    num_steps = stage.train.num_steps
+    state, step, seconds = replicate(stage.state), 0, 0.0
+    with Checkpoints(workdir / stage.name, config.keep_checkpoints) as checkpoints:
+        saved = checkpoints.latest_step()
+        if saved is not None:
+            meta = checkpoints.meta()
+            build.check_same_model(config, Config(meta["config"]), stage.name)
+            if saved >= num_steps:
+                log.info("The %s is trained: %d steps in %s.", stage.name, saved, workdir)
+                return checkpoints.restore(state)
+            log.info("The %s goes on from step %d in %s.", stage.name, saved, workdir)
+            state, step, seconds = checkpoints.restore(state), saved, meta["seconds"]
+            stage.batches.set_state(meta["data"])
+        started = time.monotonic() - seconds
+        window, window_seconds = [], 0.0
+        with Logbook(workdir, stage.name, step, num_steps) as logbook, _interruption() as stop:
+            while step < num_steps:
+                tick = time.monotonic()
+                state, metrics = stage.step(state, shard(next(stage.batches)))
+                step += 1
+                window.append(metrics)
+                logbook.tick()
+                last = step == num_steps or stop.is_set()
+                save = last or step % config.checkpoint_every == 0
+                if save or len(window) == config.log_every:
+                    means = _check_finite(window, step, saved)
+                    window_seconds += time.monotonic() - tick
+                    speed = len(window) / window_seconds
+                    means["images_per_second"] = speed * stage.train.batch_size
+                    logbook.record(step, means, (num_steps - step) / speed)
+                    window, window_seconds = [], 0.0
+                else:
+                    window_seconds += time.monotonic() - tick
+                if not stop.is_set() and (step % config.evaluate_every == 0 or last):
+                    params = jax.device_get(state.ema_params)
+                    logbook.record(step, stage.evaluate(params), 0.0)
+                    logbook.picture(step, "preview", stage.preview(params))
+                if save:
+                    meta = {
+                        "config": config.to_dict(),
+                        "data": stage.batches.get_state(),
+                        "seconds": time.monotonic() - started,
+                    }
+                    checkpoints.save(state, meta)
+                    saved = step
+                if stop.is_set():
+                    checkpoints.close()
+                    log.info("Interrupted: the %s is saved at step %d.", stage.name, step)
+                    raise SystemExit(0)
+    return state
+
+
+def train_autoencoder(config: Config, workdir: Path) -> TrainState:
+    """Trains stage 1 in `workdir`, or goes on with it, or finds it done."""
+    stage, config = setup_autoencoder(config)
+    return run(stage, config, Path(workdir))
+
+
+def train_prior(config: Config, workdir: Path) -> TrainState:
+    """Trains stage 2 in `workdir` after stage 1."""
+    stage, config = setup_prior(config, Path(workdir))
+    return run(stage, config, Path(workdir))

@@ -1,0 +1,48 @@
+"""5,000 real MNIST digits in 4x4 tokens of 24 bits; runs in minutes on two CPU cores.
+
+python -m binlatent.main --config=configs/digits.py --workdir=runs/digits
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the digits config."""
+    config = default.get_config()
+    config.data.name = "digits"
+    config.data.image_size = 28
+    config.data.channels = 1
+
+    config.autoencoder.num_bits = 24
+    config.autoencoder.widths = (128,)
+    config.autoencoder.factors = (7,)  # all convolutions on the 4x4 grid
+    config.autoencoder.attention = (False,)
+    config.autoencoder.num_blocks = 0
+    config.autoencoder.train.batch_size = 64
+    config.autoencoder.train.num_steps = 2_000
+    config.autoencoder.train.learning_rate = 1e-3
+    config.autoencoder.train.warmup_steps = 100
+    config.autoencoder.train.decay = "cosine"
+    config.autoencoder.train.ema_decay = 0.99
+
+    config.prior.width = 128
+    config.prior.num_layers = 4
+    config.prior.num_heads = 4
+    config.prior.cache_codes = True
+    config.prior.train.batch_size = 128
+    config.prior.train.num_steps = 2_500
+    config.prior.train.learning_rate = 1e-3
+    config.prior.train.warmup_steps = 100
+    config.prior.train.decay = "cosine"
+    config.prior.train.ema_decay = 0.99
+
+    config.sample.steps = 16
+    config.sample.guidance = 1.0
+    config.sample.batch_size = 100
+
+    config.log_every = 50
+    config.evaluate_every = 500
+    config.checkpoint_every = 500
+    return config

