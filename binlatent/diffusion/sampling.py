@@ -60,25 +60,24 @@ def reverse_process(
       (z_0, trajectory): the codes, float32 in {0, 1}, and z_t at each of `times`, bool,
       (S + 1, n, h, w, c).
     """
+    def keep_known(z_t):
+        # As in the authors' code: never noised, so that a known bit is evidence from t = T on.
+        return jnp.where(known_mask > 0, known, z_t)
+
     init_key, *step_keys = jax.random.split(key, len(times))
 
     def reverse_step(z_t, step):
         t, s, step_key = step
         flip_logit = denoise(z_t, t) / temperature
-        # A known bit has a known z_0, so its exact posterior needs no special case.
-        p_0 = jnp.where(known_mask > 0, known, bernoulli.z_0_probs(flip_logit, z_t))
+        p_0 = bernoulli.z_0_probs(flip_logit, z_t)
         probs = bernoulli.mixture_posterior_probs(z_t, p_0, keep[t], keep[s])
         uniform = jax.random.uniform(step_key, shape)
         if threshold_last:
             uniform = jnp.where(s == 0, 0.5, uniform)
-        z_s = bernoulli.draw(uniform, probs)
+        z_s = keep_known(bernoulli.draw(uniform, probs))
         return z_s, z_s.astype(bool)
 
-    # At t = T the forward process has forgotten z_0 up to k_T, for the known bits too.
-    z_T_probs = jnp.where(
-        known_mask > 0, bernoulli.forward_probs(known, keep[times[0]]), jnp.full(shape, 0.5)
-    )
-    z_T = bernoulli.draw(jax.random.uniform(init_key, shape), z_T_probs)
+    z_T = keep_known(bernoulli.draw(jax.random.uniform(init_key, shape), jnp.full(shape, 0.5)))
     steps = (times[:-1], times[1:], jnp.stack(step_keys))
     z_0, states = jax.lax.scan(reverse_step, z_T, steps)
     return z_0, jnp.concatenate([z_T.astype(bool)[None], states])

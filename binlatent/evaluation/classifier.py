@@ -13,6 +13,7 @@ from binlatent.models.classifier import Classifier
 _MAX_SHIFT = 2
 _PEAK_LEARNING_RATE = 6e-3
 _WEIGHT_DECAY = 0.05
+_LABEL_SMOOTHING = 0.1
 
 Params = dict[str, Any]
 
@@ -154,10 +155,11 @@ def _train_step(state, images, labels, key, *, num_steps, num_classes):
     """One step of AdamW on a batch; state holds the parameters and the optimizer's state."""
     params, optimizer_state = state
     batch = _to_float(_random_shift(images, key))
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, num_classes), _LABEL_SMOOTHING)
 
     def loss_fn(params):
         logits, _ = Classifier(num_classes).apply({"params": params}, batch)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        return optax.softmax_cross_entropy(logits, targets).mean()
 
     updates, optimizer_state = _optimizer(num_steps).update(
         jax.grad(loss_fn)(params), optimizer_state, params
