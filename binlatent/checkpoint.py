@@ -49,11 +49,19 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.close()
+        self.close()
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, None without one."""
         return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """Returns the steps of all checkpoints, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def close(self) -> None:
+        """Waits until all is on disk."""
+        self._manager.close()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves in the background; the arrays of `state` may be donated at once."""

@@ -40,14 +40,6 @@ def run_python(code, *args, hidden=(), returncode=0):
     return result.stdout
 
 
-@pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
-    """A TFDS data directory that holds the prepared digits."""
-    path = str(tmp_path_factory.mktemp("tfds"))
-    sources.open_source("digits", path, "train", 28, 1)
-    return path
-
-
 def write_images(path, values, size=4):
     """Writes a constant grey image a value: 000.png, 001.png, ..."""
     path.mkdir(parents=True, exist_ok=True)

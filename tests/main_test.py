@@ -1,0 +1,145 @@
+"""The command line: what users get wrong ends in one sentence and a code, never a traceback."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from binlatent import build, main
+from binlatent.checkpoint import Checkpoints
+from binlatent.stages.state import create_state
+
+CONFIG = "--config=configs/digits.py"
+
+
+def run_main(*flags):
+    """Runs `python -m binlatent.main` and returns its code and output."""
+    command = [sys.executable, "-m", "binlatent.main", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return result.returncode, result.stdout + result.stderr
+
+
+@pytest.fixture
+def workdir(tmp_path, tiny_config):
+    """A workdir with checkpoints of untrained networks."""
+    tiny_config.data.num_classes = 10
+    for i, (stage, init) in enumerate(
+        [("autoencoder", build.init_autoencoder), ("prior", build.init_prior)]
+    ):
+        optimizer = build.optimizer(tiny_config[stage].train)
+        params = init(tiny_config, jax.random.key(i))
+        with Checkpoints(tmp_path / stage, 1) as checkpoints:
+            state = create_state(jax.random.key(0), params, optimizer)
+            checkpoints.save(state, {"config": tiny_config.to_dict(), "data": {}, "seconds": 1.0})
+    return tmp_path
+
+
+def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    wd = f"--workdir={tmp_path / 'run'}"
+    folder = "--config.data.name=folder"
+    cases = [
+        ((CONFIG, wd, "--config.prior.train.num_step=5"), 2, 'Did you mean "num_steps"'),
+        ((CONFIG, wd, "--config.prior.train.num_steps=many"), 2, "num_steps=many"),
+        ((CONFIG, wd, "--stepps=4"), 2, "Did you mean: steps"),
+        ((CONFIG, wd, "--mode=sing"), 2, "--mode=sing"),
+        ((CONFIG, wd, "sample"), 2, "'sample'"),
+        ((CONFIG,), 2, "--workdir"),
+        ((wd,), 1, "--mode=all needs --config"),
+        (("--config=configs/nothing.py", wd), 1, "no config file configs/nothing.py"),
+        ((wd, "--mode=sample"), 1, "There is no workdir"),
+        ((f"--workdir={empty}", "--mode=sample"), 1, "run --mode=train_autoencoder first"),
+        ((CONFIG, wd, "--config.data.name=digitz"), 1, "digits"),
+        ((CONFIG, wd, folder, f"--config.data.path={empty}"), 1, "no image"),
+        ((CONFIG, wd, folder, f"--config.data.path={empty}/no"), 1, "no"),
+        ((CONFIG, wd, "--config.dtype=float64"), 1, "float32 or bfloat16, not 'float64'"),
+        ((CONFIG, wd, "--config.data.image_size=30"), 1, "image_size is 30"),
+    ]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda case: run_main(*case[0]), cases))
+    for (flags, code, message), (got, output) in zip(cases, results, strict=True):
+        assert got == code, (flags, output)
+        assert message in output, (flags, output)
+        assert "Traceback" not in output, (flags, output)
+        if code == 1:
+            sentence = [line for line in output.splitlines() if line.startswith("Error: ")]
+            assert len(sentence) == 1, (flags, output)
+
+
+class Flags:
+    """Parses a command line for `main` in this process."""
+
+    def __init__(self, *flags):
+        self.argv = ["binlatent.main", *flags]
+
+    def __enter__(self):
+        main.FLAGS.unparse_flags()
+        main.FLAGS(self.argv)
+
+    def __exit__(self, *_):
+        for name in ("num", "steps", "temperature", "guidance", "label", "out", "config"):
+            main.FLAGS[name].unparse()
+
+
+def call_main(*flags):
+    with Flags(*flags):
+        main.main(["binlatent.main"])
+
+
+def test_sample_writes_the_asked_number_of_digits(workdir, tmp_path):
+    out = tmp_path / "seven.png"
+    options = ("--mode=sample", "--num=7", "--label=7", "--steps=2", "--seed=3", f"--out={out}")
+    call_main(f"--workdir={workdir}", *options, "--temperature=0.8", "--guidance=2")
+    first = np.asarray(Image.open(out))
+    factor = first.shape[0] // 32
+    assert first.shape == (32 * factor, (7 * 30 + 2) * factor)
+    call_main(f"--workdir={workdir}", *options, "--temperature=0.8", "--guidance=2", "--seed=4")
+    assert np.any(np.asarray(Image.open(out)) != first)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--label=10",), "between 0 and 9; got 10"),
+        (("--steps=0",), "between 1 and 8"),
+        (("--steps=9",), "between 1 and 8"),
+        (("--num=0",), "at least 1"),
+        (("--temperature=-1",), "above 0"),
+    ],
+)
+def test_wrong_sampling_flags_exit_with_one(workdir, capsys, flags, message):
+    with pytest.raises(SystemExit) as exit:
+        call_main(f"--workdir={workdir}", "--mode=sample", *flags)
+    assert exit.value.code == 1
+    assert message in capsys.readouterr().err
+
+
+def test_reconstruct_and_inpaint_write_their_pictures(workdir):
+    call_main(f"--workdir={workdir}", "--mode=reconstruct", "--num=4")
+    assert Image.open(workdir / "reconstructions.png").size[0] >= 4 * 30 + 2
+    call_main(f"--workdir={workdir}", "--mode=inpaint", "--num=2", "--steps=2")
+    assert Image.open(workdir / "inpainting.png").size[0] >= 8 * 30 + 2
+
+
+def test_evaluate_writes_the_report(workdir):
+    call_main(f"--workdir={workdir}", "--mode=evaluate")
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["seconds"]["prior"] == 1.0 and 0 <= report["samples"]["accuracy"] <= 1
+
+
+def test_a_config_for_another_model_is_refused(workdir, capsys):
+    with pytest.raises(SystemExit):
+        call_main(f"--workdir={workdir}", "--mode=sample", CONFIG)
+    assert "autoencoder.num_bits is 8 there and 24 here" in capsys.readouterr().err
+
+
+def test_importing_the_package_leaves_tensorflow_alone():
+    code = "import sys, binlatent.main; print('tensorflow' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "False", result.stderr

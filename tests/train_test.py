@@ -1,0 +1,281 @@
+"""Training end to end on the tiny config: resuming, interruption, failure, and what is left."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+from PIL import Image
+
+from binlatent import codes, evaluate, train
+from binlatent.checkpoint import Checkpoints
+from binlatent.data.sources import Source
+from binlatent.errors import UserError
+from binlatent.pipeline import BinaryLatentDiffusion
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def start(workdir, digits_dir, *flags):
+    """Starts `python -m binlatent.main` on the tiny config in another process."""
+    command = [
+        *(sys.executable, "-m", "binlatent.main"),
+        *("--config=configs/digits.py", f"--workdir={workdir}"),
+        f"--config.data.path={digits_dir}",
+        *(f"--config.{key}={value}" for key, value in TINY.items()),
+        *flags,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path, seconds=180):
+    """Waits until a file or folder exists."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, digits_dir):
+    """A workdir with both tiny stages, trained by the main job in one go; and its output."""
+    workdir = tmp_path_factory.mktemp("trained")
+    process = start(workdir, digits_dir)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return workdir, output
+
+
+def test_main_job_leaves_the_pictures_and_the_report(trained):
+    workdir, output = trained
+    for name in ("samples", "reconstructions", "inpainting", "trajectory"):
+        assert str(workdir / f"{name}.png") in output
+        picture = np.asarray(Image.open(workdir / f"{name}.png"))
+        assert picture.ndim == 2 and len(np.unique(picture)) > 2
+    report = json.loads((workdir / "report.json").read_text())
+    assert set(report["autoencoder"]) == {
+        *("psnr", "ssim", "bit_rate", "mean_bit_entropy", "dead_bits")
+    }
+    assert report["autoencoder"]["bit_rate"] == 4 * 4 * 8
+    assert 0 < report["prior"]["bce"] < 1
+    assert {"accuracy", "frechet_distance", "classifier_accuracy"} <= set(report["samples"])
+    assert report["samples"]["steps"] == 4 and report["samples"]["num_samples"] == 20
+    assert {"autoencoder", "prior", "sampling"} == set(report["seconds"])
+    assert report["device"] == "4 x cpu"
+
+
+def test_metrics_and_previews_are_written(trained):
+    workdir, output = trained
+    written = lines(workdir)
+    losses = [x for x in written if x["stage"] == "prior" and "loss" in x]
+    assert [x["step"] for x in losses] == [2, 4, 6]
+    assert {"images_per_second", "grad_norm", "flip_accuracy"} <= set(losses[0])
+    assert any("psnr" in x for x in written) and any("bce" in x for x in written)
+    assert (workdir / "figures" / "autoencoder_preview_0000006.png").exists()
+    assert (workdir / "figures" / "prior_preview_0000006.png").exists()
+    assert list((workdir / "tensorboard" / "prior").glob("events*"))
+    # Plain lines with speed, loss and time left, each once, where there is no terminal.
+    line = [x for x in output.splitlines() if x.startswith("prior 4/6")]
+    assert len(line) == 1
+    assert all(word in line[0] for word in ("loss", "images_per_second", "left"))
+
+
+def test_only_the_last_checkpoints_are_kept(trained):
+    with Checkpoints(trained[0] / "prior", 3) as checkpoints:
+        assert checkpoints.all_steps() == [2, 4, 6]
+
+
+def test_a_finished_stage_is_not_trained_again(trained, digits_dir):
+    workdir, _ = trained
+    before = lines(workdir)
+    process = start(workdir, digits_dir, "--mode=train_autoencoder")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "The autoencoder is trained: 6 steps" in output
+    assert lines(workdir) == before
+
+
+def restored(workdir, stage, config):
+    """The whole state of a stage's newest checkpoint."""
+    setup = {"autoencoder": train.setup_autoencoder, "prior": train.setup_prior}[stage]
+    parts, _ = setup(config) if stage == "autoencoder" else setup(config, workdir)
+    parts.batches.close()
+    with Checkpoints(workdir / stage) as checkpoints:
+        state = checkpoints.restore(train.replicate(parts.state))
+        return state.replace(key=jax.random.key_data(state.key)), checkpoints.meta()["data"]
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+    trained, digits_dir, tiny_config, tmp_path
+):
+    # Killed with SIGKILL during each stage, as soon as a checkpoint of that stage is there.
+    for stage in ("autoencoder", "prior"):
+        process = start(tmp_path, digits_dir)
+        wait_for(tmp_path / stage / "2")
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    process = start(tmp_path, digits_dir)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    for stage in ("autoencoder", "prior"):
+        whole, whole_data = restored(trained[0], stage, tiny_config)
+        resumed, resumed_data = restored(tmp_path, stage, tiny_config)
+        assert int(resumed.step) == 6
+        assert_same(whole, resumed)
+        assert whole_data == resumed_data
+    assert (tmp_path / "samples.png").read_bytes() == (trained[0] / "samples.png").read_bytes()
+
+
+@pytest.mark.slow
+def test_sigterm_saves_first_and_exits_with_zero(digits_dir, tmp_path):
+    flags = ("--config.autoencoder.train.num_steps=100000", "--config.checkpoint_every=100000")
+    process = start(tmp_path, digits_dir, "--mode=train_autoencoder", *flags)
+    wait_for(tmp_path / "metrics.jsonl")
+    while not (tmp_path / "metrics.jsonl").read_text():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    with Checkpoints(tmp_path / "autoencoder") as checkpoints:
+        saved = checkpoints.latest_step()
+    assert saved >= 2 and f"is saved at step {saved}" in output
+
+
+def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(
+    tiny_config, tmp_path, monkeypatch
+):
+    config = tiny_config
+    stage, config = train.setup_autoencoder(config)
+    batches = iter(stage.batches)
+
+    class Poisoned:
+        """The fifth batch holds a NaN."""
+
+        count = 0
+
+        def __next__(self):
+            self.count += 1
+            batch = next(batches)
+            if self.count == 5:
+                batch["image"][0, 0, 0, 0] = np.nan
+            return batch
+
+        def get_state(self):
+            return batches.get_state()
+
+    with pytest.raises(UserError, match=r"loss is nan at step 5.*checkpoint of step 4"):
+        train.run(stage._replace(batches=Poisoned()), config, tmp_path)
+    with Checkpoints(tmp_path / "autoencoder") as checkpoints:
+        assert checkpoints.latest_step() == 4
+
+
+def test_resuming_with_another_model_names_the_difference(trained, tiny_config):
+    tiny_config.autoencoder.num_bits = 16
+    with pytest.raises(UserError, match="autoencoder.num_bits is 8 there and 16 here"):
+        train.train_autoencoder(tiny_config, trained[0])
+
+
+def test_resuming_with_more_steps_goes_on(trained, tiny_config, tmp_path):
+    stage, config = train.setup_autoencoder(tiny_config)
+    train.run(stage, config, tmp_path)
+    tiny_config.autoencoder.train.num_steps = 8
+    state = train.train_autoencoder(tiny_config, tmp_path)
+    assert int(state.step) == 8
+    assert [x["step"] for x in lines(tmp_path) if "loss" in x] == [2, 4, 6, 8]
+
+
+def test_batch_size_must_divide_over_the_devices(tiny_config, tmp_path):
+    tiny_config.autoencoder.train.batch_size = 6
+    with pytest.raises(UserError, match="The batch size, 6, must be a multiple.*4"):
+        train.train_autoencoder(tiny_config, tmp_path)
+
+
+def test_number_of_classes_must_be_that_of_the_data(tiny_config):
+    source = Source(examples=[], num_classes=10)
+    assert train.with_classes(tiny_config, source).data.num_classes == 10
+    tiny_config.data.num_classes = 0
+    assert train.with_classes(tiny_config, source).data.num_classes == 0
+    tiny_config.data.num_classes = 7
+    with pytest.raises(UserError, match="is 7, but the data has 10 classes"):
+        train.with_classes(tiny_config, source)
+
+
+def test_cached_codes_are_the_encoders_probabilities(trained, tiny_config, tmp_path):
+    pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
+    source = evaluate.open_data(tiny_config, "test")
+    cached = codes.cached_codes(pipeline, source, tmp_path)
+    assert len(cached.examples) == len(source.examples) == 500
+    images, labels = evaluate.load_images(source, 500)
+    got = np.stack([cached.examples[i]["probs"] for i in range(500)])
+    np.testing.assert_allclose(got, pipeline.encode_probs(images), atol=5e-4)  # float16
+    assert [cached.examples[i]["label"] for i in range(500)] == labels.tolist()
+
+
+def test_cached_codes_belong_to_one_encoder(trained, tiny_config, tmp_path):
+    pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
+    source = evaluate.open_data(tiny_config, "test")
+    codes.cached_codes(pipeline, source, tmp_path)
+    pipeline.autoencoder_params = jax.tree.map(lambda x: x + 0.1, pipeline.autoencoder_params)
+    other = codes.cached_codes(pipeline, source, tmp_path)
+    images, _ = evaluate.load_images(source, 10)
+    got = np.stack([other.examples[i]["probs"] for i in range(10)])
+    np.testing.assert_allclose(got, pipeline.encode_probs(images), atol=5e-4)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.slow
+def test_an_unlabelled_folder_trains_and_samples(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (30, 20, 24, 3), np.uint8)
+    for i, image in enumerate(noise):
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    flags = ("--config.data.name=folder", f"--config.data.path={folder}")
+    flags += ("--config.data.channels=3", "--config.data.image_size=14")
+    flags += ("--config.autoencoder.train.num_steps=2", "--config.prior.train.num_steps=2")
+    flags += ("--config.prior.cache_codes=False",)
+    process = start(tmp_path / "run", "unused", *flags)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    picture = Image.open(tmp_path / "run" / "samples.png")
+    assert picture.mode == "RGB"
+    assert "samples" not in json.loads((tmp_path / "run" / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_training_and_sampling_run_without_tensorflow(trained, digits_dir, tmp_path):
+    hide = (
+        "import sys\n"
+        "class Hidden:\n"
+        "    def __init__(self, finder): self.finder = finder\n"
+        "    def __getattr__(self, name): return getattr(self.finder, name)\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        hidden = name.split('.')[0] == 'tensorflow'\n"
+        "        return None if hidden else self.finder.find_spec(name, path, target)\n"
+        "sys.meta_path[:] = [Hidden(f) for f in sys.meta_path]\n"
+        "from binlatent import main\n"
+        "main.run()\n"
+    )
+    flags = [f"--config.{key}={value}" for key, value in TINY.items()]
+    command = [sys.executable, "-c", hide, "--config=configs/digits.py", f"--workdir={tmp_path}"]
+    command += [f"--config.data.path={digits_dir}", *flags]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    assert "TensorFlow or clu is not installed" in result.stderr
+    assert (tmp_path / "samples.png").exists()
+    # TensorFlow changes nothing but the TensorBoard files.
+    assert (tmp_path / "samples.png").read_bytes() == (trained[0] / "samples.png").read_bytes()
