@@ -94,7 +94,7 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
-    metrics = {**metrics, "grad_norm": optax.global_norm(gradients)}
+    metrics = {**metrics, "grad_norm": optax.tree.norm(gradients)}
     return state.replace(
         step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
     ), metrics
