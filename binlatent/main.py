@@ -15,6 +15,8 @@ from binlatent import evaluate, figures, outputs, train
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
+_TRAINING = ("all", "train_autoencoder", "train_prior")
+
 FLAGS = flags.FLAGS
 log = logging.getLogger("binlatent")
 
@@ -28,15 +30,7 @@ flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and picture
 flags.DEFINE_enum(
     "mode",
     "all",
-    [
-        "all",
-        "train_autoencoder",
-        "train_prior",
-        "sample",
-        "reconstruct",
-        "inpaint",
-        "evaluate",
-    ],
+    [*_TRAINING, "sample", "reconstruct", "inpaint", "evaluate"],
     "What to do; `all` trains what is not trained yet, evaluates it and draws its pictures.",
 )
 flags.DEFINE_integer("num", None, "sample, reconstruct, inpaint: how many images.")
@@ -49,18 +43,31 @@ flags.DEFINE_string("out", None, "sample, reconstruct, inpaint: the PNG file to 
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; a misspelt config key is bad usage, not a traceback."""
+    """Parses flags; a misspelt flag or config key is one sentence and exit code 2."""
     try:
-        return app.parse_flags_with_usage(argv)
+        unparsed = FLAGS(argv)
+        if len(unparsed) > 1:
+            message = f"Unexpected argument {unparsed[1]!r}: flags start with --"
+        elif FLAGS.mode in _TRAINING and not FLAGS["config"].present:
+            message = f"--mode={FLAGS.mode} needs --config, for example configs/digits.py"
+        else:
+            return unparsed
+    except flags.Error as error:
+        message = str(error)
     except (AttributeError, KeyError) as error:  # ml_collections', for an unknown key
-        sys.stderr.write(f"FATAL Flags parsing error: --config: {error.args[0]}\n")
-        sys.exit(2)
+        while isinstance(error.args[0], Exception):
+            error = error.args[0]
+        message = "--config has no key " + " ".join(error.args[0].split())
+    sys.stderr.write(f"Bad usage: {message} (--help lists the flags, the config file the keys)\n")
+    sys.exit(2)
 
 
 def _given_config() -> ml_collections.ConfigDict | None:
     """Returns the config of --config, None without the flag."""
+    if not FLAGS["config"].present:
+        return None
     filename = config_flags.get_config_filename(FLAGS["config"])
-    if filename and not Path(filename.split(":")[0]).is_file():
+    if not Path(filename.split(":")[0]).is_file():
         raise UserError(f"There is no config file {filename}: check --config.")
     return FLAGS.config
 
@@ -73,8 +80,6 @@ def _write(default: Path, picture: np.ndarray) -> None:
 
 def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
     mode = FLAGS.mode
-    if config is None and mode in ("all", "train_autoencoder", "train_prior"):
-        raise UserError(f"--mode={mode} needs --config, for example configs/digits.py.")
     if mode in ("all", "train_autoencoder"):
         train.train_autoencoder(config, workdir)
     if mode in ("all", "train_prior"):
@@ -102,14 +107,14 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Dispatches on --mode; a user's error is one sentence and exit code 1."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected argument {argv[1]!r}: flags start with --.")
+    del argv
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     log.setLevel(logging.INFO)
     try:
         _dispatch(_given_config(), Path(FLAGS.workdir))
     except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
+        message = str(error)
+        sys.stderr.write(f"Error: {message[0].upper()}{message[1:]}\n")
         sys.exit(1)
 
 

@@ -246,7 +246,7 @@ class BinaryLatentDiffusion:
         try:
             times = schedules.visited_times(steps, self._denoiser.num_timesteps)
         except ValueError as error:
-            raise UserError(f"{str(error)[0].upper()}{str(error)[1:]}.") from error
+            raise UserError(f"{error}.") from error
         batches = iter(range(len(known)))
 
         def draw(labels, known, known_mask):

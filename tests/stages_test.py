@@ -207,7 +207,10 @@ def test_without_evidence_the_untrained_prior_knows_nothing(config):
 
 def test_prior_trains_on_images_with_a_frozen_encoder(config):
     # The loss of the step on images is the loss on the encoder's probabilities.
-    autoencoder, params = build.autoencoder(config), build.init_autoencoder(config, jax.random.key(9))
+    autoencoder, params = (
+        build.autoencoder(config),
+        build.init_autoencoder(config, jax.random.key(9)),
+    )
     state, batch, _, _ = prior_parts(config)
     images = jax.random.uniform(jax.random.key(2), (N, 28, 28, 1), minval=-1)
     step = jax.pmap(

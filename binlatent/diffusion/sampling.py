@@ -60,6 +60,7 @@ def reverse_process(
       (z_0, trajectory): the codes, float32 in {0, 1}, and z_t at each of `times`, bool,
       (S + 1, n, h, w, c).
     """
+
     def keep_known(z_t):
         # As in the authors' code: never noised, so that a known bit is evidence from t = T on.
         return jnp.where(known_mask > 0, known, z_t)
