@@ -127,7 +127,7 @@ def sample_metrics(
     return {**result, "num_samples": len(wanted)}, seconds
 
 
-def report(pipeline: BinaryLatentDiffusion, workdir: Path) -> dict[str, Any]:
+def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, Any]:
     """Judges a trained autoencoder and prior and writes `report.json`.
 
     Args:
@@ -141,6 +141,7 @@ def report(pipeline: BinaryLatentDiffusion, workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: if a stage has not been trained.
     """
+    workdir = Path(workdir)
     config = pipeline.config
     seconds = {}
     for stage in ("autoencoder", "prior"):

@@ -225,8 +225,9 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                 step += 1
                 window.append(metrics)
                 logbook.tick()
-                last = step == num_steps or stop.is_set()
-                save = last or step % config.checkpoint_every == 0
+                stopping = stop.is_set()  # read once: the signal may come at any line
+                last = step == num_steps
+                save = stopping or last or step % config.checkpoint_every == 0
                 if save or len(window) == config.log_every:
                     means = _check_finite(window, step, saved)
                     window_seconds += time.monotonic() - tick
@@ -236,10 +237,6 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     window, window_seconds = [], 0.0
                 else:
                     window_seconds += time.monotonic() - tick
-                if not stop.is_set() and (step % config.evaluate_every == 0 or last):
-                    params = jax.device_get(state.ema_params)
-                    logbook.record(step, stage.evaluate(params), 0.0)
-                    logbook.picture(step, "preview", stage.preview(params))
                 if save:
                     meta = {
                         "config": config.to_dict(),
@@ -248,7 +245,11 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     }
                     checkpoints.save(state, meta)
                     saved = step
-                if stop.is_set():
+                if not stopping and (last or step % config.evaluate_every == 0):
+                    params = jax.device_get(state.ema_params)
+                    logbook.record(step, stage.evaluate(params), 0.0)
+                    logbook.picture(step, "preview", stage.preview(params))
+                if stopping:
                     checkpoints.close()
                     log.info("Interrupted: the %s is saved at step %d.", stage.name, step)
                     raise SystemExit(0)

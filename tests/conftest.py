@@ -1,24 +1,26 @@
 """Four fake devices, strict rank promotion, real digits prepared once, one tiny config."""
 
 import os
+import tempfile
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-)
-os.environ["JAX_PLATFORMS"] = "cpu"
-
-import jax
 import pytest
 
-from binlatent.data import sources
-from configs import digits
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
+def pytest_configure():
+    """Sets up JAX before a test module imports it."""
+    # Tests and the processes that they start share what they compile.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+    os.environ["JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
     """A TFDS data directory that holds the prepared digits."""
+    from binlatent.data import sources
+
     path = str(tmp_path_factory.mktemp("tfds"))
     sources.open_source("digits", path, "train", 28, 1)
     return path
@@ -52,6 +54,8 @@ TINY = {
 @pytest.fixture
 def tiny_config(digits_dir):
     """The digits config at a size that trains in seconds."""
+    from configs import digits
+
     config = digits.get_config()
     config.update_from_flattened_dict({**TINY, "data.path": digits_dir})
     return config

@@ -152,6 +152,7 @@ def test_sigterm_saves_first_and_exits_with_zero(digits_dir, tmp_path):
     assert process.returncode == 0, output
     with Checkpoints(tmp_path / "autoencoder") as checkpoints:
         saved = checkpoints.latest_step()
+    assert saved is not None, output
     assert saved >= 2 and f"is saved at step {saved}" in output
 
 
