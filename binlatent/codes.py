@@ -1,6 +1,7 @@
 """The training set's encoder probabilities on disk, for stage 2 (config.prior.cache_codes)."""
 
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -32,9 +33,9 @@ class CachedCodes:
         return {"probs": np.array(self._probs[index]), "label": int(self._labels[index])}
 
 
-def fingerprint(params: Any) -> str:
-    """Returns 16 hexadecimal digits that tell parameters apart."""
-    digest = hashlib.sha256()
+def fingerprint(params: Any, data: dict[str, Any]) -> str:
+    """Returns 16 hexadecimal digits that tell an encoder's parameters and a dataset apart."""
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()[:16]
@@ -44,15 +45,16 @@ def cached_codes(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) 
     """Returns the source of a training set's codes, encoding it first if need be.
 
     Probabilities are stored, in float16, and not bits: the prior draws its bits anew each time, so
-    no noise is frozen in. They lie in a folder named after the encoder's weights, so codes of
-    another encoder are never read; it appears only when it is complete.
+    no noise is frozen in. They lie in a folder named after the encoder's weights and the dataset,
+    so codes of another encoder are never read; it appears only when it is complete.
 
     Args:
       pipeline: with the frozen encoder.
       source: of the training images.
       folder: of all caches, workdir/codes.
     """
-    target = folder / fingerprint(pipeline.autoencoder_params["params"]["encoder"])
+    data = {**pipeline.config.data.to_dict(), "count": len(source.examples)}
+    target = folder / fingerprint(pipeline.autoencoder_params["params"]["encoder"], data)
     if not target.exists():
         log.info("Encoding %d training images into %s", len(source.examples), target)
         unfinished = target.with_suffix(".unfinished")

@@ -181,14 +181,19 @@ class BinaryLatentDiffusion:
         encode = functools.partial(encode_probs, self.autoencoder_params, model=self._autoencoder)
         return self._map(encode, np.asarray(images, np.float32))
 
-    def encode(self, images: np.ndarray, key: Array | None = None) -> np.ndarray:
-        """Returns the images' codes: y > 0.5 or, with a key, draws from B(y)."""
+    def encode(
+        self, images: np.ndarray, mode: str = "deterministic", key: Array | None = None
+    ) -> np.ndarray:
+        """Returns the images' codes.
+
+        Args:
+          images: (n, height, width, channels) in [-1, 1].
+          mode: "deterministic" for y > 0.5, "sample" to draw from B(y), "soft" for y itself.
+          key: a typed PRNG key, for "sample".
+        """
         probs = self.encode_probs(images)
-        if key is None:
-            return np.asarray(bottleneck.binarize(probs, "deterministic"))
-        return np.asarray(
-            bottleneck.binarize(probs, "sample", jax.random.uniform(key, probs.shape))
-        )
+        uniform = None if key is None else jax.random.uniform(key, probs.shape)
+        return np.asarray(bottleneck.binarize(probs, mode, uniform))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Returns the images of codes.

@@ -115,6 +115,18 @@ def test_transformer_treats_images_of_a_batch_apart():
         np.testing.assert_allclose(alone[0], together[i], atol=1e-5)
 
 
+def test_transformer_in_bfloat16_gives_float32_logits_that_agree_roughly():
+    z = jax.random.bernoulli(jax.random.key(5), shape=(4, 2, 2, 5)).astype(jnp.float32)
+    t, label = jnp.array([0.1, 0.5, 0.7, 1.0]), jnp.array([0, 1, 2, 3])
+    full, half = (make_transformer(num_classes=3, dtype=d) for d in (jnp.float32, jnp.bfloat16))
+    params = half.init(jax.random.key(0), z, t, label)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    params = with_random_head(params)
+    logits = half.apply(params, z, t, label)
+    assert logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, full.apply(params, z, t, label), atol=0.1)
+
+
 def test_transformer_without_classes_needs_no_label():
     model = make_transformer()
     z = jnp.ones((1, 2, 2, 5))

@@ -48,7 +48,9 @@ def test_encode_is_the_rounded_or_drawn_probability(pipeline, images):
     probs = pipeline.encode_probs(images)
     assert probs.shape == (5, 4, 4, 8) and probs.min() >= 0 and probs.max() <= 1
     np.testing.assert_array_equal(pipeline.encode(images), probs > 0.5)
-    draws = np.mean([pipeline.encode(images, jax.random.key(i)) for i in range(300)], axis=0)
+    np.testing.assert_array_equal(pipeline.encode(images, "soft"), probs)
+    draws = [pipeline.encode(images, "sample", jax.random.key(i)) for i in range(300)]
+    draws = np.mean(draws, axis=0)
     np.testing.assert_allclose(draws, probs, atol=0.15)
 
 

@@ -29,18 +29,18 @@ def train_classifier(
     """Trains a `Classifier` with random shifts of up to two pixels; the same key, the same result.
 
     Args:
-        images: uint8 (n, h, w, c).
-        labels: Integers (n,) in [0, num_classes).
-        num_classes: Number of classes.
-        key: Typed PRNG key; it draws the parameters, the order of the images and the shifts.
-        num_epochs: Passes over the images. Each drops the images that do not fill a last batch.
-        batch_size: Images a step; with fewer images than that, all of them.
+      images: uint8 (n, h, w, c).
+      labels: Integers (n,) in [0, num_classes).
+      num_classes: Number of classes.
+      key: Typed PRNG key; it draws the parameters, the order of the images and the shifts.
+      num_epochs: Passes over the images. Each drops the images that do not fill a last batch.
+      batch_size: Images a step; with fewer images than that, all of them.
 
     Returns:
-        The parameters, for `apply_classifier`.
+      The parameters, for `apply_classifier`.
 
     Raises:
-        ValueError: If shapes, dtypes or labels are not as above.
+      ValueError: If shapes, dtypes or labels are not as above.
     """
     _check_images(images)
     labels = np.asarray(labels)
@@ -88,17 +88,17 @@ def apply_classifier(
     """Predicts the classes of images and gives their penultimate features.
 
     Args:
-        params: From `train_classifier`.
-        images: uint8 (n, h, w, c).
-        num_classes: As in training.
-        batch_size: Images at a time; it changes memory and speed, not the result.
+      params: From `train_classifier`.
+      images: uint8 (n, h, w, c).
+      num_classes: As in training.
+      batch_size: Images at a time; it changes memory and speed, not the result.
 
     Returns:
-        The predicted classes, int32 (n,), and the features, float32 (n, d).
+      The predicted classes, int32 (n,), and the features, float32 (n, d).
 
     Raises:
-        ValueError: If the images are not uint8 (n, h, w, c) with n >= 1 or batch_size is not
-            positive.
+      ValueError: If the images are not uint8 (n, h, w, c) with n >= 1 or batch_size is not
+        positive.
     """
     _check_images(images)
     if len(images) == 0 or batch_size < 1:

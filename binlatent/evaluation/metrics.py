@@ -17,14 +17,14 @@ def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio of each pair of images, in decibels.
 
     Args:
-        x: Images, uint8 (n, h, w, c).
-        y: Images of the same shape.
+      x: Images, uint8 (n, h, w, c).
+      y: Images of the same shape.
 
     Returns:
-        10 log10(255^2 / mean squared error), float64 (n,); infinite for equal images.
+      10 log10(255^2 / mean squared error), float64 (n,); infinite for equal images.
 
     Raises:
-        ValueError: If the images are not uint8 or their shapes are not equal and of rank 4.
+      ValueError: If the images are not uint8 or their shapes are not equal and of rank 4.
     """
     _check_image_pair(x, y)
     squared_error = np.mean(np.square(x.astype(np.float64) - y.astype(np.float64)), axis=(1, 2, 3))
@@ -36,19 +36,19 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Structural similarity of each pair of images, with the usual Gaussian window of sigma 1.5.
 
     Args:
-        x: Images, uint8 (n, h, w, c) with h and w at least 11, the size of the window.
-        y: Images of the same shape.
+      x: Images, uint8 (n, h, w, c) with h and w at least 11, the size of the window.
+      y: Images of the same shape.
 
     Returns:
-        The mean over pixels and channels, float64 (n,), at most 1.
+      The mean over pixels and channels, float64 (n,), at most 1.
 
     Raises:
-        ValueError: If the images are not uint8, their shapes are not equal and of rank 4, or they
-            are smaller than the window.
+      ValueError: If the images are not uint8, their shapes are not equal and of rank 4, or they
+        are smaller than the window.
 
     References:
-        Wang et al., "Image quality assessment: from error visibility to structural similarity",
-        2004, as implemented by scikit-image with the settings its documentation gives for it.
+      Wang et al., "Image quality assessment: from error visibility to structural similarity",
+      2004, as implemented by scikit-image with the settings its documentation gives for it.
     """
     _check_image_pair(x, y)
     if min(x.shape[1:3]) < _SSIM_WINDOW:
@@ -78,19 +78,19 @@ def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
     covariances S; on Inception features, the FID.
 
     Args:
-        features_a: (n_a, d), n_a >= 2.
-        features_b: (n_b, d), n_b >= 2.
+      features_a: (n_a, d), n_a >= 2.
+      features_b: (n_b, d), n_b >= 2.
 
     Returns:
-        The distance, at least 0.
+      The distance, at least 0.
 
     Raises:
-        ValueError: If the features are not finite, not two-dimensional, of different widths or
-            fewer than two.
+      ValueError: If the features are not finite, not two-dimensional, of different widths or
+        fewer than two.
 
     References:
-        Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash
-        equilibrium", 2017.
+      Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash
+      equilibrium", 2017.
     """
     mean_a, root_a = _mean_and_covariance_root(features_a, "features_a")
     mean_b, root_b = _mean_and_covariance_root(features_b, "features_b")
@@ -113,13 +113,13 @@ def bernoulli_entropy_bits(p: np.ndarray | float) -> np.ndarray:
     """Entropy of Bernoulli variables with probabilities p, in bits.
 
     Args:
-        p: Probabilities in [0, 1], of any shape.
+      p: Probabilities in [0, 1], of any shape.
 
     Returns:
-        The entropies in [0, 1], float64 of the same shape; exactly 0 at p = 0 and p = 1.
+      The entropies in [0, 1], float64 of the same shape; exactly 0 at p = 0 and p = 1.
 
     Raises:
-        ValueError: If a probability is outside [0, 1] or not a number.
+      ValueError: If a probability is outside [0, 1] or not a number.
     """
     p = np.asarray(p, np.float64)
     if not np.all((p >= 0.0) & (p <= 1.0)):
@@ -131,15 +131,15 @@ def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
     """How much of their capacity binary codes use.
 
     Args:
-        codes: Values in {0, 1} of any numeric or boolean type, (n, h, w, c).
+      codes: Values in {0, 1} of any numeric or boolean type, (n, h, w, c).
 
     Returns:
-        `bit_rate`: h * w * c, bits an image. `mean_bit_entropy`: in [0, 1], the mean over these
-        bits of the entropy of the bit's frequency over the images. `dead_bits`: how many bits
-        take the same value in every image.
+      `bit_rate`: h * w * c, bits an image. `mean_bit_entropy`: in [0, 1], the mean over these
+      bits of the entropy of the bit's frequency over the images. `dead_bits`: how many bits
+      take the same value in every image.
 
     Raises:
-        ValueError: If the codes are empty, not of rank 4 or hold other values than 0 and 1.
+      ValueError: If the codes are empty, not of rank 4 or hold other values than 0 and 1.
     """
     codes = np.asarray(codes)
     if codes.ndim != 4 or codes.size == 0:

@@ -18,9 +18,9 @@ class Classifier(nn.Module):
     more epochs to learn.)
 
     Attributes:
-        num_classes: Number of classes.
-        width: Channels of the first stage, a multiple of 8; the two later stages have two and four
-            times as many, so d = 4 * width.
+      num_classes: Number of classes.
+      width: Channels of the first stage, a multiple of 8; the two later stages have two and four
+        times as many, so d = 4 * width.
     """
 
     num_classes: int
