@@ -21,8 +21,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.autoencoder.attention = (False,)
     config.autoencoder.num_blocks = 0
     config.autoencoder.train.batch_size = 64
-    config.autoencoder.train.num_steps = 2_000
-    config.autoencoder.train.learning_rate = 1e-3
+    config.autoencoder.train.num_steps = 1_500
+    config.autoencoder.train.learning_rate = 2e-3
     config.autoencoder.train.warmup_steps = 100
     config.autoencoder.train.decay = "cosine"
     config.autoencoder.train.ema_decay = 0.99
@@ -32,17 +32,18 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.num_heads = 4
     config.prior.cache_codes = True
     config.prior.train.batch_size = 128
-    config.prior.train.num_steps = 2_500
-    config.prior.train.learning_rate = 1e-3
+    config.prior.train.num_steps = 2_000
+    config.prior.train.learning_rate = 4e-3
     config.prior.train.warmup_steps = 100
     config.prior.train.decay = "cosine"
-    config.prior.train.ema_decay = 0.99
+    config.prior.train.ema_decay = 0.999
 
     config.sample.steps = 16
+    config.sample.temperature = 0.8
     config.sample.guidance = 1.0
     config.sample.batch_size = 100
 
     config.log_every = 50
-    config.evaluate_every = 500
+    config.evaluate_every = 1_000
     config.checkpoint_every = 500
     return config
