@@ -1,7 +1,8 @@
-"""From a config to modules and optimisers: the only readers of the config's model sections."""
+"""From a config to modules, optimisers and keys: the only reader of its model sections."""
 
 import json
 import math
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +50,11 @@ def check_same_model(config: Config, trained: Config, stage: str) -> None:
             f"The config does not fit the trained {stage} in the workdir: "
             f"{'; '.join(differences)}. Use the same values, or another --workdir."
         )
+
+
+def key(seed: int, purpose: str) -> jax.Array:
+    """Returns the key of a seed for one purpose, so that no two purposes share randomness."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
 def _dtype(config: Config) -> jnp.dtype:

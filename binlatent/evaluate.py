@@ -77,7 +77,7 @@ def prior_metrics(
     """
     denoiser = build.denoiser(pipeline.config)
     probs, labels = (np.concatenate([x] * _BCE_DRAWS) for x in (probs, labels))
-    batch_keys = iter(jax.random.split(jax.random.key(0), len(probs)))
+    batch_keys = iter(jax.random.split(build.key(0, "bce"), len(probs)))
 
     def losses(probs, labels):
         return prior.eval_step(
@@ -107,7 +107,9 @@ def sample_metrics(
     config = pipeline.config
     images, labels = load_images(source, config.evaluate.classifier_images)
     num_classes = pipeline.num_classes
-    params = train_classifier(to_uint8(images), labels, num_classes, jax.random.key(0))
+    params = train_classifier(
+        to_uint8(images), labels, num_classes, build.key(config.seed, "classifier")
+    )
     classify = functools.partial(apply_classifier, params, num_classes=num_classes)
     predictions, real_features = classify(to_uint8(test[0]))
     result = {"classifier_accuracy": float(np.mean(predictions == test[1]))}
@@ -115,7 +117,8 @@ def sample_metrics(
     wanted = np.arange(config.evaluate.num_samples) % num_classes
     for suffix, guidance in (("", config.sample.guidance), ("_unguided", 0.0)):
         start = time.monotonic()
-        key = jax.random.key(config.seed)
+        # The same noise with and without guidance: a paired comparison.
+        key = build.key(config.seed, "report")
         samples = pipeline.sample(len(wanted), key, wanted, guidance=guidance)
         if not suffix:
             seconds = time.monotonic() - start

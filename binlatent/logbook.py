@@ -1,10 +1,10 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
 
+import datetime
 import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -80,21 +80,23 @@ class Logbook:
         """Counts one step."""
         self._bar.update()
 
-    def record(self, step: int, metrics: dict[str, float], seconds_left: float) -> None:
-        """Writes the metrics of `step`."""
+    def record(
+        self, step: int, metrics: dict[str, float], seconds_left: float | None = None
+    ) -> None:
+        """Writes the metrics of `step`, with the time left where it is known."""
         entry = {"stage": self._stage, "step": step, **metrics}
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
         if self._writer is not None:
             self._writer.write_scalars(step, metrics)
         text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        if self._bar.disable:
-            left = time.strftime("%H:%M:%S", time.gmtime(seconds_left))
+        if seconds_left is None:
+            log.info("%s %d/%d: %s", self._stage, step, self._num_steps, text)
+        elif self._bar.disable:
+            left = datetime.timedelta(seconds=round(seconds_left))
             log.info("%s %d/%d: %s, %s left", self._stage, step, self._num_steps, text, left)
-        elif "loss" in metrics:
-            self._bar.set_postfix_str(text)
         else:
-            log.info("%s %d: %s", self._stage, step, text)
+            self._bar.set_postfix_str(text)
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a picture, uint8 (height, width, channels), to figures/ and TensorBoard."""

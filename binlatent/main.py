@@ -5,13 +5,12 @@ import logging
 import sys
 from pathlib import Path
 
-import jax
 import ml_collections
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from binlatent import evaluate, figures, outputs, train
+from binlatent import build, evaluate, figures, outputs, train
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
@@ -87,11 +86,11 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
     if mode in ("train_autoencoder", "train_prior"):
         return
     pipeline = BinaryLatentDiffusion.from_workdir(workdir, config)
-    key = jax.random.key(FLAGS.seed)
     options = {name: FLAGS[name].value for name in ("steps", "temperature", "guidance")}
     if mode in ("all", "evaluate"):
         log.info("%s", json.dumps(evaluate.report(pipeline, workdir), indent=2))
     if mode in ("all", "sample"):
+        key = build.key(FLAGS.seed, "sample")
         picture = outputs.samples(pipeline, key, FLAGS.num, FLAGS.label, **options)
         _write(workdir / "samples.png", picture)
     if mode in ("all", "reconstruct"):
@@ -99,9 +98,11 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         _write(workdir / "reconstructions.png", outputs.reconstructions(pipeline, images))
     if mode in ("all", "inpaint"):
         images, labels = evaluate.test_images(pipeline.config, FLAGS.num or 8)
+        key = build.key(FLAGS.seed, "inpaint")
         picture = outputs.inpaintings(pipeline, images, labels, key, **options)
         _write(workdir / "inpainting.png", picture)
     if mode == "all":
+        key = build.key(FLAGS.seed, "trajectory")
         _write(workdir / "trajectory.png", outputs.trajectory(pipeline, key))
 
 

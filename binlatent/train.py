@@ -25,7 +25,7 @@ from binlatent.logbook import Logbook
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.stages import autoencoder as autoencoder_stage
 from binlatent.stages import prior as prior_stage
-from binlatent.stages.state import AXIS, TrainState, create_state
+from binlatent.stages.state import TrainState, create_state, parallel, replicate, shard
 
 log = logging.getLogger(__name__)
 
@@ -62,18 +62,6 @@ def with_classes(config: Config, source: Source) -> Config:
     return config
 
 
-def replicate(tree: Any) -> Any:
-    """Places a tree on all devices as the pmapped step returns it, so it compiles only once."""
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), (AXIS,))
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
-
-
-def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Splits a host's batch over its devices: (b, …) -> (devices, b / devices, …)."""
-    devices = jax.local_device_count()
-    return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
-
-
 def _batches(source: Source, train: Config, seed: int):
     """Returns this host's share of the global batches."""
     if train.batch_size % jax.device_count():
@@ -94,7 +82,7 @@ def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
     source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
     config = with_classes(config, source)
     model, optimizer = build.autoencoder(config), build.optimizer(config.autoencoder.train)
-    init_key, base_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 0))
+    init_key, base_key = jax.random.split(build.key(config.seed, "autoencoder"))
     step = functools.partial(
         autoencoder_stage.train_step,
         code_shape=build.code_shape(config),
@@ -108,9 +96,7 @@ def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
         name="autoencoder",
         train=config.autoencoder.train,
         state=create_state(base_key, build.init_autoencoder(config, init_key), optimizer),
-        step=jax.pmap(
-            step, axis_name=AXIS, in_axes=(None, 0), out_axes=(None, None), donate_argnums=0
-        ),
+        step=parallel(step),
         batches=_batches(source, config.autoencoder.train, config.seed),
         evaluate=lambda params: evaluate.autoencoder_metrics(pipeline(params), images),
         preview=lambda params: outputs.reconstructions(pipeline(params), images[:10]),
@@ -127,7 +113,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         source = codes.cached_codes(encoder, source, workdir / "codes")
     model, denoiser = build.autoencoder(config), build.denoiser(config)
     optimizer = build.optimizer(config.prior.train)
-    init_key, base_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
+    init_key, base_key = jax.random.split(build.key(config.seed, "prior"))
     step = functools.partial(
         prior_stage.train_step,
         encode=functools.partial(model.apply, method="encode"),
@@ -136,9 +122,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         optimizer=optimizer,
         ema_decay=config.prior.train.ema_decay,
     )
-    pmapped = jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, 0, None), out_axes=(None, None), donate_argnums=0
-    )
+    step = parallel(step, num_frozen=1)
     encoder_params = None if config.prior.cache_codes else replicate(encoder.autoencoder_params)
     images, labels = evaluate.load_images(test, config.evaluate.num_images)
     probs = encoder.encode_probs(images)
@@ -147,10 +131,10 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         name="prior",
         train=config.prior.train,
         state=create_state(base_key, build.init_prior(config, init_key), optimizer),
-        step=lambda state, batch: pmapped(state, batch, encoder_params),
+        step=lambda state, batch: step(state, batch, encoder_params),
         batches=_batches(source, config.prior.train, config.seed),
         evaluate=lambda params: evaluate.prior_metrics(pipeline(params), probs, labels),
-        preview=lambda params: outputs.samples(pipeline(params), jax.random.key(config.seed)),
+        preview=lambda params: outputs.samples(pipeline(params), build.key(config.seed, "preview")),
     )
     return stage, config
 
@@ -247,7 +231,7 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     saved = step
                 if not stopping and (last or step % config.evaluate_every == 0):
                     params = jax.device_get(state.ema_params)
-                    logbook.record(step, stage.evaluate(params), 0.0)
+                    logbook.record(step, stage.evaluate(params))
                     logbook.picture(step, "preview", stage.preview(params))
                 if stopping:
                     checkpoints.close()

@@ -12,7 +12,6 @@ from binlatent import build
 from binlatent.stages import autoencoder as autoencoder_stage
 from binlatent.stages import prior as prior_stage
 from binlatent.stages import state as state_lib
-from binlatent.train import replicate, shard
 
 N = 8
 
@@ -102,7 +101,7 @@ def test_a_step_donates_its_state_and_keeps_the_ema_apart(config):
     state, batch, noise, update = prior_parts(config)
     step = on_devices(update, 4)
     split = functools.partial(jax.tree.map, lambda x: np.asarray(x).reshape(4, -1, *x.shape[1:]))
-    first, _ = step(replicate(state), split(batch), split(noise))
+    first, _ = step(state_lib.replicate(state), split(batch), split(noise))
     second, _ = step(first, split(batch), split(noise))
     assert jax.tree.leaves(first.params)[0].is_deleted()
     assert int(second.step) == 2
@@ -228,8 +227,10 @@ def test_prior_trains_on_images_with_a_frozen_encoder(config):
     )
     probs = np.asarray(autoencoder.apply(params, images, method="encode"))
     label = np.asarray(batch["label"])
-    _, on_the_fly = step(state, shard({"image": np.asarray(images), "label": label}), params)
-    _, cached = step(state, shard({"probs": probs, "label": label}), None)
+    _, on_the_fly = step(
+        state, state_lib.shard({"image": np.asarray(images), "label": label}), params
+    )
+    _, cached = step(state, state_lib.shard({"probs": probs, "label": label}), None)
     np.testing.assert_allclose(on_the_fly["loss"], cached["loss"], rtol=1e-5)
 
 
@@ -252,8 +253,8 @@ def test_the_autoencoder_learns_to_copy_a_batch(config):
     )
     y, x = np.mgrid[:28, :28]
     patterns = [np.where((x // 7 + i * (y // 7)) % (2 + i % 3) == 0, 0.8, -0.8) for i in range(N)]
-    images = shard({"image": np.stack(patterns)[..., None].astype(np.float32)})
-    state = replicate(state)
+    images = state_lib.shard({"image": np.stack(patterns)[..., None].astype(np.float32)})
+    state = state_lib.replicate(state)
     for _ in range(100):
         state, metrics = step(state, images)
     # The images vary by 0.64 about zero; the codes must carry most of it.

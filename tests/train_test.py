@@ -18,6 +18,7 @@ from binlatent.checkpoint import Checkpoints
 from binlatent.data.sources import Source
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.stages.state import replicate
 
 
 def assert_same(a, b):
@@ -113,7 +114,7 @@ def restored(workdir, stage, config):
     parts, _ = setup(config) if stage == "autoencoder" else setup(config, workdir)
     parts.batches.close()
     with Checkpoints(workdir / stage) as checkpoints:
-        state = checkpoints.restore(train.replicate(parts.state))
+        state = checkpoints.restore(replicate(parts.state))
         return state.replace(key=jax.random.key_data(state.key)), checkpoints.meta()["data"]
 
 

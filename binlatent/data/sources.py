@@ -4,6 +4,7 @@ The name is `folder`, for a folder of images, or the name of a TFDS dataset. TFD
 in the second case, and TensorFlow only while TFDS prepares a dataset that needs it.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib
@@ -210,7 +211,9 @@ def _prepare(name: str, data_dir: str) -> Any:
         if builder.name != "digits":  # which needs no TensorFlow
             _hide_gpus_from_tensorflow()
         log.info("Preparing %s in %s, once", name, builder.data_path)
-        builder.download_and_prepare()
+        # TFDS prints that it downloads, whatever it does; the line above says what happens.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
     except registered.DatasetNotFoundError as error:
         known = ["folder", "digits", *tfds.list_builders(with_community_datasets=False)]
         near = difflib.get_close_matches(name.split("/")[0], known, n=1)

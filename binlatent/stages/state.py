@@ -1,10 +1,12 @@
-"""What both stages' steps share: the state, its update, and the key of a step."""
+"""What both stages' steps share: the state, its update, its keys and its devices."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Array = jax.Array
@@ -66,6 +68,37 @@ def create_optimizer(
     warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
     schedule = optax.join_schedules([warmup, after], [warmup_steps])
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adam(schedule))
+
+
+def parallel(step: Callable, num_frozen: int = 0) -> Callable:
+    """Returns a step that runs on all devices, for a replicated state and a sharded batch.
+
+    Args:
+      step: (state, batch, *frozen) -> (state, metrics), the same on every device.
+      num_frozen: how many replicated arguments follow the batch.
+
+    Returns:
+      The pmapped step, which donates its state.
+    """
+    return jax.pmap(
+        step,
+        axis_name=AXIS,
+        in_axes=(None, 0) + (None,) * num_frozen,
+        out_axes=(None, None),
+        donate_argnums=0,
+    )
+
+
+def replicate(tree: Any) -> Any:
+    """Places a tree on all devices as a parallel step returns it, so the step compiles once."""
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), (AXIS,))
+    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+
+
+def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Splits a host's batch over its devices: (b, …) -> (devices, b / devices, …)."""
+    devices = jax.local_device_count()
+    return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
 
 
 def step_key(state: TrainState) -> Array:
