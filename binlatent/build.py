@@ -1,7 +1,9 @@
 """From a config to modules, optimisers and keys: the only reader of its model sections."""
 
+import functools
 import json
 import math
+import operator
 import zlib
 
 import jax
@@ -20,7 +22,7 @@ Config = ml_collections.ConfigDict
 
 # What fixes the meaning of a checkpoint's arrays, a stage.
 _MODEL_KEYS = {
-    "data": ("image_size", "channels", "num_classes"),
+    "data": ("image_size", "channels"),
     "autoencoder": ("num_bits", "widths", "factors", "attention", "num_blocks"),
     "prior": ("width", "num_layers", "num_heads", "num_timesteps", "schedule", "evidence"),
 }
@@ -38,10 +40,12 @@ def check_same_model(config: Config, trained: Config, stage: str) -> None:
       UserError: naming the keys that differ, with both values.
     """
     sections = ["data", "autoencoder"] + (["prior"] if stage == "prior" else [])
+    keys = [(section, key) for section in sections for key in _MODEL_KEYS[section]]
+    if stage == "prior":
+        keys.append(("data", "num_classes"))  # the autoencoder knows no classes
     differences = [
         f"{section}.{key} is {trained[section][key]} there and {config[section][key]} here"
-        for section in sections
-        for key in _MODEL_KEYS[section]
+        for section, key in keys
         # As JSON: tuples come back from a checkpoint as lists.
         if json.dumps(config[section][key]) != json.dumps(trained[section][key])
     ]
@@ -50,6 +54,42 @@ def check_same_model(config: Config, trained: Config, stage: str) -> None:
             f"The config does not fit the trained {stage} in the workdir: "
             f"{'; '.join(differences)}. Use the same values, or another --workdir."
         )
+
+
+_COUNTS = (
+    *("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"),
+    *("autoencoder.num_bits", "autoencoder.train.batch_size", "autoencoder.train.num_steps"),
+    *("prior.num_heads", "prior.num_timesteps"),
+    *("prior.train.batch_size", "prior.train.num_steps"),
+    *("sample.batch_size", "evaluate.num_images", "evaluate.num_samples"),
+    "evaluate.classifier_images",
+)
+
+
+def check_ranges(config: Config) -> None:
+    """Refuses a config with a number outside its range, before anything starts.
+
+    Raises:
+      UserError: naming the key.
+    """
+    for name in _COUNTS:
+        value = functools.reduce(operator.getitem, name.split("."), config)
+        if value < 1:
+            raise UserError(f"config.{name} must be at least 1, not {value}.")
+    shares = ("autoencoder.train.ema_decay", "prior.train.ema_decay", "prior.label_dropout")
+    for name in shares:
+        value = functools.reduce(operator.getitem, name.split("."), config)
+        if not 0 <= value <= 1:
+            raise UserError(f"config.{name} must be between 0 and 1, not {value}.")
+    if config.data.image_size < 11:
+        raise UserError(
+            f"config.data.image_size must be at least 11, the window of SSIM, not "
+            f"{config.data.image_size}."
+        )
+    if min(config.autoencoder.factors, default=1) < 1:
+        raise UserError("config.autoencoder.factors must be at least 1 each.")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed must be between 0 and 2**32 - 1, not {config.seed}.")
 
 
 def key(seed: int, purpose: str) -> jax.Array:

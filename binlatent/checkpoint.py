@@ -2,19 +2,30 @@
 
 A stage's folder holds its last checkpoints, each named by its step with three parts: `state`, all
 that training needs but the EMA; `ema_params`, all that sampling needs; `meta`, JSON: the config,
-the data iterator's state and the seconds trained so far.
+the data iterator's state, the fingerprint of the encoder that a prior belongs to, and the seconds
+trained so far.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 
 from binlatent.errors import UserError
 from binlatent.stages.state import TrainState
+
+
+def fingerprint(params: Any) -> str:
+    """Returns 16 hexadecimal digits that tell parameters apart."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def exists(workdir: Path, stage: str) -> bool:
@@ -30,6 +41,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep and ocp.checkpoint_managers.LatestN(keep)
         )
+        self.directory = directory
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     @classmethod
@@ -94,6 +106,18 @@ class Checkpoints:
     def config(self) -> ml_collections.ConfigDict:
         """Returns the config that the newest checkpoint was trained with."""
         return ml_collections.ConfigDict(self.meta()["config"])
+
+    def check_encoder(self, fingerprint: str) -> None:
+        """Refuses a prior that was trained on the codes of another encoder.
+
+        Raises:
+          UserError: if the newest checkpoint's encoder has another fingerprint.
+        """
+        if self.meta()["encoder"] != fingerprint:
+            raise UserError(
+                f"The prior in {self.directory} was trained for another autoencoder than the one "
+                "beside it: delete that folder and run --mode=train_prior."
+            )
 
     def restore_ema(self, like: Any) -> Any:
         """Returns the newest checkpoint's EMA parameters on the first local device.

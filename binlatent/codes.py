@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from binlatent.data import loader
@@ -33,14 +32,6 @@ class CachedCodes:
         return {"probs": np.array(self._probs[index]), "label": int(self._labels[index])}
 
 
-def fingerprint(params: Any, data: dict[str, Any]) -> str:
-    """Returns 16 hexadecimal digits that tell an encoder's parameters and a dataset apart."""
-    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode())
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
-
-
 def cached_codes(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Source:
     """Returns the source of a training set's codes, encoding it first if need be.
 
@@ -54,7 +45,8 @@ def cached_codes(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) 
       folder: of all caches, workdir/codes.
     """
     data = {**pipeline.config.data.to_dict(), "count": len(source.examples)}
-    target = folder / fingerprint(pipeline.autoencoder_params["params"]["encoder"], data)
+    dataset = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
+    target = folder / f"{pipeline.encoder_fingerprint}_{dataset}"
     if not target.exists():
         log.info("Encoding %d training images into %s", len(source.examples), target)
         unfinished = target.with_suffix(".unfinished")

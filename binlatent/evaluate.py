@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ import ml_collections
 import numpy as np
 
 from binlatent import build, checkpoint
-from binlatent.data import loader, sources
+from binlatent.data import sources
 from binlatent.data.sources import Source
-from binlatent.data.transforms import to_uint8
+from binlatent.data.transforms import to_float, to_uint8
 from binlatent.evaluation import metrics
 from binlatent.evaluation.classifier import apply_classifier, train_classifier
 from binlatent.pipeline import BinaryLatentDiffusion, map_batches
 from binlatent.stages import prior
+
+log = logging.getLogger(__name__)
 
 _BCE_DRAWS = 8  # of time and noise for each test image
 
@@ -29,22 +32,22 @@ def open_data(config: ml_collections.ConfigDict, split: str) -> Source:
 
 
 def load_images(source: Source, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the first images of a source, float32 in [-1, 1], at most `limit`, and labels."""
-    images, labels = [], []
-    limit = min(limit, len(source.examples))
-    for batch, _ in loader.test_batches(source, min(limit, 100)):
-        images.append(batch["image"])
-        labels.append(batch["label"])
-        if sum(map(len, images)) >= limit:
-            break
-    return np.concatenate(images)[:limit], np.concatenate(labels)[:limit]
+    """Returns images, uint8, and labels, at most `limit`, spread evenly over a source.
+
+    Spread, because a folder lists one class after the other.
+    """
+    count = len(source.examples)
+    examples = [
+        source.examples[i] for i in np.linspace(0, count - 1, min(limit, count)).astype(int)
+    ]
+    labels = np.array([example["label"] for example in examples], np.int32)
+    return np.stack([example["image"] for example in examples]), labels
 
 
 def test_images(config: ml_collections.ConfigDict, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `num` test images and labels, spread over the first ones of the split."""
-    images, labels = load_images(open_data(config, "test"), config.evaluate.num_images)
-    take = np.linspace(0, len(images) - 1, min(num, len(images))).astype(int)
-    return images[take], labels[take]
+    """Returns `num` test images, float in [-1, 1], and labels."""
+    images, labels = load_images(open_data(config, "test"), num)
+    return to_float(images), labels
 
 
 def autoencoder_metrics(
@@ -96,7 +99,8 @@ def sample_metrics(
     Args:
       pipeline: of a prior with classes.
       source: of the training images.
-      test: real images and their labels, for the Frechet distance and the classifier's accuracy.
+      test: real images, uint8, and their labels, for the Frechet distance and the classifier's
+        own accuracy.
 
     Returns:
       The metrics: `accuracy`, how often a sample with label y is classified as y, and
@@ -107,15 +111,15 @@ def sample_metrics(
     config = pipeline.config
     images, labels = load_images(source, config.evaluate.classifier_images)
     num_classes = pipeline.num_classes
-    params = train_classifier(
-        to_uint8(images), labels, num_classes, build.key(config.seed, "classifier")
-    )
+    log.info("Training a classifier on %d real images", len(images))
+    params = train_classifier(images, labels, num_classes, build.key(config.seed, "classifier"))
     classify = functools.partial(apply_classifier, params, num_classes=num_classes)
-    predictions, real_features = classify(to_uint8(test[0]))
+    predictions, real_features = classify(test[0])
     result = {"classifier_accuracy": float(np.mean(predictions == test[1]))}
 
     wanted = np.arange(config.evaluate.num_samples) % num_classes
     for suffix, guidance in (("", config.sample.guidance), ("_unguided", 0.0)):
+        log.info("Drawing %d samples with guidance %g", len(wanted), guidance)
         start = time.monotonic()
         # The same noise with and without guidance: a paired comparison.
         key = build.key(config.seed, "report")
@@ -151,9 +155,10 @@ def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, An
         with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
             seconds[stage] = checkpoints.meta()["seconds"]
     test = load_images(open_data(config, "test"), config.evaluate.num_images)
+    images = to_float(test[0])
     content = {
-        "autoencoder": autoencoder_metrics(pipeline, test[0]),
-        "prior": prior_metrics(pipeline, pipeline.encode_probs(test[0]), test[1]),
+        "autoencoder": autoencoder_metrics(pipeline, images),
+        "prior": prior_metrics(pipeline, pipeline.encode_probs(images), test[1]),
     }
     if pipeline.num_classes:
         content["samples"], seconds["sampling"] = sample_metrics(

@@ -59,7 +59,7 @@ class Logbook:
         self._figures = workdir / "figures"
         self._writer = _summary_writer(workdir / "tensorboard" / stage)
         self._bar = tqdm.tqdm(
-            total=num_steps, initial=step, desc=stage, unit="step", disable=not sys.stderr.isatty()
+            total=num_steps, initial=step, desc=stage, disable=not sys.stderr.isatty()
         )
         self._redirect = (
             nullcontext() if self._bar.disable else logging_redirect_tqdm([logging.getLogger()])
@@ -96,7 +96,9 @@ class Logbook:
             left = datetime.timedelta(seconds=round(seconds_left))
             log.info("%s %d/%d: %s, %s left", self._stage, step, self._num_steps, text, left)
         else:
-            self._bar.set_postfix_str(text)
+            # Short, so that it fits a terminal of 80 columns; the rest is in metrics.jsonl.
+            speed = metrics["images_per_second"]
+            self._bar.set_postfix_str(f"loss {metrics['loss']:.4g}, {speed:.0f} images/s")
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a picture, uint8 (height, width, channels), to figures/ and TensorBoard."""

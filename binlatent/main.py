@@ -79,6 +79,10 @@ def _write(default: Path, picture: np.ndarray) -> None:
 
 def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
     mode = FLAGS.mode
+    if FLAGS.num is not None and FLAGS.num < 1:
+        raise UserError(f"--num must be at least 1, not {FLAGS.num}.")
+    if FLAGS.out and (mode in ("all", "evaluate") or Path(FLAGS.out).suffix.lower() != ".png"):
+        raise UserError("--out must be a file that ends in .png, for one picture's mode.")
     if mode in ("all", "train_autoencoder"):
         train.train_autoencoder(config, workdir)
     if mode in ("all", "train_prior"):
@@ -115,8 +119,13 @@ def main(argv: list[str]) -> None:
         _dispatch(_given_config(), Path(FLAGS.workdir))
     except UserError as error:
         message = str(error)
-        sys.stderr.write(f"Error: {message[0].upper()}{message[1:]}\n")
+        if not message.startswith("config"):
+            message = message[0].upper() + message[1:]
+        sys.stderr.write(f"Error: {message}\n")
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted: what was trained is saved; run the same command again.\n")
+        sys.exit(130)
 
 
 def run() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,8 @@ class BinaryLatentDiffusion:
           prior: whether to load the prior.
 
         Raises:
-          UserError: if the folder or the autoencoder's checkpoint is not there, or `config`
-            describes another model.
+          UserError: if the folder or the autoencoder's checkpoint is not there, if `config`
+            describes another model, or if the prior belongs to another autoencoder.
         """
         workdir = Path(workdir)
         if not workdir.is_dir():
@@ -143,20 +144,28 @@ class BinaryLatentDiffusion:
                 used = copy.deepcopy(trained if config is None else config)
                 if used.data.num_classes == -1:
                     used.data.num_classes = trained.data.num_classes
+                build.check_ranges(used)
                 build.check_same_model(used, trained, stage)
                 like = jax.eval_shape(functools.partial(init, used), jax.random.key(0))
                 return used, checkpoints.restore_ema(like)
 
-        used, autoencoder_params = load("autoencoder", build.init_autoencoder)
-        prior_params = None
-        if prior and checkpoint.exists(workdir, "prior"):
-            used, prior_params = load("prior", build.init_prior)
-        return cls(used, autoencoder_params, prior_params)
+        pipeline = cls(*load("autoencoder", build.init_autoencoder))
+        if not prior or not checkpoint.exists(workdir, "prior"):
+            return pipeline
+        with checkpoint.Checkpoints.open(workdir, "prior") as checkpoints:
+            checkpoints.check_encoder(pipeline.encoder_fingerprint)
+        used, prior_params = load("prior", build.init_prior)
+        return cls(used, pipeline.autoencoder_params, prior_params)
 
     @property
     def num_classes(self) -> int:
         """Classes that the prior can be asked for, 0 if it is unconditional."""
         return self.config.data.num_classes
+
+    @property
+    def encoder_fingerprint(self) -> str:
+        """Tells the encoder's weights, which a prior belongs to, from others."""
+        return checkpoint.fingerprint(self.autoencoder_params["params"]["encoder"])
 
     @property
     def code_shape(self) -> tuple[int, int, int]:
@@ -173,7 +182,7 @@ class BinaryLatentDiffusion:
           UserError: if the images are not of the shape that the autoencoder was trained on.
         """
         expected = build.image_shape(self.config)
-        if np.ndim(images) != 4 or np.shape(images)[1:] != expected:
+        if np.ndim(images) != 4 or not len(images) or np.shape(images)[1:] != expected:
             raise UserError(
                 f"Images must be an array (n, {', '.join(map(str, expected))}) in [-1, 1], "
                 f"not of shape {np.shape(images)}."
@@ -191,6 +200,8 @@ class BinaryLatentDiffusion:
           mode: "deterministic" for y > 0.5, "sample" to draw from B(y), "soft" for y itself.
           key: a typed PRNG key, for "sample".
         """
+        if mode == "sample" and key is None:
+            raise UserError('encode(mode="sample") needs a key, jax.random.key(seed).')
         probs = self.encode_probs(images)
         uniform = None if key is None else jax.random.uniform(key, probs.shape)
         return np.asarray(bottleneck.binarize(probs, mode, uniform))
@@ -201,7 +212,7 @@ class BinaryLatentDiffusion:
         Raises:
           UserError: if the codes are not (n, h, w, c) of the autoencoder.
         """
-        if np.ndim(codes) != 4 or np.shape(codes)[1:] != self.code_shape:
+        if np.ndim(codes) != 4 or not len(codes) or np.shape(codes)[1:] != self.code_shape:
             raise UserError(
                 f"Codes must be an array (n, {', '.join(map(str, self.code_shape))}) in {{0, 1}}, "
                 f"not of shape {np.shape(codes)}."
@@ -219,6 +230,8 @@ class BinaryLatentDiffusion:
             return np.full(num, self.num_classes, np.int32)
         if not self.num_classes:
             raise UserError("This prior is unconditional, so it takes no label.")
+        if np.shape(label) not in ((), (num,)) or np.any(np.asarray(label) % 1):
+            raise UserError(f"Labels must be one integer or {num} of them; got {label}.")
         labels = np.broadcast_to(np.asarray(label, np.int32), num)
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise UserError(
@@ -244,10 +257,10 @@ class BinaryLatentDiffusion:
         guidance = defaults.guidance if guidance is None else guidance
         if self.prior_params is None:
             raise UserError("This workdir has no prior yet: run --mode=train_prior first.")
-        if temperature <= 0:
-            raise UserError(f"The temperature must be above 0; got {temperature}.")
-        if guidance < 0:
-            raise UserError(f"The guidance must not be negative; got {guidance}.")
+        if not 0 < temperature < math.inf:
+            raise UserError(f"The temperature must be above 0 and finite; got {temperature}.")
+        if not 0 <= guidance < math.inf:
+            raise UserError(f"The guidance must not be negative nor infinite; got {guidance}.")
         try:
             times = schedules.visited_times(steps, self._denoiser.num_timesteps)
         except ValueError as error:
@@ -262,8 +275,8 @@ class BinaryLatentDiffusion:
                 known,
                 known_mask,
                 times,
-                temperature,
-                guidance,
+                float(temperature),  # an integer would compile another program
+                float(guidance),
                 denoiser=self._denoiser,
                 threshold_last=defaults.threshold_last,
             )

@@ -20,6 +20,7 @@ from binlatent import build, codes, evaluate, outputs
 from binlatent.checkpoint import Checkpoints
 from binlatent.data import loader
 from binlatent.data.sources import Source
+from binlatent.data.transforms import to_float
 from binlatent.errors import UserError
 from binlatent.logbook import Logbook
 from binlatent.pipeline import BinaryLatentDiffusion
@@ -40,6 +41,7 @@ class Stage(NamedTuple):
     state: TrainState  # before the first step
     step: Callable[[TrainState, Any], tuple[TrainState, dict]]  # pmapped
     batches: Any  # a Grain iterator
+    encoder: str  # fingerprint of the frozen encoder, "" for stage 1
     evaluate: Callable[[Any], dict[str, float]]  # EMA parameters -> metrics
     preview: Callable[[Any], np.ndarray]  # EMA parameters -> a picture
 
@@ -50,6 +52,7 @@ def with_classes(config: Config, source: Source) -> Config:
     Raises:
       UserError: if the config names another number than the data has.
     """
+    log.info("%d training images, %d classes", len(source.examples), source.num_classes)
     config = copy.deepcopy(config)
     asked = config.data.num_classes
     if asked == -1:
@@ -79,6 +82,7 @@ def _batches(source: Source, train: Config, seed: int):
 
 def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
     """Returns stage 1 at its first step, and the config with data.num_classes filled in."""
+    build.check_ranges(config)
     source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
     config = with_classes(config, source)
     model, optimizer = build.autoencoder(config), build.optimizer(config.autoencoder.train)
@@ -90,7 +94,7 @@ def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
         optimizer=optimizer,
         ema_decay=config.autoencoder.train.ema_decay,
     )
-    images, _ = evaluate.load_images(test, config.evaluate.num_images)
+    images = to_float(evaluate.load_images(test, config.evaluate.num_images)[0])
     pipeline = functools.partial(BinaryLatentDiffusion, config)
     stage = Stage(
         name="autoencoder",
@@ -98,6 +102,7 @@ def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
         state=create_state(base_key, build.init_autoencoder(config, init_key), optimizer),
         step=parallel(step),
         batches=_batches(source, config.autoencoder.train, config.seed),
+        encoder="",
         evaluate=lambda params: evaluate.autoencoder_metrics(pipeline(params), images),
         preview=lambda params: outputs.reconstructions(pipeline(params), images[:10]),
     )
@@ -106,6 +111,7 @@ def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
 
 def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     """Returns stage 2 at its first step, on the codes of the workdir's autoencoder; the config."""
+    build.check_ranges(config)
     source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
     config = with_classes(config, source)
     encoder = BinaryLatentDiffusion.from_workdir(workdir, config, prior=False)
@@ -125,7 +131,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     step = parallel(step, num_frozen=1)
     encoder_params = None if config.prior.cache_codes else replicate(encoder.autoencoder_params)
     images, labels = evaluate.load_images(test, config.evaluate.num_images)
-    probs = encoder.encode_probs(images)
+    probs = encoder.encode_probs(to_float(images))
     pipeline = functools.partial(BinaryLatentDiffusion, config, encoder.autoencoder_params)
     stage = Stage(
         name="prior",
@@ -133,6 +139,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         state=create_state(base_key, build.init_prior(config, init_key), optimizer),
         step=lambda state, batch: step(state, batch, encoder_params),
         batches=_batches(source, config.prior.train, config.seed),
+        encoder=encoder.encoder_fingerprint,
         evaluate=lambda params: evaluate.prior_metrics(pipeline(params), probs, labels),
         preview=lambda params: outputs.samples(pipeline(params), build.key(config.seed, "preview")),
     )
@@ -140,16 +147,16 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
 
 
 @contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM and SIGINT set instead of ending the process."""
-    event = threading.Event()
+def _interruption() -> Iterator[list[int]]:
+    """Yields a list to which SIGTERM and SIGINT add their number instead of ending the process."""
+    received = []
     if threading.current_thread() is not threading.main_thread():
-        yield event  # signals reach the main thread only
+        yield received  # signals reach the main thread only
         return
     signals = (signal.SIGTERM, signal.SIGINT)
-    previous = [signal.signal(number, lambda *_: event.set()) for number in signals]
+    previous = [signal.signal(number, lambda got, _: received.append(got)) for number in signals]
     try:
-        yield event
+        yield received
     finally:
         for number, handler in zip(signals, previous, strict=True):
             signal.signal(number, handler)
@@ -164,16 +171,18 @@ def _check_finite(window: list[dict], step: int, saved: int | None) -> dict[str,
       saved: step of the last good checkpoint.
 
     Raises:
-      UserError: if a loss is not finite, naming the first step that has it.
+      UserError: if a metric is not finite, naming the first step that has it.
     """
     window = jax.device_get(window)
     for i, metrics in enumerate(window):
-        if not math.isfinite(metrics["loss"]):
-            where = f"checkpoint of step {saved}" if saved else "start: no checkpoint was saved yet"
-            raise UserError(
-                f"The loss is {metrics['loss']} at step {step - len(window) + i + 1}. The last "
-                f"good state is the {where}. Lower the learning rate and start again."
-            )
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                where = f"checkpoint of step {saved}" if saved else "start, nothing was saved yet"
+                raise UserError(
+                    f"{name} is {value} at step {step - len(window) + i + 1}. The last good state "
+                    f"is the {where}. Lower the learning rate; if it fails again at once, delete "
+                    "that checkpoint too."
+                )
     return {name: float(np.mean([m[name] for m in window])) for name in window[0]}
 
 
@@ -185,7 +194,7 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
 
     Raises:
       UserError: if the loss is not finite, or the checkpoint is of another model.
-      SystemExit: with 0 after SIGTERM or SIGINT, when the state has been saved.
+      SystemExit: after a signal, when the state has been saved: 0 for SIGTERM, 130 for Ctrl-C.
     """
     num_steps = stage.train.num_steps
     state, step, seconds = replicate(stage.state), 0, 0.0
@@ -194,6 +203,7 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
         if saved is not None:
             meta = checkpoints.meta()
             build.check_same_model(config, Config(meta["config"]), stage.name)
+            checkpoints.check_encoder(stage.encoder)
             if saved >= num_steps:
                 log.info("The %s is trained: %d steps in %s.", stage.name, saved, workdir)
                 return checkpoints.restore(state)
@@ -209,7 +219,7 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                 step += 1
                 window.append(metrics)
                 logbook.tick()
-                stopping = stop.is_set()  # read once: the signal may come at any line
+                stopping = bool(stop)  # read once: the signal may come at any line
                 last = step == num_steps
                 save = stopping or last or step % config.checkpoint_every == 0
                 if save or len(window) == config.log_every:
@@ -225,6 +235,7 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     meta = {
                         "config": config.to_dict(),
                         "data": stage.batches.get_state(),
+                        "encoder": stage.encoder,
                         "seconds": time.monotonic() - started,
                     }
                     checkpoints.save(state, meta)
@@ -233,10 +244,10 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     params = jax.device_get(state.ema_params)
                     logbook.record(step, stage.evaluate(params))
                     logbook.picture(step, "preview", stage.preview(params))
-                if stopping:
+                if stopping or (last and stop):
                     checkpoints.close()
                     log.info("Interrupted: the %s is saved at step %d.", stage.name, step)
-                    raise SystemExit(0)
+                    raise SystemExit(0 if signal.SIGTERM in stop else 130)
     return state
 
 

@@ -71,4 +71,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluate_every = 10_000  # with a preview in workdir/figures
     config.checkpoint_every = 5_000
     config.keep_checkpoints = 3
-    return config
+    return config.lock()

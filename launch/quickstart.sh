@@ -6,10 +6,15 @@ workdir=${WORKDIR:-runs/digits}
 
 echo "Installing binlatent into ${VIRTUAL_ENV:-$CONDA_PREFIX}"
 start=$SECONDS
-pip install --quiet --disable-pip-version-check -e .
+python -m pip install --quiet --disable-pip-version-check -e .
 echo "Installed in $((SECONDS - start)) s"
 
 python -m binlatent.main --config=configs/digits.py --workdir="$workdir" "$@"
+
+if [ ! -f "$workdir/report.json" ]; then
+  echo "Interrupted. The same command goes on from here." >&2
+  exit 1
+fi
 
 cat <<EOF
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
 # Installs what the tests need and runs them; arguments go to pytest, for example -m "not slow".
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-pip install --quiet --disable-pip-version-check -e '.[test]'
+python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 python -m pytest "$@"

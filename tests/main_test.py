@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from binlatent import build, main
-from binlatent.checkpoint import Checkpoints
+from binlatent.checkpoint import Checkpoints, fingerprint
 from binlatent.stages.state import create_state
 
 CONFIG = "--config=configs/digits.py"
@@ -28,6 +28,7 @@ def run_main(*flags):
 def workdir(tmp_path, tiny_config):
     """A workdir with checkpoints of untrained networks."""
     tiny_config.data.num_classes = 10
+    encoder = ""
     for i, (stage, init) in enumerate(
         [("autoencoder", build.init_autoencoder), ("prior", build.init_prior)]
     ):
@@ -35,7 +36,10 @@ def workdir(tmp_path, tiny_config):
         params = init(tiny_config, jax.random.key(i))
         with Checkpoints(tmp_path / stage, 1) as checkpoints:
             state = create_state(jax.random.key(0), params, optimizer)
-            checkpoints.save(state, {"config": tiny_config.to_dict(), "data": {}, "seconds": 1.0})
+            config = tiny_config.to_dict()
+            meta = {"config": config, "data": {}, "encoder": encoder, "seconds": 1.0}
+            checkpoints.save(state, meta)
+        encoder = fingerprint(params["params"].get("encoder"))
     return tmp_path
 
 
@@ -60,6 +64,8 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         ((CONFIG, wd, folder, f"--config.data.path={empty}/no"), 1, "no"),
         ((CONFIG, wd, "--config.dtype=float64"), 1, "float32 or bfloat16, not 'float64'"),
         ((CONFIG, wd, "--config.data.image_size=30"), 1, "image_size is 30"),
+        ((CONFIG, wd, "--config.checkpoint_every=0"), 1, "checkpoint_every must be at least 1"),
+        ((CONFIG, wd, "--config.seed=-1"), 1, "seed must be between"),
     ]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda case: run_main(*case[0]), cases))
@@ -110,6 +116,8 @@ def test_sample_writes_the_asked_number_of_digits(workdir, tmp_path):
         (("--steps=0",), "between 1 and 8"),
         (("--steps=9",), "between 1 and 8"),
         (("--num=0",), "at least 1"),
+        (("--out=x.txt",), "ends in .png"),
+        (("--temperature=nan",), "above 0"),
         (("--temperature=-1",), "above 0"),
     ],
 )

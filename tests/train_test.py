@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from PIL import Image
 from binlatent import codes, evaluate, train
 from binlatent.checkpoint import Checkpoints
 from binlatent.data.sources import Source
+from binlatent.data.transforms import to_float
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.stages.state import replicate
+
+from_workdir = BinaryLatentDiffusion.from_workdir
 
 
 def assert_same(a, b):
@@ -179,7 +183,7 @@ def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(
         def get_state(self):
             return batches.get_state()
 
-    with pytest.raises(UserError, match=r"loss is nan at step 5.*checkpoint of step 4"):
+    with pytest.raises(UserError, match=r"is nan at step 5.*checkpoint of step 4"):
         train.run(stage._replace(batches=Poisoned()), config, tmp_path)
     with Checkpoints(tmp_path / "autoencoder") as checkpoints:
         assert checkpoints.latest_step() == 4
@@ -198,6 +202,21 @@ def test_resuming_with_more_steps_goes_on(trained, tiny_config, tmp_path):
     state = train.train_autoencoder(tiny_config, tmp_path)
     assert int(state.step) == 8
     assert [x["step"] for x in lines(tmp_path) if "loss" in x] == [2, 4, 6, 8]
+
+
+def test_a_prior_of_another_autoencoder_is_refused(trained, tiny_config, tmp_path):
+    shutil.copytree(trained[0] / "prior", tmp_path / "prior")
+    tiny_config.seed = 1
+    train.train_autoencoder(tiny_config, tmp_path)
+    for use in (lambda: train.train_prior(tiny_config, tmp_path), lambda: from_workdir(tmp_path)):
+        with pytest.raises(UserError, match="trained for another autoencoder"):
+            use()
+
+
+def test_loaded_images_are_spread_over_the_source():
+    examples = [{"image": np.full((2, 2, 1), i, np.uint8), "label": i // 10} for i in range(30)]
+    images, labels = evaluate.load_images(Source(examples, 3), 4)
+    assert images[:, 0, 0, 0].tolist() == [0, 9, 19, 29] and labels.tolist() == [0, 0, 1, 2]
 
 
 def test_batch_size_must_divide_over_the_devices(tiny_config, tmp_path):
@@ -222,6 +241,7 @@ def test_cached_codes_are_the_encoders_probabilities(trained, tiny_config, tmp_p
     cached = codes.cached_codes(pipeline, source, tmp_path)
     assert len(cached.examples) == len(source.examples) == 500
     images, labels = evaluate.load_images(source, 500)
+    images = to_float(images)
     got = np.stack([cached.examples[i]["probs"] for i in range(500)])
     np.testing.assert_allclose(got, pipeline.encode_probs(images), atol=5e-4)  # float16
     assert [cached.examples[i]["label"] for i in range(500)] == labels.tolist()
@@ -233,7 +253,7 @@ def test_cached_codes_belong_to_one_encoder(trained, tiny_config, tmp_path):
     codes.cached_codes(pipeline, source, tmp_path)
     pipeline.autoencoder_params = jax.tree.map(lambda x: x + 0.1, pipeline.autoencoder_params)
     other = codes.cached_codes(pipeline, source, tmp_path)
-    images, _ = evaluate.load_images(source, 10)
+    images = to_float(np.stack([source.examples[i]["image"] for i in range(10)]))
     got = np.stack([other.examples[i]["probs"] for i in range(10)])
     np.testing.assert_allclose(got, pipeline.encode_probs(images), atol=5e-4)
     assert len(list(tmp_path.iterdir())) == 2

@@ -120,14 +120,16 @@ def apply_gradients(
     initialisation.
 
     Returns:
-      The new state and the averaged metrics, with `grad_norm` before clipping.
+      The new state and the averaged metrics, with `grad_norm` before clipping and `param_norm`.
     """
     gradients, metrics = jax.lax.pmean((gradients, metrics), AXIS)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
-    metrics = {**metrics, "grad_norm": optax.tree.norm(gradients)}
+    # The norm of the new parameters tells a broken state before it is saved.
+    norms = {"grad_norm": optax.tree.norm(gradients), "param_norm": optax.tree.norm(params)}
+    metrics = {**metrics, **norms}
     return state.replace(
         step=state.step + 1, params=params, ema_params=ema_params, opt_state=opt_state
     ), metrics
