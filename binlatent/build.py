@@ -5,17 +5,20 @@ import json
 import math
 import operator
 import zlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
-from binlatent.diffusion import schedules
+from binlatent.diffusion import losses, sampling, schedules, targets
 from binlatent.errors import UserError
 from binlatent.models.autoencoder import Autoencoder, Decoder, Encoder
 from binlatent.models.transformer import Transformer
-from binlatent.stages.prior import Denoiser
+from binlatent.stages.prior import Denoiser, Objective
 from binlatent.stages.state import create_optimizer
 
 Config = ml_collections.ConfigDict
@@ -24,7 +27,10 @@ Config = ml_collections.ConfigDict
 _MODEL_KEYS = {
     "data": ("image_size", "channels"),
     "autoencoder": ("num_bits", "widths", "factors", "attention", "num_blocks"),
-    "prior": ("width", "num_layers", "num_heads", "num_timesteps", "schedule", "evidence"),
+    "prior": (
+        *("width", "num_layers", "num_heads"),
+        *("num_timesteps", "continuous", "schedule", "keep", "target", "pair", "evidence"),
+    ),
 }
 
 
@@ -44,10 +50,10 @@ def check_same_model(config: Config, trained: Config, stage: str) -> None:
     if stage == "prior":
         keys.append(("data", "num_classes"))  # the autoencoder knows no classes
     differences = [
-        f"{section}.{key} is {trained[section][key]} there and {config[section][key]} here"
+        f"{section}.{key} is {trained[section].get(key)} there and {config[section][key]} here"
         for section, key in keys
         # As JSON: tuples come back from a checkpoint as lists.
-        if json.dumps(config[section][key]) != json.dumps(trained[section][key])
+        if json.dumps(config[section][key]) != json.dumps(trained[section].get(key))
     ]
     if differences:
         raise UserError(
@@ -62,12 +68,15 @@ _COUNTS = (
     *("prior.num_heads", "prior.num_timesteps"),
     *("prior.train.batch_size", "prior.train.num_steps"),
     *("sample.batch_size", "evaluate.num_images", "evaluate.num_samples"),
-    "evaluate.classifier_images",
+    *("evaluate.classifier_images", "evaluate.bound_draws"),
 )
 
 
-def check_ranges(config: Config) -> None:
-    """Refuses a config with a number outside its range, before anything starts.
+def check(config: Config) -> None:
+    """Refuses a config with a number outside its range, or parts that do not fit together.
+
+    Called before anything starts, so that what stage 2 or a picture at the end would refuse does
+    not cost the training before it.
 
     Raises:
       UserError: naming the key.
@@ -81,6 +90,10 @@ def check_ranges(config: Config) -> None:
         value = functools.reduce(operator.getitem, name.split("."), config)
         if not 0 <= value <= 1:
             raise UserError(f"config.{name} must be between 0 and 1, not {value}.")
+    if not 0 <= config.prior.vlb_weight < math.inf:
+        raise UserError(
+            f"config.prior.vlb_weight must be at least 0, not {config.prior.vlb_weight}."
+        )
     if config.data.image_size < 11:
         raise UserError(
             f"config.data.image_size must be at least 11, the window of SSIM, not "
@@ -90,6 +103,74 @@ def check_ranges(config: Config) -> None:
         raise UserError("config.autoencoder.factors must be at least 1 each.")
     if not 0 <= config.seed < 2**32:
         raise UserError(f"config.seed must be between 0 and 2**32 - 1, not {config.seed}.")
+    autoencoder(config)
+    T = denoiser(config).num_timesteps
+    settings = sample_settings(config)
+    try:
+        times = schedules.visited_times(settings.steps, T, continuous=config.prior.continuous)
+    except ValueError as error:
+        raise UserError(f"config.sample.steps: {error}.") from error
+    guidance_weights(settings, times, T)
+
+
+def sample_settings(config: Config, options: Mapping[str, Any] | None = None) -> Config:
+    """Returns `config.sample` and `times`, some replaced by a caller's options, all checked.
+
+    Args:
+      config: of the whole run.
+      options: values by name; None leaves the config's.
+
+    Raises:
+      UserError: for a name that is no option, or a value outside its range.
+    """
+    settings = Config({**config.sample.to_dict(), "times": None})
+    for name, value in (options or {}).items():
+        if name not in settings or name == "batch_size":
+            names = ", ".join(sorted(set(settings) - {"batch_size"}))
+            raise UserError(f"There is no sampling option {name!r}; there are {names}.")
+        if value is not None:
+            with settings.ignore_type():
+                settings[name] = value
+    if not 0 < settings.temperature < math.inf:
+        raise UserError(f"The temperature must be above 0 and finite; got {settings.temperature}.")
+    if not 0 <= settings.guidance < math.inf:
+        raise UserError(f"The guidance must not be negative nor infinite; got {settings.guidance}.")
+    if settings.corrector_steps < 0 or not 0 <= settings.corrector_size <= 1:
+        raise UserError(
+            "corrector_steps must be at least 0 and corrector_size between 0 and 1; got "
+            f"{settings.corrector_steps} and {settings.corrector_size}."
+        )
+    if settings.known not in ("kept", "noised"):
+        raise UserError(f'known must be "kept" or "noised"; got {settings.known!r}.')
+    if settings.pair == "trained":
+        settings.pair = config.prior.pair
+    if settings.pair not in losses.PAIRS:
+        raise UserError(
+            f'The pair must be "trained" or one of {", ".join(losses.PAIRS)}; '
+            f"got {settings.pair!r}."
+        )
+    if settings.pair != "plain_mixture" and config.prior.target == "z_s":
+        raise UserError('A prior with the target "z_s" samples with "plain_mixture" alone.')
+    return settings
+
+
+def guidance_weights(settings: Config, times: np.ndarray, num_timesteps: int) -> np.ndarray:
+    """Returns w at each step of a sampler; `sampling.guidance_weights` of the settings.
+
+    Raises:
+      UserError: for a shape, power or interval that is none.
+    """
+    try:
+        return sampling.guidance_weights(
+            settings.guidance,
+            times,
+            num_timesteps,
+            shape=settings.guidance_shape,
+            power=settings.guidance_power,
+            interval=tuple(settings.guidance_interval),
+        )
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
 
 
 def key(seed: int, purpose: str) -> jax.Array:
@@ -152,7 +233,8 @@ def denoiser(config: Config) -> Denoiser:
     """Returns the prior of `config.prior`.
 
     Raises:
-      UserError: if its width and heads do not fit, or for an unknown schedule.
+      UserError: if its width and heads do not fit, or for an unknown schedule, target or pair, or
+        some that do not go together.
     """
     section = config.prior
     if section.width % section.num_heads or section.width % 4:
@@ -160,8 +242,26 @@ def denoiser(config: Config) -> Denoiser:
             f"config.prior.width must be a multiple of 4 and of config.prior.num_heads; "
             f"{section.width} and {section.num_heads} are not."
         )
+    named = {"target": targets.TARGETS, "pair": losses.PAIRS, "time_weight": losses.TIME_WEIGHTS}
+    for name, values in named.items():
+        if section[name] not in values:
+            raise UserError(
+                f"config.prior.{name} must be one of {', '.join(values)}; got {section[name]!r}."
+            )
+    if section.pair == "balanced_plugin" and section.target != "flip":
+        raise UserError('config.prior.pair "balanced_plugin" needs config.prior.target "flip".')
+    if section.evidence and (section.target != "flip" or section.pair != "plain_mixture"):
+        raise UserError(
+            'config.prior.evidence needs the target "flip" and the pair "plain_mixture"; set it '
+            "to False."
+        )
+    if (section.schedule == "given") != bool(section.keep):
+        raise UserError(
+            'config.prior.keep, k_0 to k_T, goes with config.prior.schedule "given", and only so.'
+        )
+    schedule = tuple(section.keep) if section.keep else section.schedule
     try:
-        keep = schedules.keep_schedule(section.schedule, section.num_timesteps)
+        schedules.keep_schedule(schedule, section.num_timesteps)
     except ValueError as error:
         raise UserError(f"config.prior: {error}.") from error
     network = Transformer(
@@ -171,7 +271,23 @@ def denoiser(config: Config) -> Denoiser:
         num_classes=config.data.num_classes,
         dtype=_dtype(config),
     )
-    return Denoiser(network, tuple(keep.tolist()), section.evidence)
+    return Denoiser(
+        network,
+        schedule,
+        section.num_timesteps,
+        section.continuous,
+        section.target,
+        section.pair,
+        section.evidence,
+    )
+
+
+def objective(config: Config) -> Objective:
+    """Returns what the prior of `config.prior` is trained for."""
+    section = config.prior
+    return Objective(
+        section.vlb_weight, section.time_weight, section.stratified, section.label_dropout
+    )
 
 
 def init_autoencoder(config: Config, key: jax.Array) -> dict:

@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float, to_uint8
 from binlatent.evaluation import metrics
 from binlatent.evaluation.classifier import apply_classifier, train_classifier
-from binlatent.pipeline import BinaryLatentDiffusion, map_batches
+from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.programs import map_batches
 from binlatent.stages import prior
 
 log = logging.getLogger(__name__)
@@ -91,47 +93,103 @@ def prior_metrics(
     return {"bce": float(np.mean(map_batches(losses, batch_size, probs, labels)))}
 
 
-def sample_metrics(
-    pipeline: BinaryLatentDiffusion, source: Source, test: tuple[np.ndarray, np.ndarray]
-) -> tuple[dict[str, float], float]:
-    """Judges samples by a classifier that is trained on the real training images.
+def likelihood_metrics(
+    pipeline: BinaryLatentDiffusion,
+    probs: np.ndarray,
+    labels: np.ndarray,
+    steps: int | None = None,
+) -> dict[str, float]:
+    """Returns the variational bound on the test codes' length, `bits_per_image` and `bits_per_dim`.
+
+    The codes are drawn from B(y), as those that the prior is trained on, and the bound is summed
+    over all T steps unless `steps` are given; see `BinaryLatentDiffusion.code_lengths`.
 
     Args:
-      pipeline: of a prior with classes.
-      source: of the training images.
-      test: real images, uint8, and their labels, for the Frechet distance and the classifier's
-        own accuracy.
+      pipeline: with the prior to judge.
+      probs: the encoder's y, (n, h, w, c).
+      labels: (n,) int, given to the prior if it has classes.
+      steps: of the sampler that the bound is about.
+    """
+    code_key, noise_key = jax.random.split(build.key(0, "likelihood"))
+    codes = np.asarray(jax.random.uniform(code_key, probs.shape) < probs, np.float32)
+    bits = pipeline.code_lengths(
+        codes,
+        noise_key,
+        labels if pipeline.num_classes else None,
+        steps=steps,
+        num_draws=pipeline.config.evaluate.bound_draws,
+    )
+    mean = float(np.mean(bits, dtype=np.float64))
+    return {"bits_per_image": mean, "bits_per_dim": mean / math.prod(pipeline.code_shape)}
+
+
+class Judge:
+    """A classifier of real images, to judge samples by.
+
+    Attributes:
+      images, labels: of the test split, uint8 (n, height, width, channels) and (n,) int.
+      accuracy: of the classifier on them.
+    """
+
+    def __init__(self, config: ml_collections.ConfigDict):
+        """Trains the classifier on the training images of a config with classes."""
+        train_images, train_labels = load_images(
+            open_data(config, "train"), config.evaluate.classifier_images
+        )
+        self.images, self.labels = load_images(
+            open_data(config, "test"), config.evaluate.num_images
+        )
+        log.info("Training a classifier on %d real images", len(train_images))
+        num_classes = config.data.num_classes
+        key = build.key(config.seed, "classifier")
+        params = train_classifier(train_images, train_labels, num_classes, key)
+        self.classify = functools.partial(apply_classifier, params, num_classes=num_classes)
+        predictions, self._features = self.classify(self.images)
+        self.accuracy = float(np.mean(predictions == self.labels))
+
+    def sample_quality(
+        self, pipeline: BinaryLatentDiffusion, key: jax.Array, **options: Any
+    ) -> dict[str, float]:
+        """Draws `config.evaluate.num_samples` samples, classes in turn, and judges them.
+
+        Args:
+          pipeline: of a prior with the same classes.
+          key: a typed PRNG key.
+          **options: of `BinaryLatentDiffusion.sample`.
+
+        Returns:
+          `accuracy`, how often a sample with label y is classified as y, and `frechet_distance`
+          between the classifier's features of samples and of real test images.
+        """
+        wanted = np.arange(pipeline.config.evaluate.num_samples) % pipeline.num_classes
+        samples = pipeline.sample(len(wanted), key, wanted, **options)
+        predictions, features = self.classify(to_uint8(samples))
+        return {
+            "accuracy": float(np.mean(predictions == wanted)),
+            "frechet_distance": metrics.frechet_distance(self._features, features),
+        }
+
+
+def sample_metrics(pipeline: BinaryLatentDiffusion) -> tuple[dict[str, float], float]:
+    """Judges the samples of a prior with classes, as `config.sample` says and without guidance.
 
     Returns:
-      The metrics: `accuracy`, how often a sample with label y is classified as y, and
-      `frechet_distance` between the classifier's features of samples and of real test images;
-      both again `_unguided`; the settings, and the classifier's own accuracy. And the seconds
-      that the guided samples took.
+      The metrics of `Judge.sample_quality`, and those without guidance as `_unguided`; the
+      settings; the classifier's own accuracy. And the seconds that the first samples took.
     """
     config = pipeline.config
-    images, labels = load_images(source, config.evaluate.classifier_images)
-    num_classes = pipeline.num_classes
-    log.info("Training a classifier on %d real images", len(images))
-    params = train_classifier(images, labels, num_classes, build.key(config.seed, "classifier"))
-    classify = functools.partial(apply_classifier, params, num_classes=num_classes)
-    predictions, real_features = classify(test[0])
-    result = {"classifier_accuracy": float(np.mean(predictions == test[1]))}
-
-    wanted = np.arange(config.evaluate.num_samples) % num_classes
-    for suffix, guidance in (("", config.sample.guidance), ("_unguided", 0.0)):
-        log.info("Drawing %d samples with guidance %g", len(wanted), guidance)
+    judge = Judge(config)
+    result = {"classifier_accuracy": judge.accuracy}
+    for suffix, options in (("", {}), ("_unguided", {"guidance": 0.0})):
+        log.info("Drawing %d samples%s", config.evaluate.num_samples, suffix.replace("_", ", "))
         start = time.monotonic()
         # The same noise with and without guidance: a paired comparison.
-        key = build.key(config.seed, "report")
-        samples = pipeline.sample(len(wanted), key, wanted, guidance=guidance)
+        quality = judge.sample_quality(pipeline, build.key(config.seed, "report"), **options)
         if not suffix:
             seconds = time.monotonic() - start
-        predictions, features = classify(to_uint8(samples))
-        result[f"accuracy{suffix}"] = float(np.mean(predictions == wanted))
-        distance = metrics.frechet_distance(real_features, features)
-        result[f"frechet_distance{suffix}"] = distance
+        result |= {f"{name}{suffix}": value for name, value in quality.items()}
     result |= {name: config.sample[name] for name in ("steps", "temperature", "guidance")}
-    return {**result, "num_samples": len(wanted)}, seconds
+    return {**result, "num_samples": config.evaluate.num_samples}, seconds
 
 
 def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, Any]:
@@ -156,14 +214,17 @@ def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, An
             seconds[stage] = checkpoints.meta()["seconds"]
     test = load_images(open_data(config, "test"), config.evaluate.num_images)
     images = to_float(test[0])
+    probs = pipeline.encode_probs(images)
+    log.info("Bounding the length of %d test codes", len(images))
     content = {
         "autoencoder": autoencoder_metrics(pipeline, images),
-        "prior": prior_metrics(pipeline, pipeline.encode_probs(images), test[1]),
+        "prior": {
+            **prior_metrics(pipeline, probs, test[1]),
+            **likelihood_metrics(pipeline, probs, test[1]),
+        },
     }
     if pipeline.num_classes:
-        content["samples"], seconds["sampling"] = sample_metrics(
-            pipeline, open_data(config, "train"), test
-        )
+        content["samples"], seconds["sampling"] = sample_metrics(pipeline)
     content["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     content["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     (workdir / "report.json").write_text(json.dumps(content, indent=2) + "\n")

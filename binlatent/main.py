@@ -4,13 +4,16 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from binlatent import build, evaluate, figures, outputs, train
+from binlatent import build, evaluate, figures, masks, outputs, train
+from binlatent.data.sources import read_image
+from binlatent.data.transforms import to_float
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
@@ -29,26 +32,46 @@ flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and picture
 flags.DEFINE_enum(
     "mode",
     "all",
-    [*_TRAINING, "sample", "reconstruct", "inpaint", "evaluate"],
+    [*_TRAINING, "sample", "reconstruct", "inpaint", "vary", "evaluate"],
     "What to do; `all` trains what is not trained yet, evaluates it and draws its pictures.",
 )
-flags.DEFINE_integer("num", None, "sample, reconstruct, inpaint: how many images.")
-flags.DEFINE_integer("steps", None, "sample, inpaint: reverse steps, 1 to the T of training.")
-flags.DEFINE_float("temperature", None, "sample, inpaint: tau > 0; less is less diverse.")
-flags.DEFINE_float("guidance", None, "sample, inpaint: w >= 0, of classifier-free guidance.")
-flags.DEFINE_integer("label", None, "sample: the class of all samples; otherwise a row a class.")
-flags.DEFINE_integer("seed", 0, "sample, inpaint: of the draw.")
-flags.DEFINE_string("out", None, "sample, reconstruct, inpaint: the PNG file to write.")
+flags.DEFINE_integer(
+    "num", None, "sample, reconstruct: how many images. inpaint, vary: how many results of each."
+)
+flags.DEFINE_integer("steps", None, "sample, inpaint, vary: reverse steps, 1 to T of training.")
+flags.DEFINE_float("temperature", None, "sample, inpaint, vary: tau > 0; less is less diverse.")
+flags.DEFINE_float("guidance", None, "sample, inpaint, vary: w >= 0, of classifier-free guidance.")
+flags.DEFINE_integer(
+    "label", None, "sample, inpaint, vary: the class of all; otherwise a row a class, or none."
+)
+flags.DEFINE_string("image", None, "inpaint, vary: a file; without it, images of the test split.")
+flags.DEFINE_string(
+    "mask",
+    None,
+    f"inpaint: {', '.join(masks.PRESETS)}, by the part to be drawn anew, or a file of the image's "
+    "size, white where it is to be drawn anew. Without it, every preset in turn.",
+)
+flags.DEFINE_float("strength", None, "vary: how far from the image, above 0 to 1. Default 0.5.")
+flags.DEFINE_integer("seed", 0, "sample, inpaint, vary: of the draw.")
+flags.DEFINE_string("out", None, "sample, reconstruct, inpaint, vary: the PNG file to write.")
+
+# The modes that a flag means something to.
+_MEANT_FOR = {"image": ("inpaint", "vary"), "mask": ("inpaint",), "strength": ("vary",)}
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; a misspelt flag or config key is one sentence and exit code 2."""
     try:
         unparsed = FLAGS(argv)
+        mode = FLAGS.mode
         if len(unparsed) > 1:
             message = f"Unexpected argument {unparsed[1]!r}: flags start with --"
-        elif FLAGS.mode in _TRAINING and not FLAGS["config"].present:
-            message = f"--mode={FLAGS.mode} needs --config, for example configs/digits.py"
+        elif mode in _TRAINING and not FLAGS["config"].present:
+            message = f"--mode={mode} needs --config, for example configs/digits.py"
+        elif wrong := [
+            name for name, modes in _MEANT_FOR.items() if FLAGS[name].present and mode not in modes
+        ]:
+            message = f"--{wrong[0]} is for --mode={' or '.join(_MEANT_FOR[wrong[0]])}"
         else:
             return unparsed
     except flags.Error as error:
@@ -77,6 +100,35 @@ def _write(default: Path, picture: np.ndarray) -> None:
     log.info("Wrote %s", path)
 
 
+def _subjects(pipeline: BinaryLatentDiffusion, num: int) -> tuple[np.ndarray, Any]:
+    """Returns the images to inpaint or vary, and their labels: the user's one, or test images."""
+    if FLAGS.image:
+        data = pipeline.config.data
+        image = read_image(FLAGS.image, repr(FLAGS.image), data.image_size, data.channels)
+        return to_float(image[None]), FLAGS.label
+    images, labels = evaluate.test_images(pipeline.config, num)
+    if FLAGS.label is not None:
+        return images, FLAGS.label
+    return images, labels if pipeline.num_classes else None
+
+
+def _masks(pipeline: BinaryLatentDiffusion, num: int) -> np.ndarray:
+    """Returns the pixels to keep of `num` images, bool (num, height, width)."""
+    height, width, _ = build.image_shape(pipeline.config)
+    if FLAGS.mask is None or FLAGS.mask in masks.PRESETS:
+        names = masks.PRESETS if FLAGS.mask is None and not FLAGS.image else (FLAGS.mask,)
+        if FLAGS.image and FLAGS.mask is None:
+            raise UserError(f"--image needs --mask: a file, or one of {', '.join(masks.PRESETS)}.")
+        return np.stack(
+            [masks.preset(names[i % len(names)], height, width, FLAGS.seed + i) for i in range(num)]
+        )
+    if not FLAGS.image:
+        raise UserError(
+            f"--mask={FLAGS.mask} is none of {', '.join(masks.PRESETS)}; a file needs --image."
+        )
+    return masks.read_mask(FLAGS.mask, FLAGS.image, height)[None]
+
+
 def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
     mode = FLAGS.mode
     if FLAGS.num is not None and FLAGS.num < 1:
@@ -101,10 +153,22 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         images, _ = evaluate.test_images(pipeline.config, FLAGS.num or 20)
         _write(workdir / "reconstructions.png", outputs.reconstructions(pipeline, images))
     if mode in ("all", "inpaint"):
-        images, labels = evaluate.test_images(pipeline.config, FLAGS.num or 8)
+        images, label = _subjects(pipeline, len(masks.PRESETS) if FLAGS.mask is None else 8)
+        keep = _masks(pipeline, len(images))
         key = build.key(FLAGS.seed, "inpaint")
-        picture = outputs.inpaintings(pipeline, images, labels, key, **options)
-        _write(workdir / "inpainting.png", picture)
+        num = FLAGS.num or 6
+        _write(
+            workdir / "inpainting.png",
+            outputs.inpaintings(pipeline, images, keep, label, key, num, **options),
+        )
+    if mode == "vary":
+        images, label = _subjects(pipeline, 8)
+        key = build.key(FLAGS.seed, "vary")
+        strength = 0.5 if FLAGS.strength is None else FLAGS.strength
+        picture = outputs.variations(
+            pipeline, images, label, key, FLAGS.num or 6, strength=strength, **options
+        )
+        _write(workdir / "variations.png", picture)
     if mode == "all":
         key = build.key(FLAGS.seed, "trajectory")
         _write(workdir / "trajectory.png", outputs.trajectory(pipeline, key))

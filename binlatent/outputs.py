@@ -60,43 +60,59 @@ def reconstructions(pipeline: BinaryLatentDiffusion, images: np.ndarray) -> np.n
     return figures.grid([row for pair in pairs for row in pair])
 
 
-def half_masks(height: int, width: int) -> list[np.ndarray]:
-    """Returns four masks, bool (height, width), that keep one half of the image each."""
-    y, x = np.mgrid[:height, :width]
-    return [y < height // 2, y >= height // 2, x < width // 2, x >= width // 2]
-
-
 def inpaintings(
     pipeline: BinaryLatentDiffusion,
     images: np.ndarray,
-    labels: np.ndarray,
+    keep: np.ndarray,
+    label: Any,
     key: jax.Array,
+    num: int = 6,
     **options: Any,
 ) -> np.ndarray:
-    """Draws, a row an image: the image, the half of it that is given, and six completions.
+    """Draws, a row an image: the image, the part of it that is given, and `num` completions.
 
     Args:
       pipeline: with a prior.
-      images: float in [-1, 1]; each row in turn keeps its top, bottom, left or right half.
-      labels: of the images, given to the prior if it has classes.
+      images: float in [-1, 1].
+      keep: bool (n, height, width), True where a pixel is given.
+      label: as of `BinaryLatentDiffusion.inpaint`.
       key: a typed PRNG key.
+      num: completions an image.
       **options: of `BinaryLatentDiffusion.inpaint`.
     """
-    n, height, width, _ = images.shape
-    masks = np.stack([half_masks(height, width)[i % 4] for i in range(n)])
-    label = labels if pipeline.num_classes else None
     completions = [
-        pipeline.inpaint(images, masks, jax.random.fold_in(key, i), label, **options)
-        for i in range(6)
+        pipeline.inpaint(images, keep, jax.random.fold_in(key, i), label, **options)
+        for i in range(num)
     ]
-    given = np.where(masks[..., None], images, 0.0)  # grey where hidden
+    given = np.where(keep[..., None], images, 0.0)  # grey where hidden
     columns = [to_uint8(column) for column in (images, given, *completions)]
     return figures.grid(list(np.stack(columns, axis=1)))
+
+
+def variations(
+    pipeline: BinaryLatentDiffusion,
+    images: np.ndarray,
+    label: Any,
+    key: jax.Array,
+    num: int = 6,
+    **options: Any,
+) -> np.ndarray:
+    """Draws, a row an image: the image and `num` variations of it.
+
+    Args:
+      pipeline, images, label, key: as of `inpaintings`.
+      num: variations an image.
+      **options: of `BinaryLatentDiffusion.vary`.
+    """
+    varied = [
+        pipeline.vary(images, jax.random.fold_in(key, i), label, **options) for i in range(num)
+    ]
+    return figures.grid(list(np.stack([to_uint8(x) for x in (images, *varied)], axis=1)))
 
 
 def trajectory(pipeline: BinaryLatentDiffusion, key: jax.Array, columns: int = 9) -> np.ndarray:
     """Draws z_t decoded along the way, from noise to sample, a row a sample."""
     num, labels = class_rows(pipeline.num_classes, columns=1)
-    states = pipeline.trajectory(num, key, labels)
+    states = pipeline.trajectory(num, key, labels).z_t
     shown = np.unique(np.linspace(0, states.shape[1] - 1, columns).round().astype(int))
     return figures.grid([to_uint8(pipeline.decode(row[shown])) for row in states])

@@ -2,100 +2,32 @@
 
 import copy
 import functools
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from binlatent import build, checkpoint
-from binlatent.diffusion import sampling, schedules
+from binlatent import build, checkpoint, programs
+from binlatent.diffusion import bernoulli, sampling, schedules
 from binlatent.errors import UserError
 from binlatent.models import bottleneck
-from binlatent.models.autoencoder import Autoencoder
-from binlatent.stages.prior import Denoiser
 
 Array = jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def encode_probs(params: Any, images: Array, *, model: Autoencoder) -> Array:
-    """Returns the encoder's y, (n, h, w, c) in [0, 1]."""
-    return model.apply(params, images, method="encode")
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def decode_codes(params: Any, codes: Array, *, model: Autoencoder) -> Array:
-    """Returns the images of codes, clipped to [-1, 1]."""
-    return jnp.clip(model.apply(params, codes, method="decode"), -1, 1)
-
-
-@functools.partial(jax.jit, static_argnames=("denoiser", "threshold_last"))
-def sample_codes(
-    params: Any,
-    key: Array,
-    labels: Array,
-    known: Array,
-    known_mask: Array,
-    times: Array,
-    temperature: Array,
-    guidance: Array,
-    *,
-    denoiser: Denoiser,
-    threshold_last: bool,
-) -> tuple[Array, Array]:
-    """Draws codes from the prior; one compiled program for each number of steps.
+def known_tokens(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Returns which tokens of a code are known, bool (n, h, w): those with all pixels known.
 
     Args:
-      params: of the prior's network.
-      key: a typed PRNG key.
-      labels: (n,) int; num_classes means unlabelled.
-      known, known_mask: of inpainting, (n, h, w, c); see `sampling.reverse_process`.
-      times: (S + 1,) int, from T to 0.
-      temperature, guidance: scalars.
-      denoiser, threshold_last: static.
-
-    Returns:
-      Codes (n, h, w, c) and the trajectory (S + 1, n, h, w, c).
+      mask: bool (n, height, width), True where a pixel is known.
+      grid: (h, w) of the code, which divide the mask's.
     """
-    num_classes = denoiser.network.num_classes
-
-    def denoise(z_t, t, labels):
-        return denoiser.flip_logit(params, z_t, jnp.full(len(z_t), t), labels)
-
-    conditional = functools.partial(denoise, labels=labels)
-    unconditional = functools.partial(denoise, labels=jnp.full_like(labels, num_classes))
-    return sampling.reverse_process(
-        key,
-        sampling.with_guidance(conditional, unconditional, guidance)
-        if num_classes
-        else conditional,
-        known.shape,
-        times=times,
-        keep=jnp.asarray(denoiser.keep, jnp.float32),
-        temperature=temperature,
-        known=known,
-        known_mask=known_mask,
-        threshold_last=threshold_last,
-    )
-
-
-def map_batches(function: Callable, batch_size: int, *arrays: np.ndarray) -> np.ndarray:
-    """Applies `function` to batches of equal size along the first axis and joins the results.
-
-    The last batch is filled up with its last entry, so that one compiled program serves all.
-    """
-    n = len(arrays[0])
-    batch_size = min(batch_size, n)
-    results = []
-    for start in range(0, n, batch_size):
-        take = np.minimum(np.arange(start, start + batch_size), n - 1)
-        results.append(jax.device_get(function(*[array[take] for array in arrays])))
-    return np.concatenate(results)[:n]
+    n, height, width = mask.shape
+    h, w = grid
+    return mask.reshape(n, h, height // h, w, width // w).all(axis=(2, 4))
 
 
 class BinaryLatentDiffusion:
@@ -144,7 +76,7 @@ class BinaryLatentDiffusion:
                 used = copy.deepcopy(trained if config is None else config)
                 if used.data.num_classes == -1:
                     used.data.num_classes = trained.data.num_classes
-                build.check_ranges(used)
+                build.check(used)
                 build.check_same_model(used, trained, stage)
                 like = jax.eval_shape(functools.partial(init, used), jax.random.key(0))
                 return used, checkpoints.restore_ema(like)
@@ -172,8 +104,8 @@ class BinaryLatentDiffusion:
         """(h, w, c) of a code."""
         return build.code_shape(self.config)
 
-    def _map(self, function: Callable, *arrays: np.ndarray) -> np.ndarray:
-        return map_batches(function, self.config.sample.batch_size, *arrays)
+    def _map(self, function: Callable, *arrays: Any) -> Any:
+        return programs.map_batches(function, self.config.sample.batch_size, *arrays)
 
     def encode_probs(self, images: np.ndarray) -> np.ndarray:
         """Returns y, the Bernoulli parameters of the images' bits, (n, h, w, c) in [0, 1].
@@ -187,7 +119,9 @@ class BinaryLatentDiffusion:
                 f"Images must be an array (n, {', '.join(map(str, expected))}) in [-1, 1], "
                 f"not of shape {np.shape(images)}."
             )
-        encode = functools.partial(encode_probs, self.autoencoder_params, model=self._autoencoder)
+        encode = functools.partial(
+            programs.encode_probs, self.autoencoder_params, model=self._autoencoder
+        )
         return self._map(encode, np.asarray(images, np.float32))
 
     def encode(
@@ -212,13 +146,19 @@ class BinaryLatentDiffusion:
         Raises:
           UserError: if the codes are not (n, h, w, c) of the autoencoder.
         """
+        decode = functools.partial(
+            programs.decode_codes, self.autoencoder_params, model=self._autoencoder
+        )
+        return self._map(decode, self._check_codes(codes))
+
+    def _check_codes(self, codes: np.ndarray) -> np.ndarray:
+        """Returns codes as float32, if they have the autoencoder's shape."""
         if np.ndim(codes) != 4 or not len(codes) or np.shape(codes)[1:] != self.code_shape:
             raise UserError(
                 f"Codes must be an array (n, {', '.join(map(str, self.code_shape))}) in {{0, 1}}, "
                 f"not of shape {np.shape(codes)}."
             )
-        decode = functools.partial(decode_codes, self.autoencoder_params, model=self._autoencoder)
-        return self._map(decode, np.asarray(codes, np.float32))
+        return np.asarray(codes, np.float32)
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Returns the decoded deterministic codes of images."""
@@ -240,108 +180,128 @@ class BinaryLatentDiffusion:
             )
         return labels
 
-    def _sample_states(
+    def _times(self, steps: int, times: Any = None, start: float = 1.0) -> np.ndarray:
+        """Returns the times to visit from `start` T to 0: given ones, or evenly spaced."""
+        denoiser = self._denoiser
+        T = denoiser.num_timesteps
+        try:
+            if times is not None:
+                return schedules.check_times(times, T)
+            even = schedules.visited_times(steps, T, continuous=denoiser.continuous)
+            if start == 1:
+                return even
+            first = start * T if denoiser.continuous else max(round(start * T), 1)
+            later = even[even < first]
+            return np.concatenate([[first], later]).astype(np.float32)
+        except ValueError as error:
+            raise UserError(f"{error}.") from error
+
+    def _draw(
         self,
         key: Array,
         label: Any,
-        known: np.ndarray,
-        known_mask: np.ndarray,
-        steps: int | None,
-        temperature: float | None,
-        guidance: float | None,
-    ) -> np.ndarray:
-        """Returns the trajectories, bool (n, S + 1, h, w, c), from z_T to z_0."""
-        defaults = self.config.sample
-        steps = defaults.steps if steps is None else steps
-        temperature = defaults.temperature if temperature is None else temperature
-        guidance = defaults.guidance if guidance is None else guidance
+        start_probs: np.ndarray,
+        times: np.ndarray,
+        settings: ml_collections.ConfigDict,
+        known: sampling.Known | None = None,
+        return_trajectory: bool = False,
+    ) -> tuple[np.ndarray, sampling.Trajectory | None]:
+        """Returns codes, float32 (n, h, w, c), and what the sampler passed through."""
         if self.prior_params is None:
             raise UserError("This workdir has no prior yet: run --mode=train_prior first.")
-        if not 0 < temperature < math.inf:
-            raise UserError(f"The temperature must be above 0 and finite; got {temperature}.")
-        if not 0 <= guidance < math.inf:
-            raise UserError(f"The guidance must not be negative nor infinite; got {guidance}.")
-        try:
-            times = schedules.visited_times(steps, self._denoiser.num_timesteps)
-        except ValueError as error:
-            raise UserError(f"{error}.") from error
-        batches = iter(range(len(known)))
+        n, noised = len(start_probs), settings.known == "noised"
+        guidance = build.guidance_weights(settings, times, self._denoiser.num_timesteps)
 
-        def draw(labels, known, known_mask):
-            _, states = sample_codes(
+        def draw(keys, labels, start_probs, *known_parts):
+            codes, trajectory = programs.sample_codes(
                 self.prior_params,
-                jax.random.fold_in(key, next(batches)),
+                keys,
                 labels,
-                known,
-                known_mask,
+                start_probs,
+                sampling.Known(*known_parts, noised) if known_parts else None,
                 times,
-                float(temperature),  # an integer would compile another program
-                float(guidance),
+                guidance,
+                float(settings.temperature),  # an integer would compile another program
+                float(settings.corrector_size),
                 denoiser=self._denoiser,
-                threshold_last=defaults.threshold_last,
+                pair=settings.pair,
+                threshold_last=settings.threshold_last,
+                corrector_steps=settings.corrector_steps,
+                return_trajectory=return_trajectory,
             )
-            return states.swapaxes(0, 1)
+            # Samples first, for the batches to be joined.
+            return codes, jax.tree.map(lambda x: x.swapaxes(0, 1), trajectory)
 
-        return self._map(draw, self._labels(label, len(known)), known, known_mask)
+        arrays = (programs.sample_keys(key, n), self._labels(label, n), start_probs)
+        return self._map(draw, *arrays, *(() if known is None else known[:2]))
 
-    def trajectory(
-        self,
-        num: int,
-        key: Array,
-        label: Any = None,
-        *,
-        steps: int | None = None,
-        temperature: float | None = None,
-        guidance: float | None = None,
-    ) -> np.ndarray:
-        """Returns the codes along the way, z_T to z_0: bool (n, S + 1, h, w, c).
+    def _start(self, num: int) -> np.ndarray:
+        """Returns the probabilities of the bits of z_T."""
+        if num < 1:
+            raise UserError(f"The number of samples must be at least 1; got {num}.")
+        return np.full((num, *self.code_shape), 0.5, np.float32)
+
+    def sample_codes(self, num: int, key: Array, label: Any = None, **options: Any) -> np.ndarray:
+        """Returns `num` new codes, float32 in {0, 1}, (num, h, w, c).
+
+        The same key gives the same codes, whatever the batch size, and a smaller `num` the first
+        of them.
 
         Args:
           num: n, at least 1.
           key: a typed PRNG key, `jax.random.key(seed)`.
           label: a class, or n of them; None for no class.
-          steps: S, between 1 and the T of training.
-          temperature: tau > 0; less is less diverse.
-          guidance: w >= 0.
-          The last three default to `config.sample`.
+          **options: in place of those in `config.sample`, whose names they have, among them
+            `steps` (between 1 and the T of training), `temperature` (tau > 0; less is less
+            diverse) and `guidance` (w >= 0). Besides, `times`, a list that falls to 0, in place
+            of `steps`.
 
         Raises:
-          UserError: for a value outside these ranges, or without a prior.
+          UserError: for a value outside its range, or without a prior.
         """
-        if num < 1:
-            raise UserError(f"The number of samples must be at least 1; got {num}.")
-        nothing = np.zeros((num, *self.code_shape), np.float32)
-        return self._sample_states(key, label, nothing, nothing, steps, temperature, guidance)
+        settings = build.sample_settings(self.config, options)
+        times = self._times(settings.steps, settings.times)
+        return self._draw(key, label, self._start(num), times, settings)[0]
+
+    def trajectory(
+        self, num: int, key: Array, label: Any = None, **options: Any
+    ) -> sampling.Trajectory:
+        """Returns what the sampler passes through on its way to `num` codes.
+
+        Arguments as of `sample_codes`.
+
+        Returns:
+          `z_t`, bool (num, S + 1, h, w, c), from z_T to z_0, and `p_0`, P(z_0 = 1 | z_t), float32
+          (num, S, h, w, c).
+        """
+        settings = build.sample_settings(self.config, options)
+        times = self._times(settings.steps, settings.times)
+        return self._draw(key, label, self._start(num), times, settings, return_trajectory=True)[1]
 
     def sample(self, num: int, key: Array, label: Any = None, **options: Any) -> np.ndarray:
-        """Returns `num` new images; arguments as of `trajectory`."""
-        return self.decode(self.trajectory(num, key, label, **options)[:, -1])
+        """Returns `num` new images; arguments as of `sample_codes`."""
+        return self.decode(self.sample_codes(num, key, label, **options))
 
     def inpaint(
-        self,
-        images: np.ndarray,
-        mask: np.ndarray,
-        key: Array,
-        label: Any = None,
-        *,
-        steps: int | None = None,
-        temperature: float | None = None,
-        guidance: float | None = None,
+        self, images: np.ndarray, mask: np.ndarray, key: Array, label: Any = None, **options: Any
     ) -> np.ndarray:
         """Returns the images with what the mask hides drawn anew (paper, Figure 8).
 
-        A token is kept if all of its pixels are; the others are drawn from the prior given those.
-        The encoder sees each image's mean in place of the hidden pixels, and the pixels under the
-        mask are in the result as they were.
+        A token is known if all of its pixels are; the others are drawn from the prior given those.
+        The encoder sees each image's mean in place of the hidden pixels.
 
         Args:
           images: (n, height, width, channels) in [-1, 1].
           mask: bool (height, width) or (n, height, width), True where a pixel is to be kept.
-          key, label, steps, temperature, guidance: as of `trajectory`.
+          key, label: as of `sample_codes`.
+          **options: as of `sample_codes`; of `config.sample`, `known` says how noisy the known
+            bits are on the way, and `keep_pixels` whether the known pixels come back as they
+            were or as decoded.
 
         Raises:
-          UserError: as `trajectory`, and for images or a mask of another shape.
+          UserError: as `sample_codes`, and for images or a mask of another shape.
         """
+        settings = build.sample_settings(self.config, options)
         images = np.asarray(images, np.float32)
         mask = np.asarray(mask, bool)
         if mask.shape not in (images.shape[1:3], images.shape[:3]):
@@ -349,21 +309,82 @@ class BinaryLatentDiffusion:
                 f"The mask must have the images' height and width, {images.shape[1:3]}, "
                 f"not {mask.shape}."
             )
-        keep = np.broadcast_to(mask, images.shape[:3])[..., None]
+        mask = np.broadcast_to(mask, images.shape[:3])
+        keep = mask[..., None]
         count = np.maximum(keep.sum(axis=(1, 2), keepdims=True), 1)
         mean = (images * keep).sum(axis=(1, 2), keepdims=True) / count
-        seen = np.where(keep, images, mean)
-
-        n, (h, w, c) = len(images), self.code_shape
-        patches = keep.reshape(n, h, images.shape[1] // h, w, images.shape[2] // w)
-        known_mask = np.broadcast_to(patches.all(axis=(2, 4))[..., None], (n, h, w, c))
-        states = self._sample_states(
+        codes = self.encode(np.where(keep, images, mean))
+        known_mask = known_tokens(mask, self.code_shape[:2])[..., None]
+        known_mask = np.broadcast_to(known_mask, codes.shape).astype(np.float32)
+        codes, _ = self._draw(
             key,
             label,
-            self.encode(seen),
-            known_mask.astype(np.float32),
-            steps,
-            temperature,
-            guidance,
+            self._start(len(images)),
+            self._times(settings.steps, settings.times),
+            settings,
+            sampling.Known(codes, known_mask),
         )
-        return np.where(keep, images, self.decode(states[:, -1]))
+        decoded = self.decode(codes)
+        return np.where(keep, images, decoded) if settings.keep_pixels else decoded
+
+    def vary(
+        self,
+        images: np.ndarray,
+        key: Array,
+        label: Any = None,
+        *,
+        strength: float = 0.5,
+        **options: Any,
+    ) -> np.ndarray:
+        """Returns variations of images: their codes noised to a time t, and denoised.
+
+        Args:
+          images: (n, height, width, channels) in [-1, 1].
+          key, label: as of `sample_codes`.
+          strength: t / T in (0, 1]: near 0 the image itself, at 1 a new one.
+          **options: as of `sample_codes`; of the `steps` from T those below t are made.
+
+        Raises:
+          UserError: as `sample_codes`, and for a strength outside (0, 1].
+        """
+        if not 0 < strength <= 1:
+            raise UserError(f"The strength must be above 0 and at most 1; got {strength}.")
+        settings = build.sample_settings(self.config, options)
+        times = self._times(settings.steps, settings.times, strength)
+        start = bernoulli.forward_probs(self.encode(images), self._denoiser.keep_at(times[0]))
+        return self.decode(self._draw(key, label, np.asarray(start), times, settings)[0])
+
+    def code_lengths(
+        self,
+        codes: np.ndarray,
+        key: Array,
+        label: Any = None,
+        *,
+        steps: int | None = None,
+        num_draws: int = 1,
+    ) -> np.ndarray:
+        """Returns the variational bound on -log2 p(code), in bits an image: (n,), (paper, (7)).
+
+        Args:
+          codes: in {0, 1}, (n, h, w, c).
+          key: a typed PRNG key, for the noise that the bound averages over.
+          label: a class, or n of them; None for no class.
+          steps: of the sampler that the bound is about; all T if None.
+          num_draws: of noise a step.
+
+        Raises:
+          UserError: for codes of another shape, or values outside their ranges.
+        """
+        if self.prior_params is None:
+            raise UserError("This workdir has no prior yet: run --mode=train_prior first.")
+        if num_draws < 1:
+            raise UserError(f"num_draws must be at least 1; got {num_draws}.")
+        codes = self._check_codes(codes)
+        times = self._times(self._denoiser.num_timesteps if steps is None else steps)
+        bound = functools.partial(
+            programs.code_lengths, self.prior_params, denoiser=self._denoiser, num_draws=num_draws
+        )
+        return self._map(
+            lambda keys, labels, codes: bound(keys, labels, codes, times),
+            *(programs.sample_keys(key, len(codes)), self._labels(label, len(codes)), codes),
+        )

@@ -82,7 +82,7 @@ def _batches(source: Source, train: Config, seed: int):
 
 def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
     """Returns stage 1 at its first step, and the config with data.num_classes filled in."""
-    build.check_ranges(config)
+    build.check(config)
     source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
     config = with_classes(config, source)
     model, optimizer = build.autoencoder(config), build.optimizer(config.autoencoder.train)
@@ -111,7 +111,7 @@ def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
 
 def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     """Returns stage 2 at its first step, on the codes of the workdir's autoencoder; the config."""
-    build.check_ranges(config)
+    build.check(config)
     source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
     config = with_classes(config, source)
     encoder = BinaryLatentDiffusion.from_workdir(workdir, config, prior=False)
@@ -124,7 +124,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         prior_stage.train_step,
         encode=functools.partial(model.apply, method="encode"),
         denoiser=denoiser,
-        label_dropout=config.prior.label_dropout,
+        objective=build.objective(config),
         optimizer=optimizer,
         ema_decay=config.prior.train.ema_decay,
     )

@@ -42,8 +42,15 @@ def get_config() -> ml_collections.ConfigDict:
     prior.num_layers = 24
     prior.num_heads = 8
     prior.num_timesteps = 64
-    prior.schedule = "linear"  # or "cos"
+    prior.continuous = False  # train on all times in (0, T], not on 1..T alone
+    prior.schedule = "linear"  # or "cos", "sigmoid", "given"
+    prior.keep = ()  # k_0..k_T of the schedule "given"
+    prior.target = "flip"  # or "z_0", "z_s": what the network predicts (Table 7)
+    prior.pair = "plain_mixture"  # or "balanced_plugin", as the authors' released priors
     prior.evidence = True  # flip logit = network output + log(b_t / (1 - b_t))
+    prior.vlb_weight = 0.1  # lambda of (13)
+    prior.time_weight = "mean"  # or "falling", 1 - (t - 1)/T
+    prior.stratified = False  # spread a batch's times evenly
     prior.label_dropout = 0.1
     prior.cache_codes = False  # encode the training set once, to workdir/codes
     prior.train = ml_collections.ConfigDict()
@@ -59,12 +66,21 @@ def get_config() -> ml_collections.ConfigDict:
     sample.steps = 64
     sample.temperature = 0.9
     sample.guidance = 0.0
+    sample.guidance_shape = "constant"  # or "linear", "cosine", "power": rising from 0 at t = T
+    sample.guidance_power = 1.0  # of the shape "power"
+    sample.guidance_interval = (0.0, 1.0)  # in t/T; no guidance outside
+    sample.pair = "trained"  # or one of prior.pair's: what the temperature acts on
     sample.threshold_last = False  # the last step takes the likelier bit instead of drawing it
+    sample.corrector_steps = 0  # after each step, each a network call
+    sample.corrector_size = 0.1  # share of bits that a corrector step draws anew
+    sample.known = "kept"  # or "noised": inpainting's known bits on the way
+    sample.keep_pixels = True  # inpainting's known pixels come back as they were
     sample.batch_size = 50
 
     config.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.num_images = 1_000  # of the test split, at most
     evaluate.num_samples = 1_000
+    evaluate.bound_draws = 1  # of noise a step, for the likelihood bound of a test code
     evaluate.classifier_images = 10_000  # of the training split, at most, for its classifier
 
     config.log_every = 100

@@ -66,6 +66,13 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         ((CONFIG, wd, "--config.data.image_size=30"), 1, "image_size is 30"),
         ((CONFIG, wd, "--config.checkpoint_every=0"), 1, "checkpoint_every must be at least 1"),
         ((CONFIG, wd, "--config.seed=-1"), 1, "seed must be between"),
+        ((CONFIG, wd, "--config.prior.target=x"), 1, "one of flip, z_0, z_s; got 'x'"),
+        ((CONFIG, wd, "--config.prior.target=z_0"), 1, "evidence needs the target"),
+        ((CONFIG, wd, "--config.prior.schedule=given"), 1, "config.prior.keep, k_0 to k_T"),
+        ((CONFIG, wd, "--config.prior.vlb_weight=-1"), 1, "vlb_weight must be at least 0"),
+        ((CONFIG, wd, "--config.prior.num_timesteps=8"), 1, "between 1 and 8, the number of"),
+        ((CONFIG, wd, "--config.sample.guidance_shape=x"), 1, "shape must be one of constant"),
+        ((wd, "--mode=sample", "--mask=top"), 2, "--mask is for --mode=inpaint"),
     ]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda case: run_main(*case[0]), cases))
@@ -89,7 +96,10 @@ class Flags:
         main.FLAGS(self.argv)
 
     def __exit__(self, *_):
-        for name in ("num", "steps", "temperature", "guidance", "label", "out", "config"):
+        for name in (
+            *("num", "steps", "temperature", "guidance", "label", "out", "config"),
+            *("image", "mask", "strength"),
+        ):
             main.FLAGS[name].unparse()
 
 
@@ -132,13 +142,53 @@ def test_reconstruct_and_inpaint_write_their_pictures(workdir):
     call_main(f"--workdir={workdir}", "--mode=reconstruct", "--num=4")
     assert Image.open(workdir / "reconstructions.png").size[0] >= 4 * 30 + 2
     call_main(f"--workdir={workdir}", "--mode=inpaint", "--num=2", "--steps=2")
-    assert Image.open(workdir / "inpainting.png").size[0] >= 8 * 30 + 2
+    picture = Image.open(workdir / "inpainting.png")  # a row a preset: image, given, two results
+    factor = picture.size[0] // (4 * 30 + 2)
+    assert picture.size == ((4 * 30 + 2) * factor, (7 * 30 + 2) * factor)
+
+
+def test_ones_own_image_is_inpainted_and_varied(workdir, tmp_path, capsys):
+    image, mask = tmp_path / "image.png", tmp_path / "mask.png"
+    values = np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)
+    Image.fromarray(values).save(image)
+    Image.fromarray(np.pad(np.full((28, 56), 255, np.uint8), ((28, 0), (0, 0)))).save(mask)
+    own = (f"--workdir={workdir}", f"--image={image}", "--steps=2", "--num=3", "--label=4")
+    call_main(*own, "--mode=inpaint", f"--mask={mask}")
+    picture = np.asarray(Image.open(workdir / "inpainting.png"))
+    factor = picture.shape[0] // 32
+    picture = picture[::factor, ::factor]
+    assert picture.shape == (32, 5 * 30 + 2)
+    cells = [picture[2:30, 2 + 30 * i : 30 + 30 * i] for i in range(5)]
+    for cell in cells[1:]:
+        np.testing.assert_array_equal(cell[:14], cells[0][:14])  # what the mask keeps
+    assert np.all(cells[1][14:] == 128)
+    assert np.any(cells[2][14:] != cells[3][14:])
+    call_main(*own, "--mode=vary", "--strength=0.2", f"--out={tmp_path / 'varied.png'}")
+    assert Image.open(tmp_path / "varied.png").size == (4 * (4 * 30 + 2), 4 * 32)
+
+    for flags, message in (
+        (("--mode=inpaint",), "--image needs --mask: a file, or one of centre"),
+        (("--mode=inpaint", "--mask=nothing.png"), "Cannot read the image 'nothing.png'"),
+        (("--mode=vary", "--strength=2"), "above 0 and at most 1; got 2"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            call_main(*own, *flags)
+        assert exit.value.code == 1 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        call_main(f"--workdir={workdir}", "--mode=inpaint", "--mask=middle")
+    assert "none of centre" in capsys.readouterr().err
 
 
 def test_evaluate_writes_the_report(workdir):
     call_main(f"--workdir={workdir}", "--mode=evaluate")
     report = json.loads((workdir / "report.json").read_text())
     assert report["seconds"]["prior"] == 1.0 and 0 <= report["samples"]["accuracy"] <= 1
+    # The untrained prior takes every bit for fair.
+    bits = 4 * 4 * 8
+    np.testing.assert_allclose(report["prior"]["bits_per_dim"], 1, atol=0.05)
+    np.testing.assert_allclose(
+        report["prior"]["bits_per_image"], bits * report["prior"]["bits_per_dim"]
+    )
 
 
 def test_a_config_for_another_model_is_refused(workdir, capsys):

@@ -3,10 +3,13 @@
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from binlatent import build, figures, outputs
+from binlatent import build, figures, masks, outputs
+from binlatent.diffusion import bernoulli
 from binlatent.errors import UserError
-from binlatent.pipeline import BinaryLatentDiffusion, map_batches, sample_codes
+from binlatent.pipeline import BinaryLatentDiffusion, known_tokens
+from binlatent.programs import map_batches, sample_codes
 
 
 def random_like(params, seed):
@@ -74,16 +77,18 @@ def test_sample_is_a_function_of_its_key(pipeline):
     assert len(np.unique(first.round(3), axis=0)) == 3  # the samples of a batch differ
 
 
-def test_batches_of_a_large_draw_differ(pipeline):
-    pipeline.config.sample.batch_size = 4
-    codes = pipeline.trajectory(8, jax.random.key(0), 1)[:, -1]
+def test_the_same_key_gives_the_same_codes_whatever_the_batch_split(pipeline):
+    codes = pipeline.sample_codes(8, jax.random.key(0), 1)
     assert np.any(codes[:4] != codes[4:])
+    np.testing.assert_array_equal(pipeline.sample_codes(5, jax.random.key(0), 1), codes[:5])
+    pipeline.config.sample.batch_size = 3
+    np.testing.assert_array_equal(pipeline.sample_codes(8, jax.random.key(0), 1), codes)
 
 
 def test_temperature_guidance_and_label_do_not_recompile(pipeline):
     pipeline.sample(4, jax.random.key(0), 0, steps=3)
     compiled = sample_codes._cache_size()
-    baseline = pipeline.trajectory(4, jax.random.key(0), 0, steps=3)
+    baseline = pipeline.sample_codes(4, jax.random.key(0), 0, steps=3)
     for options in (
         dict(label=3),
         dict(label=None),
@@ -91,18 +96,102 @@ def test_temperature_guidance_and_label_do_not_recompile(pipeline):
         dict(label=0, guidance=4.0),
         dict(label=0, guidance=0.0),
         dict(label=[0, 1, 2, 3]),
+        dict(label=0, guidance=4.0, guidance_shape="cosine"),
+        dict(label=0, guidance=4.0, guidance_interval=(0.3, 0.8)),
+        dict(label=0, times=[8, 1.5, 0.5, 0]),
     ):
-        changed = pipeline.trajectory(4, jax.random.key(0), steps=3, **options)
+        changed = pipeline.sample_codes(4, jax.random.key(0), **({"steps": 3} | options))
         assert np.any(changed != baseline), options
     assert sample_codes._cache_size() == compiled
 
 
 @pytest.mark.parametrize("steps", [1, 5, 8])
-def test_trajectory_has_a_state_a_step(pipeline, steps):
-    assert pipeline.trajectory(2, jax.random.key(0), 0, steps=steps).shape == (
-        *(2, steps + 1),
-        *(4, 4, 8),
+def test_trajectory_has_a_state_a_step_and_ends_in_the_sample(pipeline, steps):
+    passed = pipeline.trajectory(2, jax.random.key(0), 0, steps=steps)
+    assert passed.z_t.shape == (2, steps + 1, 4, 4, 8) and passed.z_t.dtype == bool
+    assert passed.p_0.shape == (2, steps, 4, 4, 8)
+    assert passed.p_0.min() >= 0 and passed.p_0.max() <= 1
+    codes = pipeline.sample_codes(2, jax.random.key(0), 0, steps=steps)
+    np.testing.assert_array_equal(passed.z_t[:, -1], codes.astype(bool))
+
+
+def test_temperature_acts_on_the_logit_of_the_pair(pipeline):
+    # Both pairs are the same posterior of this prior, but for where the temperature goes.
+    def codes(**options):
+        return pipeline.sample_codes(20, jax.random.key(0), 0, **options)
+
+    cold = dict(temperature=0.5)
+    same = codes(temperature=1.0), codes(temperature=1.0, pair="balanced_plugin")
+    assert np.mean(same[0] != same[1]) < 0.01  # rounding
+    assert np.mean(codes(**cold) != codes(**cold, pair="balanced_plugin")) > 0.02
+
+
+def test_every_option_of_the_config_is_read(pipeline):
+    key = jax.random.key(0)
+    baseline = pipeline.sample_codes(20, key, 0, guidance=1.0)
+    changes = dict(
+        steps=2,
+        temperature=0.5,
+        guidance=3.0,
+        guidance_shape="power",
+        guidance_interval=(0.0, 0.3),
+        pair="balanced_plugin",
+        threshold_last=True,
+        corrector_steps=1,
     )
+    for name, value in changes.items():
+        changed = pipeline.sample_codes(20, key, 0, **({"guidance": 1.0} | {name: value}))
+        assert np.any(changed != baseline), name
+    for extra in ({"guidance_shape": "power", "guidance_power": 3.0}, {"corrector_steps": 1}):
+        first = pipeline.sample_codes(20, key, 0, guidance=1.0, **extra)
+        with pipeline.config.unlocked():
+            pipeline.config.sample.update({"guidance": 1.0, **extra})
+        np.testing.assert_array_equal(pipeline.sample_codes(20, key, 0), first)
+    larger = pipeline.sample_codes(20, key, 0, corrector_size=0.9)
+    assert np.any(larger != first)
+
+
+def test_code_lengths_are_the_bits_of_a_prior_that_knows_nothing(tiny_config):
+    tiny_config.data.num_classes = 10
+    key = jax.random.key(0)
+    untrained = BinaryLatentDiffusion(
+        tiny_config,
+        build.init_autoencoder(tiny_config, key),
+        build.init_prior(tiny_config, key),  # its output is 0: every bit is fair
+    )
+    codes = np.asarray(jax.random.bernoulli(key, shape=(100, 4, 4, 8)), np.float32)
+    lengths = untrained.code_lengths(codes, key, np.arange(100) % 10)
+    assert lengths.shape == (100,)
+    np.testing.assert_allclose(lengths.mean(), 4 * 4 * 8, rtol=0.03)
+    again = untrained.code_lengths(codes[:7], key, np.arange(7))
+    np.testing.assert_allclose(again, lengths[:7], rtol=1e-4)
+    few = untrained.code_lengths(codes, key, 0, steps=2, num_draws=3)
+    np.testing.assert_allclose(few.mean(), 4 * 4 * 8, rtol=0.03)
+
+
+def test_variations_are_nearer_the_weaker_they_are(pipeline, images):
+    codes = pipeline.encode(images)
+
+    def changed(strength):
+        seen = [
+            pipeline._draw(
+                jax.random.key(i),
+                None,
+                np.asarray(bernoulli.forward_probs(codes, 1 - strength)),
+                pipeline._times(8, None, strength),
+                build.sample_settings(pipeline.config),
+            )[0]
+            for i in range(4)
+        ]
+        return np.mean([x != codes for x in seen])
+
+    # One step from t = 1 flips few bits; from T nothing of the code is left.
+    assert changed(1 / 8) < 0.2 < changed(1.0)
+    varied = pipeline.vary(images, jax.random.key(0), 1, strength=0.3)
+    assert varied.shape == images.shape
+    whole = pipeline.vary(images, jax.random.key(0), 1, strength=1.0)
+    sampled = pipeline.sample(5, jax.random.key(0), 1)
+    np.testing.assert_array_equal(whole, sampled)  # from T it is a sample
 
 
 def test_inpainting_keeps_known_pixels_and_draws_the_others(pipeline, images):
@@ -132,10 +221,49 @@ def test_a_partly_hidden_token_is_drawn_anew(pipeline, images):
     np.testing.assert_array_equal(everything, images)
 
 
+def test_a_token_is_known_if_all_its_pixels_are():
+    mask = np.ones((2, 28, 28), bool)
+    mask[0, 3, 10] = False  # in token (0, 1)
+    mask[1, 6:8, 27] = False  # on both sides of the border between (0, 3) and (1, 3)
+    known = known_tokens(mask, (4, 4))
+    assert not known[0, 0, 1] and known[0].sum() == 15
+    assert not known[1, 0, 3] and not known[1, 1, 3] and known[1].sum() == 14
+
+
+def test_inpainting_may_return_the_decoded_pixels_and_noise_the_known_bits(pipeline, images):
+    mask = np.zeros((28, 28), bool)
+    mask[:14] = True
+    key = jax.random.key(0)
+    kept = pipeline.inpaint(images, mask, key, 1)
+    decoded = pipeline.inpaint(images, mask, key, 1, keep_pixels=False)
+    np.testing.assert_array_equal(decoded[:, 14:], kept[:, 14:])
+    assert np.abs(decoded[:, :14] - images[:, :14]).max() > 0.1
+    noised = pipeline.inpaint(images, mask, key, 1, known="noised")
+    np.testing.assert_array_equal(noised[:, :14], images[:, :14])
+    assert np.any(noised[:, 14:] != kept[:, 14:])
+
+
 @pytest.mark.parametrize(
     "call, message",
     [
         (lambda p, k: p.sample(0, k, 1), "at least 1; got 0"),
+        (
+            lambda p, k: p.sample(1, k, 1, tau=1.0),
+            "no sampling option 'tau'; there are corrector_size",
+        ),
+        (lambda p, k: p.sample(1, k, 1, times=[8, 9, 0]), "falls strictly from at most 8 to 0"),
+        (lambda p, k: p.sample(1, k, 1, guidance_shape="flat"), "one of constant.*'flat'"),
+        (lambda p, k: p.sample(1, k, 1, pair="plugin"), "plain_mixture.*got 'plugin'"),
+        (lambda p, k: p.sample(1, k, 1, corrector_size=2.0), "between 0 and 1; got 0 and 2"),
+        (lambda p, k: p.sample(1, k, 1, known="frozen"), '"kept" or "noised"'),
+        (
+            lambda p, k: p.vary(np.zeros((1, 28, 28, 1)), k, strength=0.0),
+            "above 0 and at most 1; got 0",
+        ),
+        (
+            lambda p, k: p.code_lengths(np.zeros((1, 4, 4, 8)), k, num_draws=0),
+            "at least 1; got 0",
+        ),
         (lambda p, k: p.sample(1, k, 10), "between 0 and 9; got 10"),
         (lambda p, k: p.sample(1, k, -1), "between 0 and 9; got -1"),
         (lambda p, k: p.sample(1, k, 1, steps=0), "between 1 and 8,.*got 0"),
@@ -189,8 +317,6 @@ def test_grid_lays_images_out_in_rows_with_gaps():
 
 
 def test_png_is_enlarged_by_a_whole_factor(tmp_path):
-    from PIL import Image
-
     image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
     figures.save_png(tmp_path / "new" / "x.png", image, min_side=8)
     read = np.asarray(Image.open(tmp_path / "new" / "x.png"))
@@ -214,16 +340,49 @@ def test_reconstruction_sheet_alternates_images_and_reconstructions(pipeline, im
     np.testing.assert_allclose(sheet[2:30, 2:30] / 127.5 - 1, images[0], atol=0.01)
 
 
-def test_half_masks_are_complements():
-    top, bottom, left, right = outputs.half_masks(4, 6)
-    assert top[:2].all() and not top[2:].any()
-    np.testing.assert_array_equal(top, ~bottom)
-    assert left[:, :3].all() and not left[:, 3:].any()
-    np.testing.assert_array_equal(left, ~right)
-
-
-def test_trajectory_and_inpainting_sheets_have_their_columns(pipeline, images):
+def test_sheets_have_their_columns(pipeline, images):
     sheet = outputs.trajectory(pipeline, jax.random.key(0), columns=3)
     assert sheet.shape == (10 * 30 + 2, 3 * 30 + 2, 1)
-    sheet = outputs.inpaintings(pipeline, images, np.arange(5), jax.random.key(0))
-    assert sheet.shape == (5 * 30 + 2, 8 * 30 + 2, 1)
+    keep = np.stack([masks.preset(name, 28, 28) for name in masks.PRESETS[:5]])
+    sheet = outputs.inpaintings(pipeline, images, keep, None, jax.random.key(0), num=2)
+    assert sheet.shape == (5 * 30 + 2, 4 * 30 + 2, 1)
+    # The second column shows what is given, and grey.
+    given = sheet[2:30, 32:60]
+    np.testing.assert_array_equal(given[~keep[0]], 128)
+    np.testing.assert_array_equal(given[keep[0]], sheet[2:30, 2:30][keep[0]])
+    sheet = outputs.variations(pipeline, images, 1, jax.random.key(0), num=3)
+    assert sheet.shape == (5 * 30 + 2, 4 * 30 + 2, 1)
+
+
+# Masks
+
+
+def test_presets_hide_the_parts_they_are_named_after():
+    hidden = {name: ~masks.preset(name, 40, 60) for name in masks.PRESETS}
+    np.testing.assert_array_equal(hidden["top"], ~hidden["bottom"])
+    np.testing.assert_array_equal(hidden["left"], ~hidden["right"])
+    assert hidden["top"][:20].all() and hidden["left"][:, :30].all()
+    np.testing.assert_array_equal(hidden["outpainting"], ~hidden["centre"])
+    assert hidden["centre"][10:30, 15:45].all() and hidden["centre"].sum() == 20 * 30
+    assert 0.2 <= hidden["strokes"].mean() <= 0.6
+    other = ~masks.preset("strokes", 40, 60, seed=1)
+    assert np.any(other != hidden["strokes"])
+    np.testing.assert_array_equal(~masks.preset("strokes", 40, 60), hidden["strokes"])
+
+
+def test_masks_from_files_are_white_where_to_be_drawn_anew(tmp_path):
+    image, mask = str(tmp_path / "image.png"), str(tmp_path / "mask.png")
+    Image.new("RGB", (60, 40)).save(image)
+    values = np.zeros((40, 60), np.uint8)
+    values[:, 30:] = 255
+    Image.fromarray(values).save(mask)
+    keep = masks.read_mask(mask, image, 20)  # the centre 40x40, halved
+    assert keep[:, :9].all() and not keep[:, 11:].any()
+    Image.new("L", (60, 40)).save(mask)
+    with pytest.raises(UserError, match="no white pixel"):
+        masks.read_mask(mask, image, 20)
+    Image.new("L", (40, 40), 255).save(mask)
+    with pytest.raises(UserError, match="size of the image, 60x40, not 40x40"):
+        masks.read_mask(mask, image, 20)
+    with pytest.raises(UserError, match="cannot read the image .*nothing.png"):
+        masks.read_mask(str(tmp_path / "nothing.png"), image, 20)

@@ -1,7 +1,9 @@
 """The pmapped steps: one update whatever the number of devices, donation, EMA, keys, learning."""
 
+import dataclasses
 import functools
 
+import chain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ import optax
 import pytest
 
 from binlatent import build
+from binlatent.diffusion import bernoulli, targets
 from binlatent.stages import autoencoder as autoencoder_stage
 from binlatent.stages import prior as prior_stage
 from binlatent.stages import state as state_lib
@@ -41,8 +44,11 @@ def prior_parts(config, optimizer=None):
     denoiser = build.denoiser(config)
     shape = (N, *build.code_shape(config))
     batch = {"probs": jax.random.uniform(jax.random.key(2), shape), "label": jnp.arange(N)}
-    noise = prior_stage.draw_noise(jax.random.key(3), shape, denoiser.num_timesteps, 0.1)
-    statics = dict(denoiser=denoiser, optimizer=optimizer, ema_decay=0.9)
+    noise = prior_stage.draw_noise(
+        jax.random.key(3), shape, denoiser.num_timesteps, label_dropout=0.1
+    )
+    objective = build.objective(config)
+    statics = dict(denoiser=denoiser, objective=objective, optimizer=optimizer, ema_decay=0.9)
     return state, batch, noise, functools.partial(prior_stage.update, **statics)
 
 
@@ -155,11 +161,39 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 
 def test_label_dropout_is_per_sample_at_its_rate():
-    noise = prior_stage.draw_noise(jax.random.key(0), (20_000, 1, 1, 1), 64, 0.1)
+    noise = prior_stage.draw_noise(jax.random.key(0), (20_000, 1, 1, 1), 64, label_dropout=0.1)
     np.testing.assert_allclose(np.mean(noise.unlabelled), 0.1, atol=0.01)
-    assert np.min(noise.t) == 1 and np.max(noise.t) == 64
-    counts = np.bincount(noise.t, minlength=65)[1:]
-    assert counts.min() > 20_000 / 64 / 2  # every time is drawn
+
+
+@pytest.mark.parametrize("stratified", [False, True])
+@pytest.mark.parametrize("continuous", [False, True])
+def test_times_are_uniform(continuous, stratified):
+    draw = functools.partial(
+        prior_stage.draw_times, n=1000, continuous=continuous, stratified=stratified
+    )
+    t = np.concatenate([draw(jax.random.key(i), num_timesteps=64) for i in range(30)])
+    assert t.min() > 0 and t.max() <= 64
+    np.testing.assert_allclose(np.mean(t), 32 if continuous else 32.5, atol=0.5)
+    if continuous:
+        assert np.mean(t == np.rint(t)) < 0.01
+    else:
+        counts = np.bincount(t.astype(int), minlength=65)
+        assert np.all(t == np.rint(t)) and counts[0] == 0
+        np.testing.assert_allclose(counts[1:], len(t) / 64, rtol=0.25)
+    # Large T: the last of the uniforms below 1 must not round to T + 1.
+    assert draw(jax.random.key(0), num_timesteps=10**6).max() <= 10**6
+
+
+def test_stratified_times_have_one_in_each_part_and_a_less_noisy_mean():
+    draw = functools.partial(prior_stage.draw_times, n=16, num_timesteps=64, continuous=True)
+    keys = jax.random.split(jax.random.key(0), 200)
+    strata = np.sort(np.stack([draw(key, stratified=True) for key in keys]))
+    np.testing.assert_allclose(np.diff(strata), 4, atol=1e-4)
+    plain = np.stack([draw(key, stratified=False) for key in keys])
+    assert strata.mean(1).std() < 0.35 * plain.mean(1).std()
+    # And each of the batch's places has all times in turn.
+    places = np.stack([draw(key, stratified=True) for key in keys])
+    assert np.ptp(places, axis=0).max() > 3
 
 
 def test_dropped_labels_reach_the_network_as_unlabelled(config):
@@ -167,41 +201,157 @@ def test_dropped_labels_reach_the_network_as_unlabelled(config):
     params = jax.tree.map(lambda x: x + 0.1, state.params)
     denoiser = build.denoiser(config)
 
-    def losses(label, unlabelled):
+    def logits(label, unlabelled):
         replaced = noise._replace(unlabelled=unlabelled)
-        return prior_stage.bit_losses(denoiser, params, batch["probs"], label, replaced)[0]
+        return prior_stage.predict(denoiser, params, batch["probs"], label, replaced).flip_logit
 
-    dropped = losses(batch["label"], jnp.ones(N, bool))
-    explicit = losses(jnp.full(N, 10), jnp.zeros(N, bool))
-    kept = losses(batch["label"], jnp.zeros(N, bool))
+    dropped = logits(batch["label"], jnp.ones(N, bool))
+    explicit = logits(jnp.full(N, 10), jnp.zeros(N, bool))
+    kept = logits(batch["label"], jnp.zeros(N, bool))
     np.testing.assert_array_equal(dropped, explicit)
     assert np.any(np.asarray(kept) != np.asarray(dropped))
 
 
+def losses_at_start(config, n=4_000):
+    """The mean loss and its terms of an untrained prior on random codes, times in turn."""
+    denoiser, objective = build.denoiser(config), build.objective(config)
+    params = build.init_prior(config, jax.random.key(0))
+    t = jnp.arange(n) % denoiser.num_timesteps + 1.0
+    noise = prior_stage.draw_noise(jax.random.key(1), (n, 4, 4, 8), denoiser.num_timesteps)
+    probs, label = jnp.full((n, 4, 4, 8), 0.5), jnp.zeros(n, jnp.int32)
+    return prior_stage.loss(denoiser, objective, params, probs, label, noise._replace(t=t))
+
+
+B = np.arange(1, 9) / 16  # b_1 to b_8 of the tiny config: linear, T = 8
+
+
+def entropy(p):
+    return -(p * np.log(p) + (1 - p) * np.log(1 - p))
+
+
 def test_untrained_prior_with_evidence_has_the_entropy_of_the_noise(config):
-    # The network starts at zero, so f = b_t: its BCE at t is the entropy of a B(b_t) flip.
-    denoiser = build.denoiser(config)
-    params = build.init_prior(config, jax.random.key(0))
-    n, num_timesteps = 4_000, denoiser.num_timesteps
-    t = jnp.arange(n) % num_timesteps + 1
-    noise = prior_stage.draw_noise(jax.random.key(1), (n, 4, 4, 8), num_timesteps, 0.0)
-    probs = jnp.full((n, 4, 4, 8), 0.5)
-    losses, _ = prior_stage.bit_losses(
-        denoiser, params, probs, jnp.zeros(n, jnp.int32), noise._replace(t=t)
-    )
-    b = (np.arange(1, num_timesteps + 1) / num_timesteps) / 2
-    entropy = -(b * np.log(b) + (1 - b) * np.log(1 - b))
-    np.testing.assert_allclose(np.mean(losses), entropy.mean(), atol=0.005)
+    # The network starts at zero, so f = b_t: its BCE at t is the entropy of a B(b_t) flip. Random
+    # codes have nothing more to know, so L_vlb, whose terms telescope, is that of fair bits.
+    config.prior.vlb_weight = 0.5
+    loss, metrics = losses_at_start(config)
+    np.testing.assert_allclose(metrics["residual"], entropy(B).mean(), atol=0.005)
+    np.testing.assert_allclose(metrics["vlb"], np.log(2) / 8, atol=0.002)
+    np.testing.assert_allclose(loss, metrics["residual"] + 0.5 * metrics["vlb"], rtol=1e-5)
 
 
-def test_without_evidence_the_untrained_prior_knows_nothing(config):
-    config.prior.evidence = False
-    denoiser = build.denoiser(config)
-    params = build.init_prior(config, jax.random.key(0))
-    logit = denoiser.flip_logit(
-        params, jnp.ones((2, 4, 4, 8)), jnp.array([1, 8]), jnp.zeros(2, jnp.int32)
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        (dict(target="flip"), np.log(2)),
+        (dict(target="z_0"), np.log(2)),
+        # Within an image a share of about b_t is flipped: b (1 - b) + (1 - b) b, times log 2.
+        (dict(pair="balanced_plugin"), np.log(2) * np.mean(2 * B * (1 - B))),
+        (dict(time_weight="falling"), np.log(2) * np.mean(1 - np.arange(8) / 8)),
+    ],
+)
+def test_without_evidence_the_untrained_prior_says_one_half(config, changes, expected):
+    config.prior.update({"evidence": False, "vlb_weight": 0.0, **changes})
+    loss, metrics = losses_at_start(config)
+    assert "vlb" not in metrics  # a weight of 0 costs nothing
+    np.testing.assert_allclose(loss, expected, atol=0.005)
+
+
+def test_predicting_z_s_is_trained_by_the_bound_alone(config):
+    config.prior.update({"evidence": False, "target": "z_s"})
+    loss, metrics = losses_at_start(config)
+    # KL(q(z_s | z_t, z_0) || B(1/2)) = log 2 - H, by Bayes' rule for each of agree and disagree.
+    b_s = np.append(0, B[:-1])
+    e = (1 - (1 - 2 * B) / (1 - 2 * b_s)) / 2
+    agree, disagree = (1 - e) * (1 - b_s) / (1 - B), (1 - e) * b_s / B
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = (1 - B) * np.nan_to_num(entropy(agree)) + B * np.nan_to_num(entropy(disagree))
+    np.testing.assert_allclose(loss, np.log(2) - terms.mean(), atol=0.005)
+    assert set(metrics) == {"loss", "vlb", "flip_accuracy"}
+
+
+class TrueNetwork:
+    """Stands for a network whose output is the truth about chains, plus `params`."""
+
+    num_classes = 0
+
+    def __init__(self, denoiser):
+        self.denoiser = denoiser
+
+    def apply(self, params, z_t, time, label):
+        t = time * self.denoiser.num_timesteps
+        k_t, k_s = (
+            self.denoiser.keep_at(jnp.maximum(x, 0))[:, None, None, None] for x in (t, t - 1)
+        )
+        per_chain = jnp.repeat(k_t.ravel(), z_t[0].size // chain.BITS)
+        flips = chain.denoise(z_t, per_chain)
+        if self.denoiser.target == "z_0":
+            output = targets.flip_from_z_0(flips, z_t)
+        elif self.denoiser.target == "z_s":
+            output = targets.z_s_from_flip(flips, z_t, k_t, k_s)
+        elif self.denoiser.evidence or self.denoiser.pair == "balanced_plugin":
+            output = flips - bernoulli.flip_evidence(k_t)
+        else:
+            output = flips
+        return output + params
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(time_weight="falling"),
+        dict(evidence=False),
+        dict(evidence=False, target="z_0"),
+        dict(evidence=False, target="z_s"),
+        dict(evidence=False, pair="balanced_plugin", vlb_weight=0.0),
+        dict(evidence=False, pair="balanced_plugin"),
+        dict(schedule="cos", continuous=True),
+        dict(schedule="given", keep=(1, 0.9, 0.8, 0.7, 0.5, 0.4, 0.3, 0.2, 0.1)),
+    ],
+)
+def test_the_truth_is_the_minimum_of_every_loss(config, changes):
+    config.prior.update(changes)
+    denoiser, objective = build.denoiser(config), build.objective(config)
+    denoiser = dataclasses.replace(denoiser, network=TrueNetwork(denoiser))
+    shape = (64, 16, 16, chain.BITS)
+    chains = jax.random.choice(
+        jax.random.key(0),
+        jnp.asarray(chain.STATES, jnp.float32),
+        shape[:3],
+        p=jnp.asarray(chain.P_DATA, jnp.float32),
     )
-    np.testing.assert_array_equal(logit, np.zeros((2, 4, 4, 8)))
+    noise = prior_stage.draw_noise(
+        jax.random.key(1), shape, 8, continuous=denoiser.continuous, stratified=True
+    )
+    label = jnp.zeros(64, jnp.int32)
+    loss = jax.jit(
+        lambda shift: prior_stage.loss(denoiser, objective, shift, chains, label, noise)[0]
+    )
+    best, higher, lower = loss(0.0), loss(0.2), loss(-0.2)
+    assert best < higher and best < lower
+    # A parabola with its bottom at the truth.
+    np.testing.assert_allclose((higher - lower) / (higher + lower - 2 * best), 0, atol=0.15)
+    bce = prior_stage.predict(denoiser, 0.0, chains, label, noise)
+    right = (bce.flip_logit > 0) == (bernoulli.flip_target(bce.z_t, bce.z_0) > 0)
+    assert np.mean(right) > 0.75
+
+
+def test_a_flip_logit_is_the_same_for_both_pairs_but_for_the_evidence(config):
+    z_t = jax.random.bernoulli(jax.random.key(0), shape=(8, 4, 4, 8)).astype(jnp.float32)
+    output, t = jax.random.normal(jax.random.key(1), z_t.shape), jnp.arange(1.0, 9)
+    evidence = np.log(B / (1 - B))[:, None, None, None]
+    changes = [
+        (dict(), 0, 1),
+        (dict(evidence=False), -1, 0),
+        (dict(evidence=False, pair="balanced_plugin"), 0, 1),
+    ]
+    for change, plugin, mixture in changes:
+        config.prior.update(change)
+        denoiser = build.denoiser(config)
+        got = denoiser.flip_logit(output, z_t, t)
+        np.testing.assert_allclose(got, output + mixture * evidence, atol=1e-5)
+        got = denoiser.flip_logit(output, z_t, t, "balanced_plugin", 0.5)
+        np.testing.assert_allclose(got, (output + plugin * evidence) / 0.5, atol=1e-5)
 
 
 def test_prior_trains_on_images_with_a_frozen_encoder(config):
@@ -217,7 +367,7 @@ def test_prior_trains_on_images_with_a_frozen_encoder(config):
             prior_stage.train_step,
             encode=functools.partial(autoencoder.apply, method="encode"),
             denoiser=build.denoiser(config),
-            label_dropout=0.1,
+            objective=build.objective(config),
             optimizer=build.optimizer(config.prior.train),
             ema_decay=0.9,
         ),

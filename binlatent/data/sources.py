@@ -77,7 +77,7 @@ def open_source(name: str, path: str, split: str, image_size: int, channels: int
 
     def read_example(index: int) -> dict[str, Any]:
         file, what, label = read(index)
-        return {"image": _decode(file, what, image_size, channels), "label": label}
+        return {"image": read_image(file, what, image_size, channels), "label": label}
 
     keep = count * image_size**2 * channels <= _KEPT_BYTES
     return Source(_Examples(count, read_example, keep), num_classes)
@@ -109,7 +109,12 @@ class _Examples:
         return dict(example)
 
 
-def _decode(file: str | BinaryIO, what: str, image_size: int, channels: int) -> np.ndarray:
+def read_image(file: str | BinaryIO, what: str, image_size: int, channels: int) -> np.ndarray:
+    """Returns an image of any kind that Pillow reads, as of `transforms.to_square`.
+
+    Raises:
+      UserError: if it cannot be read, calling it `what`.
+    """
     try:
         with Image.open(file) as image:
             return transforms.to_square(image, image_size, channels)
@@ -150,7 +155,7 @@ def _open_tfds(name: str, data_dir: str, split: str) -> tuple[int, int, _Read]:
         )
     labelled = "label" in keys and isinstance(features["label"], tfds.features.ClassLabel)
     num_classes = (features["label"].num_classes or 0) if labelled else 0
-    # TFDS passes encoded images on: `_decode` takes more kinds, and only 'image' is wanted.
+    # TFDS passes encoded images on: `read_image` takes more kinds, and only 'image' is wanted.
     images = [key for key in keys if isinstance(features[key], tfds.features.Image)]
     decoders = {key: tfds.decode.SkipDecoding() for key in images}
     tfds_split = _tfds_split(name, list(builder.info.splits), split)

@@ -1,16 +1,27 @@
-"""The Bernoulli diffusion process: forward noise, targets and posteriors (paper, Section 4).
+"""The Bernoulli diffusion process: its noise, exact and predicted posteriors (paper, Section 4).
 
-Codes z are arrays of {0, 1} of any shape; k_t and k_s are k of the schedule at times s < t, of a
-shape that broadcasts against the codes by equal rank or as scalars. b_t is (1 - k_t) / 2, so that
-q(z_t | z_0) = B(k_t z_0 + b_t) and q(z_t | z_s) = B(k_{t|s} z_s + (1 - k_{t|s}) / 2) with
-k_{t|s} = k_t / k_s.
+Codes z are arrays of {0, 1} of any shape. k_t and k_s are the schedule at times s < t, scalars or
+arrays that broadcast against the codes with equal rank. b_t is (1 - k_t) / 2, so that
+
+    q(z_t | z_0) = B(k_t z_0 + b_t)        q(z_t | z_s) = B(k_{t|s} z_s + (1 - k_{t|s}) / 2)
+
+with k_{t|s} = k_t / k_s. Nothing here prefers one value of a bit to the other, so the reverse
+direction is written in terms of whether a bit stays: z_s = z_t, or flips.
+
+Everything is computed in float32 at least, whatever comes in, and is finite, gradients included,
+for all 0 <= k_t <= k_s <= 1, k_T = 0 and k_0 = 1 among them.
 """
 
 import jax
 import jax.numpy as jnp
-import optax
 
 Array = jax.Array
+
+
+def at_least_float32(x: Array | float) -> Array:
+    """Returns x in float32, or in float64 if it is."""
+    x = jnp.asarray(x)
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def draw(uniform: Array, probs: Array) -> Array:
@@ -18,60 +29,128 @@ def draw(uniform: Array, probs: Array) -> Array:
     return (uniform < probs).astype(probs.dtype)
 
 
+# The forward process
+
+
 def forward_probs(z_0: Array, k_t: Array) -> Array:
-    """Returns P(z_t = 1 | z_0) = k_t z_0 + b_t (paper, (5)), in the codes' shape."""
+    """Returns q(z_t = 1 | z_0) = k_t z_0 + b_t (paper, (5)), in the codes' shape."""
+    z_0, k_t = at_least_float32(z_0), at_least_float32(k_t)
     return k_t * z_0 + (1 - k_t) / 2
+
+
+def transition_probs(z_s: Array, k_t: Array, k_s: Array) -> Array:
+    """Returns q(z_t = 1 | z_s) for any s < t; with s = t - 1 this is (4) of the paper."""
+    return forward_probs(z_s, at_least_float32(k_t) / at_least_float32(k_s))
 
 
 def flip_target(z_t: Array, z_0: Array) -> Array:
     """Returns z_t xor z_0: 1 where the noise flipped the bit (paper, 4.1)."""
-    return jnp.abs(z_t - z_0)
+    return jnp.abs(at_least_float32(z_t) - at_least_float32(z_0))
 
 
 def flip_evidence(k_t: Array) -> Array:
     """Returns log(b_t / (1 - b_t)): a bit's log-odds of being flipped, before looking at others.
 
     By Bayes' rule a bit's flip log-odds are this term plus what all the other bits say, so a
-    network that gives the second part alone starts from the truth at every t. With k_t in [0, 1)
-    the result is in (-inf, 0], and exactly 0 at k_t = 0, where z_t says nothing.
+    network that gives the second part alone starts from the truth at every t. Exactly 0 at
+    k_t = 0, where z_t says nothing, and falling as k_t rises; a k_t that rounds to 1 counts as the
+    float below.
     """
+    k_t = at_least_float32(k_t)
+    k_t = jnp.minimum(k_t, 1 - jnp.finfo(k_t.dtype).epsneg)
     # b / (1 - b) = (1 - k) / (1 + k); log1p keeps the small k near t = T exact in float32.
     return jnp.log1p(-k_t) - jnp.log1p(k_t)
 
 
-def flip_loss(flip_logit: Array, z_t: Array, z_0: Array) -> Array:
-    """Returns the binary cross-entropy of the flip, in nats, a bit (paper, (12)); codes' shape."""
-    return optax.sigmoid_binary_cross_entropy(flip_logit, flip_target(z_t, z_0))
+# The reverse process
 
 
-def z_0_probs(flip_logit: Array, z_t: Array) -> Array:
-    """Returns P(z_0 = 1 | z_t) = z_t (1 - f) + (1 - z_t) f, f = sigmoid(flip_logit)."""
-    return jax.nn.sigmoid(flip_logit * (1 - 2 * z_t))
+def step_flip_prob(k_t: Array, k_s: Array) -> Array:
+    """Returns (1 - k_{t|s}) / 2, the probability that the noise from s to t flips a bit.
+
+    Never quite 0, also where k_t and k_s are rounded to the same number: everything that is
+    divided by it, or takes its logarithm, stays finite.
+    """
+    k_ts = at_least_float32(k_t) / at_least_float32(k_s)
+    return jnp.maximum((1 - k_ts) / 2, 2 * jnp.finfo(k_ts.dtype).eps)
+
+
+def stay_probs(k_t: Array, k_s: Array) -> tuple[Array, Array]:
+    """Returns q(z_s = z_t | z_t, z_0) where z_0 = z_t, and where z_0 is the other value.
+
+    With e the flip probability from s to t, Bayes' rule (paper, (9)) reads
+    (1 - e) (1 - b_s) / (1 - b_t) and (1 - e) b_s / b_t. At s = 0 they are 1 and 0.
+    """
+    e, b_s, b_t = _noise(k_t, k_s)
+    return (1 - e) * (1 - b_s) / (1 - b_t), (1 - e) * b_s / b_t
+
+
+def leave_probs(k_t: Array, k_s: Array) -> tuple[Array, Array]:
+    """Returns 1 - `stay_probs`, with all digits where they are small."""
+    e, b_s, b_t = _noise(k_t, k_s)
+    return e * b_s / (1 - b_t), e * (1 - b_s) / b_t
+
+
+def _noise(k_t: Array, k_s: Array) -> tuple[Array, Array, Array]:
+    e = step_flip_prob(k_t, k_s)
+    b_s = (1 - at_least_float32(k_s)) / 2
+    return e, b_s, e * (1 - b_s) + (1 - e) * b_s  # b_t, above 0 as e is
+
+
+def _ones_from_stays(z_t: Array, stay: Array) -> Array:
+    """Returns P(z_s = 1) from P(z_s = z_t)."""
+    return z_t * stay + (1 - z_t) * (1 - stay)
 
 
 def posterior_probs(z_t: Array, z_0: Array, k_t: Array, k_s: Array) -> Array:
-    """Returns the exact posterior q(z_s = 1 | z_t, z_0) for s < t (paper, (9)), codes' shape.
-
-    Requires k_t < k_s <= 1; k_t = 0 (t = T) and k_s = 1 (s = 0) are fine.
-    """
-    k_ts = k_t / k_s
-    # q(z_t | z_s = v) is high for v = z_t and low for the other value.
-    likelihood_1 = k_ts * z_t + (1 - k_ts) / 2
-    likelihood_0 = k_ts * (1 - z_t) + (1 - k_ts) / 2
-    prior_1 = forward_probs(z_0, k_s)
-    joint_1 = likelihood_1 * prior_1
-    joint_0 = likelihood_0 * (1 - prior_1)
-    return joint_1 / (joint_1 + joint_0)
+    """Returns the exact posterior q(z_s = 1 | z_t, z_0) for s < t (paper, (9)), codes' shape."""
+    return mixture_posterior_probs(z_t, z_0, k_t, k_s)  # of a z_0 that is certain
 
 
 def mixture_posterior_probs(z_t: Array, p_0: Array, k_t: Array, k_s: Array) -> Array:
     """Returns p(z_s = 1 | z_t) = sum_v q(z_s = 1 | z_t, z_0 = v) p_0(v) (paper, (8)).
 
+    Exact, a bit at a time, where p_0 is P(z_0 = 1 | z_t), which plain BCE trains.
+
     Args:
       z_t: bits at time t.
-      p_0: P(z_0 = 1 | z_t), in [0, 1], the codes' shape.
+      p_0: in [0, 1], the codes' shape.
       k_t, k_s: the schedule at t and s < t.
     """
-    posterior_1 = posterior_probs(z_t, jnp.ones_like(z_t), k_t, k_s)
-    posterior_0 = posterior_probs(z_t, jnp.zeros_like(z_t), k_t, k_s)
-    return p_0 * posterior_1 + (1 - p_0) * posterior_0
+    z_t = at_least_float32(z_t)
+    agree, disagree = stay_probs(k_t, k_s)
+    flip = flip_target(z_t, p_0)
+    return _ones_from_stays(z_t, (1 - flip) * agree + flip * disagree)
+
+
+def plugin_posterior_probs(z_t: Array, p_0: Array, k_t: Array, k_s: Array) -> Array:
+    """Returns p(z_s = 1 | z_t), proportional to q(z_t | z_s) sum_v q(z_s | v) p_0(v).
+
+    Exact, a bit at a time, where p_0 is what all the other bits of z_t say of z_0, which balanced
+    BCE trains: the bit's own evidence is added back here. This is what the authors' code and the
+    paper's (10)-(11) compute, with k_s and b_s in place of the misprinted k_t and 0.5 b_t.
+
+    Args:
+      z_t, p_0, k_t, k_s: as of `mixture_posterior_probs`, but for the meaning of p_0.
+    """
+    z_t = at_least_float32(z_t)
+    e = step_flip_prob(k_t, k_s)
+    stay = 1 - flip_target(z_t, forward_probs(p_0, k_s))  # before z_t is looked at
+    stay = (1 - e) * stay / ((1 - e) * stay + e * (1 - stay))
+    return _ones_from_stays(z_t, stay)
+
+
+def corrector_flip_probs(balanced_logit: Array, k_t: Array, size: float | Array) -> Array:
+    """Returns the probability that a corrector step flips each bit of z_t.
+
+    Each bit is drawn anew, with probability `size`, from its conditional given all the others,
+    q(z_t^i | z_t^-i): b_t (1 - p) + (1 - b_t) p for the other value, where p is what the other bits
+    say of z_0 being that value. One bit at a time this is Gibbs sampling, which leaves q(z_t) as
+    it is; of all bits at once the error is of second order in `size`.
+
+    Args:
+      balanced_logit: log-odds of p; a flip logit less `flip_evidence`.
+      k_t: the schedule at t, below 1.
+      size: in [0, 1].
+    """
+    return size * forward_probs(jax.nn.sigmoid(balanced_logit), k_t)

@@ -1,50 +1,147 @@
-"""Noise schedules: k_t, the share of a bit of z_0 that survives in z_t (paper, Section 4, (5))."""
+"""Noise schedules: k_t, the share of a bit of z_0 that survives in z_t (paper, Section 4, (5)).
 
+Time is continuous underneath: u = t / T runs from 0 to 1, k(0) = 1, and k falls with u. A process
+of T steps looks at k on the grid u = t / T; b_t is (1 - k_t) / 2 throughout.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+Array = jax.Array
 
-def keep_schedule(name: str, num_timesteps: int) -> np.ndarray:
-    """Returns k_0, ..., k_T of a named schedule; b_t is (1 - k_t) / 2 throughout.
+# A name, or k_0, ..., k_T at equally spaced times, with straight lines between them.
+Schedule = str | tuple[float, ...]
 
-    Args:
-      name: "linear", k_t = 1 - t/T, or "cos", k_t = (1 + cos(pi t/T)) / 2.
-      num_timesteps: T >= 1.
+NAMES = ("linear", "cos", "sigmoid")
+_SIGMOID_END = 3.75  # from 0 to 3 at a temperature of 0.8, as in the authors' code
 
-    Returns:
-      float64, (T + 1,), strictly decreasing from 1 to 0.
+
+def check_schedule(schedule: Schedule) -> None:
+    """Refuses a schedule that no process has.
 
     Raises:
-      ValueError: for another name, or T < 1.
+      ValueError: for an unknown name, or values that do not start at 1, do not fall strictly, or
+        end below 0.
+    """
+    if isinstance(schedule, str):
+        if schedule not in NAMES:
+            raise ValueError(f"schedule must be one of {', '.join(NAMES)}; got {schedule!r}")
+        return
+    keep = np.asarray(schedule, np.float64)
+    if keep.ndim != 1 or len(keep) < 2 or not np.all(np.isfinite(keep)):
+        raise ValueError("a schedule of one's own must be two or more numbers, k_0 to k_T")
+    if keep[0] != 1:
+        raise ValueError(f"a schedule must start at k_0 = 1, not {keep[0]:g}")
+    if keep[-1] < 0:
+        raise ValueError(f"a schedule must not end below 0; its last k is {keep[-1]:g}")
+    rises = np.flatnonzero(np.diff(keep) >= 0)
+    if len(rises):
+        t = rises[0] + 1
+        raise ValueError(
+            f"a schedule must fall strictly, but k_{t} = {keep[t]:g} is not below "
+            f"k_{t - 1} = {keep[t - 1]:g}"
+        )
+
+
+def keep_at(schedule: Schedule, u: Array | np.ndarray) -> Array | np.ndarray:
+    """Returns k(u).
+
+    Args:
+      schedule: "linear", k = 1 - u; "cos", k = (1 + cos(pi u)) / 2; "sigmoid", a logistic curve
+        from 0 to -3.75 scaled to fall from 1 to 0; or k_0, ..., k_T.
+      u: t / T in [0, 1], any shape; JAX's for float32, NumPy's for float64.
 
     References:
       Wang et al., Binary Latent Diffusion, CVPR 2023, (5) and supplement A.
     """
+    xp = jnp if isinstance(u, jax.Array) else np
+    if schedule == "linear":
+        return 1 - u
+    if schedule == "cos":
+        return xp.cos(np.pi / 2 * u) ** 2  # the same, without cancellation near u = 1
+    if schedule == "sigmoid":
+        start, end = 0.5, 1 / (1 + np.exp(_SIGMOID_END))
+        return xp.clip((1 / (1 + xp.exp(_SIGMOID_END * u)) - end) / (start - end), 0, 1)
+    keep = np.asarray(schedule)
+    return xp.interp(u, np.linspace(0, 1, len(keep)), keep).astype(u.dtype)
+
+
+def keep_schedule(schedule: Schedule, num_timesteps: int) -> np.ndarray:
+    """Returns k_0, ..., k_T.
+
+    Args:
+      schedule: a name, or k_0, ..., k_T themselves.
+      num_timesteps: T >= 1.
+
+    Returns:
+      float64, (T + 1,), falling from 1.
+
+    Raises:
+      ValueError: for T < 1, a schedule of one's own with another T, or one that no process has.
+    """
     if num_timesteps < 1:
         raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
-    u = np.arange(num_timesteps + 1) / num_timesteps
-    if name == "linear":
-        return 1 - u
-    if name == "cos":
-        return (1 + np.cos(np.pi * u)) / 2
-    raise ValueError(f"schedule must be 'linear' or 'cos', got {name!r}")
+    check_schedule(schedule)
+    if not isinstance(schedule, str) and len(schedule) != num_timesteps + 1:
+        raise ValueError(
+            f"{num_timesteps} timesteps need {num_timesteps + 1} values, k_0 to "
+            f"k_{num_timesteps}; got {len(schedule)}"
+        )
+    return keep_at(schedule, np.arange(num_timesteps + 1) / num_timesteps)
 
 
-def visited_times(num_steps: int, num_timesteps: int) -> np.ndarray:
+def betas(keep: Sequence[float]) -> np.ndarray:
+    """Returns beta_1, ..., beta_T of k_0, ..., k_T: beta_t = 1 - k_t / k_{t-1} (paper, Section 4).
+
+    Raises:
+      ValueError: if k does not start at 1 or does not fall strictly.
+    """
+    check_schedule(tuple(keep))
+    keep = np.asarray(keep)
+    return 1 - keep[1:] / keep[:-1]
+
+
+def visited_times(num_steps: int, num_timesteps: int, *, continuous: bool = False) -> np.ndarray:
     """Returns the times that a sampler of `num_steps` steps visits, evenly spaced from T to 0.
 
     Args:
-      num_steps: reverse steps, 1 <= num_steps <= T.
+      num_steps: reverse steps, at least 1.
       num_timesteps: T of the training schedule.
+      continuous: whether the network knows all times in (0, T] and not only 1, ..., T.
 
     Returns:
-      int32, (num_steps + 1,), strictly decreasing, first T and last 0.
+      float32, (num_steps + 1,), strictly decreasing, first T and last 0; whole numbers unless
+      continuous.
 
     Raises:
-      ValueError: if num_steps is outside 1..T.
+      ValueError: if num_steps is below 1, or, unless continuous, above T.
     """
-    if not 1 <= num_steps <= num_timesteps:
+    if num_steps < 1 or (num_steps > num_timesteps and not continuous):
+        most = "at least 1" if continuous else f"between 1 and {num_timesteps}"
+        reason = "" if continuous else ", the number of timesteps that the prior was trained with"
+        raise ValueError(f"the number of sampling steps must be {most}{reason}; got {num_steps}")
+    times = np.linspace(num_timesteps, 0, num_steps + 1)
+    return (times if continuous else np.rint(times)).astype(np.float32)
+
+
+def check_times(times: Sequence[float], num_timesteps: int) -> np.ndarray:
+    """Returns a grid of times of one's own for a sampler, float32.
+
+    Args:
+      times: two or more, strictly decreasing, in [0, T], the last 0; whole or not.
+      num_timesteps: T of the training schedule.
+
+    Raises:
+      ValueError: if they are not such.
+    """
+    times = np.asarray(times, np.float32)
+    good = times.ndim == 1 and len(times) > 1 and times[0] <= num_timesteps and times[-1] == 0
+    if not good or not np.all(np.diff(times) < 0):
         raise ValueError(
-            f"the number of sampling steps must be between 1 and {num_timesteps}, "
-            f"the number of timesteps that the prior was trained with; got {num_steps}"
+            f"times must be a list that falls strictly from at most {num_timesteps} to 0; "
+            f"got {np.array2string(times, threshold=8)}"
         )
-    return np.rint(np.linspace(num_timesteps, 0, num_steps + 1)).astype(np.int32)
+    return times

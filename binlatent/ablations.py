@@ -1,0 +1,261 @@
+"""What each choice of the prior is worth on digits: the tables of docs/ablations.md.
+
+python -m binlatent.ablations --workdir=runs/ablations
+
+One autoencoder, and a prior for each variant and seed, in folders of their own; what is trained
+or measured already is not done again.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from binlatent import build, evaluate, train
+from binlatent.data.transforms import to_float
+from binlatent.errors import UserError
+from binlatent.pipeline import BinaryLatentDiffusion
+
+log = logging.getLogger(__name__)
+
+Config = ml_collections.ConfigDict
+
+# A variant's name and what it changes in `config.prior`; "evidence" is the config itself.
+VARIANTS = {
+    "evidence": {},
+    "flip": {"evidence": False},
+    "z_0": {"evidence": False, "target": "z_0"},
+    "z_s": {"evidence": False, "target": "z_s"},
+    "balanced": {"evidence": False, "pair": "balanced_plugin"},
+    "lambda 0": {"vlb_weight": 0.0},
+    "lambda 0.01": {"vlb_weight": 0.01},
+    "lambda 1": {"vlb_weight": 1.0},
+    "evidence, quarter": {"train.num_steps": 0.25},
+    "flip, quarter": {"evidence": False, "train.num_steps": 0.25},
+    "evidence, double": {"train.num_steps": 2.0},
+    "flip, double": {"evidence": False, "train.num_steps": 2.0},
+}
+
+# What samples are drawn with, unless a row says otherwise: the model as it is.
+_PLAIN = {"temperature": 1.0, "guidance": 0.0, "steps": 64}  # 64 is T
+
+# A row's name, and what it changes in `config.sample`, for the variant "evidence".
+SAMPLERS = {
+    **{f"{steps} steps": {"steps": steps} for steps in (4, 8, 16, 32)},
+    "8 steps, 1 corrector": {"steps": 8, "corrector_steps": 1},
+    "8 steps, 3 correctors": {"steps": 8, "corrector_steps": 3},
+    "16 steps, 1 corrector": {"steps": 16, "corrector_steps": 1},
+    "32 steps, 1 corrector": {"steps": 32, "corrector_steps": 1},
+    "16 steps, 1 corrector of 0.3": {"steps": 16, "corrector_steps": 1, "corrector_size": 0.3},
+    "16 steps, tau 0.8": {"steps": 16, "temperature": 0.8},
+    "16 steps, tau 0.8, plug-in": {
+        "steps": 16,
+        "temperature": 0.8,
+        "pair": "balanced_plugin",
+    },
+    "16 steps, last thresholded": {"steps": 16, "threshold_last": True},
+    "16 steps, w 1, tau 0.8": {"steps": 16, "temperature": 0.8, "guidance": 1.0},
+}
+
+# Each table: its caption, and its rows (label, variant, sampler).
+TABLES = {
+    "Target": [
+        ("z_s (L_vlb alone)", "z_s", ""),
+        ("z_0", "z_0", ""),
+        ("flip", "flip", ""),
+        ("flip, evidence form", "evidence", ""),
+    ],
+    "Evidence form at several budgets": [
+        (f"{form}, {name}", f"{form}{suffix}", "")
+        for suffix, name in (
+            (", quarter", "a quarter of the steps"),
+            ("", "all steps"),
+            (", double", "twice the steps"),
+        )
+        for form in ("flip", "evidence")
+    ],
+    "Lambda": [
+        ("0", "lambda 0", ""),
+        ("0.01", "lambda 0.01", ""),
+        ("0.1", "evidence", ""),
+        ("1", "lambda 1", ""),
+    ],
+    "Pair": [
+        ("plain BCE, mixture", "flip", ""),
+        ("balanced BCE, plug-in", "balanced", ""),
+        ("evidence form, mixture", "evidence", ""),
+    ],
+    "Steps": [
+        *((f"{steps}", "evidence", f"{steps} steps") for steps in (4, 8, 16, 32)),
+        ("64", "evidence", ""),
+    ],
+    "Corrector": [
+        (f"{steps} steps{more} ({calls} network calls)", "evidence", f"{steps} steps{more}")
+        for steps, more, calls in (
+            (8, "", 8),
+            (8, ", 1 corrector", 15),
+            (16, "", 16),
+            (16, ", 1 corrector", 31),
+            (16, ", 1 corrector of 0.3", 31),
+            (8, ", 3 correctors", 29),
+            (32, "", 32),
+            (32, ", 1 corrector", 63),
+        )
+    ]
+    + [("64 steps (64 network calls)", "evidence", "")],
+    "Temperature, last step and guidance, 16 steps": [
+        ("tau 1", "evidence", "16 steps"),
+        ("tau 1, last step thresholded", "evidence", "16 steps, last thresholded"),
+        ("tau 0.8 on the whole logit (mixture)", "evidence", "16 steps, tau 0.8"),
+        ("tau 0.8 on the bare output (plug-in)", "evidence", "16 steps, tau 0.8, plug-in"),
+        ("tau 0.8, guidance 1", "evidence", "16 steps, w 1, tau 0.8"),
+    ],
+}
+
+
+def variant_config(config: Config, variant: str, seed: int) -> Config:
+    """Returns the config of a variant and seed; budgets are shares of the config's."""
+    config = copy.deepcopy(config)
+    config.seed = seed
+    changes = dict(VARIANTS[variant])
+    if "train.num_steps" in changes:
+        share = changes["train.num_steps"]
+        changes["train.num_steps"] = max(round(share * config.prior.train.num_steps), 1)
+    config.prior.update_from_flattened_dict(changes)
+    return config
+
+
+def train_variant(config: Config, workdir: Path, variant: str, seed: int) -> Path:
+    """Trains the prior of a variant on the workdir's autoencoder; returns its own workdir."""
+    folder = workdir / f"{variant.replace(', ', '_').replace(' ', '_')}_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (workdir / "codes").mkdir(exist_ok=True)
+    for shared in ("autoencoder", "codes"):
+        if not (folder / shared).exists():
+            (folder / shared).symlink_to(Path("..") / shared)
+    log.info("Training %s, seed %d", variant, seed)
+    train.train_prior(variant_config(config, variant, seed), folder)
+    return folder
+
+
+class Results:
+    """Measured numbers by row, in a file that an interrupted run goes on from."""
+
+    def __init__(self, path: Path):
+        """Reads what is there."""
+        self._path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        entries = [json.loads(line) for line in lines]
+        self._values = {tuple(entry["row"]): entry["values"] for entry in entries}
+
+    def __contains__(self, row: tuple[str, str, int]) -> bool:
+        return row in self._values
+
+    def __getitem__(self, row: tuple[str, str, int]) -> dict[str, float]:
+        return self._values[row]
+
+    def add(self, row: tuple[str, str, int], values: dict[str, float]) -> None:
+        """Keeps the values of (variant, sampler, seed)."""
+        self._values[row] = values
+        with self._path.open("a") as file:
+            file.write(json.dumps({"row": row, "values": values}) + "\n")
+
+
+def _samplers(variant: str) -> list[str]:
+    """Returns the samplers that the tables ask of a variant."""
+    rows = [row for table in TABLES.values() for row in table]
+    return sorted({sampler for _, of, sampler in rows if of == variant})
+
+
+def measure(config: Config, workdir: Path, seeds: int, variants: Sequence[str]) -> Results:
+    """Trains and measures the rows of the tables that are about `variants`."""
+    results = Results(workdir / "results.jsonl")
+    judge = None
+    for seed, variant in itertools.product(range(seeds), variants):
+        missing = [name for name in _samplers(variant) if (variant, name, seed) not in results]
+        if not missing:
+            continue
+        folder = train_variant(config, workdir, variant, seed)
+        pipeline = BinaryLatentDiffusion.from_workdir(folder, variant_config(config, variant, seed))
+        judge = judge or evaluate.Judge(pipeline.config)
+        probs = pipeline.encode_probs(to_float(judge.images))
+        bound = evaluate.likelihood_metrics(pipeline, probs, judge.labels)
+        for sampler in missing:
+            options = {**_PLAIN, **SAMPLERS.get(sampler, {})}
+            quality = judge.sample_quality(pipeline, build.key(seed, "ablation"), **options)
+            results.add((variant, sampler, seed), {**bound, **quality})
+            log.info("%s, %s, seed %d: %s", variant, sampler, seed, quality)
+    return results
+
+
+_COLUMNS = {
+    "bits_per_dim": ("bits a dimension", "{:.4f}"),
+    "accuracy": ("accuracy", "{:.1%}"),
+    "frechet_distance": ("Frechet distance", "{:.2f}"),
+}
+
+
+def _cell(values: list[float], form: str) -> str:
+    """Returns mean and standard deviation over seeds."""
+    if len(values) == 1:
+        return form.format(values[0])
+    return f"{form.format(np.mean(values))} ± {form.format(np.std(values, ddof=1))}"
+
+
+def tables(results: Results, seeds: int) -> str:
+    """Returns the tables in Markdown: means over seeds and standard deviations."""
+    lines = []
+    for caption, rows in TABLES.items():
+        lines += [f"### {caption}", "", "| | " + " | ".join(c for c, _ in _COLUMNS.values()) + " |"]
+        lines += ["|---|" + "---|" * len(_COLUMNS)]
+        for label, variant, sampler in rows:
+            keys = [(variant, sampler, seed) for seed in range(seeds)]
+            found: list[dict[str, Any]] = [results[key] for key in keys if key in results]
+            if not found:
+                continue
+            cells = [
+                _cell([values[name] for values in found], form)
+                for name, (_, form) in _COLUMNS.items()
+            ]
+            lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains, measures and prints the tables; a user's error is one sentence and exit code 1."""
+    from configs import digits
+
+    parser = argparse.ArgumentParser("binlatent.ablations", description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--seeds", type=int, default=3, help="priors a variant")
+    parser.add_argument("--num_steps", type=int, default=1000, help="of a prior's training")
+    parser.add_argument("--data", default="", help="TFDS's data_dir")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+    flags = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("binlatent").setLevel(logging.INFO)
+    config = digits.get_config()
+    config.data.path = flags.data
+    config.prior.train.num_steps = flags.num_steps
+    try:
+        train.train_autoencoder(config, flags.workdir)
+        results = measure(config, flags.workdir, flags.seeds, flags.variants)
+    except UserError as error:
+        sys.stderr.write(f"Error: {error}\n")
+        sys.exit(1)
+    text = tables(results, flags.seeds)
+    (flags.workdir / "ablations.md").write_text(text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

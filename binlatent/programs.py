@@ -1,0 +1,145 @@
+"""The compiled programs behind the pipeline, and how arrays of any length go through them."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from binlatent.diffusion import likelihood, sampling
+from binlatent.models.autoencoder import Autoencoder
+from binlatent.stages.prior import Denoiser
+
+Array = jax.Array
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode_probs(params: Any, images: Array, *, model: Autoencoder) -> Array:
+    """Returns the encoder's y, (n, h, w, c) in [0, 1]."""
+    return model.apply(params, images, method="encode")
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def decode_codes(params: Any, codes: Array, *, model: Autoencoder) -> Array:
+    """Returns the images of codes, clipped to [-1, 1]."""
+    return jnp.clip(model.apply(params, codes, method="decode"), -1, 1)
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        *("denoiser", "pair", "threshold_last", "corrector_steps"),
+        "return_trajectory",
+    ),
+)
+def sample_codes(
+    params: Any,
+    keys: Array,
+    labels: Array,
+    start_probs: Array,
+    known: sampling.Known | None,
+    times: Array,
+    guidance: Array,
+    temperature: Array,
+    corrector_size: Array,
+    *,
+    denoiser: Denoiser,
+    pair: str,
+    threshold_last: bool,
+    corrector_steps: int,
+    return_trajectory: bool,
+) -> tuple[Array, sampling.Trajectory | None]:
+    """Draws codes from the prior; one compiled program for each number of steps.
+
+    Args:
+      params: of the prior's network.
+      keys: (n,) typed PRNG keys, one a sample.
+      labels: (n,) int; num_classes means unlabelled.
+      start_probs: (n, h, w, c), of the bits at the first time.
+      known: of inpainting.
+      times: (S + 1,), to 0.
+      guidance: (S,), w at each step.
+      temperature, corrector_size: scalars.
+      denoiser, pair, threshold_last, corrector_steps, return_trajectory: static.
+      The last ones as of `sampling.reverse_process`, which says what is returned.
+    """
+    num_classes = denoiser.network.num_classes
+
+    def output(z_t, t, labels):
+        return denoiser.output(params, z_t, jnp.full(len(z_t), t), labels)
+
+    conditional = functools.partial(output, labels=labels)
+    unconditional = functools.partial(output, labels=jnp.full_like(labels, num_classes))
+    guided = sampling.guide(conditional, unconditional)
+
+    def denoise(z_t, t, w):
+        logit = guided(z_t, t, w) if num_classes else conditional(z_t, t)
+        return denoiser.flip_logit(logit, z_t, jnp.full(len(z_t), t), pair, temperature)
+
+    return sampling.reverse_process(
+        denoise,
+        sampling.noise_from_keys(keys, start_probs.shape[1:]),
+        start_probs,
+        times=times,
+        keep=denoiser.keep_at(times),
+        guidance=guidance,
+        pair=pair,
+        known=known,
+        threshold_last=threshold_last,
+        corrector_steps=corrector_steps,
+        corrector_size=corrector_size,
+        return_trajectory=return_trajectory,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("denoiser", "num_draws"))
+def code_lengths(
+    params: Any,
+    keys: Array,
+    labels: Array,
+    codes: Array,
+    times: Array,
+    *,
+    denoiser: Denoiser,
+    num_draws: int,
+) -> Array:
+    """Returns the bound on each code's length in bits, (n,); see `likelihood.likelihood_bound`."""
+
+    def denoise(z_t, t):
+        t = jnp.full(len(z_t), t)
+        return denoiser.flip_logit(denoiser.output(params, z_t, t, labels), z_t, t)
+
+    return likelihood.likelihood_bound(
+        denoise,
+        sampling.noise_from_keys(keys, codes.shape[1:]),
+        codes,
+        times=times,
+        keep=denoiser.keep_at(times),
+        num_draws=num_draws,
+    )
+
+
+def sample_keys(key: Array, num: int) -> Array:
+    """Returns a key for each of `num` samples, whatever batches they are drawn in."""
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(num))
+
+
+def map_batches(function: Callable, batch_size: int, *arrays: Any) -> Any:
+    """Applies `function` to batches of equal size along the first axis and joins the results.
+
+    The last batch is filled up with its last entry, so that one compiled program serves all.
+
+    Args:
+      function: of a batch of each of `arrays`, to an array or a tree of arrays.
+      batch_size: at most.
+      *arrays: of one length.
+    """
+    n = len(arrays[0])
+    batch_size = min(batch_size, n)
+    results = []
+    for start in range(0, n, batch_size):
+        take = np.minimum(np.arange(start, start + batch_size), n - 1)
+        results.append(jax.device_get(function(*[array[take] for array in arrays])))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *results)

@@ -1,0 +1,81 @@
+"""Figures from the command line, on an untrained tiny prior."""
+
+import jax
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from binlatent import build, plots
+from binlatent.errors import UserError
+from binlatent.pipeline import BinaryLatentDiffusion
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    plt.switch_backend("agg")
+    yield
+    plt.close("all")
+
+
+def pipeline(config, num_classes):
+    config.data.num_classes = num_classes
+    key = jax.random.key(0)
+    return BinaryLatentDiffusion(
+        config, build.init_autoencoder(config, key), build.init_prior(config, key)
+    )
+
+
+def test_schedules_are_drawn_from_their_values(tmp_path, capsys):
+    figure = plots.schedules_figure(num_timesteps=8)
+    assert [axis.get_title() for axis in figure.axes] == ["linear", "cos", "sigmoid"]
+    one, zero = (line.get_ydata() for line in figure.axes[0].lines)
+    np.testing.assert_allclose(one, 1 - np.arange(9) / 16)
+    np.testing.assert_allclose(zero, np.arange(9) / 16)
+    plots.main(["schedules", f"--out={tmp_path / 'a.png'}"])
+    assert Image.open(tmp_path / "a.png").size[0] > 1000
+
+
+@pytest.mark.parametrize("name", ["temperature", "guidance"])
+def test_rows_share_their_noise(tiny_config, name):
+    tiny_config.prior.evidence = False
+    model = pipeline(tiny_config, 10)
+    figure = {"temperature": plots.temperature_figure, "guidance": plots.guidance_figure}[name]
+    axis = figure(model).axes[0]
+    values = plots.TEMPERATURES if name == "temperature" else plots.GUIDANCES
+    assert [float(label.get_text()) for label in axis.get_yticklabels()] == list(values)
+    sheet = axis.images[0].get_array()
+    assert sheet.shape == (len(values) * 30 + 2, 10 * 30 + 2)
+    # The untrained prior says 1/2 at any temperature: the same noise makes the same row.
+    np.testing.assert_array_equal(sheet[2:30], sheet[32:60])
+
+
+def test_steps_are_those_of_the_paper_and_their_quality_is_measured(tiny_config):
+    figure = plots.steps_figure(pipeline(tiny_config, 10))
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["bits a dimension, at most", "accuracy", "Frechet distance"]
+    steps, bits = figure.axes[0].lines[0].get_data()
+    np.testing.assert_array_equal(steps, [4, 8])  # to the T of the tiny config
+    np.testing.assert_allclose(bits, 1, atol=0.1)  # the untrained prior takes bits for fair
+
+
+def test_without_classes_the_bound_is_drawn_and_guidance_is_refused(tiny_config):
+    model = pipeline(tiny_config, 0)
+    assert len(plots.steps_figure(model).axes) == 1
+    with pytest.raises(UserError, match="unconditional"):
+        plots.guidance_figure(model)
+
+
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["temperature"], 2, "needs --workdir"),
+        (["portrait"], 2, "invalid choice"),
+        (["schedules", "--out=x.txt"], 1, "must end in .png, .pdf or .svg"),
+        (["steps", "--workdir=nowhere"], 1, "There is no workdir nowhere"),
+    ],
+)
+def test_wrong_flags_are_one_sentence(capsys, flags, code, message):
+    with pytest.raises(SystemExit) as exit:
+        plots.main(flags)
+    assert exit.value.code == code and message in capsys.readouterr().err
