@@ -250,10 +250,10 @@ def denoiser(config: Config) -> Denoiser:
             )
     if section.pair == "balanced_plugin" and section.target != "flip":
         raise UserError('config.prior.pair "balanced_plugin" needs config.prior.target "flip".')
-    if section.evidence and (section.target != "flip" or section.pair != "plain_mixture"):
+    if section.evidence and (section.target == "z_s" or section.pair != "plain_mixture"):
         raise UserError(
-            'config.prior.evidence needs the target "flip" and the pair "plain_mixture"; set it '
-            "to False."
+            'config.prior.evidence needs the target "flip" or "z_0" and the pair "plain_mixture"; '
+            "set it to False."
         )
     if (section.schedule == "given") != bool(section.keep):
         raise UserError(

@@ -12,7 +12,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from binlatent import build, checkpoint
+from binlatent import build, checkpoint, masks
 from binlatent.data import sources
 from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float, to_uint8
@@ -166,6 +166,28 @@ class Judge:
         predictions, features = self.classify(to_uint8(samples))
         return {
             "accuracy": float(np.mean(predictions == wanted)),
+            "frechet_distance": metrics.frechet_distance(self._features, features),
+        }
+
+    def inpainting_quality(
+        self, pipeline: BinaryLatentDiffusion, key: jax.Array, **options: Any
+    ) -> dict[str, float]:
+        """Completes halves of the test images, of no given class, and judges the results.
+
+        Args:
+          pipeline, key: as of `sample_quality`.
+          **options: of `BinaryLatentDiffusion.inpaint`.
+
+        Returns:
+          The same two numbers, for the classes of the images that the halves are of.
+        """
+        _, height, width, _ = self.images.shape
+        halves = [masks.preset(name, height, width) for name in ("top", "bottom", "left", "right")]
+        keep = np.stack([halves[i % 4] for i in range(len(self.images))])
+        results = pipeline.inpaint(to_float(self.images), keep, key, **options)
+        predictions, features = self.classify(to_uint8(results))
+        return {
+            "accuracy": float(np.mean(predictions == self.labels)),
             "frechet_distance": metrics.frechet_distance(self._features, features),
         }
 

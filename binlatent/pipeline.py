@@ -76,7 +76,13 @@ class BinaryLatentDiffusion:
                 used = copy.deepcopy(trained if config is None else config)
                 if used.data.num_classes == -1:
                     used.data.num_classes = trained.data.num_classes
-                build.check(used)
+                try:
+                    build.check(used)
+                except (AttributeError, KeyError) as error:  # ml_collections', of a missing key
+                    raise UserError(
+                        f"The config in {workdir} is not of this version of binlatent "
+                        f"({' '.join(str(error).split())}): give one with --config."
+                    ) from error
                 build.check_same_model(used, trained, stage)
                 like = jax.eval_shape(functools.partial(init, used), jax.random.key(0))
                 return used, checkpoints.restore_ema(like)
@@ -211,6 +217,8 @@ class BinaryLatentDiffusion:
             raise UserError("This workdir has no prior yet: run --mode=train_prior first.")
         n, noised = len(start_probs), settings.known == "noised"
         guidance = build.guidance_weights(settings, times, self._denoiser.num_timesteps)
+        if label is None:
+            guidance = np.zeros_like(guidance)  # (1 + w) a - w a is a, for half the cost
 
         def draw(keys, labels, start_probs, *known_parts):
             codes, trajectory = programs.sample_codes(
@@ -342,7 +350,8 @@ class BinaryLatentDiffusion:
           images: (n, height, width, channels) in [-1, 1].
           key, label: as of `sample_codes`.
           strength: t / T in (0, 1]: near 0 the image itself, at 1 a new one.
-          **options: as of `sample_codes`; of the `steps` from T those below t are made.
+          **options: as of `sample_codes`; of the `steps` from T those below t are made. `times`
+            start at t, whatever the strength.
 
         Raises:
           UserError: as `sample_codes`, and for a strength outside (0, 1].

@@ -67,7 +67,7 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         ((CONFIG, wd, "--config.checkpoint_every=0"), 1, "checkpoint_every must be at least 1"),
         ((CONFIG, wd, "--config.seed=-1"), 1, "seed must be between"),
         ((CONFIG, wd, "--config.prior.target=x"), 1, "one of flip, z_0, z_s; got 'x'"),
-        ((CONFIG, wd, "--config.prior.target=z_0"), 1, "evidence needs the target"),
+        ((CONFIG, wd, "--config.prior.target=z_s"), 1, "evidence needs the target"),
         ((CONFIG, wd, "--config.prior.schedule=given"), 1, "config.prior.keep, k_0 to k_T"),
         ((CONFIG, wd, "--config.prior.vlb_weight=-1"), 1, "vlb_weight must be at least 0"),
         ((CONFIG, wd, "--config.prior.num_timesteps=8"), 1, "between 1 and 8, the number of"),

@@ -169,6 +169,12 @@ def test_code_lengths_are_the_bits_of_a_prior_that_knows_nothing(tiny_config):
     np.testing.assert_allclose(few.mean(), 4 * 4 * 8, rtol=0.03)
 
 
+def test_without_a_label_there_is_nothing_to_guide(pipeline):
+    key = jax.random.key(0)
+    plain = pipeline.sample_codes(20, key, guidance=0.0)
+    np.testing.assert_array_equal(pipeline.sample_codes(20, key, guidance=3.0), plain)
+
+
 def test_variations_are_nearer_the_weaker_they_are(pipeline, images):
     codes = pipeline.encode(images)
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from binlatent import build
+from binlatent import build, programs
 from binlatent.diffusion import bernoulli, targets
 from binlatent.stages import autoencoder as autoencoder_stage
 from binlatent.stages import prior as prior_stage
@@ -283,15 +283,13 @@ class TrueNetwork:
             self.denoiser.keep_at(jnp.maximum(x, 0))[:, None, None, None] for x in (t, t - 1)
         )
         per_chain = jnp.repeat(k_t.ravel(), z_t[0].size // chain.BITS)
-        flips = chain.denoise(z_t, per_chain)
+        output = chain.denoise(z_t, per_chain)
+        if self.denoiser.evidence or self.denoiser.pair == "balanced_plugin":
+            output = output - bernoulli.flip_evidence(k_t)
         if self.denoiser.target == "z_0":
-            output = targets.flip_from_z_0(flips, z_t)
+            output = targets.flip_from_z_0(output, z_t)
         elif self.denoiser.target == "z_s":
-            output = targets.z_s_from_flip(flips, z_t, k_t, k_s)
-        elif self.denoiser.evidence or self.denoiser.pair == "balanced_plugin":
-            output = flips - bernoulli.flip_evidence(k_t)
-        else:
-            output = flips
+            output = targets.z_s_from_flip(output, z_t, k_t, k_s)
         return output + params
 
 
@@ -302,6 +300,7 @@ class TrueNetwork:
         dict(time_weight="falling"),
         dict(evidence=False),
         dict(evidence=False, target="z_0"),
+        dict(target="z_0"),
         dict(evidence=False, target="z_s"),
         dict(evidence=False, pair="balanced_plugin", vlb_weight=0.0),
         dict(evidence=False, pair="balanced_plugin"),
@@ -334,6 +333,44 @@ def test_the_truth_is_the_minimum_of_every_loss(config, changes):
     bce = prior_stage.predict(denoiser, 0.0, chains, label, noise)
     right = (bce.flip_logit > 0) == (bernoulli.flip_target(bce.z_t, bce.z_0) > 0)
     assert np.mean(right) > 0.75
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(evidence=False, target="z_0"),
+        dict(evidence=False, target="z_s"),
+        dict(evidence=False, pair="balanced_plugin"),
+        dict(schedule="sigmoid"),
+    ],
+)
+def test_the_sampler_works_with_every_target_and_pair(config, changes):
+    config.prior.update({"num_timesteps": 32, **changes})
+    denoiser = build.denoiser(config)
+    denoiser = dataclasses.replace(denoiser, network=TrueNetwork(denoiser))
+    n, shape = 10_000, (1, 1, chain.BITS)
+    # Steps of one and of many: the target z_s was learnt for s = t - 1 alone.
+    times = np.array([32, 28, 24, 20, 16, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1, 0], np.float32)
+    codes, _ = programs.sample_codes(
+        0.0,
+        jax.random.split(jax.random.key(0), n),
+        jnp.zeros(n, jnp.int32),
+        jnp.full((n, *shape), 0.5),
+        None,
+        times,
+        np.zeros(len(times) - 1, np.float32),
+        1.0,
+        0.0,
+        denoiser=denoiser,
+        pair=denoiser.pair,
+        threshold_last=False,
+        corrector_steps=0,
+        return_trajectory=False,
+    )
+    codes = np.asarray(codes).reshape(n, chain.BITS)
+    np.testing.assert_allclose(codes.mean(0), chain.MARGINALS, atol=0.025)
+    counts = np.bincount((codes @ 2 ** np.arange(5, -1, -1)).astype(int), minlength=64)
+    assert 0.5 * np.abs(counts / n - chain.P_DATA).sum() < 0.1
 
 
 def test_a_flip_logit_is_the_same_for_both_pairs_but_for_the_evidence(config):

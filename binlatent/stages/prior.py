@@ -28,7 +28,8 @@ class Denoiser:
       continuous: whether it was trained on all times in (0, T], not on 1..T alone.
       target: what the output is about, of `targets.TARGETS`.
       pair: of `losses.PAIRS`, that it was trained for.
-      evidence: whether the output, added to the known log-odds of a flip, makes those of a flip.
+      evidence: whether the output leaves out what a bit's own noisy value says of it, which is
+        known and added.
     """
 
     network: Transformer
