@@ -24,46 +24,43 @@ from binlatent.data.transforms import to_float
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("binlatent.ablations")  # also as __main__
 
 Config = ml_collections.ConfigDict
 
-# A variant's name and what it changes in `config.prior`; "evidence" is the config itself.
+_EVIDENCE = {"target": "flip", "evidence": True, "vlb_weight": 0.1}
+_FLIP = {**_EVIDENCE, "evidence": False}
+
+# A variant's name and what it sets in `config.prior`; the number of steps is a share.
 VARIANTS = {
-    "evidence": {},
-    "flip": {"evidence": False},
-    "z_0": {"evidence": False, "target": "z_0"},
-    "z_0, evidence": {"target": "z_0"},
-    "z_s": {"evidence": False, "target": "z_s"},
-    "balanced": {"evidence": False, "pair": "balanced_plugin"},
-    "lambda 0": {"vlb_weight": 0.0},
-    "lambda 0.01": {"vlb_weight": 0.01},
-    "lambda 1": {"vlb_weight": 1.0},
-    "evidence, quarter": {"train.num_steps": 0.25},
-    "flip, quarter": {"evidence": False, "train.num_steps": 0.25},
-    "evidence, double": {"train.num_steps": 2.0},
-    "flip, double": {"evidence": False, "train.num_steps": 2.0},
+    "z_s": {**_FLIP, "target": "z_s"},
+    "z_0": {**_FLIP, "target": "z_0"},
+    "flip": _FLIP,
+    "z_0, evidence": {**_EVIDENCE, "target": "z_0"},
+    "flip, evidence": _EVIDENCE,
+    "flip, quarter": {**_FLIP, "train.num_steps": 0.25},
+    "flip, evidence, quarter": {**_EVIDENCE, "train.num_steps": 0.25},
+    "balanced": {**_FLIP, "pair": "balanced_plugin"},
+    "lambda 0": {**_EVIDENCE, "vlb_weight": 0.0},
+    "lambda 0.01": {**_EVIDENCE, "vlb_weight": 0.01},
+    "lambda 1": {**_EVIDENCE, "vlb_weight": 1.0},
 }
 
 # What samples are drawn with, unless a row says otherwise: the model as it is.
-_PLAIN = {"temperature": 1.0, "guidance": 0.0, "steps": 64}  # 64 is T
+_PLAIN = {"temperature": 1.0, "guidance": 0.0, "steps": 16}
 
-# A row's name, and what it changes in `config.sample`, for the variant "evidence".
+# A row's name, and what it changes in `config.sample`.
 SAMPLERS = {
-    **{f"{steps} steps": {"steps": steps} for steps in (4, 8, 16, 32)},
+    **{f"{steps} steps": {"steps": steps} for steps in (4, 8, 32, 64)},
     "8 steps, 1 corrector": {"steps": 8, "corrector_steps": 1},
-    "8 steps, 3 correctors": {"steps": 8, "corrector_steps": 3},
-    "16 steps, 1 corrector": {"steps": 16, "corrector_steps": 1},
+    "16 steps, 1 corrector": {"corrector_steps": 1},
+    "16 steps, 1 corrector of 0.3": {"corrector_steps": 1, "corrector_size": 0.3},
+    "16 steps, 3 correctors": {"corrector_steps": 3},
     "32 steps, 1 corrector": {"steps": 32, "corrector_steps": 1},
-    "16 steps, 1 corrector of 0.3": {"steps": 16, "corrector_steps": 1, "corrector_size": 0.3},
-    "16 steps, tau 0.8": {"steps": 16, "temperature": 0.8},
-    "16 steps, tau 0.8, plug-in": {
-        "steps": 16,
-        "temperature": 0.8,
-        "pair": "balanced_plugin",
-    },
-    "16 steps, last thresholded": {"steps": 16, "threshold_last": True},
-    "16 steps, w 1, tau 0.8": {"steps": 16, "temperature": 0.8, "guidance": 1.0},
+    "last thresholded": {"threshold_last": True},
+    "tau 0.8": {"temperature": 0.8},
+    "tau 0.8, plug-in": {"temperature": 0.8, "pair": "balanced_plugin"},
+    "tau 0.8, w 1": {"temperature": 0.8, "guidance": 1.0},
 }
 
 # The same for completions of half digits.
@@ -74,6 +71,8 @@ INPAINTERS = {
     "noised, 1 corrector": {"known": "noised", "corrector_steps": 1},
 }
 
+_SAMPLED = "z_0, evidence"  # whose samplers are compared
+
 # Each table: its caption, and its rows (label, variant, sampler).
 TABLES = {
     "Target": [
@@ -81,61 +80,56 @@ TABLES = {
         ("z_0", "z_0", ""),
         ("flip", "flip", ""),
         ("z_0, evidence form", "z_0, evidence", ""),
-        ("flip, evidence form", "evidence", ""),
+        ("flip, evidence form", "flip, evidence", ""),
     ],
-    "Evidence form at several budgets": [
-        (f"{form}, {name}", f"{form}{suffix}", "")
-        for suffix, name in (
-            (", quarter", "a quarter of the steps"),
-            ("", "all steps"),
-            (", double", "twice the steps"),
-        )
-        for form in ("flip", "evidence")
+    "Evidence form after a quarter of the steps": [
+        ("flip", "flip, quarter", ""),
+        ("flip, evidence form", "flip, evidence, quarter", ""),
     ],
     "Lambda": [
         ("0", "lambda 0", ""),
         ("0.01", "lambda 0.01", ""),
-        ("0.1", "evidence", ""),
+        ("0.1", "flip, evidence", ""),
         ("1", "lambda 1", ""),
     ],
     "Pair": [
         ("plain BCE, mixture", "flip", ""),
         ("balanced BCE, plug-in", "balanced", ""),
-        ("evidence form, mixture", "evidence", ""),
+        ("plain BCE in the evidence form, mixture", "flip, evidence", ""),
     ],
     "Steps": [
-        *((f"{steps}", "evidence", f"{steps} steps") for steps in (4, 8, 16, 32)),
-        ("64", "evidence", ""),
+        ("4", _SAMPLED, "4 steps"),
+        ("8", _SAMPLED, "8 steps"),
+        ("16", _SAMPLED, ""),
+        ("32", _SAMPLED, "32 steps"),
+        ("64", _SAMPLED, "64 steps"),
     ],
     "Corrector": [
-        (f"{steps} steps{more} ({calls} network calls)", "evidence", f"{steps} steps{more}")
-        for steps, more, calls in (
-            (8, "", 8),
-            (8, ", 1 corrector", 15),
-            (16, "", 16),
-            (16, ", 1 corrector", 31),
-            (16, ", 1 corrector of 0.3", 31),
-            (8, ", 3 correctors", 29),
-            (32, "", 32),
-            (32, ", 1 corrector", 63),
-        )
-    ]
-    + [("64 steps (64 network calls)", "evidence", "")],
-    "Temperature, last step and guidance, 16 steps": [
-        ("tau 1", "evidence", "16 steps"),
-        ("tau 1, last step thresholded", "evidence", "16 steps, last thresholded"),
-        ("tau 0.8 on the whole logit (mixture)", "evidence", "16 steps, tau 0.8"),
-        ("tau 0.8 on the bare output (plug-in)", "evidence", "16 steps, tau 0.8, plug-in"),
-        ("tau 0.8, guidance 1", "evidence", "16 steps, w 1, tau 0.8"),
+        ("8 steps (8 network calls)", _SAMPLED, "8 steps"),
+        ("8 steps, 1 corrector of 0.1 (15)", _SAMPLED, "8 steps, 1 corrector"),
+        ("16 steps (16)", _SAMPLED, ""),
+        ("16 steps, 1 corrector of 0.1 (31)", _SAMPLED, "16 steps, 1 corrector"),
+        ("16 steps, 1 corrector of 0.3 (31)", _SAMPLED, "16 steps, 1 corrector of 0.3"),
+        ("32 steps (32)", _SAMPLED, "32 steps"),
+        ("16 steps, 3 correctors of 0.1 (61)", _SAMPLED, "16 steps, 3 correctors"),
+        ("32 steps, 1 corrector of 0.1 (63)", _SAMPLED, "32 steps, 1 corrector"),
+        ("64 steps (64)", _SAMPLED, "64 steps"),
     ],
-    "Known bits of inpainting, halves of test digits, 64 steps": [
-        (name, "evidence", name) for name in INPAINTERS
+    "Temperature, last step and guidance": [
+        ("tau 1, last step drawn", _SAMPLED, ""),
+        ("tau 1, last step thresholded", _SAMPLED, "last thresholded"),
+        ("tau 0.8 on the whole logit (mixture)", _SAMPLED, "tau 0.8"),
+        ("tau 0.8 on the bare output (plug-in)", _SAMPLED, "tau 0.8, plug-in"),
+        ("tau 0.8, guidance 1", _SAMPLED, "tau 0.8, w 1"),
+    ],
+    "Known bits of inpainting, halves of test digits": [
+        (name, _SAMPLED, name) for name in INPAINTERS
     ],
 }
 
 
 def variant_config(config: Config, variant: str, seed: int) -> Config:
-    """Returns the config of a variant and seed; budgets are shares of the config's."""
+    """Returns the config of a variant and seed."""
     config = copy.deepcopy(config)
     config.seed = seed
     changes = dict(VARIANTS[variant])
@@ -146,14 +140,20 @@ def variant_config(config: Config, variant: str, seed: int) -> Config:
     return config
 
 
+def budget_folder(config: Config, workdir: Path) -> Path:
+    """Returns the folder of all runs of a budget, so that no two budgets are mixed up."""
+    return workdir / f"{config.prior.train.num_steps}_steps"
+
+
 def train_variant(config: Config, workdir: Path, variant: str, seed: int) -> Path:
     """Trains the prior of a variant on the workdir's autoencoder; returns its own workdir."""
-    folder = workdir / f"{variant.replace(', ', '_').replace(' ', '_')}_{seed}"
+    name = f"{variant.replace(', ', '_').replace(' ', '_')}_{seed}"
+    folder = budget_folder(config, workdir) / name
     folder.mkdir(parents=True, exist_ok=True)
     (workdir / "codes").mkdir(exist_ok=True)
     for shared in ("autoencoder", "codes"):
         if not (folder / shared).exists():
-            (folder / shared).symlink_to(Path("..") / shared)
+            (folder / shared).symlink_to(Path("..") / ".." / shared)
     log.info("Training %s, seed %d", variant, seed)
     train.train_prior(variant_config(config, variant, seed), folder)
     return folder
@@ -164,6 +164,7 @@ class Results:
 
     def __init__(self, path: Path):
         """Reads what is there."""
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         lines = path.read_text().splitlines() if path.exists() else []
         entries = [json.loads(line) for line in lines]
@@ -190,7 +191,7 @@ def _samplers(variant: str) -> list[str]:
 
 def measure(config: Config, workdir: Path, seeds: int, variants: Sequence[str]) -> Results:
     """Trains and measures the rows of the tables that are about `variants`."""
-    results = Results(workdir / "results.jsonl")
+    results = Results(budget_folder(config, workdir) / "results.jsonl")
     judge = None
     for seed, variant in itertools.product(range(seeds), variants):
         missing = [name for name in _samplers(variant) if (variant, name, seed) not in results]
@@ -198,7 +199,10 @@ def measure(config: Config, workdir: Path, seeds: int, variants: Sequence[str]) 
             continue
         folder = train_variant(config, workdir, variant, seed)
         pipeline = BinaryLatentDiffusion.from_workdir(folder, variant_config(config, variant, seed))
-        judge = judge or evaluate.Judge(pipeline.config)
+        if judge is None:  # the same one for all, whatever was measured before
+            judge_config = copy.deepcopy(pipeline.config)
+            judge_config.seed = config.seed
+            judge = evaluate.Judge(judge_config)
         probs = pipeline.encode_probs(to_float(judge.images))
         bound = evaluate.likelihood_metrics(pipeline, probs, judge.labels)
         for sampler in missing:
@@ -257,15 +261,17 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("binlatent.ablations", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--seeds", type=int, default=3, help="priors a variant")
-    parser.add_argument("--num_steps", type=int, default=1000, help="of a prior's training")
+    parser.add_argument("--num_steps", type=int, help="of a prior's training; the config's if not")
     parser.add_argument("--data", default="", help="TFDS's data_dir")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     flags = parser.parse_args(argv)
+    if flags.seeds < 1:
+        parser.error("--seeds must be at least 1")
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("binlatent").setLevel(logging.INFO)
     config = digits.get_config()
     config.data.path = flags.data
-    config.prior.train.num_steps = flags.num_steps
+    config.prior.train.num_steps = flags.num_steps or config.prior.train.num_steps
     try:
         train.train_autoencoder(config, flags.workdir)
         results = measure(config, flags.workdir, flags.seeds, flags.variants)
@@ -273,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stderr.write(f"Error: {error}\n")
         sys.exit(1)
     text = tables(results, flags.seeds)
-    (flags.workdir / "ablations.md").write_text(text)
+    (budget_folder(config, flags.workdir) / "ablations.md").write_text(text)
     sys.stdout.write(text)
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import numbers
 import operator
 import zlib
 from collections.abc import Mapping
@@ -128,9 +129,14 @@ def sample_settings(config: Config, options: Mapping[str, Any] | None = None) ->
         if name not in settings or name == "batch_size":
             names = ", ".join(sorted(set(settings) - {"batch_size"}))
             raise UserError(f"There is no sampling option {name!r}; there are {names}.")
-        if value is not None:
-            with settings.ignore_type():
-                settings[name] = value
+        if value is None:
+            continue
+        if not _fits(value, settings[name]):
+            raise UserError(
+                f"The sampling option {name} must be like {settings[name]!r}, not {value!r}."
+            )
+        with settings.ignore_type():
+            settings[name] = value
     if not 0 < settings.temperature < math.inf:
         raise UserError(f"The temperature must be above 0 and finite; got {settings.temperature}.")
     if not 0 <= settings.guidance < math.inf:
@@ -152,6 +158,20 @@ def sample_settings(config: Config, options: Mapping[str, Any] | None = None) ->
     if settings.pair != "plain_mixture" and config.prior.target == "z_s":
         raise UserError('A prior with the target "z_s" samples with "plain_mixture" alone.')
     return settings
+
+
+def _fits(value: Any, example: Any) -> bool:
+    """Returns whether a value is of an example's kind; an integer is a float, a list a tuple."""
+    if example is None:
+        return True
+    if isinstance(example, tuple):
+        listed = isinstance(value, tuple | list) and len(value) == len(example)
+        return listed and all(map(_fits, value, example))
+    if isinstance(value, bool | np.bool_) or isinstance(example, bool):
+        return isinstance(value, bool | np.bool_) and isinstance(example, bool)
+    if isinstance(example, str):
+        return isinstance(value, str)
+    return isinstance(value, numbers.Integral if isinstance(example, int) else numbers.Real)
 
 
 def guidance_weights(settings: Config, times: np.ndarray, num_timesteps: int) -> np.ndarray:

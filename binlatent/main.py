@@ -1,5 +1,6 @@
 """Trains, samples and evaluates: `python -m binlatent.main --config=configs/X.py --workdir=DIR`."""
 
+import ast
 import json
 import logging
 import sys
@@ -51,12 +52,25 @@ flags.DEFINE_string(
     f"inpaint: {', '.join(masks.PRESETS)}, by the part to be drawn anew, or a file of the image's "
     "size, white where it is to be drawn anew. Without it, every preset in turn.",
 )
+flags.DEFINE_multi_string(
+    "option",
+    [],
+    "sample, inpaint, vary: another value of config.sample, for example --option=known=noised; "
+    "may be repeated.",
+)
 flags.DEFINE_float("strength", None, "vary: how far from the image, above 0 to 1. Default 0.5.")
 flags.DEFINE_integer("seed", 0, "sample, inpaint, vary: of the draw.")
 flags.DEFINE_string("out", None, "sample, reconstruct, inpaint, vary: the PNG file to write.")
 
 # The modes that a flag means something to.
-_MEANT_FOR = {"image": ("inpaint", "vary"), "mask": ("inpaint",), "strength": ("vary",)}
+_DRAWN = ("all", "sample", "inpaint", "vary")
+_MEANT_FOR = {
+    **dict.fromkeys(("steps", "temperature", "guidance", "label", "seed", "option"), _DRAWN),
+    "num": (*_DRAWN, "reconstruct"),
+    "image": ("inpaint", "vary"),
+    "mask": ("inpaint",),
+    "strength": ("vary",),
+}
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
@@ -129,6 +143,20 @@ def _masks(pipeline: BinaryLatentDiffusion, num: int) -> np.ndarray:
     return masks.read_mask(FLAGS.mask, FLAGS.image, height)[None]
 
 
+def _options() -> dict[str, Any]:
+    """Returns what the flags put in place of `config.sample`."""
+    options = {name: FLAGS[name].value for name in ("steps", "temperature", "guidance")}
+    for option in FLAGS.option:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"--option={option} must be --option=NAME=VALUE.")
+        try:
+            options[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            options[name] = value  # a word
+    return options
+
+
 def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
     mode = FLAGS.mode
     if FLAGS.num is not None and FLAGS.num < 1:
@@ -142,7 +170,7 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
     if mode in ("train_autoencoder", "train_prior"):
         return
     pipeline = BinaryLatentDiffusion.from_workdir(workdir, config)
-    options = {name: FLAGS[name].value for name in ("steps", "temperature", "guidance")}
+    options = _options()
     if mode in ("all", "evaluate"):
         log.info("%s", json.dumps(evaluate.report(pipeline, workdir), indent=2))
     if mode in ("all", "sample"):

@@ -66,14 +66,22 @@ def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
     Raises:
       UserError: if it cannot be read, has another size than the image, or hides nothing.
     """
-    values = read_image(path, f"{path!r}", image_size, 1)
+    for file in (path, image_path):
+        read_image(file, repr(file), image_size, 1)  # says what is wrong with a file
     with Image.open(path) as mask, Image.open(image_path) as image:
         if mask.size != image.size:
             raise UserError(
                 f"The mask {path} must have the size of the image, {image.width}x{image.height}, "
                 f"not {mask.width}x{mask.height}."
             )
-    keep = values[..., 0] < _WHITE
-    if keep.all():
-        raise UserError(f"The mask {path} has no white pixel, so there is nothing to draw anew.")
-    return keep
+        side = min(mask.size)
+    # At its own size first: a pixel of the result is hidden if any part of it is.
+    values = read_image(path, repr(path), side, 1)[..., 0]
+    shares = Image.fromarray((values >= _WHITE).astype(np.float32))
+    hidden = np.asarray(shares.resize((image_size, image_size), Image.Resampling.BOX)) > 0
+    if not hidden.any():
+        raise UserError(
+            f"The mask {path} has no white pixel in the centre square, which is what is used of "
+            "an image, so there is nothing to draw anew."
+        )
+    return ~hidden

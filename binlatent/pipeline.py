@@ -76,13 +76,8 @@ class BinaryLatentDiffusion:
                 used = copy.deepcopy(trained if config is None else config)
                 if used.data.num_classes == -1:
                     used.data.num_classes = trained.data.num_classes
-                try:
+                if config is not None:
                     build.check(used)
-                except (AttributeError, KeyError) as error:  # ml_collections', of a missing key
-                    raise UserError(
-                        f"The config in {workdir} is not of this version of binlatent "
-                        f"({' '.join(str(error).split())}): give one with --config."
-                    ) from error
                 build.check_same_model(used, trained, stage)
                 like = jax.eval_shape(functools.partial(init, used), jax.random.key(0))
                 return used, checkpoints.restore_ema(like)
@@ -119,16 +114,20 @@ class BinaryLatentDiffusion:
         Raises:
           UserError: if the images are not of the shape that the autoencoder was trained on.
         """
+        encode = functools.partial(
+            programs.encode_probs, self.autoencoder_params, model=self._autoencoder
+        )
+        return self._map(encode, self._check_images(images))
+
+    def _check_images(self, images: np.ndarray) -> np.ndarray:
+        """Returns images as float32, if they have the autoencoder's shape."""
         expected = build.image_shape(self.config)
         if np.ndim(images) != 4 or not len(images) or np.shape(images)[1:] != expected:
             raise UserError(
                 f"Images must be an array (n, {', '.join(map(str, expected))}) in [-1, 1], "
                 f"not of shape {np.shape(images)}."
             )
-        encode = functools.partial(
-            programs.encode_probs, self.autoencoder_params, model=self._autoencoder
-        )
-        return self._map(encode, np.asarray(images, np.float32))
+        return np.asarray(images, np.float32)
 
     def encode(
         self, images: np.ndarray, mode: str = "deterministic", key: Array | None = None
@@ -140,6 +139,8 @@ class BinaryLatentDiffusion:
           mode: "deterministic" for y > 0.5, "sample" to draw from B(y), "soft" for y itself.
           key: a typed PRNG key, for "sample".
         """
+        if mode not in ("deterministic", "sample", "soft"):
+            raise UserError(f'mode must be "deterministic", "sample" or "soft"; got {mode!r}.')
         if mode == "sample" and key is None:
             raise UserError('encode(mode="sample") needs a key, jax.random.key(seed).')
         probs = self.encode_probs(images)
@@ -296,11 +297,14 @@ class BinaryLatentDiffusion:
         """Returns the images with what the mask hides drawn anew (paper, Figure 8).
 
         A token is known if all of its pixels are; the others are drawn from the prior given those.
-        The encoder sees each image's mean in place of the hidden pixels.
+        The encoder sees each image's mean in place of the hidden pixels. Where it looks beyond a
+        token, the bits of known tokens near the hidden part are not quite those of the whole image.
 
         Args:
           images: (n, height, width, channels) in [-1, 1].
-          mask: bool (height, width) or (n, height, width), True where a pixel is to be kept.
+          mask: bool (height, width) or (n, height, width), True where a pixel is to be kept: the
+            opposite of a picture that is white where it is to be drawn, which `masks.read_mask`
+            reads.
           key, label: as of `sample_codes`.
           **options: as of `sample_codes`; of `config.sample`, `known` says how noisy the known
             bits are on the way, and `keep_pixels` whether the known pixels come back as they
@@ -310,7 +314,7 @@ class BinaryLatentDiffusion:
           UserError: as `sample_codes`, and for images or a mask of another shape.
         """
         settings = build.sample_settings(self.config, options)
-        images = np.asarray(images, np.float32)
+        images = self._check_images(images)
         mask = np.asarray(mask, bool)
         if mask.shape not in (images.shape[1:3], images.shape[:3]):
             raise UserError(
@@ -370,6 +374,7 @@ class BinaryLatentDiffusion:
         label: Any = None,
         *,
         steps: int | None = None,
+        times: Any = None,
         num_draws: int = 1,
     ) -> np.ndarray:
         """Returns the variational bound on -log2 p(code), in bits an image: (n,), (paper, (7)).
@@ -379,6 +384,7 @@ class BinaryLatentDiffusion:
           key: a typed PRNG key, for the noise that the bound averages over.
           label: a class, or n of them; None for no class.
           steps: of the sampler that the bound is about; all T if None.
+          times: that it visits, in place of `steps`.
           num_draws: of noise a step.
 
         Raises:
@@ -389,7 +395,9 @@ class BinaryLatentDiffusion:
         if num_draws < 1:
             raise UserError(f"num_draws must be at least 1; got {num_draws}.")
         codes = self._check_codes(codes)
-        times = self._times(self._denoiser.num_timesteps if steps is None else steps)
+        if not np.all((codes == 0) | (codes == 1)):
+            raise UserError("Only codes of 0 and 1 have a length; got other values.")
+        times = self._times(self._denoiser.num_timesteps if steps is None else steps, times)
         bound = functools.partial(
             programs.code_lengths, self.prior_params, denoiser=self._denoiser, num_draws=num_draws
         )

@@ -14,7 +14,7 @@ from binlatent.diffusion import schedules
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("binlatent.plots")  # also as __main__
 
 TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # of Figure 4
 GUIDANCES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -37,36 +37,44 @@ def schedules_figure(num_timesteps: int = 64) -> plt.Figure:
 
 
 def _rows(
-    pipeline: BinaryLatentDiffusion, seed: int, name: str, values: tuple[float, ...]
+    pipeline: BinaryLatentDiffusion,
+    seed: int,
+    name: str,
+    values: tuple[float, ...],
+    fixed: dict[str, float],
 ) -> plt.Figure:
     """Draws a row of samples a value of a sampling option, the same noise in every row."""
     num, labels = outputs.class_rows(pipeline.num_classes, columns=1)
     key = build.key(seed, name)
-    rows = [to_uint8(pipeline.sample(num, key, labels, **{name: value})) for value in values]
+    rows = [
+        to_uint8(pipeline.sample(num, key, labels, **fixed, **{name: value})) for value in values
+    ]
     sheet = figures.grid(rows)
     height, width, _ = sheet.shape
     figure, axis = plt.subplots(figsize=(8, 8 * height / width), layout="constrained")
     axis.imshow(sheet, cmap="gray", vmin=0, vmax=255)
     centres = (np.arange(len(values)) + 0.5) * height / len(values)
     axis.set(xticks=[], yticks=centres, yticklabels=[f"{value:g}" for value in values])
+    others = ", ".join(f"{other} {value:g}" for other, value in fixed.items())
+    axis.set_title(f"{pipeline.config.sample.steps} steps, {others}")
     axis.set_ylabel({"temperature": "temperature", "guidance": "guidance $w$"}[name])
     return figure
 
 
 def temperature_figure(pipeline: BinaryLatentDiffusion, seed: int = 0) -> plt.Figure:
-    """Draws samples at rising temperature, with the same noise (paper, Figure 4)."""
-    return _rows(pipeline, seed, "temperature", TEMPERATURES)
+    """Draws samples at rising temperature, without guidance, same noise (paper, Figure 4)."""
+    return _rows(pipeline, seed, "temperature", TEMPERATURES, {"guidance": 0.0})
 
 
 def guidance_figure(pipeline: BinaryLatentDiffusion, seed: int = 0) -> plt.Figure:
-    """Draws samples at rising guidance, with the same noise (supplement, Figure M).
+    """Draws samples at rising guidance, at temperature 1, same noise (supplement, Figure M).
 
     Raises:
       UserError: if the prior has no classes.
     """
     if not pipeline.num_classes:
         raise UserError("This prior is unconditional, so there is nothing to guide.")
-    return _rows(pipeline, seed, "guidance", GUIDANCES)
+    return _rows(pipeline, seed, "guidance", GUIDANCES, {"temperature": 1.0})
 
 
 def quality_by_steps(pipeline: BinaryLatentDiffusion, seed: int = 0) -> dict[str, np.ndarray]:
@@ -143,14 +151,17 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if out.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise UserError(f"--out must end in .png, .pdf or .svg, not {out}.")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"Nothing can be written to {out}: {error}.") from error
         if flags.figure == "schedules":
             figure = schedules_figure()
         else:
             pipeline = BinaryLatentDiffusion.from_workdir(flags.workdir)
             figure = _OF_A_WORKDIR[flags.figure](pipeline, flags.seed)
-        out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=150)
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.stderr.write(f"Error: {error}\n")
         sys.exit(1)
     log.info("Wrote %s", out)

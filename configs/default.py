@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     prior.target = "flip"  # or "z_0", "z_s": what the network predicts (Table 7)
     prior.pair = "plain_mixture"  # or "balanced_plugin", as the authors' released priors
     prior.evidence = True  # flip logit = network output + log(b_t / (1 - b_t))
-    prior.vlb_weight = 0.1  # lambda of (13)
+    prior.vlb_weight = 0.1  # lambda of (13); the target "z_s" has L_vlb alone
     prior.time_weight = "mean"  # or "falling", 1 - (t - 1)/T
     prior.stratified = False  # spread a batch's times evenly
     prior.label_dropout = 0.1
@@ -70,7 +70,7 @@ def get_config() -> ml_collections.ConfigDict:
     sample.guidance_power = 1.0  # of the shape "power"
     sample.guidance_interval = (0.0, 1.0)  # in t/T; no guidance outside
     sample.pair = "trained"  # or one of prior.pair's: what the temperature acts on
-    sample.threshold_last = False  # the last step takes the likelier bit instead of drawing it
+    sample.threshold_last = False  # the last step rounds the prediction instead of drawing it
     sample.corrector_steps = 0  # after each step, each a network call
     sample.corrector_size = 0.1  # share of bits that a corrector step draws anew
     sample.known = "kept"  # or "noised": inpainting's known bits on the way

@@ -30,6 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.width = 128
     config.prior.num_layers = 4
     config.prior.num_heads = 4
+    config.prior.target = "z_0"  # in the evidence form, the best; see docs/ablations.md
     config.prior.cache_codes = True
     config.prior.train.batch_size = 128
     config.prior.train.num_steps = 2_000

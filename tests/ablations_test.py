@@ -21,9 +21,10 @@ def test_every_row_names_a_variant_and_a_sampler():
 
 
 def test_variants_change_what_they_say(tiny_config):
-    changed = ablations.variant_config(tiny_config, "flip, double", 5)
+    tiny_config.prior.train.num_steps = 100
+    changed = ablations.variant_config(tiny_config, "flip, quarter", 5)
     assert changed.seed == 5 and not changed.prior.evidence
-    assert changed.prior.train.num_steps == 12 and tiny_config.prior.train.num_steps == 6
+    assert changed.prior.train.num_steps == 25 and tiny_config.prior.train.num_steps == 100
     for variant in ablations.VARIANTS:
         ablations.variant_config(tiny_config, variant, 0)
 
@@ -37,11 +38,11 @@ def test_a_variant_is_trained_once_measured_and_tabulated(tiny_config, tmp_path)
     assert set(values) == {"bits_per_image", "bits_per_dim", "accuracy", "frechet_distance"}
     # Hardly trained, a prior in the evidence form takes the bits for little better than fair.
     assert 0.7 < values["bits_per_dim"] < 1.1
-    with Checkpoints.open(tmp_path / "lambda_0_0", "prior") as checkpoints:
+    with Checkpoints.open(tmp_path / "6_steps" / "lambda_0_0", "prior") as checkpoints:
         assert checkpoints.config().prior.vlb_weight == 0
-    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    lines = (tmp_path / "6_steps" / "results.jsonl").read_text().splitlines()
     ablations.measure(tiny_config, tmp_path, 1, ["lambda 0"])  # nothing is left to do
-    assert (tmp_path / "results.jsonl").read_text().splitlines() == lines
+    assert (tmp_path / "6_steps" / "results.jsonl").read_text().splitlines() == lines
 
     text = ablations.tables(results, seeds=1)
     assert f"| 0 | {values['bits_per_dim']:.4f} | {values['accuracy']:.1%} |" in text

@@ -166,10 +166,41 @@ def test_impossible_z_s_become_the_nearest_possible():
 # Numbers at the edges
 
 
+@pytest.mark.parametrize("name", schedules.NAMES)
+@pytest.mark.parametrize("num_timesteps", [64, 1000, 4000])
+def test_the_bound_is_finite_at_every_step_of_long_schedules(name, num_timesteps):
+    rng = np.random.default_rng(0)
+    u = np.sort(rng.uniform(0, 1, (20_000, 2)))  # and at any two times
+    s = np.concatenate([np.arange(num_timesteps) / num_timesteps, u[:, 0]])
+    t = np.concatenate([np.arange(1, num_timesteps + 1) / num_timesteps, u[:, 1]])
+    keep = [schedules.keep_at(name, jnp.asarray(x, jnp.float32))[:, None, None] for x in (t, s)]
+    logit, z_t, z_0 = (
+        x.ravel()[None, :, None]
+        for x in jnp.meshgrid(jnp.array([-9.0, 0, 9]), jnp.arange(2.0), jnp.arange(2.0))
+    )
+    kl = losses.posterior_kl(logit, z_t, z_0, *keep)
+    assert np.all(np.isfinite(kl)) and np.all(kl > -1e-5)
+    for probs in (*bernoulli.stay_probs(*keep), *bernoulli.leave_probs(*keep)):
+        assert np.all((probs >= 0) & (probs <= 1))
+    stays = zip(bernoulli.stay_probs(*keep), bernoulli.leave_probs(*keep), strict=True)
+    for stay, leave in stays:
+        np.testing.assert_allclose(stay + leave, 1, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     "k_t, k_s",
-    [(0, 1), (0, 0.5), (0, 1e-6), (0.999, 1), (1 - 1e-7, 1), (1, 1), (0.5, 0.5), (0.3, 0.9)],
+    [
+        (0, 1),
+        (0, 0.5),
+        (0, 1e-6),
+        (0, 0),
+        (0.999, 1),
+        (1 - 1e-7, 1),
+        (1, 1),
+        (0.5, 0.5),
+        (0.3, 0.9),
+    ],
 )
 def test_everything_is_finite_at_every_level_of_noise(dtype, k_t, k_s):
     k_t, k_s = jnp.asarray(k_t, dtype), jnp.asarray(k_s, dtype)

@@ -67,22 +67,10 @@ def test_posterior_kl_is_the_divergence_of_the_two_posteriors():
     np.testing.assert_allclose(got[0], losses.bce(LOGITS, FLIPPED)[0], atol=1e-5)
 
 
-def test_balanced_minimum_is_the_other_bits_evidence():
-    # Many draws of z_t at one time: where the gradient of each loss vanishes.
-    k_t = 0.6
-    p_other = chain.bits_given_others(k_t)
-    p_own = chain.bits_given(k_t, 1.0)
-    joint = chain.P_DATA[:, None] * chain.transition(k_t)  # [z_0, z_t]
-    flipped = np.abs(chain.STATES[:, None] - chain.STATES[None])  # [z_0, z_t, i]
-    # The expected weights of a code of very many such chains: shares become probabilities.
-    b = (1 - k_t) / 2
-    for truth, weight in ((p_own, (1.0, 1.0)), (p_other, (1 - b, b))):
-        one = weight[0] * np.einsum("zt,zti->ti", joint, flipped)
-        zero = weight[1] * np.einsum("zt,zti->ti", joint, 1 - flipped)
-        np.testing.assert_allclose(one / (one + zero), np.abs(truth - chain.STATES), atol=1e-12)
-    # And the loss has these weights.
-    z = jnp.zeros((1, 1000)).at[:, :200].set(1.0)
-    loss = losses.balanced_bce(jnp.zeros_like(z), z)
+def test_balanced_weights_are_the_shares_of_the_other_class():
+    # What they do to the minimum is tested in stages_test.py.
+    target = jnp.zeros((1, 1000)).at[:, :200].set(1.0)
+    loss = losses.balanced_bce(jnp.zeros_like(target), target)
     np.testing.assert_allclose(loss[0, [0, -1]], np.log(2) * np.array([0.8, 0.2]), rtol=1e-6)
 
 

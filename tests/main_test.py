@@ -73,6 +73,7 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         ((CONFIG, wd, "--config.prior.num_timesteps=8"), 1, "between 1 and 8, the number of"),
         ((CONFIG, wd, "--config.sample.guidance_shape=x"), 1, "shape must be one of constant"),
         ((wd, "--mode=sample", "--mask=top"), 2, "--mask is for --mode=inpaint"),
+        ((wd, "--mode=reconstruct", "--steps=3"), 2, "--steps is for --mode=all or sample"),
     ]
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(lambda case: run_main(*case[0]), cases))
@@ -98,7 +99,7 @@ class Flags:
     def __exit__(self, *_):
         for name in (
             *("num", "steps", "temperature", "guidance", "label", "out", "config"),
-            *("image", "mask", "strength"),
+            *("image", "mask", "strength", "option", "seed"),
         ):
             main.FLAGS[name].unparse()
 
@@ -129,6 +130,9 @@ def test_sample_writes_the_asked_number_of_digits(workdir, tmp_path):
         (("--out=x.txt",), "ends in .png"),
         (("--temperature=nan",), "above 0"),
         (("--temperature=-1",), "above 0"),
+        (("--option=known",), "must be --option=NAME=VALUE"),
+        (("--option=knwon=kept",), "no sampling option 'knwon'"),
+        (("--option=corrector_steps=1.5",), "corrector_steps must be like 0, not 1.5"),
     ],
 )
 def test_wrong_sampling_flags_exit_with_one(workdir, capsys, flags, message):
@@ -163,12 +167,15 @@ def test_ones_own_image_is_inpainted_and_varied(workdir, tmp_path, capsys):
         np.testing.assert_array_equal(cell[:14], cells[0][:14])  # what the mask keeps
     assert np.all(cells[1][14:] == 128)
     assert np.any(cells[2][14:] != cells[3][14:])
+    call_main(*own, "--mode=inpaint", f"--mask={mask}", "--option=keep_pixels=False")
+    decoded = np.asarray(Image.open(workdir / "inpainting.png"))[::factor, ::factor]
+    assert np.any(decoded[2:16, 62:90] != cells[2][:14])
     call_main(*own, "--mode=vary", "--strength=0.2", f"--out={tmp_path / 'varied.png'}")
     assert Image.open(tmp_path / "varied.png").size == (4 * (4 * 30 + 2), 4 * 32)
 
     for flags, message in (
         (("--mode=inpaint",), "--image needs --mask: a file, or one of centre"),
-        (("--mode=inpaint", "--mask=nothing.png"), "Cannot read the image 'nothing.png'"),
+        (("--mode=inpaint", "--mask=nothing.png"), "There is no image 'nothing.png'"),
         (("--mode=vary", "--strength=2"), "above 0 and at most 1; got 2"),
     ):
         with pytest.raises(SystemExit) as exit:

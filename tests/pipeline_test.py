@@ -260,6 +260,12 @@ def test_inpainting_may_return_the_decoded_pixels_and_noise_the_known_bits(pipel
         (lambda p, k: p.sample(1, k, 1, times=[8, 9, 0]), "falls strictly from at most 8 to 0"),
         (lambda p, k: p.sample(1, k, 1, guidance_shape="flat"), "one of constant.*'flat'"),
         (lambda p, k: p.sample(1, k, 1, pair="plugin"), "plain_mixture.*got 'plugin'"),
+        (lambda p, k: p.sample(1, k, 1, steps=2.0), "steps must be like 4, not 2.0"),
+        (lambda p, k: p.sample(1, k, 1, threshold_last="no"), "must be like False, not 'no'"),
+        (lambda p, k: p.sample(1, k, 1, guidance_interval=(0.2,)), r"like \(0.0, 1.0\), not"),
+        (lambda p, k: p.code_lengths(np.full((1, 4, 4, 8), 0.5), k), "Only codes of 0 and 1"),
+        (lambda p, k: p.encode(np.zeros((1, 28, 28, 1)), "x"), 'mode must be "deterministic"'),
+        (lambda p, k: p.inpaint(np.zeros((28, 28, 1)), np.ones((28, 28)), k), "Images must be"),
         (lambda p, k: p.sample(1, k, 1, corrector_size=2.0), "between 0 and 1; got 0 and 2"),
         (lambda p, k: p.sample(1, k, 1, known="frozen"), '"kept" or "noised"'),
         (
@@ -383,12 +389,17 @@ def test_masks_from_files_are_white_where_to_be_drawn_anew(tmp_path):
     values[:, 30:] = 255
     Image.fromarray(values).save(mask)
     keep = masks.read_mask(mask, image, 20)  # the centre 40x40, halved
-    assert keep[:, :9].all() and not keep[:, 11:].any()
+    assert keep[:, :10].all() and not keep[:, 10:].any()
+    values[:] = 0
+    values[7, 20:40] = 255  # a thin stroke hides every pixel that it touches
+    Image.fromarray(values).save(mask)
+    keep = masks.read_mask(mask, image, 20)
+    assert not keep[3, 5:15].any() and keep.sum() == 20 * 20 - 10
     Image.new("L", (60, 40)).save(mask)
     with pytest.raises(UserError, match="no white pixel"):
         masks.read_mask(mask, image, 20)
     Image.new("L", (40, 40), 255).save(mask)
     with pytest.raises(UserError, match="size of the image, 60x40, not 40x40"):
         masks.read_mask(mask, image, 20)
-    with pytest.raises(UserError, match="cannot read the image .*nothing.png"):
+    with pytest.raises(UserError, match="there is no image .*nothing.png"):
         masks.read_mask(str(tmp_path / "nothing.png"), image, 20)

@@ -48,6 +48,10 @@ def test_rows_share_their_noise(tiny_config, name):
     assert sheet.shape == (len(values) * 30 + 2, 10 * 30 + 2)
     # The untrained prior says 1/2 at any temperature: the same noise makes the same row.
     np.testing.assert_array_equal(sheet[2:30], sheet[32:60])
+    # A prior with something to say does not.
+    model.prior_params = jax.tree.map(lambda x: x + 0.3, model.prior_params)
+    sheet = figure(model).axes[0].images[0].get_array()
+    assert np.any(sheet[2:30] != sheet[-30:-2])
 
 
 def test_steps_are_those_of_the_paper_and_their_quality_is_measured(tiny_config):

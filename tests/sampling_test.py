@@ -96,7 +96,7 @@ def test_reference_trajectories_are_reproduced_bit_for_bit(name):
     known = None
     if "mask" in golden:
         known = sampling.Known(as_code(golden["latent"]), as_code(golden["mask"]))
-    final, passed = sample(
+    final, _ = sample(
         denoise,
         n,
         steps,
@@ -107,24 +107,8 @@ def test_reference_trajectories_are_reproduced_bit_for_bit(name):
         threshold_last=True,
         known=known,
     )
-    differs = np.asarray(final) != golden["final"]
-    if differs.any():  # then only after a tie, |u - p| < 1e-5, in the same sample
-        states, keep = np.asarray(passed.z_t, np.float32), 1 - times / 64
-        for i in np.flatnonzero(differs.any(axis=(1, 2))):
-            assert has_tie(denoise, states, times, keep, uniforms, i), differs.sum()
-
-
-def has_tie(denoise, states, times, keep, uniforms, i):
-    """Whether any draw of sample i was decided by less than 1e-5."""
-    for step in range(len(times) - 2):
-        z_t = jnp.asarray(states[step])
-        flip = jax.nn.sigmoid(denoise(z_t, times[step], 0.0))
-        probs = bernoulli.plugin_posterior_probs(
-            z_t, jnp.abs(z_t - flip), keep[step], keep[step + 1]
-        )
-        if np.abs(uniforms[step + 1, i] - probs[i]).min() < 1e-5:
-            return True
-    return False
+    # Bit for bit; with other rounding a draw with |u - p| < 1e-5 might fall to the other side.
+    np.testing.assert_array_equal(final, golden["final"])
 
 
 def test_the_released_network_of_these_tests_agrees_with_its_reference_logits():
@@ -230,18 +214,23 @@ def test_noised_bits_are_as_noisy_as_the_others_and_right_at_the_end():
     )
 
 
-@pytest.mark.parametrize("noised", [False, True])
-def test_completions_follow_the_known_bits(noised):
+@pytest.mark.parametrize(
+    "noised, correctors, share",
+    [(False, 0, 0.65), (True, 0, 0.85), (False, 4, 0.3), (True, 4, 0.4)],
+)
+def test_completions_follow_the_known_bits(noised, correctors, share):
     match = (chain.STATES[:, :3] == [1, 0, 1]).all(axis=1)
     conditional = (chain.P_DATA[match] @ chain.STATES[match]) / chain.P_DATA[match].sum()
     n = 20_000
     known = known_bits(n, np.array([1.0, 0, 1, 0, 0, 0]), noised)
-    codes, _ = sample(true_denoise, n, 64, known=known)
+    codes, _ = sample(
+        true_denoise, n, 64, known=known, corrector_steps=correctors, corrector_size=0.1
+    )
     error = np.abs(np.mean(codes, axis=(0, 1, 2)) - conditional)[3:]
-    # Neither is exact: kept bits are taken for noisy ones, noised ones forget. But both are
-    # nearer than completions that ignore what is known.
+    # Neither is exact: kept bits are taken for noisy ones, noised ones forget. Correctors mend
+    # most of it. In shares of the error of completions that ignore what is known:
     far = np.abs(chain.MARGINALS - conditional)[3:]
-    assert np.all(error < np.maximum(0.9 * far, 0.03)), (error, far)
+    assert np.all(error < share * far), error / far
 
 
 # Guidance and temperature

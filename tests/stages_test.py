@@ -22,6 +22,7 @@ N = 8
 @pytest.fixture
 def config(tiny_config):
     tiny_config.data.num_classes = 10
+    tiny_config.prior.target = "flip"
     return tiny_config
 
 

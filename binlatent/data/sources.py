@@ -118,6 +118,8 @@ def read_image(file: str | BinaryIO, what: str, image_size: int, channels: int) 
     try:
         with Image.open(file) as image:
             return transforms.to_square(image, image_size, channels)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no image {what}") from error
     except Exception as error:  # what a damaged file raises depends on its format
         raise UserError(f"cannot read the image {what}, replace or remove it: {error}") from error
 

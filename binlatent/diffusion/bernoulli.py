@@ -38,9 +38,15 @@ def forward_probs(z_0: Array, k_t: Array) -> Array:
     return k_t * z_0 + (1 - k_t) / 2
 
 
+def transition_keep(k_t: Array, k_s: Array) -> Array:
+    """Returns k_{t|s} = k_t / k_s, what survives from s < t; 0 where nothing has survived to s."""
+    k_t, k_s = at_least_float32(k_t), at_least_float32(k_s)
+    return k_t / jnp.maximum(k_s, jnp.finfo(k_s.dtype).tiny)
+
+
 def transition_probs(z_s: Array, k_t: Array, k_s: Array) -> Array:
     """Returns q(z_t = 1 | z_s) for any s < t; with s = t - 1 this is (4) of the paper."""
-    return forward_probs(z_s, at_least_float32(k_t) / at_least_float32(k_s))
+    return forward_probs(z_s, transition_keep(k_t, k_s))
 
 
 def flip_target(z_t: Array, z_0: Array) -> Array:
@@ -71,7 +77,7 @@ def step_flip_prob(k_t: Array, k_s: Array) -> Array:
     Never quite 0, also where k_t and k_s are rounded to the same number: everything that is
     divided by it, or takes its logarithm, stays finite.
     """
-    k_ts = at_least_float32(k_t) / at_least_float32(k_s)
+    k_ts = transition_keep(k_t, k_s)
     return jnp.maximum((1 - k_ts) / 2, 2 * jnp.finfo(k_ts.dtype).eps)
 
 
@@ -81,20 +87,26 @@ def stay_probs(k_t: Array, k_s: Array) -> tuple[Array, Array]:
     With e the flip probability from s to t, Bayes' rule (paper, (9)) reads
     (1 - e) (1 - b_s) / (1 - b_t) and (1 - e) b_s / b_t. At s = 0 they are 1 and 0.
     """
-    e, b_s, b_t = _noise(k_t, k_s)
-    return (1 - e) * (1 - b_s) / (1 - b_t), (1 - e) * b_s / b_t
+    e, b_s, same, other = _noise(k_t, k_s)
+    return _share((1 - e) * (1 - b_s), same), _share((1 - e) * b_s, other)
 
 
 def leave_probs(k_t: Array, k_s: Array) -> tuple[Array, Array]:
     """Returns 1 - `stay_probs`, with all digits where they are small."""
-    e, b_s, b_t = _noise(k_t, k_s)
-    return e * b_s / (1 - b_t), e * (1 - b_s) / b_t
+    e, b_s, same, other = _noise(k_t, k_s)
+    return _share(e * b_s, same), _share(e * (1 - b_s), other)
 
 
-def _noise(k_t: Array, k_s: Array) -> tuple[Array, Array, Array]:
+def _noise(k_t: Array, k_s: Array) -> tuple[Array, Array, Array, Array]:
+    """Returns e, b_s, and 1 - b_t and b_t as the sums of which `stay_probs` are shares."""
     e = step_flip_prob(k_t, k_s)
     b_s = (1 - at_least_float32(k_s)) / 2
-    return e, b_s, e * (1 - b_s) + (1 - e) * b_s  # b_t, above 0 as e is
+    return e, b_s, (1 - e) * (1 - b_s) + e * b_s, (1 - e) * b_s + e * (1 - b_s)
+
+
+def _share(part: Array, whole: Array) -> Array:
+    # Rounding must not make a probability of 1 + 1e-7, whose entropy is NaN.
+    return jnp.minimum(part / whole, 1)
 
 
 def _ones_from_stays(z_t: Array, stay: Array) -> Array:
@@ -149,7 +161,8 @@ def corrector_flip_probs(balanced_logit: Array, k_t: Array, size: float | Array)
     it is; of all bits at once the error is of second order in `size`.
 
     Args:
-      balanced_logit: log-odds of p; a flip logit less `flip_evidence`.
+      balanced_logit: log-odds of p; a flip logit less `flip_evidence`. Of a flip logit divided by
+        a temperature the same holds, with the p(z_0 | z_t) that the steps then use as well.
       k_t: the schedule at t, below 1.
       size: in [0, 1].
     """

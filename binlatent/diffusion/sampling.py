@@ -64,7 +64,7 @@ def guidance_weights(
     """
     u = np.asarray(times[:-1]) / num_timesteps
     r = 1 - u
-    if power <= 0:
+    if not power > 0:
         raise ValueError(f"the guidance's power must be above 0; got {power:g}")
     low, high = interval
     if not 0 <= low <= high <= 1:
@@ -153,8 +153,9 @@ def reverse_process(
       guidance: (S,), w at the start of each step.
       pair: "plain_mixture", or "balanced_plugin": the posterior of `bernoulli` to use.
       known: bits that are given, or None.
-      threshold_last: whether the step to t = 0 rounds the prediction of z_0, as the authors' code
-        does, instead of drawing z_0, which is exact.
+      threshold_last: whether the step to t = 0 rounds what `denoise` says of z_0, as the authors'
+        code does, instead of drawing z_0, which is exact. Under "balanced_plugin" that leaves
+        out what the bit's own noisy value says.
       corrector_steps: after each step but the last, so many draws that leave q(z_s) as it is to
         first order in their size, and so make up for errors; each costs a network call.
       corrector_size: in [0, 1], the share of bits that each of them draws anew.
@@ -189,7 +190,7 @@ def reverse_process(
     }[pair]
 
     def reverse_step(z_t, step):
-        i, t, s, k_t, k_s, w = step
+        i, t, s, k_t, k_s, w, w_s = step
         prediction = targets.z_0_probs(denoise(z_t, t, w), z_t)
         uniform = noise(i)
         z_s = bernoulli.draw(uniform, posterior(z_t, prediction, k_t, k_s))
@@ -200,7 +201,7 @@ def reverse_process(
 
             def correct_all(z_s):
                 return jax.lax.fori_loop(
-                    0, corrector_steps, lambda j, z: correct(z, s, k_s, w, i + 1 + j), z_s
+                    0, corrector_steps, lambda j, z: correct(z, s, k_s, w_s, i + 1 + j), z_s
                 )
 
             z_s = jax.lax.cond(s > 0, correct_all, lambda z: z, z_s)
@@ -211,7 +212,8 @@ def reverse_process(
     uniform = noise(jnp.zeros((), jnp.int32))
     z_T = put_known(bernoulli.draw(uniform, start_probs), keep[0], uniform)
     indices = 1 + jnp.arange(len(times) - 1) * (1 + corrector_steps)
-    steps = (indices, times[:-1], times[1:], keep[:-1], keep[1:], guidance)
+    guidance_after = jnp.append(guidance[1:], 0.0)  # none is needed at t = 0
+    steps = (indices, times[:-1], times[1:], keep[:-1], keep[1:], guidance, guidance_after)
     z_0, passed = jax.lax.scan(reverse_step, z_T, steps)
     if passed is None:
         return z_0, None
