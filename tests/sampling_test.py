@@ -221,7 +221,7 @@ def test_noised_bits_are_as_noisy_as_the_others_and_right_at_the_end():
 def test_completions_follow_the_known_bits(noised, correctors, share):
     match = (chain.STATES[:, :3] == [1, 0, 1]).all(axis=1)
     conditional = (chain.P_DATA[match] @ chain.STATES[match]) / chain.P_DATA[match].sum()
-    n = 20_000
+    n = 10_000
     known = known_bits(n, np.array([1.0, 0, 1, 0, 0, 0]), noised)
     codes, _ = sample(
         true_denoise, n, 64, known=known, corrector_steps=correctors, corrector_size=0.1
