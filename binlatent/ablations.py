@@ -51,7 +51,7 @@ _PLAIN = {"temperature": 1.0, "guidance": 0.0, "steps": 16}
 
 # A row's name, and what it changes in `config.sample`.
 SAMPLERS = {
-    **{f"{steps} steps": {"steps": steps} for steps in (4, 8, 32, 64)},
+    **{f"{steps} steps": {"steps": steps} for steps in (4, 8, 16, 32, 64)},
     "8 steps, 1 corrector": {"steps": 8, "corrector_steps": 1},
     "16 steps, 1 corrector": {"corrector_steps": 1},
     "16 steps, 1 corrector of 0.3": {"corrector_steps": 1, "corrector_size": 0.3},
@@ -97,17 +97,11 @@ TABLES = {
         ("balanced BCE, plug-in", "balanced", ""),
         ("plain BCE in the evidence form, mixture", "flip, evidence", ""),
     ],
-    "Steps": [
-        ("4", _SAMPLED, "4 steps"),
-        ("8", _SAMPLED, "8 steps"),
-        ("16", _SAMPLED, ""),
-        ("32", _SAMPLED, "32 steps"),
-        ("64", _SAMPLED, "64 steps"),
-    ],
+    "Steps": [(f"{steps}", _SAMPLED, f"{steps} steps") for steps in (4, 8, 16, 32, 64)],
     "Corrector": [
         ("8 steps (8 network calls)", _SAMPLED, "8 steps"),
         ("8 steps, 1 corrector of 0.1 (15)", _SAMPLED, "8 steps, 1 corrector"),
-        ("16 steps (16)", _SAMPLED, ""),
+        ("16 steps (16)", _SAMPLED, "16 steps"),
         ("16 steps, 1 corrector of 0.1 (31)", _SAMPLED, "16 steps, 1 corrector"),
         ("16 steps, 1 corrector of 0.3 (31)", _SAMPLED, "16 steps, 1 corrector of 0.3"),
         ("32 steps (32)", _SAMPLED, "32 steps"),
@@ -204,15 +198,16 @@ def measure(config: Config, workdir: Path, seeds: int, variants: Sequence[str]) 
             judge_config.seed = config.seed
             judge = evaluate.Judge(judge_config)
         probs = pipeline.encode_probs(to_float(judge.images))
-        bound = evaluate.likelihood_metrics(pipeline, probs, judge.labels)
         for sampler in missing:
             key = build.key(seed, "ablation")
-            if sampler in INPAINTERS:
-                options = {**_PLAIN, **INPAINTERS[sampler]}
-                quality = judge.inpainting_quality(pipeline, key, **options)
-            else:
-                options = {**_PLAIN, **SAMPLERS.get(sampler, {})}
-                quality = bound | judge.sample_quality(pipeline, key, **options)
+            changes = SAMPLERS.get(sampler, INPAINTERS.get(sampler, {}))
+            options = {**_PLAIN, **changes}
+            judged = judge.inpainting_quality if sampler in INPAINTERS else judge.sample_quality
+            quality = judged(pipeline, key, **options)
+            if not set(changes) - {"steps"} and sampler not in INPAINTERS:
+                # Of the steps that the row is about, or of all.
+                steps = changes.get("steps")
+                quality |= evaluate.likelihood_metrics(pipeline, probs, judge.labels, steps)
             results.add((variant, sampler, seed), quality)
             log.info("%s, %s, seed %d: %s", variant, sampler, seed, quality)
     return results
@@ -226,29 +221,34 @@ _COLUMNS = {
 
 
 def _cell(values: list[float], form: str) -> str:
-    """Returns mean and standard deviation over seeds; nothing of nothing."""
-    if not values:
-        return ""
+    """Returns mean and standard deviation over seeds."""
     if len(values) == 1:
         return form.format(values[0])
     return f"{form.format(np.mean(values))} ± {form.format(np.std(values, ddof=1))}"
 
 
 def tables(results: Results, seeds: int) -> str:
-    """Returns the tables in Markdown: means over seeds and standard deviations."""
+    """Returns the tables in Markdown: means over seeds and standard deviations.
+
+    A table has the columns that all of its rows have, and no row that was not measured.
+    """
     lines = []
     for caption, rows in TABLES.items():
-        lines += [f"### {caption}", "", "| | " + " | ".join(c for c, _ in _COLUMNS.values()) + " |"]
-        lines += ["|---|" + "---|" * len(_COLUMNS)]
+        found: dict[str, list[dict[str, Any]]] = {}
         for label, variant, sampler in rows:
             keys = [(variant, sampler, seed) for seed in range(seeds)]
-            found: list[dict[str, Any]] = [results[key] for key in keys if key in results]
-            if not found:
-                continue
-            cells = [
-                _cell([values[name] for values in found if name in values], form)
-                for name, (_, form) in _COLUMNS.items()
-            ]
+            found[label] = [results[key] for key in keys if key in results]
+        found = {label: values for label, values in found.items() if values}
+        everything = [value for values in found.values() for value in values]
+        columns = [
+            (name, *column)
+            for name, column in _COLUMNS.items()
+            if everything and all(name in value for value in everything)
+        ]
+        lines += [f"### {caption}", "", "| | " + " | ".join(c for _, c, _ in columns) + " |"]
+        lines += ["|---|" + "---|" * len(columns)]
+        for label, values in found.items():
+            cells = [_cell([value[name] for value in values], form) for name, _, form in columns]
             lines.append(f"| {label} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
