@@ -21,7 +21,7 @@ cat <<EOF
 Done. In $workdir:
   samples.png          new digits, a row a class
   reconstructions.png  test digits above their reconstructions
-  inpainting.png       halves of test digits, completed
+  inpainting.png       parts of test digits, drawn anew
   trajectory.png       from random bits to digits
   report.json          the numbers
 Next: python -m binlatent.main --workdir=$workdir --mode=sample --label=7 --num=20
