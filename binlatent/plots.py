@@ -151,17 +151,16 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if out.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise UserError(f"--out must end in .png, .pdf or .svg, not {out}.")
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"Nothing can be written to {out}: {error}.") from error
-        if flags.figure == "schedules":
+        pipeline = None
+        if flags.figure != "schedules":
+            pipeline = BinaryLatentDiffusion.from_workdir(flags.workdir)
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
+        if pipeline is None:
             figure = schedules_figure()
         else:
-            pipeline = BinaryLatentDiffusion.from_workdir(flags.workdir)
             figure = _OF_A_WORKDIR[flags.figure](pipeline, flags.seed)
         figure.savefig(out, dpi=150)
-    except (UserError, OSError) as error:
+    except (UserError, OSError) as error:  # OSError: `out` cannot be written
         sys.stderr.write(f"Error: {error}\n")
         sys.exit(1)
     log.info("Wrote %s", out)

@@ -31,7 +31,7 @@ def test_variants_change_what_they_say(tiny_config):
 
 @pytest.mark.slow
 def test_a_variant_is_trained_once_measured_and_tabulated(tiny_config, tmp_path):
-    tiny_config.prior.num_timesteps = 64
+    tiny_config.prior.num_timesteps = 16
     train.train_autoencoder(tiny_config, tmp_path)
     results = ablations.measure(tiny_config, tmp_path, 1, ["lambda 0"])
     values = results["lambda 0", "", 0]

@@ -49,7 +49,10 @@ def test_rows_share_their_noise(tiny_config, name):
     # The untrained prior says 1/2 at any temperature: the same noise makes the same row.
     np.testing.assert_array_equal(sheet[2:30], sheet[32:60])
     # A prior with something to say does not.
-    model.prior_params = jax.tree.map(lambda x: x + 0.3, model.prior_params)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    model.prior_params = jax.tree.map(
+        lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), model.prior_params
+    )
     sheet = figure(model).axes[0].images[0].get_array()
     assert np.any(sheet[2:30] != sheet[-30:-2])
 
@@ -79,7 +82,17 @@ def test_without_classes_the_bound_is_drawn_and_guidance_is_refused(tiny_config)
         (["steps", "--workdir=nowhere"], 1, "There is no workdir nowhere"),
     ],
 )
-def test_wrong_flags_are_one_sentence(capsys, flags, code, message):
+def test_wrong_flags_are_one_sentence(tmp_path, monkeypatch, capsys, flags, code, message):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
         plots.main(flags)
     assert exit.value.code == code and message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as exit:
+        plots.main(["schedules", f"--out={tmp_path / 'file' / 'a.png'}"])
+    error = capsys.readouterr().err
+    assert exit.value.code == 1 and error.startswith("Error: ") and "file" in error

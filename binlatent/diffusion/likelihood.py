@@ -1,5 +1,7 @@
 """The variational bound on the code length of a code under the prior (paper, (7))."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -10,7 +12,13 @@ Array = jax.Array
 
 
 def likelihood_bound(
-    denoise, noise: Noise, z_0: Array, *, times: Array, keep: Array, num_draws: int = 1
+    denoise: Callable[[Array, Array], Array],
+    noise: Noise,
+    z_0: Array,
+    *,
+    times: Array,
+    keep: Array,
+    num_draws: int = 1,
 ) -> Array:
     """Returns an unbiased estimate of the bound on -log2 p(z_0), in bits an image: (n,).
 
