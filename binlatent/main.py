@@ -163,6 +163,9 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         raise UserError(f"--num must be at least 1, not {FLAGS.num}.")
     if FLAGS.out and (mode in ("all", "evaluate") or Path(FLAGS.out).suffix.lower() != ".png"):
         raise UserError("--out must be a file that ends in .png, for one picture's mode.")
+    options = _options()
+    if config is not None:
+        build.sample_settings(config, options)  # before any training
     if mode in ("all", "train_autoencoder"):
         train.train_autoencoder(config, workdir)
     if mode in ("all", "train_prior"):
@@ -170,7 +173,6 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
     if mode in ("train_autoencoder", "train_prior"):
         return
     pipeline = BinaryLatentDiffusion.from_workdir(workdir, config)
-    options = _options()
     if mode in ("all", "evaluate"):
         log.info("%s", json.dumps(evaluate.report(pipeline, workdir), indent=2))
     if mode in ("all", "sample"):

@@ -72,6 +72,7 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         ((CONFIG, wd, "--config.prior.vlb_weight=-1"), 1, "vlb_weight must be at least 0"),
         ((CONFIG, wd, "--config.prior.num_timesteps=8"), 1, "between 1 and 8, the number of"),
         ((CONFIG, wd, "--config.sample.guidance_shape=x"), 1, "shape must be one of constant"),
+        ((CONFIG, wd, "--option=knwon=kept"), 1, "no sampling option 'knwon'"),
         ((wd, "--mode=sample", "--mask=top"), 2, "--mask is for --mode=inpaint"),
         ((wd, "--mode=reconstruct", "--steps=3"), 2, "--steps is for --mode=all or sample"),
     ]
