@@ -9,6 +9,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["binlatent", "binlatent.*"]),
+    package_data={"binlatent.models": ["lpips_linear.npz", "lpips_linear.LICENSE"]},
     install_requires=[
         "absl-py",  # flags
         "array_record",  # the files that TFDS writes and reads without TensorFlow
@@ -32,6 +33,7 @@ setup(
         "tqdm",  # progress bars
     ],
     extras_require={
+        "convert": ["torch"],  # reads the checkpoints of other projects
         "test": ["pytest", "ruff>=0.17,<0.18"],
     },
 )

@@ -19,9 +19,8 @@ from typing import Any
 import ml_collections
 import numpy as np
 
-from binlatent import build, evaluate, train
+from binlatent import build, command, evaluate, train
 from binlatent.data.transforms import to_float
-from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
 log = logging.getLogger("binlatent.ablations")  # also as __main__
@@ -267,17 +266,12 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     if flags.seeds < 1:
         parser.error("--seeds must be at least 1")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    logging.getLogger("binlatent").setLevel(logging.INFO)
     config = digits.get_config()
     config.data.path = flags.data
     config.prior.train.num_steps = flags.num_steps or config.prior.train.num_steps
-    try:
+    with command.reporting():
         train.train_autoencoder(config, flags.workdir)
         results = measure(config, flags.workdir, flags.seeds, flags.variants)
-    except UserError as error:
-        sys.stderr.write(f"Error: {error}\n")
-        sys.exit(1)
     text = tables(results, flags.seeds)
     (budget_folder(config, flags.workdir) / "ablations.md").write_text(text)
     sys.stdout.write(text)

@@ -1,196 +1,28 @@
 """From a config to modules, optimisers and keys: the only reader of its model sections."""
 
 import functools
-import json
-import math
-import numbers
-import operator
 import zlib
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 import optax
 
-from binlatent.diffusion import losses, sampling, schedules, targets
+from binlatent import adversarial
+from binlatent.diffusion import losses, schedules, targets
 from binlatent.errors import UserError
-from binlatent.models.autoencoder import Autoencoder, Decoder, Encoder
+from binlatent.models import bottleneck, discriminator, lpips
+from binlatent.models.autoencoder import Autoencoder, Decoder, Encoder, Levels
 from binlatent.models.transformer import Transformer
-from binlatent.stages.prior import Denoiser, Objective
-from binlatent.stages.state import create_optimizer
+from binlatent.stages import autoencoder as autoencoder_stage
+from binlatent.stages import prior as prior_stage
+from binlatent.stages.state import AXIS, TrainState, create_optimizer, create_state
 
 Config = ml_collections.ConfigDict
 
-# What fixes the meaning of a checkpoint's arrays, a stage.
-_MODEL_KEYS = {
-    "data": ("image_size", "channels"),
-    "autoencoder": ("num_bits", "widths", "factors", "attention", "num_blocks"),
-    "prior": (
-        *("width", "num_layers", "num_heads"),
-        *("num_timesteps", "continuous", "schedule", "keep", "target", "pair", "evidence"),
-    ),
-}
-
-
-def check_same_model(config: Config, trained: Config, stage: str) -> None:
-    """Refuses a config that describes another model than a checkpoint's.
-
-    Args:
-      config: as given now.
-      trained: as stored in the checkpoint.
-      stage: "autoencoder", or "prior", which is made for one autoencoder.
-
-    Raises:
-      UserError: naming the keys that differ, with both values.
-    """
-    sections = ["data", "autoencoder"] + (["prior"] if stage == "prior" else [])
-    keys = [(section, key) for section in sections for key in _MODEL_KEYS[section]]
-    if stage == "prior":
-        keys.append(("data", "num_classes"))  # the autoencoder knows no classes
-    differences = [
-        f"{section}.{key} is {trained[section].get(key)} there and {config[section][key]} here"
-        for section, key in keys
-        # As JSON: tuples come back from a checkpoint as lists.
-        if json.dumps(config[section][key]) != json.dumps(trained[section].get(key))
-    ]
-    if differences:
-        raise UserError(
-            f"The config does not fit the trained {stage} in the workdir: "
-            f"{'; '.join(differences)}. Use the same values, or another --workdir."
-        )
-
-
-_COUNTS = (
-    *("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"),
-    *("autoencoder.num_bits", "autoencoder.train.batch_size", "autoencoder.train.num_steps"),
-    *("prior.num_heads", "prior.num_timesteps"),
-    *("prior.train.batch_size", "prior.train.num_steps"),
-    *("sample.batch_size", "evaluate.num_images", "evaluate.num_samples"),
-    *("evaluate.classifier_images", "evaluate.bound_draws"),
-)
-
-
-def check(config: Config) -> None:
-    """Refuses a config with a number outside its range, or parts that do not fit together.
-
-    Called before anything starts, so that what stage 2 or a picture at the end would refuse does
-    not cost the training before it.
-
-    Raises:
-      UserError: naming the key.
-    """
-    for name in _COUNTS:
-        value = functools.reduce(operator.getitem, name.split("."), config)
-        if value < 1:
-            raise UserError(f"config.{name} must be at least 1, not {value}.")
-    shares = ("autoencoder.train.ema_decay", "prior.train.ema_decay", "prior.label_dropout")
-    for name in shares:
-        value = functools.reduce(operator.getitem, name.split("."), config)
-        if not 0 <= value <= 1:
-            raise UserError(f"config.{name} must be between 0 and 1, not {value}.")
-    if not 0 <= config.prior.vlb_weight < math.inf:
-        raise UserError(
-            f"config.prior.vlb_weight must be at least 0, not {config.prior.vlb_weight}."
-        )
-    if config.data.image_size < 11:
-        raise UserError(
-            f"config.data.image_size must be at least 11, the window of SSIM, not "
-            f"{config.data.image_size}."
-        )
-    if min(config.autoencoder.factors, default=1) < 1:
-        raise UserError("config.autoencoder.factors must be at least 1 each.")
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"config.seed must be between 0 and 2**32 - 1, not {config.seed}.")
-    autoencoder(config)
-    T = denoiser(config).num_timesteps
-    settings = sample_settings(config)
-    try:
-        times = schedules.visited_times(settings.steps, T, continuous=config.prior.continuous)
-    except ValueError as error:
-        raise UserError(f"config.sample.steps: {error}.") from error
-    guidance_weights(settings, times, T)
-
-
-def sample_settings(config: Config, options: Mapping[str, Any] | None = None) -> Config:
-    """Returns `config.sample` and `times`, some replaced by a caller's options, all checked.
-
-    Args:
-      config: of the whole run.
-      options: values by name; None leaves the config's.
-
-    Raises:
-      UserError: for a name that is no option, or a value outside its range.
-    """
-    settings = Config({**config.sample.to_dict(), "times": None})
-    for name, value in (options or {}).items():
-        if name not in settings or name == "batch_size":
-            names = ", ".join(sorted(set(settings) - {"batch_size"}))
-            raise UserError(f"There is no sampling option {name!r}; there are {names}.")
-        if value is None:
-            continue
-        if not _fits(value, settings[name]):
-            raise UserError(
-                f"The sampling option {name} must be like {settings[name]!r}, not {value!r}."
-            )
-        with settings.ignore_type():
-            settings[name] = value
-    if not 0 < settings.temperature < math.inf:
-        raise UserError(f"The temperature must be above 0 and finite; got {settings.temperature}.")
-    if not 0 <= settings.guidance < math.inf:
-        raise UserError(f"The guidance must not be negative nor infinite; got {settings.guidance}.")
-    if settings.corrector_steps < 0 or not 0 <= settings.corrector_size <= 1:
-        raise UserError(
-            "corrector_steps must be at least 0 and corrector_size between 0 and 1; got "
-            f"{settings.corrector_steps} and {settings.corrector_size}."
-        )
-    if settings.known not in ("kept", "noised"):
-        raise UserError(f'known must be "kept" or "noised"; got {settings.known!r}.')
-    if settings.pair == "trained":
-        settings.pair = config.prior.pair
-    if settings.pair not in losses.PAIRS:
-        raise UserError(
-            f'The pair must be "trained" or one of {", ".join(losses.PAIRS)}; '
-            f"got {settings.pair!r}."
-        )
-    if settings.pair != "plain_mixture" and config.prior.target == "z_s":
-        raise UserError('A prior with the target "z_s" samples with "plain_mixture" alone.')
-    return settings
-
-
-def _fits(value: Any, example: Any) -> bool:
-    """Returns whether a value is of an example's kind; an integer is a float, a list a tuple."""
-    if example is None:
-        return True
-    if isinstance(example, tuple):
-        listed = isinstance(value, tuple | list) and len(value) == len(example)
-        return listed and all(map(_fits, value, example))
-    if isinstance(value, bool | np.bool_) or isinstance(example, bool):
-        return isinstance(value, bool | np.bool_) and isinstance(example, bool)
-    if isinstance(example, str):
-        return isinstance(value, str)
-    return isinstance(value, numbers.Integral if isinstance(example, int) else numbers.Real)
-
-
-def guidance_weights(settings: Config, times: np.ndarray, num_timesteps: int) -> np.ndarray:
-    """Returns w at each step of a sampler; `sampling.guidance_weights` of the settings.
-
-    Raises:
-      UserError: for a shape, power or interval that is none.
-    """
-    try:
-        return sampling.guidance_weights(
-            settings.guidance,
-            times,
-            num_timesteps,
-            shape=settings.guidance_shape,
-            power=settings.guidance_power,
-            interval=tuple(settings.guidance_interval),
-        )
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
+# Of config.autoencoder.loss, and of stage 1's Objective.
+LOSS_WEIGHTS = ("mse", "l1", "perceptual", "adversarial", "r1", "entropy", "commitment", "kl")
 
 
 def key(seed: int, purpose: str) -> jax.Array:
@@ -211,37 +43,167 @@ def autoencoder(config: Config) -> Autoencoder:
       UserError: if its levels do not fit together or do not divide the image.
     """
     section = config.autoencoder
-    levels = {len(section.widths), len(section.factors), len(section.attention)}
-    if len(levels) != 1:
+    multipliers = tuple(section.multipliers)
+    if min(multipliers, default=0) < 1:
         raise UserError(
-            "config.autoencoder.widths, factors and attention must have one entry a level, "
-            f"not {len(section.widths)}, {len(section.factors)} and {len(section.attention)}."
+            "config.autoencoder.multipliers must have at least one entry, each at least 1, not "
+            f"{multipliers}."
         )
-    downsampling = math.prod(section.factors)
-    if config.data.image_size % downsampling:
+    side, downsampling = config.data.image_size, _downsampling(config)
+    if side % downsampling:
         raise UserError(
-            f"config.data.image_size is {config.data.image_size}, which the downsampling of "
-            f"config.autoencoder.factors, {downsampling}, does not divide."
+            f"config.data.image_size is {side}, which the downsampling of config.autoencoder, "
+            f"{downsampling} (patch {section.patch}, {len(multipliers)} levels), does not divide."
         )
-    if bad := [width for width in section.widths if width % 32]:
-        raise UserError(f"config.autoencoder.widths must be multiples of 32, not {bad[0]}.")
-    levels = dict(
-        widths=tuple(section.widths),
-        factors=tuple(section.factors),
-        attention=tuple(section.attention),
-        num_blocks=section.num_blocks,
-        dtype=_dtype(config),
+    sides = [side // section.patch // 2**level for level in range(len(multipliers))]
+    attention = tuple(section.attention_resolutions)
+    if absent := sorted(set(attention) - set(sides)):
+        raise UserError(
+            f"config.autoencoder.attention_resolutions names {absent[0]}, but the levels of an "
+            f"image of {side} have the sides {', '.join(map(str, sides))}."
+        )
+    widths = [section.base_width * multiplier for multiplier in multipliers]
+    widths += [section.base_width] + [section.embedding_width] * section.norm_first
+    if bad := [width for width in widths if width % 32]:
+        raise UserError(
+            "config.autoencoder.base_width times each multiplier, and embedding_width if "
+            f"norm_first, must be multiples of the 32 groups of a norm, not {bad[0]}."
+        )
+    levels = Levels(
+        section.base_width,
+        multipliers,
+        attention,
+        section.patch,
+        section.remat,
+        _dtype(config),
     )
     return Autoencoder(
-        Encoder(num_bits=section.num_bits, **levels),
-        Decoder(num_channels=config.data.channels, **levels),
+        Encoder(levels, section.num_blocks, section.embedding_width),
+        _bottleneck(config),
+        Decoder(
+            levels,
+            int(section.num_blocks * section.decoder_depth),
+            config.data.channels,
+            section.norm_first,
+        ),
     )
+
+
+def _downsampling(config: Config) -> int:
+    """Returns k, pixels a side of a token."""
+    return config.autoencoder.patch * 2 ** (len(config.autoencoder.multipliers) - 1)
+
+
+def _bottleneck(config: Config) -> bottleneck.Bottleneck:
+    section = config.autoencoder
+    if section.bottleneck == "binary":
+        return bottleneck.Binary(
+            section.num_bits, section.embedding_width, section.deterministic, section.signed
+        )
+    if section.bottleneck == "vq":
+        return bottleneck.VectorQuantized(
+            section.codebook_size, section.codebook_width, section.embedding_width
+        )
+    if section.bottleneck == "real":
+        return bottleneck.Real(section.num_channels, section.embedding_width, section.variational)
+    raise UserError(
+        f'config.autoencoder.bottleneck must be "binary", "vq" or "real", '
+        f"not {section.bottleneck!r}."
+    )
+
+
+def networks(config: Config) -> autoencoder_stage.Networks:
+    """Returns all modules of stage 1, None for those that no loss of `config` needs.
+
+    Raises:
+      UserError: for images that are too small for them, or options that are none.
+    """
+    weights, section = config.autoencoder.loss, config.autoencoder.discriminator
+    side = config.data.image_size
+    perceptual = critic = None
+    if not (weights.mse or weights.l1 or weights.perceptual):
+        raise UserError(
+            "config.autoencoder.loss: one of mse, l1 and perceptual must be above 0, or nothing "
+            "compares the reconstruction with the image."
+        )
+    if weights.perceptual:
+        if side < lpips.MIN_SIZE:
+            raise UserError(
+                f"config.autoencoder.loss.perceptual needs images of at least {lpips.MIN_SIZE} "
+                f"pixels a side, not {side}: set it to 0."
+            )
+        perceptual = lpips.LPIPS(_dtype(config))
+    if weights.adversarial:
+        if section.norm not in discriminator.NORMS:
+            raise UserError(
+                "config.autoencoder.discriminator.norm must be "
+                f"{' or '.join(discriminator.NORMS)}, not {section.norm!r}."
+            )
+        if unknown := sorted(set(section.augment) - set(adversarial.POLICIES)):
+            raise UserError(
+                f"config.autoencoder.discriminator.augment knows "
+                f"{' and '.join(adversarial.POLICIES)}, not {unknown[0]!r}."
+            )
+        if discriminator.logits_side(side, section.num_layers) < 1:
+            raise UserError(
+                f"An image of {side} is too small for config.autoencoder.discriminator.num_layers "
+                f"= {section.num_layers}: have fewer layers, or set loss.adversarial to 0."
+            )
+        critic = discriminator.Discriminator(
+            section.width, section.num_layers, section.norm, AXIS, _dtype(config)
+        )
+    return autoencoder_stage.Networks(autoencoder(config), critic, perceptual)
+
+
+def autoencoder_objective(config: Config) -> autoencoder_stage.Objective:
+    """Returns the weights of the losses of stage 1."""
+    weights = config.autoencoder.loss
+    return autoencoder_stage.Objective(
+        adaptive=weights.adaptive,
+        augment=tuple(config.autoencoder.discriminator.augment),
+        **{name: weights[name] for name in LOSS_WEIGHTS},
+    )
+
+
+def autoencoder_step(config: Config, networks: autoencoder_stage.Networks) -> Callable:
+    """Returns the step of stage 1, (state, batch, LPIPS's parameters) -> (state, metrics).
+
+    Args:
+      config: of the whole run.
+      networks: of `networks(config)`; without the discriminator, the step before it starts.
+    """
+    train = config.autoencoder.train
+    return functools.partial(
+        autoencoder_stage.train_step,
+        code_shape=code_shape(config),
+        networks=networks,
+        objective=autoencoder_objective(config),
+        optimizer=optimizer(train),
+        ema_decay=train.ema_decay,
+        accumulate=train.accumulate,
+    )
+
+
+def init_autoencoder_state(config: Config) -> TrainState:
+    """Returns the state of stage 1 before its first step."""
+    init_key, base_key = jax.random.split(key(config.seed, "autoencoder"))
+    adam, critic = optimizer(config.autoencoder.train), networks(config).discriminator
+    discriminator_state = critic and autoencoder_stage.create_discriminator_state(
+        critic, key(config.seed, "discriminator"), image_shape(config), adam
+    )
+    return create_state(base_key, init_autoencoder(config, init_key), adam, discriminator_state)
 
 
 def code_shape(config: Config) -> tuple[int, int, int]:
-    """Returns (h, w, c) of a code."""
-    side = config.data.image_size // math.prod(config.autoencoder.factors)
-    return side, side, config.autoencoder.num_bits
+    """Returns (h, w, c) of a code; of "vq", c is the width of a vector."""
+    section = config.autoencoder
+    depths = {
+        "binary": section.num_bits,
+        "vq": section.codebook_width,
+        "real": section.num_channels,
+    }
+    side = config.data.image_size // _downsampling(config)
+    return side, side, depths[section.bottleneck]
 
 
 def image_shape(config: Config) -> tuple[int, int, int]:
@@ -249,7 +211,7 @@ def image_shape(config: Config) -> tuple[int, int, int]:
     return config.data.image_size, config.data.image_size, config.data.channels
 
 
-def denoiser(config: Config) -> Denoiser:
+def denoiser(config: Config) -> prior_stage.Denoiser:
     """Returns the prior of `config.prior`.
 
     Raises:
@@ -291,7 +253,7 @@ def denoiser(config: Config) -> Denoiser:
         num_classes=config.data.num_classes,
         dtype=_dtype(config),
     )
-    return Denoiser(
+    return prior_stage.Denoiser(
         network,
         schedule,
         section.num_timesteps,
@@ -302,10 +264,10 @@ def denoiser(config: Config) -> Denoiser:
     )
 
 
-def objective(config: Config) -> Objective:
+def prior_objective(config: Config) -> prior_stage.Objective:
     """Returns what the prior of `config.prior` is trained for."""
     section = config.prior
-    return Objective(
+    return prior_stage.Objective(
         section.vlb_weight, section.time_weight, section.stratified, section.label_dropout
     )
 

@@ -57,17 +57,28 @@ def autoencoder_metrics(
 ) -> dict[str, float | int]:
     """Returns `psnr` in dB and `ssim` of deterministic reconstructions, and the codes' statistics.
 
+    Both are means over the images; `psnr_std` and `ssim_std` their standard deviations (Table 4).
+    `bit_rate` is bits an image; of real-valued codes, those of float32.
+
     Args:
       pipeline: with the autoencoder to judge.
       images: float in [-1, 1], (n, height, width, channels).
     """
-    codes = pipeline.encode(images)
+    codes, aux = pipeline.encode_with_aux(images)
     originals, decoded = to_uint8(images), to_uint8(pipeline.decode(codes))
-    return {
-        "psnr": float(np.mean(metrics.psnr(originals, decoded))),
-        "ssim": float(np.mean(metrics.ssim(originals, decoded))),
-        **metrics.code_statistics(codes),
+    psnr, ssim = metrics.psnr(originals, decoded), metrics.ssim(originals, decoded)
+    result = {
+        "psnr": float(np.mean(psnr)),
+        "psnr_std": float(np.std(psnr)),
+        "ssim": float(np.mean(ssim)),
+        "ssim_std": float(np.std(ssim)),
     }
+    if "probs" in aux:
+        return result | metrics.code_statistics(codes)
+    if "indices" in aux:
+        size = pipeline.config.autoencoder.codebook_size
+        return result | metrics.codebook_statistics(aux["indices"], size)
+    return result | {"bit_rate": 32 * math.prod(pipeline.code_shape)}
 
 
 def prior_metrics(

@@ -12,13 +12,13 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from binlatent import build, evaluate, figures, masks, outputs, train
+from binlatent import build, checks, command, evaluate, figures, masks, outputs, table4, train
 from binlatent.data.sources import read_image
 from binlatent.data.transforms import to_float
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
-_TRAINING = ("all", "train_autoencoder", "train_prior")
+_TRAINING = ("all", "train_autoencoder", "train_prior", "table4")
 
 FLAGS = flags.FLAGS
 log = logging.getLogger("binlatent")
@@ -34,7 +34,8 @@ flags.DEFINE_enum(
     "mode",
     "all",
     [*_TRAINING, "sample", "reconstruct", "inpaint", "vary", "evaluate"],
-    "What to do; `all` trains what is not trained yet, evaluates it and draws its pictures.",
+    "What to do; `all` trains what is not trained yet, evaluates it and draws its pictures; "
+    "`table4` trains an autoencoder with each bottleneck and compares them.",
 )
 flags.DEFINE_integer(
     "num", None, "sample, reconstruct: how many images. inpaint, vary: how many results of each."
@@ -161,11 +162,18 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
     mode = FLAGS.mode
     if FLAGS.num is not None and FLAGS.num < 1:
         raise UserError(f"--num must be at least 1, not {FLAGS.num}.")
-    if FLAGS.out and (mode in ("all", "evaluate") or Path(FLAGS.out).suffix.lower() != ".png"):
+    if FLAGS.out and (
+        mode in ("all", "evaluate", "table4") or Path(FLAGS.out).suffix.lower() != ".png"
+    ):
         raise UserError("--out must be a file that ends in .png, for one picture's mode.")
     options = _options()
     if config is not None:
-        build.sample_settings(config, options)  # before any training
+        checks.sample_settings(config, options)  # before any training
+    if mode in ("all", "train_prior"):
+        checks.check_bits(config)  # before any training
+    if mode == "table4":
+        log.info("%s", table4.run(config, workdir))
+        return
     if mode in ("all", "train_autoencoder"):
         train.train_autoencoder(config, workdir)
     if mode in ("all", "train_prior"):
@@ -207,19 +215,8 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
 def main(argv: list[str]) -> None:
     """Dispatches on --mode; a user's error is one sentence and exit code 1."""
     del argv
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    log.setLevel(logging.INFO)
-    try:
+    with command.reporting():
         _dispatch(_given_config(), Path(FLAGS.workdir))
-    except UserError as error:
-        message = str(error)
-        if not message.startswith("config"):
-            message = message[0].upper() + message[1:]
-        sys.stderr.write(f"Error: {message}\n")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted: what was trained is saved; run the same command again.\n")
-        sys.exit(130)
 
 
 def run() -> None:

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from binlatent import build, checkpoint, programs
+from binlatent import build, checkpoint, checks, programs
 from binlatent.diffusion import bernoulli, sampling, schedules
 from binlatent.errors import UserError
 from binlatent.models import bottleneck
@@ -77,8 +77,8 @@ class BinaryLatentDiffusion:
                 if used.data.num_classes == -1:
                     used.data.num_classes = trained.data.num_classes
                 if config is not None:
-                    build.check(used)
-                build.check_same_model(used, trained, stage)
+                    checks.check(used)
+                checks.check_same_model(used, trained, stage)
                 like = jax.eval_shape(functools.partial(init, used), jax.random.key(0))
                 return used, checkpoints.restore_ema(like)
 
@@ -97,8 +97,9 @@ class BinaryLatentDiffusion:
 
     @property
     def encoder_fingerprint(self) -> str:
-        """Tells the encoder's weights, which a prior belongs to, from others."""
-        return checkpoint.fingerprint(self.autoencoder_params["params"]["encoder"])
+        """Tells the weights that make the bits, which a prior belongs to, from others."""
+        params = self.autoencoder_params["params"]
+        return checkpoint.fingerprint([params["encoder"], params["bottleneck"]])
 
     @property
     def code_shape(self) -> tuple[int, int, int]:
@@ -111,9 +112,13 @@ class BinaryLatentDiffusion:
     def encode_probs(self, images: np.ndarray) -> np.ndarray:
         """Returns y, the Bernoulli parameters of the images' bits, (n, h, w, c) in [0, 1].
 
+        Where the bottleneck never draws bits, they are the bits.
+
         Raises:
-          UserError: if the images are not of the shape that the autoencoder was trained on.
+          UserError: if the images are not of the shape that the autoencoder was trained on, or the
+            autoencoder has no bits.
         """
+        checks.check_bits(self.config)
         encode = functools.partial(
             programs.encode_probs, self.autoencoder_params, model=self._autoencoder
         )
@@ -132,20 +137,34 @@ class BinaryLatentDiffusion:
     def encode(
         self, images: np.ndarray, mode: str = "deterministic", key: Array | None = None
     ) -> np.ndarray:
-        """Returns the images' codes.
+        """Returns the images' codes; what `decode` takes.
 
         Args:
           images: (n, height, width, channels) in [-1, 1].
-          mode: "deterministic" for y > 0.5, "sample" to draw from B(y), "soft" for y itself.
+          mode: "deterministic" for y > 0.5, "sample" to draw from B(y), "soft" for y itself; the
+            bottlenecks "vq" and "real" know the first alone.
           key: a typed PRNG key, for "sample".
         """
         if mode not in ("deterministic", "sample", "soft"):
             raise UserError(f'mode must be "deterministic", "sample" or "soft"; got {mode!r}.')
         if mode == "sample" and key is None:
             raise UserError('encode(mode="sample") needs a key, jax.random.key(seed).')
+        if mode == "deterministic":
+            return self.encode_with_aux(images)[0]
         probs = self.encode_probs(images)
         uniform = None if key is None else jax.random.uniform(key, probs.shape)
         return np.asarray(bottleneck.binarize(probs, mode, uniform))
+
+    def encode_with_aux(self, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Returns the deterministic codes, and what the bottleneck tells of each.
+
+        That is `probs` of bits, `indices` of "vq", nothing of "real"; see
+        `binlatent.models.bottleneck`.
+        """
+        encode = functools.partial(
+            programs.encode, self.autoencoder_params, model=self._autoencoder
+        )
+        return self._map(encode, self._check_images(images))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Returns the images of codes.
@@ -162,7 +181,7 @@ class BinaryLatentDiffusion:
         """Returns codes as float32, if they have the autoencoder's shape."""
         if np.ndim(codes) != 4 or not len(codes) or np.shape(codes)[1:] != self.code_shape:
             raise UserError(
-                f"Codes must be an array (n, {', '.join(map(str, self.code_shape))}) in {{0, 1}}, "
+                f"Codes must be an array (n, {', '.join(map(str, self.code_shape))}), "
                 f"not of shape {np.shape(codes)}."
             )
         return np.asarray(codes, np.float32)
@@ -217,7 +236,7 @@ class BinaryLatentDiffusion:
         if self.prior_params is None:
             raise UserError("This workdir has no prior yet: run --mode=train_prior first.")
         n, noised = len(start_probs), settings.known == "noised"
-        guidance = build.guidance_weights(settings, times, self._denoiser.num_timesteps)
+        guidance = checks.guidance_weights(settings, times, self._denoiser.num_timesteps)
         if label is None:
             guidance = np.zeros_like(guidance)  # (1 + w) a - w a is a, for half the cost
 
@@ -268,7 +287,7 @@ class BinaryLatentDiffusion:
         Raises:
           UserError: for a value outside its range, or without a prior.
         """
-        settings = build.sample_settings(self.config, options)
+        settings = checks.sample_settings(self.config, options)
         times = self._times(settings.steps, settings.times)
         return self._draw(key, label, self._start(num), times, settings)[0]
 
@@ -283,7 +302,7 @@ class BinaryLatentDiffusion:
           `z_t`, bool (num, S + 1, h, w, c), from z_T to z_0, and `p_0`, P(z_0 = 1 | z_t), float32
           (num, S, h, w, c).
         """
-        settings = build.sample_settings(self.config, options)
+        settings = checks.sample_settings(self.config, options)
         times = self._times(settings.steps, settings.times)
         return self._draw(key, label, self._start(num), times, settings, return_trajectory=True)[1]
 
@@ -313,7 +332,7 @@ class BinaryLatentDiffusion:
         Raises:
           UserError: as `sample_codes`, and for images or a mask of another shape.
         """
-        settings = build.sample_settings(self.config, options)
+        settings = checks.sample_settings(self.config, options)
         images = self._check_images(images)
         mask = np.asarray(mask, bool)
         if mask.shape not in (images.shape[1:3], images.shape[:3]):
@@ -362,7 +381,7 @@ class BinaryLatentDiffusion:
         """
         if not 0 < strength <= 1:
             raise UserError(f"The strength must be above 0 and at most 1; got {strength}.")
-        settings = build.sample_settings(self.config, options)
+        settings = checks.sample_settings(self.config, options)
         times = self._times(settings.steps, settings.times, strength)
         start = bernoulli.forward_probs(self.encode(images), self._denoiser.keep_at(times[0]))
         return self.decode(self._draw(key, label, np.asarray(start), times, settings)[0])

@@ -2,13 +2,12 @@
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot as plt
 
-from binlatent import build, evaluate, figures, outputs
+from binlatent import build, command, evaluate, figures, outputs
 from binlatent.data.transforms import to_float, to_uint8
 from binlatent.diffusion import schedules
 from binlatent.errors import UserError
@@ -144,11 +143,9 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     if flags.figure != "schedules" and flags.workdir is None:
         parser.error(f"{flags.figure} needs --workdir")
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
-    logging.getLogger("binlatent").setLevel(logging.INFO)
     plt.switch_backend("agg")  # files only, no window
     out = flags.out or (flags.workdir or Path()) / f"{flags.figure}.png"
-    try:
+    with command.reporting():
         if out.suffix.lower() not in (".png", ".pdf", ".svg"):
             raise UserError(f"--out must end in .png, .pdf or .svg, not {out}.")
         pipeline = None
@@ -160,10 +157,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             figure = _OF_A_WORKDIR[flags.figure](pipeline, flags.seed)
         figure.savefig(out, dpi=150)
-    except (UserError, OSError) as error:  # OSError: `out` cannot be written
-        sys.stderr.write(f"Error: {error}\n")
-        sys.exit(1)
-    log.info("Wrote %s", out)
+        log.info("Wrote %s", out)
 
 
 if __name__ == "__main__":

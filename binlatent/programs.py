@@ -17,8 +17,15 @@ Array = jax.Array
 
 @functools.partial(jax.jit, static_argnames="model")
 def encode_probs(params: Any, images: Array, *, model: Autoencoder) -> Array:
-    """Returns the encoder's y, (n, h, w, c) in [0, 1]."""
-    return model.apply(params, images, method="encode")
+    """Returns the probability of each bit of the images' codes, (n, h, w, c) in [0, 1]."""
+    return model.apply(params, images, method="probs")
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def encode(params: Any, images: Array, *, model: Autoencoder) -> tuple[Array, dict[str, Array]]:
+    """Returns the images' deterministic codes, and what the bottleneck tells of each image."""
+    code, aux = model.apply(params, images, method="encode")
+    return code, {name: value for name, value in aux.items() if value.ndim}
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from binlatent import build, codes, evaluate, outputs
+from binlatent import build, checks, codes, evaluate, outputs, weights
 from binlatent.checkpoint import Checkpoints
 from binlatent.data import loader
 from binlatent.data.sources import Source
@@ -24,7 +24,6 @@ from binlatent.data.transforms import to_float
 from binlatent.errors import UserError
 from binlatent.logbook import Logbook
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.stages import autoencoder as autoencoder_stage
 from binlatent.stages import prior as prior_stage
 from binlatent.stages.state import TrainState, create_state, parallel, replicate, shard
 
@@ -39,7 +38,7 @@ class Stage(NamedTuple):
     name: str
     train: Config  # its `train` section
     state: TrainState  # before the first step
-    step: Callable[[TrainState, Any], tuple[TrainState, dict]]  # pmapped
+    step: Callable[[TrainState, Any, int], tuple[TrainState, dict]]  # pmapped; the int: of steps
     batches: Any  # a Grain iterator
     encoder: str  # fingerprint of the frozen encoder, "" for stage 1
     evaluate: Callable[[Any], dict[str, float]]  # EMA parameters -> metrics
@@ -65,13 +64,23 @@ def with_classes(config: Config, source: Source) -> Config:
     return config
 
 
-def _batches(source: Source, train: Config, seed: int):
-    """Returns this host's share of the global batches."""
-    if train.batch_size % jax.device_count():
+def _check_batch(train: Config, accumulate: int = 1) -> None:
+    """Refuses a batch that the devices, and the parts in which each takes its share, cannot split.
+
+    Raises:
+      UserError: with the numbers.
+    """
+    devices = jax.device_count()
+    if train.batch_size % (devices * accumulate):
+        parts = f" times {accumulate} parts (accumulate)" if accumulate > 1 else ""
         raise UserError(
             f"The batch size, {train.batch_size}, must be a multiple of the number of devices, "
-            f"{jax.device_count()}."
+            f"{devices}{parts}."
         )
+
+
+def _batches(source: Source, train: Config, seed: int):
+    """Returns this host's share of the global batches."""
     return loader.train_batches(
         source,
         train.batch_size // jax.process_count(),
@@ -81,27 +90,36 @@ def _batches(source: Source, train: Config, seed: int):
 
 
 def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
-    """Returns stage 1 at its first step, and the config with data.num_classes filled in."""
-    build.check(config)
+    """Returns stage 1 at its first step, and the config with data.num_classes filled in.
+
+    Raises:
+      UserError: for a config that cannot be trained, or a missing file, before any work.
+    """
+    checks.check(config)
+    section, networks = config.autoencoder, build.networks(config)
+    _check_batch(section.train, section.train.accumulate)
+    lpips_params = weights.read_vgg16(section.loss.vgg16) if networks.lpips else {}
     source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
     config = with_classes(config, source)
-    model, optimizer = build.autoencoder(config), build.optimizer(config.autoencoder.train)
-    init_key, base_key = jax.random.split(build.key(config.seed, "autoencoder"))
-    step = functools.partial(
-        autoencoder_stage.train_step,
-        code_shape=build.code_shape(config),
-        model=model,
-        optimizer=optimizer,
-        ema_decay=config.autoencoder.train.ema_decay,
+    lpips_params = replicate(lpips_params)
+    with_discriminator, without = (
+        parallel(build.autoencoder_step(config, used), num_frozen=1)
+        for used in (networks, networks._replace(discriminator=None))
     )
+
+    def step(state, batch, index):
+        # Until its start the discriminator costs nothing; then the other step is compiled.
+        started = networks.discriminator and index >= section.loss.start_step
+        return (with_discriminator if started else without)(state, batch, lpips_params)
+
     images = to_float(evaluate.load_images(test, config.evaluate.num_images)[0])
     pipeline = functools.partial(BinaryLatentDiffusion, config)
     stage = Stage(
         name="autoencoder",
-        train=config.autoencoder.train,
-        state=create_state(base_key, build.init_autoencoder(config, init_key), optimizer),
-        step=parallel(step),
-        batches=_batches(source, config.autoencoder.train, config.seed),
+        train=section.train,
+        state=build.init_autoencoder_state(config),
+        step=step,
+        batches=_batches(source, section.train, config.seed),
         encoder="",
         evaluate=lambda params: evaluate.autoencoder_metrics(pipeline(params), images),
         preview=lambda params: outputs.reconstructions(pipeline(params), images[:10]),
@@ -111,7 +129,9 @@ def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
 
 def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     """Returns stage 2 at its first step, on the codes of the workdir's autoencoder; the config."""
-    build.check(config)
+    checks.check(config)
+    checks.check_bits(config)
+    _check_batch(config.prior.train)
     source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
     config = with_classes(config, source)
     encoder = BinaryLatentDiffusion.from_workdir(workdir, config, prior=False)
@@ -122,9 +142,9 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     init_key, base_key = jax.random.split(build.key(config.seed, "prior"))
     step = functools.partial(
         prior_stage.train_step,
-        encode=functools.partial(model.apply, method="encode"),
+        encode=functools.partial(model.apply, method="probs"),
         denoiser=denoiser,
-        objective=build.objective(config),
+        objective=build.prior_objective(config),
         optimizer=optimizer,
         ema_decay=config.prior.train.ema_decay,
     )
@@ -137,7 +157,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         name="prior",
         train=config.prior.train,
         state=create_state(base_key, build.init_prior(config, init_key), optimizer),
-        step=lambda state, batch: step(state, batch, encoder_params),
+        step=lambda state, batch, _: step(state, batch, encoder_params),
         batches=_batches(source, config.prior.train, config.seed),
         encoder=encoder.encoder_fingerprint,
         evaluate=lambda params: evaluate.prior_metrics(pipeline(params), probs, labels),
@@ -183,7 +203,8 @@ def _check_finite(window: list[dict], step: int, saved: int | None) -> dict[str,
                     f"is the {where}. Lower the learning rate; if it fails again at once, delete "
                     "that checkpoint too."
                 )
-    return {name: float(np.mean([m[name] for m in window])) for name in window[0]}
+    # The newest step's: a loss that starts inside the window is the mean since then.
+    return {name: float(np.mean([m[name] for m in window if name in m])) for name in window[-1]}
 
 
 def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
@@ -202,7 +223,7 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
         saved = checkpoints.latest_step()
         if saved is not None:
             meta = checkpoints.meta()
-            build.check_same_model(config, Config(meta["config"]), stage.name)
+            checks.check_same_model(config, Config(meta["config"]), stage.name)
             checkpoints.check_encoder(stage.encoder)
             if saved >= num_steps:
                 log.info("The %s is trained: %d steps in %s.", stage.name, saved, workdir)
@@ -215,7 +236,7 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
         with Logbook(workdir, stage.name, step, num_steps) as logbook, _interruption() as stop:
             while step < num_steps:
                 tick = time.monotonic()
-                state, metrics = stage.step(state, shard(next(stage.batches)))
+                state, metrics = stage.step(state, shard(next(stage.batches)), step)
                 step += 1
                 window.append(metrics)
                 logbook.tick()

@@ -3,13 +3,17 @@
 Every other config starts from this one and lists what differs. Not meant to be run as it is: a
 dataset is chosen by `config.data.name` (a TFDS name, or "folder") and `config.data.path` (the
 folder, or TFDS's data_dir).
+
+The autoencoder is trained as the paper says (supplement B: Adam at 5e-4 after 10k steps of
+warm-up, batches of 8, MSE + LPIPS + adversarial with weights of 1).
+`--config=configs/X.py:released` trains it as the authors' released code does, where that differs.
 """
 
 import ml_collections
 
 
-def get_config() -> ml_collections.ConfigDict:
-    """Returns the defaults."""
+def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
+    """Returns the defaults, of the "paper" or as "released"."""
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.dtype = "float32"  # or "bfloat16": compute; parameters and losses stay float32
@@ -21,13 +25,42 @@ def get_config() -> ml_collections.ConfigDict:
     data.channels = 3
     data.num_classes = -1  # -1: what the dataset has; 0: ignore its labels
 
-    # Levels from the image inwards; see binlatent/models/autoencoder.py.
     config.autoencoder = autoencoder = ml_collections.ConfigDict()
-    autoencoder.num_bits = 32
-    autoencoder.widths = (128, 128, 256, 256, 512)
-    autoencoder.factors = (1, 2, 2, 2, 2)
-    autoencoder.attention = (False, False, False, False, True)
-    autoencoder.num_blocks = 2
+    autoencoder.bottleneck = "binary"  # or "vq", "real", which have no prior (Table 4)
+    autoencoder.num_bits = 32  # c, a token; of "binary"
+    autoencoder.codebook_size = 1024  # of "vq"
+    autoencoder.codebook_width = 4  # of its vectors
+    autoencoder.num_channels = 16  # c of "real"
+    autoencoder.variational = True  # channels of "real" are drawn from a Gaussian
+    autoencoder.deterministic = False  # bits are y > 0.5, never drawn
+    autoencoder.signed = False  # bits are embedded as -1 and 1, y is of a tanh
+    # Levels from the image inwards; see binlatent/models/autoencoder.py.
+    autoencoder.base_width = 128
+    autoencoder.multipliers = (1, 1, 2, 2, 4)  # a level each; halved between them: k = 16
+    autoencoder.patch = 1  # pixels a side that become channels first
+    autoencoder.num_blocks = 2  # a level
+    autoencoder.decoder_depth = 1.0  # the decoder has int(num_blocks * decoder_depth)
+    autoencoder.attention_resolutions = (16,)  # sides of grids
+    autoencoder.embedding_width = 256
+    autoencoder.norm_first = False  # normalise what the decoder gets
+    autoencoder.remat = False  # less memory for a third more time
+    autoencoder.loss = ml_collections.ConfigDict()  # weights; 0 costs nothing
+    autoencoder.loss.mse = 1.0
+    autoencoder.loss.l1 = 0.0
+    autoencoder.loss.perceptual = 1.0  # LPIPS
+    autoencoder.loss.vgg16 = "vgg16.npz"  # for it; `python -m binlatent.convert vgg16` writes it
+    autoencoder.loss.adversarial = 1.0
+    autoencoder.loss.adaptive = False  # at most `adversarial`, by the ratio of gradients
+    autoencoder.loss.start_step = 0  # of the adversarial loss and its discriminator
+    autoencoder.loss.r1 = 0.0  # of the discriminator's gradient penalty
+    autoencoder.loss.entropy = 0.0  # sure bits for an image, balanced over the batch
+    autoencoder.loss.commitment = 0.25  # of "vq"
+    autoencoder.loss.kl = 1e-6  # of "real", if variational
+    autoencoder.discriminator = ml_collections.ConfigDict()  # of patches
+    autoencoder.discriminator.width = 64
+    autoencoder.discriminator.num_layers = 3
+    autoencoder.discriminator.norm = "batch"  # or "group", for small batches
+    autoencoder.discriminator.augment = ()  # of "colour", "translation"
     autoencoder.train = ml_collections.ConfigDict()
     autoencoder.train.batch_size = 8
     autoencoder.train.num_steps = 1_000_000
@@ -36,6 +69,7 @@ def get_config() -> ml_collections.ConfigDict:
     autoencoder.train.decay = "constant"  # or "cosine", to 0 at num_steps
     autoencoder.train.max_grad_norm = 1.0
     autoencoder.train.ema_decay = 0.9999
+    autoencoder.train.accumulate = 1  # parts of a batch, one after the other
 
     config.prior = prior = ml_collections.ConfigDict()
     prior.width = 512
@@ -87,4 +121,16 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluate_every = 10_000  # with a preview in workdir/figures
     config.checkpoint_every = 5_000
     config.keep_checkpoints = 3
+    if variant == "released":
+        autoencoder.norm_first = True
+        autoencoder.loss.mse, autoencoder.loss.l1 = 0.0, 1.0
+        autoencoder.loss.adaptive = True
+        autoencoder.loss.start_step = 400_001
+        # Eight GPUs with 4 images each, at 4.5e-6 an image of one GPU.
+        autoencoder.train.batch_size = 32
+        autoencoder.train.learning_rate = 1.8e-5
+        autoencoder.train.warmup_steps = 0
+        autoencoder.train.ema_decay = 0.9995  # 0.995 every ten steps
+    elif variant != "paper":
+        raise ValueError(f"a config is of the paper or :released, not :{variant}")
     return config.lock()

@@ -16,10 +16,13 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.channels = 1
 
     config.autoencoder.num_bits = 24
-    config.autoencoder.widths = (128,)
-    config.autoencoder.factors = (7,)  # all convolutions on the 4x4 grid
-    config.autoencoder.attention = (False,)
+    config.autoencoder.multipliers = (1,)
+    config.autoencoder.patch = 7  # all convolutions on the 4x4 grid
     config.autoencoder.num_blocks = 0
+    config.autoencoder.attention_resolutions = ()
+    config.autoencoder.embedding_width = 128
+    config.autoencoder.loss.perceptual = 0.0
+    config.autoencoder.loss.adversarial = 0.0
     config.autoencoder.train.batch_size = 64
     config.autoencoder.train.num_steps = 1_500
     config.autoencoder.train.learning_rate = 2e-3

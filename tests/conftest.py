@@ -29,7 +29,8 @@ def digits_dir(tmp_path_factory):
 # What makes the digits config train in seconds, as overrides; the command line takes them too.
 TINY = {
     "autoencoder.num_bits": 8,
-    "autoencoder.widths": (32,),
+    "autoencoder.base_width": 32,
+    "autoencoder.embedding_width": 16,
     "autoencoder.train.batch_size": 8,
     "autoencoder.train.num_steps": 6,
     "autoencoder.train.warmup_steps": 2,

@@ -39,7 +39,8 @@ def workdir(tmp_path, tiny_config):
             config = tiny_config.to_dict()
             meta = {"config": config, "data": {}, "encoder": encoder, "seconds": 1.0}
             checkpoints.save(state, meta)
-        encoder = fingerprint(params["params"].get("encoder"))
+        if stage == "autoencoder":
+            encoder = fingerprint([params["params"][room] for room in ("encoder", "bottleneck")])
     return tmp_path
 
 

@@ -1,72 +1,10 @@
-"""Shapes, invariances and precision of the networks."""
+"""Shapes, invariances and precision of the transformer."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from binlatent.models.autoencoder import (
-    Autoencoder,
-    Decoder,
-    Encoder,
-    depth_to_space,
-    space_to_depth,
-)
 from binlatent.models.transformer import Transformer, sine_positions_2d
-
-
-def make_autoencoder(factors, attention=None, dtype=jnp.float32, num_blocks=1):
-    levels = dict(
-        widths=(32,) * len(factors),
-        factors=factors,
-        attention=attention or (False,) * len(factors),
-        num_blocks=num_blocks,
-        dtype=dtype,
-    )
-    return Autoencoder(Encoder(num_bits=6, **levels), Decoder(num_channels=3, **levels))
-
-
-@pytest.mark.parametrize("factors, side", [((7,), 4), ((1, 2, 2), 7), ((2, 2), 7), ((4, 7), 1)])
-def test_downsampling_is_the_product_of_the_factors(factors, side):
-    model = make_autoencoder(factors, attention=(False,) * (len(factors) - 1) + (True,))
-    images = jnp.zeros((2, 28, 28, 3))
-    (reconstruction, probs), params = model.init_with_output(jax.random.key(0), images)
-    assert probs.shape == (2, side, side, 6)
-    assert reconstruction.shape == images.shape
-    np.testing.assert_array_equal(
-        model.apply(params, jnp.round(probs), method="decode").shape, images.shape
-    )
-
-
-def test_space_to_depth_moves_each_patch_into_channels():
-    images = jnp.arange(2 * 4 * 6 * 3).reshape(2, 4, 6, 3)
-    patches = space_to_depth(images, 2)
-    assert patches.shape == (2, 2, 3, 12)
-    np.testing.assert_array_equal(patches[1, 1, 2].reshape(2, 2, 3), images[1, 2:4, 4:6])
-    np.testing.assert_array_equal(depth_to_space(patches, 2), images)
-
-
-def test_every_parameter_of_the_autoencoder_gets_a_gradient():
-    model = make_autoencoder((1, 2), attention=(False, True))
-    images = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3), minval=-1)
-    params = model.init(jax.random.key(1), images)
-    uniform = jax.random.uniform(jax.random.key(2), (2, 4, 4, 6))
-    gradient = jax.grad(lambda p: jnp.sum((model.apply(p, images, uniform)[0] - images) ** 2))(
-        params
-    )
-    for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
-        assert np.any(np.asarray(leaf) != 0), jax.tree_util.keystr(path)
-
-
-def test_bfloat16_keeps_float32_parameters_and_agrees_roughly():
-    images = jax.random.uniform(jax.random.key(0), (2, 14, 14, 3), minval=-1)
-    params = make_autoencoder((7,)).init(jax.random.key(1), images)
-    full, probs = make_autoencoder((7,)).apply(params, images)
-    half, half_probs = make_autoencoder((7,), dtype=jnp.bfloat16).apply(params, images)
-    assert half.dtype == half_probs.dtype == jnp.float32
-    np.testing.assert_allclose(probs, half_probs, atol=0.05)
-    half_params = make_autoencoder((7,), dtype=jnp.bfloat16).init(jax.random.key(1), images)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half_params))
 
 
 def make_transformer(**fields):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binlatent import build, figures, masks, outputs
+from binlatent import build, checks, figures, masks, outputs
 from binlatent.diffusion import bernoulli
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion, known_tokens
@@ -66,7 +66,7 @@ def test_reconstruct_is_decode_of_encode(pipeline, images):
 def test_results_do_not_depend_on_the_batch_size(pipeline, images):
     whole = pipeline.reconstruct(images)
     pipeline.config.sample.batch_size = 2
-    np.testing.assert_allclose(pipeline.reconstruct(images), whole, atol=1e-5)
+    np.testing.assert_allclose(pipeline.reconstruct(images), whole, atol=1e-4)
 
 
 def test_sample_is_a_function_of_its_key(pipeline):
@@ -185,7 +185,7 @@ def test_variations_are_nearer_the_weaker_they_are(pipeline, images):
                 None,
                 np.asarray(bernoulli.forward_probs(codes, 1 - strength)),
                 pipeline._times(8, None, strength),
-                build.sample_settings(pipeline.config),
+                checks.sample_settings(pipeline.config),
             )[0]
             for i in range(4)
         ]

@@ -1,4 +1,4 @@
-"""The released prior's transformer as one function, to run its weights in tests."""
+"""The released weights in tests: the prior as one function, the autoencoder's as our tree."""
 
 import functools
 
@@ -50,3 +50,53 @@ def logits(z: jax.Array, t: jax.Array) -> jax.Array:
         y = jax.nn.gelu(linear(norm(x, f"blocks.{i}.ln2"), f"blocks.{i}.mlp.0"), approximate=False)
         x = x + scaled(linear(y, f"blocks.{i}.mlp.2"), f"blocks.{i}.gamma_2")
     return linear(norm(x[:, :tokens], "ln_f"), "head")
+
+
+def autoencoder_variables(arrays):
+    """The autoencoder's variables out of arrays under the released names, `ae.…`."""
+    variables = {"encoder": {}, "decoder": {}}
+    rooms = {"encoder": "encoder", "generator": "decoder"}
+    for name, value in arrays.items():
+        if not name.startswith(("ae.encoder.", "ae.generator.")):
+            continue
+        _, room, _, index, *path, leaf = name.split(".")
+        tree = variables[rooms[room]].setdefault(f"blocks_{index}", {})
+        for part in path:
+            tree = tree.setdefault(part, {})
+        attention = path and path[-1] in ("q", "k", "v", "proj_out")
+        if value.ndim == 4:
+            value = value.transpose(2, 3, 1, 0)
+            tree["kernel"] = value[0, 0] if attention else value
+        else:
+            normalised = f"{name.rsplit('.', 1)[0]}.weight"
+            is_norm = arrays[normalised].ndim == 1
+            tree["scale" if is_norm and leaf == "weight" else "bias"] = value
+    variables["bottleneck"] = {
+        "proj": {
+            "kernel": arrays["ae.quantize.proj.0.weight"][:, :, 0, 0].T,
+            "bias": arrays["ae.quantize.proj.0.bias"],
+        },
+        "embed": arrays["ae.quantize.embed.weight"],
+    }
+    return {"params": variables}
+
+
+_DISCRIMINATOR_LEAVES = {
+    "weight": ("params", "scale"),
+    "bias": ("params", "bias"),
+    "running_mean": ("batch_stats", "mean"),
+    "running_var": ("batch_stats", "var"),
+}
+
+
+def discriminator_variables(arrays):
+    """The discriminator's variables out of arrays under the released names, `disc.main.…`."""
+    variables = {"params": {}, "batch_stats": {}}
+    for name, value in arrays.items():
+        if not name.startswith("disc.") or name.endswith("num_batches_tracked"):
+            continue
+        _, _, index, leaf = name.split(".")
+        room, leaf = ("params", "kernel") if value.ndim == 4 else _DISCRIMINATOR_LEAVES[leaf]
+        value = value.transpose(2, 3, 1, 0) if value.ndim == 4 else value
+        variables[room].setdefault(f"main_{index}", {})[leaf] = value
+    return variables

@@ -26,14 +26,23 @@ def config(tiny_config):
     return tiny_config
 
 
-def autoencoder_parts(config, optimizer=None):
+def autoencoder_parts(config, optimizer=None, lpips_params=None):
     """The state, the batch, the noise and the bound update of the autoencoder."""
     optimizer = optimizer or build.optimizer(config.autoencoder.train)
     params = build.init_autoencoder(config, jax.random.key(0))
-    state = state_lib.create_state(jax.random.key(1), params, optimizer)
+    networks, discriminator = build.networks(config), None
+    if networks.discriminator:
+        discriminator = autoencoder_stage.create_discriminator_state(
+            networks.discriminator, jax.random.key(4), build.image_shape(config), optimizer
+        )
+    state = state_lib.create_state(jax.random.key(1), params, optimizer, discriminator)
     images = jax.random.uniform(jax.random.key(2), (N, 28, 28, 1), minval=-1)
-    noise = autoencoder_stage.draw_noise(jax.random.key(3), (N, *build.code_shape(config)))
-    statics = dict(model=build.autoencoder(config), optimizer=optimizer, ema_decay=0.9)
+    objective = build.autoencoder_objective(config)
+    noise = autoencoder_stage.draw_noise(
+        jax.random.key(3), images.shape, (N, *build.code_shape(config)), objective.augment
+    )
+    statics = dict(networks=networks, objective=objective, optimizer=optimizer, ema_decay=0.9)
+    statics |= dict(lpips_params=lpips_params, accumulate=config.autoencoder.train.accumulate)
     return state, {"image": images}, noise, functools.partial(autoencoder_stage.update, **statics)
 
 
@@ -48,7 +57,7 @@ def prior_parts(config, optimizer=None):
     noise = prior_stage.draw_noise(
         jax.random.key(3), shape, denoiser.num_timesteps, label_dropout=0.1
     )
-    objective = build.objective(config)
+    objective = build.prior_objective(config)
     statics = dict(denoiser=denoiser, objective=objective, optimizer=optimizer, ema_decay=0.9)
     return state, batch, noise, functools.partial(prior_stage.update, **statics)
 
@@ -96,9 +105,12 @@ def test_autoencoder_gradient_is_that_of_the_whole_batch(config):
     # The mean over devices of the gradients equals jax.grad of the loss on the global batch.
     state, batch, noise, update = autoencoder_parts(config)
     model = build.autoencoder(config)
-    gradients, _ = jax.grad(
-        lambda p: autoencoder_stage.loss(model, p, batch["image"], noise), has_aux=True
-    )(state.params)
+
+    def loss(params):
+        reconstruction, _ = model.apply(params, batch["image"], noise.uniform)
+        return jnp.mean(jnp.square(reconstruction - batch["image"]))
+
+    gradients = jax.grad(loss)(state.params)
     norm = np.sqrt(sum(np.sum(np.square(g)) for g in jax.tree.leaves(gradients)))
     _, metrics = run_updates((state, batch, noise, update), 4, steps=1)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
@@ -215,7 +227,7 @@ def test_dropped_labels_reach_the_network_as_unlabelled(config):
 
 def losses_at_start(config, n=4_000):
     """The mean loss and its terms of an untrained prior on random codes, times in turn."""
-    denoiser, objective = build.denoiser(config), build.objective(config)
+    denoiser, objective = build.denoiser(config), build.prior_objective(config)
     params = build.init_prior(config, jax.random.key(0))
     t = jnp.arange(n) % denoiser.num_timesteps + 1.0
     noise = prior_stage.draw_noise(jax.random.key(1), (n, 4, 4, 8), denoiser.num_timesteps)
@@ -311,7 +323,7 @@ class TrueNetwork:
 )
 def test_the_truth_is_the_minimum_of_every_loss(config, changes):
     config.prior.update(changes)
-    denoiser, objective = build.denoiser(config), build.objective(config)
+    denoiser, objective = build.denoiser(config), build.prior_objective(config)
     denoiser = dataclasses.replace(denoiser, network=TrueNetwork(denoiser))
     shape = (64, 16, 16, chain.BITS)
     chains = jax.random.choice(
@@ -403,9 +415,9 @@ def test_prior_trains_on_images_with_a_frozen_encoder(config):
     step = jax.pmap(
         functools.partial(
             prior_stage.train_step,
-            encode=functools.partial(autoencoder.apply, method="encode"),
+            encode=functools.partial(autoencoder.apply, method="probs"),
             denoiser=build.denoiser(config),
-            objective=build.objective(config),
+            objective=build.prior_objective(config),
             optimizer=build.optimizer(config.prior.train),
             ema_decay=0.9,
         ),
@@ -413,7 +425,7 @@ def test_prior_trains_on_images_with_a_frozen_encoder(config):
         in_axes=(None, 0, None),
         out_axes=(None, None),
     )
-    probs = np.asarray(autoencoder.apply(params, images, method="encode"))
+    probs = np.asarray(autoencoder.apply(params, images, method="probs"))
     label = np.asarray(batch["label"])
     _, on_the_fly = step(
         state, state_lib.shard({"image": np.asarray(images), "label": label}), params
@@ -426,24 +438,22 @@ def test_the_autoencoder_learns_to_copy_a_batch(config):
     config.autoencoder.train.learning_rate = 3e-3
     config.autoencoder.train.num_steps = 200
     state, batch, _, _ = autoencoder_parts(config)
-    step = jax.pmap(
+    step = state_lib.parallel(
         functools.partial(
             autoencoder_stage.train_step,
             code_shape=build.code_shape(config),
-            model=build.autoencoder(config),
+            networks=build.networks(config),
+            objective=build.autoencoder_objective(config),
             optimizer=build.optimizer(config.autoencoder.train),
             ema_decay=0.9,
         ),
-        axis_name=state_lib.AXIS,
-        in_axes=(None, 0),
-        out_axes=(None, None),
-        donate_argnums=0,
+        num_frozen=1,
     )
     y, x = np.mgrid[:28, :28]
     patterns = [np.where((x // 7 + i * (y // 7)) % (2 + i % 3) == 0, 0.8, -0.8) for i in range(N)]
     images = state_lib.shard({"image": np.stack(patterns)[..., None].astype(np.float32)})
     state = state_lib.replicate(state)
     for _ in range(100):
-        state, metrics = step(state, images)
+        state, metrics = step(state, images, {})
     # The images vary by 0.64 about zero; the codes must carry most of it.
     assert float(metrics["loss"]) < 0.15

@@ -71,7 +71,8 @@ def test_main_job_leaves_the_pictures_and_the_report(trained):
         assert picture.ndim == 2 and len(np.unique(picture)) > 2
     report = json.loads((workdir / "report.json").read_text())
     assert set(report["autoencoder"]) == {
-        *("psnr", "ssim", "bit_rate", "mean_bit_entropy", "dead_bits")
+        *("psnr", "psnr_std", "ssim", "ssim_std"),
+        *("bit_rate", "mean_bit_entropy", "dead_bits", "duplicate_bits"),
     }
     assert report["autoencoder"]["bit_rate"] == 4 * 4 * 8
     assert 0 < report["prior"]["bce"] < 1

@@ -136,7 +136,8 @@ def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
     Returns:
       `bit_rate`: h * w * c, bits an image. `mean_bit_entropy`: in [0, 1], the mean over these
       bits of the entropy of the bit's frequency over the images. `dead_bits`: how many bits
-      take the same value in every image.
+      take the same value in every image. `duplicate_bits`: how many of the c bits of a token are
+      alive and, in 99 of 100 tokens or more, what one before them is, or its opposite.
 
     Raises:
       ValueError: If the codes are empty, not of rank 4 or hold other values than 0 and 1.
@@ -151,6 +152,42 @@ def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
         "bit_rate": frequency.size,
         "mean_bit_entropy": float(np.mean(bernoulli_entropy_bits(frequency))),
         "dead_bits": int(np.sum((frequency == 0.0) | (frequency == 1.0))),
+        "duplicate_bits": _duplicate_bits(codes.reshape(-1, codes.shape[-1])),
+    }
+
+
+_SAME = 0.99  # share of tokens in which two bits agree, from which they are called the same
+
+
+def _duplicate_bits(tokens: np.ndarray) -> int:
+    """How many columns of (n, c) bits are, or are the opposite of, one before them."""
+    signs = 2.0 * tokens[:, tokens.min(axis=0) < tokens.max(axis=0)] - 1.0
+    # The mean of a product of signs is the share of agreement less that of disagreement.
+    agreement = np.abs(signs.T @ signs) / len(signs)
+    return int(np.sum(np.any(np.triu(agreement, 1) >= 2 * _SAME - 1, axis=0)))
+
+
+def codebook_statistics(indices: np.ndarray, size: int) -> dict[str, float | int]:
+    """How much of a codebook is used.
+
+    Args:
+      indices: of the entry that each token is, int (n, h, w) in [0, size).
+      size: s, of the codebook, at least 1.
+
+    Returns:
+      `bit_rate`: h * w * log2(s), bits an image. `codebook_used`: share of the entries that occur,
+      in (0, 1]. `codebook_perplexity`: 2 to the entropy of their frequencies, in [1, s].
+
+    Raises:
+      ValueError: If there are no indices, or one is outside [0, size).
+    """
+    if indices.ndim != 3 or indices.size == 0 or indices.min() < 0 or indices.max() >= size:
+        raise ValueError(f"indices must be a non-empty (n, h, w) in [0, {size}).")
+    frequency = np.bincount(indices.ravel(), minlength=size) / indices.size
+    return {
+        "bit_rate": float(np.prod(indices.shape[1:]) * np.log2(size)),
+        "codebook_used": float(np.mean(frequency > 0)),
+        "codebook_perplexity": float(np.exp(np.sum(special.entr(frequency)))),
     }
 
 

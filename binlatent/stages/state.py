@@ -23,6 +23,8 @@ class TrainState(flax.struct.PyTreeNode):
       params: the network's parameters.
       ema_params: their exponential moving average.
       opt_state: of the optimiser.
+      discriminator: the second network of an adversarial loss: its `params`, `batch_stats` and
+        `opt_state`; {} without one.
     """
 
     step: Array
@@ -30,9 +32,15 @@ class TrainState(flax.struct.PyTreeNode):
     params: Any
     ema_params: Any
     opt_state: Any
+    discriminator: dict[str, Any]
 
 
-def create_state(key: Array, params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def create_state(
+    key: Array,
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    discriminator: dict[str, Any] | None = None,
+) -> TrainState:
     """Returns the state before the first step; `key` becomes the stage's base key."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -41,6 +49,7 @@ def create_state(key: Array, params: Any, optimizer: optax.GradientTransformatio
         # A copy, never an alias: the step donates its state.
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
+        discriminator=discriminator or {},
     )
 
 
@@ -106,6 +115,40 @@ def step_key(state: TrainState) -> Array:
     return jax.random.fold_in(jax.random.fold_in(state.key, state.step), jax.lax.axis_index(AXIS))
 
 
+def mean_over_devices(tree: Any) -> Any:
+    """Averages over the devices; call under pmap over `AXIS`."""
+    return jax.lax.pmean(tree, AXIS)
+
+
+def accumulate(function: Callable, carry: Any, batch: Any, num: int) -> tuple[Any, Any]:
+    """Applies a function to the parts of a batch one after the other and averages what it returns.
+
+    Args:
+      function: (carry, part of the batch) -> (carry, tree of float arrays).
+      carry: for the first part.
+      batch: tree of arrays of one length, which `num` divides.
+      num: of parts; memory is that of one.
+
+    Returns:
+      The last carry and the mean of the trees.
+    """
+    if num == 1:
+        return function(carry, batch)
+    # Every num-th image, so that a part is spread over the batch as the whole is.
+    parts = jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(carry_and_total, part):
+        carry, total = carry_and_total
+        carry, result = function(carry, part)
+        return (carry, jax.tree.map(jnp.add, total, result)), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    _, shapes = jax.eval_shape(function, carry, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (carry, total), _ = jax.lax.scan(add, (carry, zeros), parts)
+    return carry, jax.tree.map(lambda x: x / num, total)
+
+
 def apply_gradients(
     state: TrainState,
     gradients: Any,
@@ -122,7 +165,7 @@ def apply_gradients(
     Returns:
       The new state and the averaged metrics, with `grad_norm` before clipping and `param_norm`.
     """
-    gradients, metrics = jax.lax.pmean((gradients, metrics), AXIS)
+    gradients, metrics = mean_over_devices((gradients, metrics))
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))

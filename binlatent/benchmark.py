@@ -1,0 +1,174 @@
+"""What the networks cost: `python -m binlatent.benchmark memory --config=configs/X.py`.
+
+`memory` compiles the autoencoder's training step and its decoder, without running them, and says
+what memory the compiled programs ask for. With --topology the programs are compiled for TPUs that
+need not be there (`pip install libtpu`).
+"""
+
+import functools
+import json
+import logging
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import app, flags
+from flax import traverse_util
+from ml_collections import config_flags
+
+from binlatent import build, checks, command, weights
+from binlatent.errors import UserError
+from binlatent.stages.state import AXIS
+
+FLAGS = flags.FLAGS
+log = logging.getLogger("binlatent.benchmark")  # also as __main__
+
+config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+flags.DEFINE_multi_integer("batch_size", [1], "Images a device; may be repeated.")
+flags.DEFINE_string(
+    "topology", None, "TPUs to compile for, such as v5p:2x2x1; JAX's own device if not given."
+)
+flags.DEFINE_bool("json", False, "One line of JSON a row in place of a table.")
+
+_GIB = 2**30
+
+
+def device_to_compile_for(topology: str | None) -> Any:
+    """Returns JAX's first device, or one of TPUs that need not be there.
+
+    Raises:
+      UserError: if there is no such topology, or libtpu is not installed.
+    """
+    if not topology:
+        return jax.devices()[0]
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    except Exception as error:  # of JAX's runtime, of several types
+        raise UserError(
+            f"Cannot compile for {topology!r} ({str(error).splitlines()[0]}): name one as "
+            "v5p:2x2x1, and `pip install libtpu` in the version that this JAX asks for."
+        ) from error
+
+
+def train_step_memory(config: ml_collections.ConfigDict, batch_size: int, device: Any) -> dict:
+    """Returns what the autoencoder's training step asks for, in bytes.
+
+    Args:
+      config: of the whole run.
+      batch_size: images on the device.
+      device: to compile for.
+
+    Returns:
+      `arguments`: state, images and frozen weights. `temporary`: what the step needs beside them.
+      `total`, the sum, as the new state takes the place of the old one. `flops`, as the compiler
+      counts them.
+    """
+    mesh = jax.sharding.Mesh(np.array([device]), (AXIS,))
+    spec = jax.sharding.PartitionSpec
+    networks = build.networks(config)
+    # What jax.pmap makes of a step, on a mesh of one.
+    step = jax.jit(
+        jax.shard_map(
+            build.autoencoder_step(config, networks),
+            mesh=mesh,
+            in_specs=(spec(), spec(AXIS), spec()),
+            out_specs=(spec(), spec()),
+            check_vma=False,
+        ),
+        donate_argnums=0,
+    )
+    state = jax.eval_shape(functools.partial(build.init_autoencoder_state, config))
+    image = jax.ShapeDtypeStruct((batch_size, *build.image_shape(config)), jnp.float32)
+    vgg16 = traverse_util.unflatten_dict(weights.vgg16_shapes(), sep="/")
+    lpips_params = {"params": vgg16} if networks.lpips else {}
+    return _memory(step, device, state, {"image": image}, lpips_params)
+
+
+def decode_memory(config: ml_collections.ConfigDict, batch_size: int, device: Any) -> dict:
+    """Returns what decoding asks for, in bytes; arguments and result as of `train_step_memory`."""
+    model = build.autoencoder(config)
+    params = jax.eval_shape(functools.partial(build.init_autoencoder, config), jax.random.key(0))
+    code = jax.ShapeDtypeStruct((batch_size, *build.code_shape(config)), jnp.float32)
+    decode = jax.jit(functools.partial(model.apply, method="decode"))
+    return _memory(decode, device, params, code)
+
+
+def _memory(function: Any, device: Any, *arguments: Any) -> dict[str, float]:
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+    )
+    compiled = function.lower(*arguments).compile()
+    stats = compiled.memory_analysis()
+    own = stats.output_size_in_bytes - stats.alias_size_in_bytes  # not in an argument's place
+    return {
+        "arguments": stats.argument_size_in_bytes,
+        "temporary": stats.temp_size_in_bytes + own,
+        "total": stats.argument_size_in_bytes + stats.temp_size_in_bytes + own,
+        "flops": compiled.cost_analysis()["flops"],
+    }
+
+
+def memory(config: ml_collections.ConfigDict, batch_sizes: list[int], device: Any) -> list[dict]:
+    """Returns a row for the training step, and one for the decoder, at each batch size."""
+    rows = []
+    for batch_size in batch_sizes:
+        for what, function in (("train", train_step_memory), ("decode", decode_memory)):
+            log.info("Compiling %s at batch size %d", what, batch_size)
+            rows.append(
+                {
+                    "what": what,
+                    "image_size": config.data.image_size,
+                    "batch_size": batch_size,
+                    "dtype": config.dtype,
+                    "remat": config.autoencoder.remat,
+                    "device": device.device_kind,
+                    **function(config, batch_size, device),
+                }
+            )
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    """Returns the rows in Markdown."""
+    lines = [
+        "| program | image | batch | compute | remat | device | arguments | temporary | total "
+        "| TFLOP |",
+        "|" + "---|" * 10,
+    ]
+    for row in rows:
+        sizes = " | ".join(
+            f"{row[name] / _GIB:.2f} GiB" for name in ("arguments", "temporary", "total")
+        )
+        lines.append(
+            f"| {row['what']} | {row['image_size']} | {row['batch_size']} | {row['dtype']} "
+            f"| {'yes' if row['remat'] else 'no'} | {row['device']} | {sizes} "
+            f"| {row['flops'] / 1e12:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> None:
+    """Prints a table; a user's error is one sentence and exit code 1."""
+    with command.reporting():
+        if argv[1:] != ["memory"]:
+            raise UserError(f"Name what to measure: memory, not {' '.join(argv[1:])!r}.")
+        if FLAGS.config is None:
+            raise UserError("Name a config, for example --config=configs/churches256.py.")
+        if min(FLAGS.batch_size) < 1:
+            raise UserError("--batch_size must be at least 1.")
+        checks.check(FLAGS.config)
+        rows = memory(FLAGS.config, FLAGS.batch_size, device_to_compile_for(FLAGS.topology))
+        if FLAGS.json:
+            sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            sys.stdout.write(table(rows))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,108 @@
+"""Table 4 of the paper: what a format of the code is worth in reconstruction, at equal budget.
+
+`python -m binlatent.main --mode=table4 --config=... --workdir=DIR` trains the config's autoencoder
+with each bottleneck, in folders of DIR; what is trained already is not trained again.
+"""
+
+import copy
+import json
+import logging
+import math
+from pathlib import Path
+
+import ml_collections
+
+from binlatent import build, checks, evaluate, train
+from binlatent.pipeline import BinaryLatentDiffusion
+
+log = logging.getLogger(__name__)
+
+Config = ml_collections.ConfigDict
+
+
+def variants(config: Config) -> dict[str, Config]:
+    """Returns a config for each row of the table, by the name of its folder.
+
+    Beside the three bottlenecks of the paper there is `binary_as_vq`, with as many bits as an index
+    of the codebook, which makes a comparison at equal bits.
+    """
+    num_bits = max(round(math.log2(config.autoencoder.codebook_size)), 1)
+    overrides = {
+        "vq": {"bottleneck": "vq"},
+        "binary_as_vq": {"bottleneck": "binary", "num_bits": num_bits},
+        "binary": {"bottleneck": "binary"},
+        "real": {"bottleneck": "real"},
+    }
+    rows = {}
+    for name, values in overrides.items():
+        rows[name] = copy.deepcopy(config)
+        rows[name].autoencoder.update(values)
+    return rows
+
+
+def _size(config: Config) -> str:
+    """Returns h x w x codebook size, bits or channels, as the paper writes it."""
+    section = config.autoencoder
+    depth = {
+        "vq": section.codebook_size,
+        "binary": section.num_bits,
+        "real": section.num_channels,
+    }
+    h, w, _ = build.code_shape(config)
+    return f"{h}×{w}×{depth[section.bottleneck]}"
+
+
+_NAMES = {"vq": "VQ", "binary_as_vq": "Binary", "binary": "Binary", "real": "Real value"}
+
+
+def _use(metrics: dict[str, float]) -> str:
+    """Returns how much of its code a bottleneck uses, in words."""
+    if "codebook_used" in metrics:
+        return (
+            f"{metrics['codebook_used']:.0%} of the codebook, "
+            f"perplexity {metrics['codebook_perplexity']:.0f}"
+        )
+    if "dead_bits" in metrics:
+        return (
+            f"entropy of a bit {metrics['mean_bit_entropy']:.2f}, {metrics['dead_bits']} dead, "
+            f"{metrics['duplicate_bits']} duplicate"
+        )
+    return "float32 counted"
+
+
+def table(config: Config, results: dict[str, dict[str, float]]) -> str:
+    """Returns the table in Markdown, from the rows' metrics by name."""
+    lines = ["| method | size | bits an image | PSNR | SSIM | use of the code |", "|" + "---|" * 6]
+    for name, metrics in results.items():
+        row = variants(config)[name]
+        lines.append(
+            f"| {_NAMES[name]} | {_size(row)} | {metrics['bit_rate']:,.0f} "
+            f"| {metrics['psnr']:.2f} ± {metrics['psnr_std']:.2f} "
+            f"| {metrics['ssim']:.3f} ± {metrics['ssim_std']:.3f} | {_use(metrics)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def run(config: Config, workdir: Path) -> str:
+    """Trains what is not trained yet, writes `table4.json` and `table4.md`, returns the table.
+
+    PSNR and SSIM are mean ± standard deviation over `config.evaluate.num_images` test images, in
+    uint8, of the averaged weights.
+
+    Raises:
+      UserError: as of `train.train_autoencoder`.
+    """
+    rows = variants(config)
+    for row in rows.values():
+        checks.check(row)  # all, before any training
+    results = {}
+    images, _ = evaluate.test_images(config, config.evaluate.num_images)
+    for name, row in rows.items():
+        log.info("Table 4: %s", name)
+        train.train_autoencoder(row, workdir / name)
+        pipeline = BinaryLatentDiffusion.from_workdir(workdir / name, prior=False)
+        results[name] = evaluate.autoencoder_metrics(pipeline, images)
+    (workdir / "table4.json").write_text(json.dumps(results, indent=2) + "\n")
+    text = table(config, results)
+    (workdir / "table4.md").write_text(text)
+    return text
