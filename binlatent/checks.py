@@ -61,6 +61,33 @@ def check_same_model(config: Config, trained: Config, stage: str) -> None:
         )
 
 
+def check_resumable(config: Config, trained: Config, stage: str) -> None:
+    """Refuses a config with which a checkpoint's training cannot go on.
+
+    Args:
+      config, trained, stage: as of `check_same_model`.
+
+    Raises:
+      UserError: naming the keys that differ, with both values.
+    """
+    check_same_model(config, trained, stage)
+    here, there = config.autoencoder, trained.autoencoder
+    if stage != "autoencoder" or not (here.loss.adversarial or there.loss.adversarial):
+        return
+    if not (here.loss.adversarial and there.loss.adversarial):
+        raise UserError(
+            "The autoencoder in the workdir was trained with config.autoencoder.loss.adversarial = "
+            f"{there.loss.adversarial}, so it cannot go on with {here.loss.adversarial}: only with "
+            "one above 0 does it have a discriminator. To start one late, set loss.start_step."
+        )
+    for name in ("width", "num_layers", "norm"):
+        if here.discriminator[name] != there.discriminator[name]:
+            raise UserError(
+                f"config.autoencoder.discriminator.{name} was {there.discriminator[name]!r} and "
+                f"cannot become {here.discriminator[name]!r}: use the same, or another --workdir."
+            )
+
+
 _COUNTS = (
     *("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"),
     *("autoencoder.num_bits", "autoencoder.codebook_size", "autoencoder.codebook_width"),

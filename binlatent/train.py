@@ -223,7 +223,7 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
         saved = checkpoints.latest_step()
         if saved is not None:
             meta = checkpoints.meta()
-            checks.check_same_model(config, Config(meta["config"]), stage.name)
+            checks.check_resumable(config, Config(meta["config"]), stage.name)
             checkpoints.check_encoder(stage.encoder)
             if saved >= num_steps:
                 log.info("The %s is trained: %d steps in %s.", stage.name, saved, workdir)

@@ -208,6 +208,36 @@ def test_code_statistics_by_hand(dtype):
     assert statistics["mean_bit_entropy"] == pytest.approx((2 + 2 * quarter) / 6, rel=1e-12)
 
 
+def test_duplicate_bits_are_the_same_or_the_opposite_of_one_before():
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 2, (50, 4, 4, 6))
+    assert metrics.code_statistics(bits)["duplicate_bits"] == 0
+    bits[..., 3] = bits[..., 0]
+    bits[..., 5] = 1 - bits[..., 1]
+    bits[..., 4] = 1  # dead, and not a duplicate of anything
+    assert metrics.code_statistics(bits)["duplicate_bits"] == 2
+    # Another in one of 200 tokens is still the same bit, in one of 50 it is not.
+    flat = bits[..., 3].reshape(-1).copy()
+    for step, expected in ((200, 2), (50, 1)):
+        other = flat.copy()
+        other[::step] = 1 - other[::step]
+        bits[..., 3] = other.reshape(bits.shape[:3])
+        assert metrics.code_statistics(bits)["duplicate_bits"] == expected
+
+
+def test_codebook_statistics_by_hand():
+    indices = np.array([0, 0, 1, 3]).reshape(1, 2, 2)
+    statistics = metrics.codebook_statistics(indices, 8)
+    assert statistics["bit_rate"] == 4 * 3
+    assert statistics["codebook_used"] == 3 / 8
+    assert statistics["codebook_perplexity"] == pytest.approx(2**1.5, rel=1e-12)
+    everything = metrics.codebook_statistics(np.arange(8).reshape(2, 2, 2), 8)
+    assert everything["codebook_perplexity"] == pytest.approx(8, rel=1e-12)
+    for bad in (np.array([[[8]]]), np.array([[[-1]]]), np.zeros((0, 2, 2), int)):
+        with pytest.raises(ValueError, match=r"in \[0, 8\)"):
+            metrics.codebook_statistics(bad, 8)
+
+
 def test_code_statistics_rejects_bad_codes():
     with pytest.raises(ValueError, match="non-empty"):
         metrics.code_statistics(np.zeros((2, 3, 4)))

@@ -1,0 +1,132 @@
+"""A config that cannot be trained is refused at once, in a sentence with its numbers."""
+
+import jax
+import pytest
+
+from binlatent import checks, train
+from binlatent.errors import UserError
+from configs import default
+
+
+def changed(overrides):
+    config = default.get_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict(overrides)
+    return config
+
+
+def test_the_defaults_are_accepted():
+    checks.check(default.get_config())
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (
+            {"data.image_size": 250},
+            r"image_size is 250, which the downsampling of config.autoencoder, 16 \(patch 1, "
+            r"5 levels\), does not divide",
+        ),
+        ({"autoencoder.patch": 3}, "downsampling of config.autoencoder, 48"),
+        (
+            {"autoencoder.attention_resolutions": (16, 20)},
+            "attention_resolutions names 20, but the levels of an image of 256 have the sides "
+            "256, 128, 64, 32, 16",
+        ),
+        ({"autoencoder.num_bits": 0}, "autoencoder.num_bits must be at least 1, not 0"),
+        ({"autoencoder.codebook_size": 0}, "codebook_size must be at least 1"),
+        ({"autoencoder.patch": 0}, "patch must be at least 1"),
+        ({"autoencoder.train.accumulate": 0}, "accumulate must be at least 1"),
+        ({"autoencoder.multipliers": ()}, r"multipliers must have at least one entry"),
+        ({"autoencoder.multipliers": (1, 0)}, r"each at least 1, not \(1, 0\)"),
+        ({"autoencoder.base_width": 48}, "multiples of the 32 groups of a norm, not 48"),
+        (
+            {"autoencoder.norm_first": True, "autoencoder.embedding_width": 40},
+            "embedding_width if norm_first, must be multiples of the 32 groups of a norm, not 40",
+        ),
+        ({"autoencoder.num_blocks": -1}, "num_blocks must be at least 0, not -1"),
+        ({"autoencoder.bottleneck": "bits"}, '"binary", "vq" or "real", not \'bits\''),
+        ({"autoencoder.loss.entropy": -0.1}, "loss.entropy must be at least 0, not -0.1"),
+        (
+            {"autoencoder.loss.mse": 0.0, "autoencoder.loss.perceptual": 0.0},
+            "one of mse, l1 and perceptual must be above 0",
+        ),
+        ({"autoencoder.discriminator.norm": "layer"}, "must be batch or group, not 'layer'"),
+        (
+            {"autoencoder.discriminator.augment": ("colour", "cutout")},
+            "knows colour and translation, not 'cutout'",
+        ),
+        (
+            {
+                "data.image_size": 16,
+                "autoencoder.multipliers": (1,),
+                "autoencoder.loss.perceptual": 0.0,
+            },
+            "An image of 16 is too small for config.autoencoder.discriminator.num_layers = 3",
+        ),
+        (
+            {
+                "data.image_size": 12,
+                "autoencoder.multipliers": (1,),
+                "autoencoder.attention_resolutions": (),
+                "autoencoder.loss.adversarial": 0.0,
+            },
+            "loss.perceptual needs images of at least 16 pixels a side, not 12",
+        ),
+    ],
+)
+def test_is_refused(overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        checks.check(changed(overrides))
+
+
+@pytest.mark.parametrize("accumulate, batch_size", [(1, 6), (3, 8), (4, 8)])
+def test_a_batch_must_split_over_devices_and_parts(tiny_config, accumulate, batch_size):
+    tiny_config.autoencoder.train.update(accumulate=accumulate, batch_size=batch_size)
+    parts = "" if accumulate == 1 else f" times {accumulate} parts"
+    sentence = f"{batch_size}, must be a multiple of the number of devices, {jax.device_count()}"
+    with pytest.raises(UserError, match=sentence + parts):
+        train.setup_autoencoder(tiny_config)
+
+
+def test_the_perceptual_loss_asks_for_its_file_before_any_work(tiny_config, tmp_path):
+    tiny_config.data.path = "there is no such folder, and it is not looked for"
+    tiny_config.autoencoder.loss.perceptual = 1.0
+    tiny_config.autoencoder.loss.vgg16 = str(tmp_path / "vgg16.npz")
+    with pytest.raises(UserError) as error:
+        train.setup_autoencoder(tiny_config)
+    for part in (
+        str(tmp_path / "vgg16.npz"),
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "python -m binlatent.convert vgg16 --from vgg16-397923af.pth --out",
+        "--config.autoencoder.loss.perceptual=0",
+    ):
+        assert part in str(error.value)
+
+
+def test_a_prior_is_over_bits(tiny_config, tmp_path):
+    tiny_config.autoencoder.bottleneck = "vq"
+    with pytest.raises(UserError, match="The prior is over bits.*not 'vq'"):
+        train.setup_prior(tiny_config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        ({"autoencoder.loss.adversarial": 0.0}, "adversarial = 1.0, so it cannot go on with 0.0"),
+        (
+            {"autoencoder.discriminator.width": 32},
+            "discriminator.width was 64 and cannot become 32",
+        ),
+        ({"autoencoder.num_bits": 16}, "num_bits is 32 there and 16 here"),
+    ],
+)
+def test_training_goes_on_with_the_networks_it_began_with(overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        checks.check_resumable(changed(overrides), default.get_config(), "autoencoder")
+
+
+def test_weights_of_losses_may_change_on_the_way():
+    overrides = {"autoencoder.loss.adversarial": 0.5, "autoencoder.loss.start_step": 7}
+    checks.check_resumable(changed(overrides), default.get_config(), "autoencoder")
+    checks.check_resumable(changed(overrides), default.get_config(), "prior")

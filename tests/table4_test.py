@@ -1,0 +1,46 @@
+"""Table 4: every bottleneck trained once, and compared on the same images."""
+
+import json
+
+import numpy as np
+import pytest
+
+from binlatent import evaluate, table4
+from binlatent.pipeline import BinaryLatentDiffusion
+
+
+@pytest.mark.slow
+def test_table_4(tiny_config, tmp_path):
+    tiny_config.autoencoder.codebook_size = 32
+    tiny_config.autoencoder.num_channels = 3
+    text = table4.run(tiny_config, tmp_path)
+    results = json.loads((tmp_path / "table4.json").read_text())
+    assert (tmp_path / "table4.md").read_text() == text
+    bits = {name: row["bit_rate"] for name, row in results.items()}
+    assert bits == {
+        "vq": 16 * 5,  # log2(32) bits a token
+        "binary_as_vq": 16 * 5,
+        "binary": 16 * 8,
+        "real": 16 * 3 * 32,
+    }
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [
+        ["VQ", "4×4×32"],
+        ["Binary", "4×4×5"],
+        ["Binary", "4×4×8"],
+        ["Real value", "4×4×3"],
+    ]
+    images, _ = evaluate.test_images(tiny_config, 20)
+    for name, row in zip(results, rows, strict=True):
+        pipeline = BinaryLatentDiffusion.from_workdir(tmp_path / name)
+        error = np.square(
+            np.round(127.5 * (pipeline.reconstruct(images) + 1))
+            - np.round(127.5 * (images.astype(np.float64) + 1))
+        )
+        psnr = 10 * np.log10(255**2 / np.mean(error, axis=(1, 2, 3)))
+        found = [float(x) for x in row[3].split(" ± ")]
+        np.testing.assert_allclose(found, [np.mean(psnr), np.std(psnr)], atol=0.02)
+    # A second time nothing is trained.
+    steps = (tmp_path / "vq" / "metrics.jsonl").read_text()
+    assert table4.run(tiny_config, tmp_path) == text
+    assert (tmp_path / "vq" / "metrics.jsonl").read_text() == steps
