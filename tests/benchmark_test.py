@@ -42,11 +42,11 @@ def test_decoding_counts_its_multiplications(tiny_config):
 
 def test_the_command_prints_a_table():
     command = [sys.executable, "-m", "binlatent.benchmark", "memory"]
-    flags = ["--config=configs/digits.py", "--batch_size=2", "--batch_size=4"]
+    flags = ["--config=configs/digits.py", "--config.autoencoder.base_width=32", "--batch_size=2"]
     result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     rows = [line.split("|")[1:4] for line in result.stdout.splitlines()[2:]]
     cells = [[cell.strip() for cell in row] for row in rows]
-    assert cells == [[what, "28", n] for n in ("2", "4") for what in ("train", "decode")]
+    assert cells == [["train", "28", "2"], ["decode", "28", "2"]]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "Name a config" in result.stderr
