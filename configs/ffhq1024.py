@@ -1,7 +1,6 @@
 """FFHQ at 1024x1024 in 32x32 tokens of 64 bits (paper, Table 3).
 
-python -m binlatent.main --config=configs/ffhq1024.py --workdir=runs/ffhq1024 \\
-    --config.data.path=path/to/ffhq
+python -m binlatent.main --config=configs/ffhq1024.py --workdir=runs/ffhq1024 --config.data.path=DIR
 
 Cost: autoencoder of 64.5 M parameters, 17 TFLOP an image and step with its discriminator, LPIPS
 and remat; prior of 76.8 M. docs/memory.md says what fits. Not trained by us yet.

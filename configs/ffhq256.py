@@ -1,7 +1,6 @@
 """FFHQ at 256x256 in 16x16 tokens of 32 bits (paper, Table 1).
 
-python -m binlatent.main --config=configs/ffhq256.py --workdir=runs/ffhq256 \\
-    --config.data.path=path/to/ffhq
+python -m binlatent.main --config=configs/ffhq256.py --workdir=runs/ffhq256 --config.data.path=DIR
 
 Cost: autoencoder of 63.0 M parameters, 9.1 TFLOP a step of 8 images with its discriminator and
 LPIPS; prior of 76.3 M. docs/memory.md says what fits. Not trained by us yet.

@@ -157,7 +157,6 @@ def test_training_with_a_discriminator_resumes_bit_for_bit(tiny_config, tmp_path
             "autoencoder.loss.start_step": 3,
             "autoencoder.discriminator.width": 8,
             "autoencoder.discriminator.num_layers": 1,
-            "autoencoder.discriminator.augment": ("colour",),
             "autoencoder.train.decay": "constant",
         }
     )
