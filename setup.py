@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "convert": ["torch"],  # reads the checkpoints of other projects
-        "test": ["pytest", "ruff>=0.17,<0.18"],
+        # pytest-xdist: compiling takes one core a process, so two processes halve the time
+        "test": ["pytest", "pytest-xdist", "ruff>=0.17,<0.18"],
     },
 )

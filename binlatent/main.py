@@ -90,7 +90,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
         else:
             return unparsed
     except flags.Error as error:
-        message = str(error)
+        message = str(error).strip()
+        if "Traceback" in message:  # of the config file; its last line says what is wrong
+            message = f"--config: {message.splitlines()[-1]}"
     except (AttributeError, KeyError) as error:  # ml_collections', for an unknown key
         while isinstance(error.args[0], Exception):
             error = error.args[0]

@@ -8,8 +8,8 @@ import pytest
 
 def pytest_configure():
     """Sets up JAX before a test module imports it."""
-    # Tests and the processes that they start share what they compile.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
+    # Tests, pytest's own workers and the processes that tests start share what they compile.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())
     os.environ["JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
     os.environ["JAX_PLATFORMS"] = "cpu"
