@@ -160,8 +160,13 @@ def main(argv: list[str]) -> None:
             raise UserError(f"Name what to measure: memory, not {' '.join(argv[1:])!r}.")
         if FLAGS.config is None:
             raise UserError("Name a config, for example --config=configs/churches256.py.")
-        if min(FLAGS.batch_size) < 1:
-            raise UserError("--batch_size must be at least 1.")
+        parts = FLAGS.config.autoencoder.train.accumulate
+        for size in FLAGS.batch_size:
+            if size < 1 or size % parts:
+                raise UserError(
+                    f"--batch_size must be at least 1 and a multiple of accumulate, {parts}, "
+                    f"not {size}."
+                )
         checks.check(FLAGS.config)
         rows = memory(FLAGS.config, FLAGS.batch_size, device_to_compile_for(FLAGS.topology))
         if FLAGS.json:
@@ -171,4 +176,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=command.parse_flags)

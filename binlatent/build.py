@@ -62,6 +62,11 @@ def autoencoder(config: Config) -> Autoencoder:
             f"config.autoencoder.attention_resolutions names {absent[0]}, but the levels of an "
             f"image of {side} have the sides {', '.join(map(str, sides))}."
         )
+    if attention and not section.num_blocks:
+        raise UserError(
+            "config.autoencoder.attention_resolutions needs num_blocks of at least 1, as attention "
+            "follows a residual block; set it to () or num_blocks to 1."
+        )
     widths = [section.base_width * multiplier for multiplier in multipliers]
     widths += [section.base_width] + [section.embedding_width] * section.norm_first
     if bad := [width for width in widths if width % 32]:

@@ -21,15 +21,19 @@ Config = ml_collections.ConfigDict
 _MODEL_KEYS = {
     "data": ("image_size", "channels"),
     "autoencoder": (
-        *("bottleneck", "num_bits", "codebook_size", "codebook_width"),
-        *("num_channels", "variational", "deterministic", "signed"),
-        *("base_width", "multipliers", "patch", "num_blocks", "decoder_depth"),
+        *("bottleneck", "base_width", "multipliers", "patch", "num_blocks", "decoder_depth"),
         *("attention_resolutions", "embedding_width", "norm_first"),
     ),
     "prior": (
         *("width", "num_layers", "num_heads"),
         *("num_timesteps", "continuous", "schedule", "keep", "target", "pair", "evidence"),
     ),
+}
+# And of config.autoencoder, a bottleneck.
+_BOTTLENECK_KEYS = {
+    "binary": ("num_bits", "deterministic", "signed"),
+    "vq": ("codebook_size", "codebook_width"),
+    "real": ("num_channels", "variational"),
 }
 
 
@@ -46,6 +50,8 @@ def check_same_model(config: Config, trained: Config, stage: str) -> None:
     """
     sections = ["data", "autoencoder"] + (["prior"] if stage == "prior" else [])
     keys = [(section, key) for section in sections for key in _MODEL_KEYS[section]]
+    own = _BOTTLENECK_KEYS[config.autoencoder.bottleneck]
+    keys += [("autoencoder", key) for key in own]
     if stage == "prior":
         keys.append(("data", "num_classes"))  # the autoencoder knows no classes
     differences = [
@@ -71,6 +77,11 @@ def check_resumable(config: Config, trained: Config, stage: str) -> None:
       UserError: naming the keys that differ, with both values.
     """
     check_same_model(config, trained, stage)
+    if config.data.name != trained.data.name:
+        raise UserError(
+            f"The {stage} in the workdir is being trained on config.data.name = "
+            f"{trained.data.name!r}, not {config.data.name!r}: use the same, or another --workdir."
+        )
     here, there = config.autoencoder, trained.autoencoder
     if stage != "autoencoder" or not (here.loss.adversarial or there.loss.adversarial):
         return

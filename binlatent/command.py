@@ -1,11 +1,40 @@
 """What the commands have in common: their log, and how they report what went wrong."""
 
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
+
+from absl import flags
 
 from binlatent.errors import UserError
+
+
+def bad_usage(message: str) -> NoReturn:
+    """Says what is wrong with the command line, and exits with code 2."""
+    sys.stderr.write(f"Bad usage: {message} (--help lists the flags, the config file the keys)\n")
+    sys.exit(2)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses absl's flags; a misspelt flag or config key is one sentence and exit code 2.
+
+    Returns:
+      The name of the program and the arguments that are no flags.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        message = str(error).strip()
+        if "Traceback" in message:  # of the config file; its last line says what is wrong
+            message = f"--config: {message.splitlines()[-1]}"
+    except (AttributeError, KeyError) as error:  # ml_collections', for an unknown key
+        while isinstance(error.args[0], Exception):
+            error = error.args[0]
+        message = "--config has no key " + " ".join(error.args[0].split())
+    bad_usage(message)
 
 
 @contextmanager
@@ -20,7 +49,7 @@ def reporting() -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         message = str(error)
-        if not message.startswith("config"):  # a key's name, as the user types it
+        if not re.match(r"[a-z_0-9]+[.=]", message):  # a key's name, as the user types it
             message = message[:1].upper() + message[1:]
         sys.stderr.write(f"Error: {message}\n")
         sys.exit(1)

@@ -3,7 +3,6 @@
 import ast
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,30 +74,17 @@ _MEANT_FOR = {
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; a misspelt flag or config key is one sentence and exit code 2."""
-    try:
-        unparsed = FLAGS(argv)
-        mode = FLAGS.mode
-        if len(unparsed) > 1:
-            message = f"Unexpected argument {unparsed[1]!r}: flags start with --"
-        elif mode in _TRAINING and not FLAGS["config"].present:
-            message = f"--mode={mode} needs --config, for example configs/digits.py"
-        elif wrong := [
-            name for name, modes in _MEANT_FOR.items() if FLAGS[name].present and mode not in modes
-        ]:
-            message = f"--{wrong[0]} is for --mode={' or '.join(_MEANT_FOR[wrong[0]])}"
-        else:
-            return unparsed
-    except flags.Error as error:
-        message = str(error).strip()
-        if "Traceback" in message:  # of the config file; its last line says what is wrong
-            message = f"--config: {message.splitlines()[-1]}"
-    except (AttributeError, KeyError) as error:  # ml_collections', for an unknown key
-        while isinstance(error.args[0], Exception):
-            error = error.args[0]
-        message = "--config has no key " + " ".join(error.args[0].split())
-    sys.stderr.write(f"Bad usage: {message} (--help lists the flags, the config file the keys)\n")
-    sys.exit(2)
+    """Parses flags; bad usage is one sentence and exit code 2."""
+    unparsed = command.parse_flags(argv)
+    mode = FLAGS.mode
+    if len(unparsed) > 1:
+        command.bad_usage(f"Unexpected argument {unparsed[1]!r}: flags start with --")
+    if mode in _TRAINING and not FLAGS["config"].present:
+        command.bad_usage(f"--mode={mode} needs --config, for example configs/digits.py")
+    for name, modes in _MEANT_FOR.items():
+        if FLAGS[name].present and mode not in modes:
+            command.bad_usage(f"--{name} is for --mode={' or '.join(modes)}")
+    return unparsed
 
 
 def _given_config() -> ml_collections.ConfigDict | None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import ml_collections
 
-from binlatent import build, checks, evaluate, train
+from binlatent import build, checkpoint, checks, evaluate, train
+from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ def variants(config: Config) -> dict[str, Config]:
         "binary": {"bottleneck": "binary"},
         "real": {"bottleneck": "real"},
     }
+    if config.autoencoder.num_bits == num_bits:
+        del overrides["binary_as_vq"]  # it would be the same
     rows = {}
     for name, values in overrides.items():
         rows[name] = copy.deepcopy(config)
@@ -83,6 +86,28 @@ def table(config: Config, results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _check_budget(row: Config, workdir: Path) -> None:
+    """Refuses a folder whose autoencoder was trained in another way than the others will be.
+
+    Raises:
+      UserError: naming the first key that differs.
+    """
+    if not checkpoint.exists(workdir, "autoencoder"):
+        return
+    with checkpoint.Checkpoints.open(workdir, "autoencoder") as checkpoints:
+        trained = checkpoints.config()
+    for section in ("data", "autoencoder"):
+        here, there = (json.loads(x[section].to_json()) for x in (row, trained))
+        here.pop("num_classes", None)  # filled in by training, and nothing to an autoencoder
+        for key, value in here.items():
+            if value != there.get(key):
+                raise UserError(
+                    f"The autoencoder in {workdir} was trained with config.{section}.{key} = "
+                    f"{there.get(key)}, not {value}, so the rows would not be comparable: "
+                    "use the same config, or another --workdir."
+                )
+
+
 def run(config: Config, workdir: Path) -> str:
     """Trains what is not trained yet, writes `table4.json` and `table4.md`, returns the table.
 
@@ -90,11 +115,12 @@ def run(config: Config, workdir: Path) -> str:
     uint8, of the averaged weights.
 
     Raises:
-      UserError: as of `train.train_autoencoder`.
+      UserError: as of `train.train_autoencoder`, and if a row was trained by another config.
     """
     rows = variants(config)
-    for row in rows.values():
-        checks.check(row)  # all, before any training
+    for name, row in rows.items():  # all, before any training
+        checks.check(row)
+        _check_budget(row, workdir / name)
     results = {}
     images, _ = evaluate.test_images(config, config.evaluate.num_images)
     for name, row in rows.items():

@@ -55,7 +55,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoencoder.loss.r1 = 0.0  # of the discriminator's gradient penalty
     autoencoder.loss.entropy = 0.0  # sure bits for an image, balanced over the batch
     autoencoder.loss.commitment = 0.25  # of "vq"
-    autoencoder.loss.kl = 1e-6  # of "real", if variational
+    autoencoder.loss.kl = 1e-6  # of "real", if variational; a mean over channels
     autoencoder.discriminator = ml_collections.ConfigDict()  # of patches
     autoencoder.discriminator.width = 64
     autoencoder.discriminator.num_layers = 3
@@ -109,7 +109,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     sample.corrector_size = 0.1  # share of bits that a corrector step draws anew
     sample.known = "kept"  # or "noised": inpainting's known bits on the way
     sample.keep_pixels = True  # inpainting's known pixels come back as they were
-    sample.batch_size = 50
+    sample.batch_size = 16
 
     config.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.num_images = 1_000  # of the test split, at most
@@ -130,6 +130,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
         autoencoder.train.batch_size = 32
         autoencoder.train.learning_rate = 1.8e-5
         autoencoder.train.warmup_steps = 0
+        autoencoder.train.max_grad_norm = 1e6  # none
         autoencoder.train.ema_decay = 0.9995  # 0.995 every ten steps
     elif variant != "paper":
         raise ValueError(f"a config is of the paper or :released, not :{variant}")

@@ -26,4 +26,5 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     config.prior.train.batch_size = 16
     config.sample.temperature = 0.8
     config.sample.batch_size = 1
+    config.evaluate.num_images = 100
     return config

@@ -97,11 +97,13 @@ def assert_close(a, b, atol=2e-5):
 def test_one_and_four_devices_make_the_same_update_of_both_networks(config):
     # Batch statistics, the bits' frequencies and the adaptive weight are of all devices.
     config.autoencoder.loss.adaptive = True
+    config.autoencoder.loss.adversarial = 50.0  # so that the adaptive weight is not clipped
     parts = Parts(config)
     one, one_metrics = parts.run(1)
     four, four_metrics = parts.run(4)
     assert_close((one.params, one.discriminator), (four.params, four.discriminator))
     assert_close(one_metrics, four_metrics)
+    assert 0 < one_metrics["adversarial_weight"] < 50
     for before, after in (
         (parts.state.params, one.params),
         (parts.state.discriminator["params"], one.discriminator["params"]),

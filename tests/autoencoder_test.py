@@ -196,7 +196,7 @@ def test_every_parameter_gets_a_gradient(code):
         assert np.any(np.asarray(leaf) != 0), jax.tree_util.keystr(path)
 
 
-def test_remat_changes_memory_and_not_the_gradient():
+def test_remat_is_in_the_program_and_leaves_the_gradient():
     def gradient(model, params):
         return jax.grad(lambda p: jnp.mean((model.apply(p, IMAGES)[0] - IMAGES) ** 2))(params)
 

@@ -44,6 +44,7 @@ def test_the_defaults_are_accepted():
             {"autoencoder.norm_first": True, "autoencoder.embedding_width": 40},
             "embedding_width if norm_first, must be multiples of the 32 groups of a norm, not 40",
         ),
+        ({"autoencoder.num_blocks": 0}, "attention_resolutions needs num_blocks of at least 1"),
         ({"autoencoder.num_blocks": -1}, "num_blocks must be at least 0, not -1"),
         ({"autoencoder.bottleneck": "bits"}, '"binary", "vq" or "real", not \'bits\''),
         ({"autoencoder.loss.entropy": -0.1}, "loss.entropy must be at least 0, not -0.1"),
@@ -119,6 +120,7 @@ def test_a_prior_is_over_bits(tiny_config, tmp_path):
             "discriminator.width was 64 and cannot become 32",
         ),
         ({"autoencoder.num_bits": 16}, "num_bits is 32 there and 16 here"),
+        ({"data.name": "digits"}, "data.name = 'folder', not 'digits'"),
     ],
 )
 def test_training_goes_on_with_the_networks_it_began_with(overrides, sentence):
@@ -128,5 +130,6 @@ def test_training_goes_on_with_the_networks_it_began_with(overrides, sentence):
 
 def test_weights_of_losses_may_change_on_the_way():
     overrides = {"autoencoder.loss.adversarial": 0.5, "autoencoder.loss.start_step": 7}
+    overrides["autoencoder.codebook_size"] = 7  # which bits do not have
     checks.check_resumable(changed(overrides), default.get_config(), "autoencoder")
     checks.check_resumable(changed(overrides), default.get_config(), "prior")

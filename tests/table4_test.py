@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from binlatent import evaluate, table4
+from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
 
@@ -44,3 +45,12 @@ def test_table_4(tiny_config, tmp_path):
     steps = (tmp_path / "vq" / "metrics.jsonl").read_text()
     assert table4.run(tiny_config, tmp_path) == text
     assert (tmp_path / "vq" / "metrics.jsonl").read_text() == steps
+    # Rows of another budget or loss are not compared.
+    tiny_config.autoencoder.train.learning_rate *= 2
+    with pytest.raises(UserError, match="vq was trained with config.autoencoder.train = "):
+        table4.run(tiny_config, tmp_path)
+
+
+def test_as_many_bits_as_the_codebook_has_is_one_row(tiny_config):
+    tiny_config.autoencoder.codebook_size = 2**tiny_config.autoencoder.num_bits
+    assert list(table4.variants(tiny_config)) == ["vq", "binary", "real"]
