@@ -26,13 +26,6 @@ from binlatent.stages.state import AXIS
 FLAGS = flags.FLAGS
 log = logging.getLogger("binlatent.benchmark")  # also as __main__
 
-config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
-flags.DEFINE_multi_integer("batch_size", [1], "Images a device; may be repeated.")
-flags.DEFINE_string(
-    "topology", None, "TPUs to compile for, such as v5p:2x2x1; JAX's own device if not given."
-)
-flags.DEFINE_bool("json", False, "One line of JSON a row in place of a table.")
-
 _GIB = 2**30
 
 
@@ -153,6 +146,16 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def define_flags() -> None:
+    """Defines the command's flags; not on import, as `binlatent.main` has a --config too."""
+    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    flags.DEFINE_multi_integer("batch_size", [1], "Images a device; may be repeated.")
+    flags.DEFINE_string(
+        "topology", None, "TPUs to compile for, such as v5p:2x2x1; JAX's own device if not given."
+    )
+    flags.DEFINE_bool("json", False, "One line of JSON a row in place of a table.")
+
+
 def main(argv: list[str]) -> None:
     """Prints a table; a user's error is one sentence and exit code 1."""
     with command.reporting():
@@ -176,4 +179,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     app.run(main, flags_parser=command.parse_flags)
