@@ -9,22 +9,11 @@ Expected (the paper): FID 6.12 in 64 steps, 6.03 in 256.
 
 import ml_collections
 
-from configs import default
+from configs import ffhq1024
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     """Returns the config, of the "paper" or as "released"; see `configs/default.py`."""
-    config = default.get_config(variant)
+    config = ffhq1024.get_config(variant)
     config.data.name = "celeb_a_hq/1024"
-    config.data.image_size = 1024
-    config.data.num_classes = 0
-    config.autoencoder.num_bits = 64
-    # One level more, for k = 32; of the least width, where it costs the least memory.
-    config.autoencoder.multipliers = (1, 1, 1, 2, 2, 4)
-    config.autoencoder.attention_resolutions = (32,)
-    config.autoencoder.remat = True
-    config.prior.train.batch_size = 16
-    config.sample.temperature = 0.8
-    config.sample.batch_size = 1
-    config.evaluate.num_images = 100
     return config
