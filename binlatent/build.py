@@ -14,7 +14,7 @@ from binlatent.diffusion import losses, schedules, targets
 from binlatent.errors import UserError
 from binlatent.models import bottleneck, discriminator, lpips
 from binlatent.models.autoencoder import Autoencoder, Decoder, Encoder, Levels
-from binlatent.models.transformer import Transformer
+from binlatent.models.transformer import CONDITIONS, Transformer
 from binlatent.stages import autoencoder as autoencoder_stage
 from binlatent.stages import prior as prior_stage
 from binlatent.stages.state import AXIS, TrainState, create_optimizer, create_state
@@ -216,6 +216,13 @@ def image_shape(config: Config) -> tuple[int, int, int]:
     return config.data.image_size, config.data.image_size, config.data.channels
 
 
+def condition(config: Config) -> str:
+    """Returns what the prior can be asked for: of the transformer's `CONDITIONS`, or "none"."""
+    if config.prior.condition == "class" and not config.data.num_classes:
+        return "none"
+    return config.prior.condition
+
+
 def denoiser(config: Config) -> prior_stage.Denoiser:
     """Returns the prior of `config.prior`.
 
@@ -229,7 +236,12 @@ def denoiser(config: Config) -> prior_stage.Denoiser:
             f"config.prior.width must be a multiple of 4 and of config.prior.num_heads; "
             f"{section.width} and {section.num_heads} are not."
         )
-    named = {"target": targets.TARGETS, "pair": losses.PAIRS, "time_weight": losses.TIME_WEIGHTS}
+    named = {
+        "target": targets.TARGETS,
+        "pair": losses.PAIRS,
+        "time_weight": losses.TIME_WEIGHTS,
+        "condition": CONDITIONS,
+    }
     for name, values in named.items():
         if section[name] not in values:
             raise UserError(
@@ -255,7 +267,9 @@ def denoiser(config: Config) -> prior_stage.Denoiser:
         width=section.width,
         num_layers=section.num_layers,
         num_heads=section.num_heads,
+        condition=condition(config),
         num_classes=config.data.num_classes,
+        text_width=section.text_width,
         dtype=_dtype(config),
     )
     return prior_stage.Denoiser(
@@ -284,9 +298,21 @@ def init_autoencoder(config: Config, key: jax.Array) -> dict:
 
 def init_prior(config: Config, key: jax.Array) -> dict:
     """Returns fresh parameters of the prior's network."""
+    labels = {
+        "none": None,
+        "class": jnp.zeros(1, jnp.int32),
+        "text_token": jnp.zeros((1, config.prior.text_width)),
+        "text_cross": jnp.zeros((1, 1, config.prior.text_width)),
+    }
     return denoiser(config).network.init(
-        key, jnp.zeros((1, *code_shape(config))), jnp.ones(1), jnp.zeros(1, jnp.int32)
+        key, jnp.zeros((1, *code_shape(config))), jnp.ones(1), labels[condition(config)]
     )
+
+
+def init_prior_state(config: Config) -> TrainState:
+    """Returns the state of stage 2 before its first step."""
+    init_key, base_key = jax.random.split(key(config.seed, "prior"))
+    return create_state(base_key, init_prior(config, init_key), optimizer(config.prior.train))
 
 
 def optimizer(train: Config) -> optax.GradientTransformation:

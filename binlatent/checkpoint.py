@@ -33,6 +33,23 @@ def exists(workdir: Path, stage: str) -> bool:
     return (workdir / stage).is_dir() and bool(ocp.utils.checkpoint_steps(workdir / stage))
 
 
+def as_config(content: dict[str, Any]) -> ml_collections.ConfigDict:
+    """Returns a config out of JSON, which has lists for tuples."""
+
+    def with_tuples(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: with_tuples(entry) for key, entry in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ml_collections.ConfigDict(with_tuples(content))
+
+
+def on_first_device(like: Any) -> Any:
+    """Returns shapes and types, as `jax.eval_shape` gives them, to be restored on one device."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+
+
 class Checkpoints:
     """The checkpoints of one stage; a context manager that ends when all is on disk."""
 
@@ -105,7 +122,7 @@ class Checkpoints:
 
     def config(self) -> ml_collections.ConfigDict:
         """Returns the config that the newest checkpoint was trained with."""
-        return ml_collections.ConfigDict(self.meta()["config"])
+        return as_config(self.meta()["config"])
 
     def check_encoder(self, fingerprint: str) -> None:
         """Refuses a prior that was trained on the codes of another encoder.
@@ -125,9 +142,6 @@ class Checkpoints:
         Args:
           like: their shapes and types, as `jax.eval_shape` gives them.
         """
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        like = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like
-        )
+        like = on_first_device(like)
         args = ocp.args.Composite(ema_params=ocp.args.StandardRestore(like))
         return self._manager.restore(self.latest_step(), args=args).ema_params

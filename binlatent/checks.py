@@ -25,7 +25,7 @@ _MODEL_KEYS = {
         *("attention_resolutions", "embedding_width", "norm_first"),
     ),
     "prior": (
-        *("width", "num_layers", "num_heads"),
+        *("width", "num_layers", "num_heads", "condition", "text_width"),
         *("num_timesteps", "continuous", "schedule", "keep", "target", "pair", "evidence"),
     ),
 }
@@ -67,17 +67,18 @@ def check_same_model(config: Config, trained: Config, stage: str) -> None:
         )
 
 
-def check_resumable(config: Config, trained: Config, stage: str) -> None:
+def check_resumable(config: Config, trained: Config, stage: str, *, same_data: bool = True) -> None:
     """Refuses a config with which a checkpoint's training cannot go on.
 
     Args:
       config, trained, stage: as of `check_same_model`.
+      same_data: whether it must be on the same data.
 
     Raises:
       UserError: naming the keys that differ, with both values.
     """
     check_same_model(config, trained, stage)
-    if config.data.name != trained.data.name:
+    if same_data and config.data.name != trained.data.name:
         raise UserError(
             f"The {stage} in the workdir is being trained on config.data.name = "
             f"{trained.data.name!r}, not {config.data.name!r}: use the same, or another --workdir."
@@ -107,7 +108,7 @@ _COUNTS = (
     *("autoencoder.discriminator.width", "autoencoder.discriminator.num_layers"),
     *("autoencoder.train.batch_size", "autoencoder.train.num_steps"),
     "autoencoder.train.accumulate",
-    *("prior.num_heads", "prior.num_timesteps"),
+    *("prior.num_heads", "prior.num_timesteps", "prior.text_width"),
     *("prior.train.batch_size", "prior.train.num_steps"),
     *("sample.batch_size", "evaluate.num_images", "evaluate.num_samples"),
     *("evaluate.classifier_images", "evaluate.bound_draws"),

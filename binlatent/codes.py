@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class CachedCodes:
-    """Random access to {"probs": float16 (h, w, c), "label": int} of each training image."""
+    """Random access to {"probs": float16 (h, w, c), "label": ...} of each training image."""
 
     def __init__(self, folder: Path):
         """Maps the files of `folder` into memory."""
@@ -29,7 +29,7 @@ class CachedCodes:
         return len(self._probs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"probs": np.array(self._probs[index]), "label": int(self._labels[index])}
+        return {"probs": np.array(self._probs[index]), "label": np.array(self._labels[index])}
 
 
 def cached_codes(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Source:
@@ -58,15 +58,14 @@ def cached_codes(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) 
             dtype=np.float16,
             shape=(len(source.examples), *pipeline.code_shape),
         )
-        labels = np.zeros(len(source.examples), np.int32)
-        start = 0
+        labels, start = [], 0
         for batch, mask in loader.test_batches(source, pipeline.config.sample.batch_size):
             real = int(mask.sum())
             stop = start + real
             probs[start:stop] = pipeline.encode_probs(batch["image"])[:real]
-            labels[start:stop] = batch["label"][:real]
+            labels.append(batch["label"][:real])
             start = stop
         probs.flush()
-        np.save(unfinished / "labels.npy", labels)
+        np.save(unfinished / "labels.npy", np.concatenate(labels))
         os.replace(unfinished, target)
     return Source(CachedCodes(target), source.num_classes)

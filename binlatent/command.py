@@ -29,7 +29,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     except flags.Error as error:
         message = str(error).strip()
         if "Traceback" in message:  # of the config file; its last line says what is wrong
-            message = f"--config: {message.splitlines()[-1]}"
+            last = message.splitlines()[-1]
+            message = "--config: " + re.sub(r"^[\w.]*Error: ", "", last)
     except (AttributeError, KeyError) as error:  # ml_collections', for an unknown key
         while isinstance(error.args[0], Exception):
             error = error.args[0]

@@ -30,7 +30,9 @@ _BCE_DRAWS = 8  # of time and noise for each test image
 def open_data(config: ml_collections.ConfigDict, split: str) -> Source:
     """Returns the source of a split, "train" or "test", of `config.data`."""
     data = config.data
-    return sources.open_source(data.name, data.path, split, data.image_size, data.channels)
+    return sources.open_source(
+        data.name, data.path, split, data.image_size, data.channels, data.texts
+    )
 
 
 def load_images(source: Source, limit: int) -> tuple[np.ndarray, np.ndarray]:
@@ -42,8 +44,15 @@ def load_images(source: Source, limit: int) -> tuple[np.ndarray, np.ndarray]:
     examples = [
         source.examples[i] for i in np.linspace(0, count - 1, min(limit, count)).astype(int)
     ]
-    labels = np.array([example["label"] for example in examples], np.int32)
+    labels = np.array([example["label"] for example in examples])
     return np.stack([example["image"] for example in examples]), labels
+
+
+def known_labels(pipeline: BinaryLatentDiffusion, labels: np.ndarray) -> np.ndarray | None:
+    """Returns a dataset's labels if they are of the kind that the prior knows, else None."""
+    condition = build.condition(pipeline.config)
+    kinds = {"none": "", "class": "iu", "text_token": "f", "text_cross": "f"}
+    return labels if labels.dtype.kind in kinds[condition] else None
 
 
 def test_images(config: ml_collections.ConfigDict, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -89,10 +98,12 @@ def prior_metrics(
     Args:
       pipeline: with the prior to judge.
       probs: the encoder's y, (n, h, w, c).
-      labels: (n,) int.
+      labels: of the images, given to the prior if it knows their kind.
     """
     denoiser = build.denoiser(pipeline.config)
-    probs, labels = (np.concatenate([x] * _BCE_DRAWS) for x in (probs, labels))
+    labels = known_labels(pipeline, labels)
+    probs = np.concatenate([probs] * _BCE_DRAWS)
+    labels = None if labels is None else np.concatenate([labels] * _BCE_DRAWS)
     batch_keys = iter(jax.random.split(build.key(0, "bce"), len(probs)))
 
     def losses(probs, labels):
@@ -118,7 +129,7 @@ def likelihood_metrics(
     Args:
       pipeline: with the prior to judge.
       probs: the encoder's y, (n, h, w, c).
-      labels: (n,) int, given to the prior if it has classes.
+      labels: of the images, given to the prior if it knows their kind.
       steps: of the sampler that the bound is about.
     """
     code_key, noise_key = jax.random.split(build.key(0, "likelihood"))
@@ -126,7 +137,7 @@ def likelihood_metrics(
     bits = pipeline.code_lengths(
         codes,
         noise_key,
-        labels if pipeline.num_classes else None,
+        known_labels(pipeline, labels),
         steps=steps,
         num_draws=pipeline.config.evaluate.bound_draws,
     )

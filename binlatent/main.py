@@ -45,6 +45,11 @@ flags.DEFINE_float("guidance", None, "sample, inpaint, vary: w >= 0, of classifi
 flags.DEFINE_integer(
     "label", None, "sample, inpaint, vary: the class of all; otherwise a row a class, or none."
 )
+flags.DEFINE_string(
+    "features",
+    None,
+    "sample, inpaint, vary: a .npy file of a text's features, for a prior of texts.",
+)
 flags.DEFINE_string("image", None, "inpaint, vary: a file; without it, images of the test split.")
 flags.DEFINE_string(
     "mask",
@@ -66,6 +71,7 @@ flags.DEFINE_string("out", None, "sample, reconstruct, inpaint, vary: the PNG fi
 _DRAWN = ("all", "sample", "inpaint", "vary")
 _MEANT_FOR = {
     **dict.fromkeys(("steps", "temperature", "guidance", "label", "seed", "option"), _DRAWN),
+    "features": ("sample", "inpaint", "vary"),
     "num": (*_DRAWN, "reconstruct"),
     "image": ("inpaint", "vary"),
     "mask": ("inpaint",),
@@ -103,16 +109,30 @@ def _write(default: Path, picture: np.ndarray) -> None:
     log.info("Wrote %s", path)
 
 
+def _label() -> Any:
+    """Returns the label of --label, or the features of --features; None without either."""
+    if FLAGS.features is None:
+        return FLAGS.label
+    if FLAGS.label is not None:
+        raise UserError("Give --label for a class or --features for a text, not both.")
+    try:
+        return np.load(FLAGS.features, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # by where the damage is
+        raise UserError(f"{FLAGS.features} is no .npy file of numbers: {error}") from error
+
+
 def _subjects(pipeline: BinaryLatentDiffusion, num: int) -> tuple[np.ndarray, Any]:
     """Returns the images to inpaint or vary, and their labels: the user's one, or test images."""
     if FLAGS.image:
         data = pipeline.config.data
         image = read_image(FLAGS.image, repr(FLAGS.image), data.image_size, data.channels)
-        return to_float(image[None]), FLAGS.label
+        return to_float(image[None]), _label()
     images, labels = evaluate.test_images(pipeline.config, num)
-    if FLAGS.label is not None:
-        return images, FLAGS.label
-    return images, labels if pipeline.num_classes else None
+    if (label := _label()) is not None:
+        return images, label
+    return images, evaluate.known_labels(pipeline, labels)
 
 
 def _masks(pipeline: BinaryLatentDiffusion, num: int) -> np.ndarray:
@@ -173,7 +193,7 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         log.info("%s", json.dumps(evaluate.report(pipeline, workdir), indent=2))
     if mode in ("all", "sample"):
         key = build.key(FLAGS.seed, "sample")
-        picture = outputs.samples(pipeline, key, FLAGS.num, FLAGS.label, **options)
+        picture = outputs.samples(pipeline, key, FLAGS.num, _label(), **options)
         _write(workdir / "samples.png", picture)
     if mode in ("all", "reconstruct"):
         images, _ = evaluate.test_images(pipeline.config, FLAGS.num or 20)

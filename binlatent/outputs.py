@@ -33,7 +33,7 @@ def samples(
     pipeline: BinaryLatentDiffusion,
     key: jax.Array,
     num: int | None = None,
-    label: int | None = None,
+    label: Any = None,
     **options: Any,
 ) -> np.ndarray:
     """Draws samples: ten of each class, a row a class, unless `num` or `label` say otherwise.
@@ -42,7 +42,7 @@ def samples(
       pipeline: with a prior.
       key: a typed PRNG key.
       num: how many; their classes take turns.
-      label: the class of all of them.
+      label: of all of them, as of `BinaryLatentDiffusion.sample`.
       **options: of `BinaryLatentDiffusion.sample`.
     """
     all_classes, labels = class_rows(pipeline.num_classes)

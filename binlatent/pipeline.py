@@ -190,12 +190,15 @@ class BinaryLatentDiffusion:
         """Returns the decoded deterministic codes of images."""
         return self.decode(self.encode(images))
 
-    def _labels(self, label: Any, num: int) -> np.ndarray:
-        """Returns (num,) labels; None means unlabelled."""
+    def _labels(self, label: Any, num: int) -> np.ndarray | None:
+        """Returns the labels of `num` samples as the network takes them; None stays None."""
         if label is None:
-            return np.full(num, self.num_classes, np.int32)
-        if not self.num_classes:
+            return None
+        condition = build.condition(self.config)
+        if condition == "none":
             raise UserError("This prior is unconditional, so it takes no label.")
+        if condition != "class":
+            return self._texts(label, num, {"text_token": 1, "text_cross": 2}[condition])
         if np.shape(label) not in ((), (num,)) or np.any(np.asarray(label) % 1):
             raise UserError(f"Labels must be one integer or {num} of them; got {label}.")
         labels = np.broadcast_to(np.asarray(label, np.int32), num)
@@ -205,6 +208,25 @@ class BinaryLatentDiffusion:
                 f"got {labels.min() if labels.min() < 0 else labels.max()}."
             )
         return labels
+
+    def _texts(self, features: Any, num: int, ndim: int) -> np.ndarray:
+        """Returns the features of `num` samples' texts, each an array of `ndim` dimensions."""
+        features, width = np.asarray(features), self.config.prior.text_width
+        one = features.ndim == ndim
+        if (
+            features.dtype.kind not in "fiu"
+            or not (one or (features.ndim == ndim + 1 and len(features) == num))
+            or features.shape[-1] != width
+            or not features.size
+        ):
+            shape = f"({width},)" if ndim == 1 else f"(tokens, {width})"
+            raise UserError(
+                f"The label must be the features {shape} of a text, or {num} of them, not an array "
+                f"of {features.dtype} {features.shape}."
+            )
+        if not np.isfinite(features).all():
+            raise UserError("The features of a text must be finite.")
+        return np.broadcast_to(features, (num, *features.shape[-ndim:])).astype(np.float32)
 
     def _times(self, steps: int, times: Any = None, start: float = 1.0) -> np.ndarray:
         """Returns the times to visit from `start` T to 0: given ones, or evenly spaced."""
@@ -278,7 +300,8 @@ class BinaryLatentDiffusion:
         Args:
           num: n, at least 1.
           key: a typed PRNG key, `jax.random.key(seed)`.
-          label: a class, or n of them; None for no class.
+          label: a class, or n of them; of a prior of texts, the features of one, (e,) or (m, e), or
+            of n; None for none.
           **options: in place of those in `config.sample`, whose names they have, among them
             `steps` (between 1 and the T of training), `temperature` (tau > 0; less is less
             diverse) and `guidance` (w >= 0). Besides, `times`, a list that falls to 0, in place

@@ -44,7 +44,7 @@ def decode_codes(params: Any, codes: Array, *, model: Autoencoder) -> Array:
 def sample_codes(
     params: Any,
     keys: Array,
-    labels: Array,
+    labels: Array | None,
     start_probs: Array,
     known: sampling.Known | None,
     times: Array,
@@ -63,7 +63,7 @@ def sample_codes(
     Args:
       params: of the prior's network.
       keys: (n,) typed PRNG keys, one a sample.
-      labels: (n,) int; num_classes means unlabelled.
+      labels: of all samples, as of `Transformer`; None for none, and then no guidance.
       start_probs: (n, h, w, c), of the bits at the first time.
       known: of inpainting.
       times: (S + 1,), to 0.
@@ -72,17 +72,14 @@ def sample_codes(
       denoiser, pair, threshold_last, corrector_steps, return_trajectory: static.
       The last ones as of `sampling.reverse_process`, which says what is returned.
     """
-    num_classes = denoiser.network.num_classes
 
-    def output(z_t, t, labels):
+    def output(z_t, t, labels=None):
         return denoiser.output(params, z_t, jnp.full(len(z_t), t), labels)
 
-    conditional = functools.partial(output, labels=labels)
-    unconditional = functools.partial(output, labels=jnp.full_like(labels, num_classes))
-    guided = sampling.guide(conditional, unconditional)
+    guided = sampling.guide(functools.partial(output, labels=labels), output)
 
     def denoise(z_t, t, w):
-        logit = guided(z_t, t, w) if num_classes else conditional(z_t, t)
+        logit = output(z_t, t) if labels is None else guided(z_t, t, w)
         return denoiser.flip_logit(logit, z_t, jnp.full(len(z_t), t), pair, temperature)
 
     return sampling.reverse_process(
@@ -105,7 +102,7 @@ def sample_codes(
 def code_lengths(
     params: Any,
     keys: Array,
-    labels: Array,
+    labels: Array | None,
     codes: Array,
     times: Array,
     *,
@@ -141,12 +138,13 @@ def map_batches(function: Callable, batch_size: int, *arrays: Any) -> Any:
     Args:
       function: of a batch of each of `arrays`, to an array or a tree of arrays.
       batch_size: at most.
-      *arrays: of one length.
+      *arrays: of one length; None stays None.
     """
     n = len(arrays[0])
     batch_size = min(batch_size, n)
     results = []
     for start in range(0, n, batch_size):
         take = np.minimum(np.arange(start, start + batch_size), n - 1)
-        results.append(jax.device_get(function(*[array[take] for array in arrays])))
+        batch = [None if array is None else array[take] for array in arrays]
+        results.append(jax.device_get(function(*batch)))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *results)

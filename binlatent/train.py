@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from binlatent import build, checks, codes, evaluate, outputs, weights
-from binlatent.checkpoint import Checkpoints
+from binlatent.checkpoint import Checkpoints, as_config
 from binlatent.data import loader
 from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float
@@ -25,7 +25,7 @@ from binlatent.errors import UserError
 from binlatent.logbook import Logbook
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.stages import prior as prior_stage
-from binlatent.stages.state import TrainState, create_state, parallel, replicate, shard
+from binlatent.stages.state import TrainState, parallel, replicate, shard
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,27 @@ def with_classes(config: Config, source: Source) -> Config:
             f"set it to that, to 0 to ignore labels, or to -1."
         )
     return config
+
+
+def _check_labels(config: Config, source: Source) -> None:
+    """Refuses data without the features of texts for a prior of texts, and the other way round.
+
+    Raises:
+      UserError: saying what to change.
+    """
+    condition, width = config.prior.condition, config.prior.text_width
+    shape = np.shape(source.examples[0]["label"]) if config.data.texts else ()
+    if len(shape) != {"class": 0, "text_token": 1, "text_cross": 2}[condition]:
+        raise UserError(
+            f"config.prior.condition is {condition!r}, which needs config.data.texts = "
+            f"{condition != 'class'}"
+            + (f", but the features beside the images have the shape {shape}." if shape else ".")
+        )
+    if shape and shape[-1] != width:
+        raise UserError(
+            f"The features beside the images have {shape[-1]} numbers, but config.prior.text_width "
+            f"is {width}."
+        )
 
 
 def _check_batch(train: Config, accumulate: int = 1) -> None:
@@ -134,18 +155,17 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     _check_batch(config.prior.train)
     source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
     config = with_classes(config, source)
+    _check_labels(config, source)
     encoder = BinaryLatentDiffusion.from_workdir(workdir, config, prior=False)
     if config.prior.cache_codes:
         source = codes.cached_codes(encoder, source, workdir / "codes")
     model, denoiser = build.autoencoder(config), build.denoiser(config)
-    optimizer = build.optimizer(config.prior.train)
-    init_key, base_key = jax.random.split(build.key(config.seed, "prior"))
     step = functools.partial(
         prior_stage.train_step,
         encode=functools.partial(model.apply, method="probs"),
         denoiser=denoiser,
         objective=build.prior_objective(config),
-        optimizer=optimizer,
+        optimizer=build.optimizer(config.prior.train),
         ema_decay=config.prior.train.ema_decay,
     )
     step = parallel(step, num_frozen=1)
@@ -156,7 +176,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     stage = Stage(
         name="prior",
         train=config.prior.train,
-        state=create_state(base_key, build.init_prior(config, init_key), optimizer),
+        state=build.init_prior_state(config),
         step=lambda state, batch, _: step(state, batch, encoder_params),
         batches=_batches(source, config.prior.train, config.seed),
         encoder=encoder.encoder_fingerprint,
@@ -197,7 +217,9 @@ def _check_finite(window: list[dict], step: int, saved: int | None) -> dict[str,
     for i, metrics in enumerate(window):
         for name, value in metrics.items():
             if not math.isfinite(value):
-                where = f"checkpoint of step {saved}" if saved else "start, nothing was saved yet"
+                where = "start, nothing was saved yet"
+                if saved is not None:
+                    where = f"checkpoint of step {saved}"
                 raise UserError(
                     f"{name} is {value} at step {step - len(window) + i + 1}. The last good state "
                     f"is the {where}. Lower the learning rate; if it fails again at once, delete "
@@ -223,14 +245,18 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
         saved = checkpoints.latest_step()
         if saved is not None:
             meta = checkpoints.meta()
-            checks.check_resumable(config, Config(meta["config"]), stage.name)
+            trained_here = meta["data"] is not None  # and not converted alone
+            checks.check_resumable(
+                config, as_config(meta["config"]), stage.name, same_data=trained_here
+            )
             checkpoints.check_encoder(stage.encoder)
             if saved >= num_steps:
                 log.info("The %s is trained: %d steps in %s.", stage.name, saved, workdir)
                 return checkpoints.restore(state)
             log.info("The %s goes on from step %d in %s.", stage.name, saved, workdir)
             state, step, seconds = checkpoints.restore(state), saved, meta["seconds"]
-            stage.batches.set_state(meta["data"])
+            if trained_here:
+                stage.batches.set_state(meta["data"])
         started = time.monotonic() - seconds
         window, window_seconds = [], 0.0
         with Logbook(workdir, stage.name, step, num_steps) as logbook, _interruption() as stop:

@@ -23,6 +23,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     data.path = ""
     data.image_size = 256
     data.channels = 3
+    data.texts = False  # labels are texts' features, in a .npy file beside each image of a folder
     data.num_classes = -1  # -1: what the dataset has; 0: ignore its labels
 
     config.autoencoder = autoencoder = ml_collections.ConfigDict()
@@ -75,6 +76,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     prior.width = 512
     prior.num_layers = 24
     prior.num_heads = 8
+    prior.condition = "class"  # if the data has any; or "text_token", "text_cross"
+    prior.text_width = 768  # of a text's features, as of CLIP ViT-L/14
     prior.num_timesteps = 64
     prior.continuous = False  # train on all times in (0, T], not on 1..T alone
     prior.schedule = "linear"  # or "cos", "sigmoid", "given"

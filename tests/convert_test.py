@@ -1,6 +1,5 @@
-"""Converting other projects' weights, and how commands report errors."""
+"""Reading PyTorch's files, and converting VGG16."""
 
-import logging
 import pickle
 import sys
 
@@ -8,7 +7,7 @@ import drawn
 import numpy as np
 import pytest
 
-from binlatent import command, convert, weights
+from binlatent import convert, weights
 from binlatent.errors import UserError
 
 
@@ -164,28 +163,3 @@ def test_the_whole_path_from_a_checkpoint(state, tmp_path):
     convert.main(["vgg16", "--from", str(source), "--out", str(out)])
     kernel = weights.read_vgg16(out)["params"]["conv4_2"]["kernel"]
     np.testing.assert_array_equal(kernel.transpose(3, 2, 0, 1), state["features.19.weight"])
-
-
-@pytest.mark.parametrize(
-    "error, line, code",
-    [
-        (UserError("what is wrong: do this."), "Error: What is wrong: do this.\n", 1),
-        (UserError("config.seed is wrong."), "Error: config.seed is wrong.\n", 1),
-        (PermissionError(13, "Denied", "x.png"), "Error: [Errno 13] Denied: 'x.png'\n", 1),
-        (KeyboardInterrupt(), "Interrupted.\n", 130),
-    ],
-)
-def test_a_command_reports_an_error_as_one_line(capsys, error, line, code):
-    with pytest.raises(SystemExit) as exit_, command.reporting():
-        raise error
-    assert exit_.value.code == code
-    assert capsys.readouterr() == ("", line)
-
-
-def test_a_command_logs_the_package_alone_and_leaves_other_errors(capsys):
-    with command.reporting():
-        logging.getLogger("binlatent.x").info("progress")
-        logging.getLogger("other").info("noise")
-    assert capsys.readouterr().err == "progress\n"
-    with pytest.raises(ZeroDivisionError), command.reporting():
-        raise ZeroDivisionError

@@ -106,7 +106,7 @@ class Flags:
     def __exit__(self, *_):
         for name in (
             *("num", "steps", "temperature", "guidance", "label", "out", "config"),
-            *("image", "mask", "strength", "option", "seed"),
+            *("image", "mask", "strength", "option", "seed", "features"),
         ):
             main.FLAGS[name].unparse()
 

@@ -1,14 +1,17 @@
-"""Shapes, invariances and precision of the transformer."""
+"""The transformer agrees with the authors'; its invariances and precision."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import reference
 
+from binlatent import released
 from binlatent.models.transformer import Transformer, sine_positions_2d
 
 
-def make_transformer(**fields):
-    return Transformer(width=16, num_layers=2, num_heads=2, **fields)
+def make_transformer(condition):
+    return Transformer(16, 2, 2, condition, num_classes=3, text_width=6)
 
 
 def with_random_head(params, seed=0):
@@ -19,58 +22,96 @@ def with_random_head(params, seed=0):
     return jax.tree.unflatten(tree, noisy)
 
 
-def test_transformer_starts_at_zero_and_keeps_the_shape_of_the_code():
-    z = jnp.ones((3, 4, 2, 5))
-    model = make_transformer(num_classes=10)
-    output, _ = model.init_with_output(jax.random.key(0), z, jnp.ones(3), jnp.zeros(3, jnp.int32))
-    np.testing.assert_array_equal(output, np.zeros_like(z))
+LABELS = {
+    "none": None,
+    "class": jnp.array([0, 1, 2, 1]),
+    "text_token": jax.random.normal(jax.random.key(7), (4, 6)),
+    "text_cross": jax.random.normal(jax.random.key(8), (4, 3, 6)),
+}
+Z = jax.random.bernoulli(jax.random.key(5), shape=(4, 2, 3, 5)).astype(jnp.float32)
+TIME = jnp.array([0.0, 0.5, 0.7, 0.99])
 
 
-def test_transformer_reads_time_label_and_every_token():
-    model = make_transformer(num_classes=10)
-    z = jax.random.bernoulli(jax.random.key(5), shape=(1, 4, 4, 5)).astype(jnp.float32)
-    t, label = jnp.array([0.5]), jnp.array([3])
-    params = with_random_head(model.init(jax.random.key(0), z, t, label))
-    base = model.apply(params, z, t, label)
-    flipped = z.at[0, 3, 3, 0].set(1 - z[0, 3, 3, 0])
-    for other in (
-        model.apply(params, z, jnp.array([0.25]), label),
-        model.apply(params, z, t, jnp.array([10])),
-        model.apply(params, flipped, t, label),
-    ):
+@pytest.fixture(params=LABELS)
+def made(request):
+    """A network of each condition, with its parameters and labels."""
+    model, label = make_transformer(request.param), LABELS[request.param]
+    params = model.init(jax.random.key(0), Z, TIME, label)
+    return model, with_random_head(params), label
+
+
+@pytest.mark.parametrize("name", reference.PRIORS)
+def test_logits_agree_with_the_reference_numbers(name):
+    condition, io = name.removeprefix("prior_"), reference.io(name)
+    condition = "none" if condition == "uncond" else condition
+    width = io["label"].shape[-1] if condition.startswith("text") else 0
+    model = Transformer(64, 3, 4, condition, num_classes=10, text_width=width)
+    z, time = io["z"].reshape(3, 8, 8, 16).astype(np.float32), (io["t"] - 1) / np.float32(64)
+    label = io.get("label")
+    like = jax.eval_shape(model.init, jax.random.key(0), z, time, label)
+    params = {"params": reference.variables(name, like["params"], released.prior_tensors)}
+
+    @jax.jit
+    @jax.default_matmul_precision("highest")
+    def logits(*condition):
+        return model.apply(params, z, time, *condition).reshape(3, 64, 16)
+
+    np.testing.assert_allclose(logits(label), io["logits"], atol=2e-5)
+    if label is None:
+        return
+    np.testing.assert_allclose(logits(), io["logits_uncond"], atol=2e-5)
+    given = np.array([True, False, True])  # images of both kinds in one batch
+    expected = np.where(given[:, None, None], io["logits"], io["logits_uncond"])
+    np.testing.assert_allclose(logits(label, given), expected, atol=2e-5)
+
+
+def test_transformer_starts_at_zero_and_keeps_the_shape_of_the_code(made):
+    model, _, label = made
+    output, _ = model.init_with_output(jax.random.key(0), Z, TIME, label)
+    np.testing.assert_array_equal(output, np.zeros_like(Z))
+
+
+def test_transformer_reads_time_label_and_every_token(made):
+    model, params, label = made
+    base = model.apply(params, Z, TIME, label)
+    others = [
+        model.apply(params, Z, TIME + 0.1, label),
+        model.apply(params, Z.at[:, 1, 2, 0].set(1 - Z[:, 1, 2, 0]), TIME, label),
+    ]
+    if label is not None:
+        others += [model.apply(params, Z, TIME, label[::-1]), model.apply(params, Z, TIME)]
+    for other in others:
         # The first token's output changes, so information travels to it.
         assert np.abs(np.asarray(other - base))[0, 0, 0].max() > 1e-5
 
 
-def test_transformer_treats_images_of_a_batch_apart():
-    model = make_transformer(num_classes=3)
-    z = jax.random.bernoulli(jax.random.key(5), shape=(4, 2, 2, 5)).astype(jnp.float32)
-    t, label = jnp.array([0.1, 0.5, 0.7, 1.0]), jnp.array([0, 1, 2, 3])
-    params = with_random_head(model.init(jax.random.key(0), z, t, label))
-    together = model.apply(params, z, t, label)
+def test_transformer_treats_images_of_a_batch_apart(made):
+    model, params, label = made
+    given = jnp.array([True, False, True, True])
+    together = model.apply(params, Z, TIME, label, given)
     for i in range(4):
-        alone = model.apply(params, z[i : i + 1], t[i : i + 1], label[i : i + 1])
+        own = None if label is None or not given[i] else label[i : i + 1]
+        alone = model.apply(params, Z[i : i + 1], TIME[i : i + 1], own)
         np.testing.assert_allclose(alone[0], together[i], atol=1e-5)
 
 
-def test_transformer_in_bfloat16_gives_float32_logits_that_agree_roughly():
-    z = jax.random.bernoulli(jax.random.key(5), shape=(4, 2, 2, 5)).astype(jnp.float32)
-    t, label = jnp.array([0.1, 0.5, 0.7, 1.0]), jnp.array([0, 1, 2, 3])
-    full, half = (make_transformer(num_classes=3, dtype=d) for d in (jnp.float32, jnp.bfloat16))
-    params = half.init(jax.random.key(0), z, t, label)
+def test_a_label_that_is_not_given_has_no_gradient(made):
+    model, params, label = made
+    if label is None or label.dtype == jnp.int32:
+        return
+    given = jnp.array([True, False, True, True])
+    gradient = jax.grad(lambda x: jnp.sum(model.apply(params, Z, TIME, x, given) ** 2))(label)
+    size = np.abs(np.asarray(gradient)).reshape(4, -1).max(axis=1)
+    np.testing.assert_array_equal(size > 0, given)
+
+
+def test_transformer_in_bfloat16_gives_float32_logits_that_agree_roughly(made):
+    model, params, label = made
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
-    params = with_random_head(params)
-    logits = half.apply(params, z, t, label)
+    half = model.clone(dtype=jnp.bfloat16)
+    logits = half.apply(params, Z, TIME, label)
     assert logits.dtype == jnp.float32
-    np.testing.assert_allclose(logits, full.apply(params, z, t, label), atol=0.1)
-
-
-def test_transformer_without_classes_needs_no_label():
-    model = make_transformer()
-    z = jnp.ones((1, 2, 2, 5))
-    params = model.init(jax.random.key(0), z, jnp.ones(1))
-    assert not any("Embed" in jax.tree_util.keystr(k) for k, _ in jax.tree.leaves_with_path(params))
-    assert model.apply(params, z, jnp.ones(1)).shape == z.shape
+    np.testing.assert_allclose(logits, model.apply(params, Z, TIME, label), atol=0.15)
 
 
 def test_positions_are_sines_of_row_and_column():

@@ -91,7 +91,6 @@ def test_temperature_guidance_and_label_do_not_recompile(pipeline):
     baseline = pipeline.sample_codes(4, jax.random.key(0), 0, steps=3)
     for options in (
         dict(label=3),
-        dict(label=None),
         dict(label=0, temperature=0.3),
         dict(label=0, guidance=4.0),
         dict(label=0, guidance=0.0),

@@ -34,8 +34,8 @@ def train_batches(
       shard: (index, count) of this host: the hosts deal one shuffled stream out in turn.
 
     Returns:
-      An iterator of {'image': float32 (b, h, w, c) in [-1, 1], 'label': int32 (b,)}; keys other
-      than these two keep their values.
+      An iterator of {'image': float32 (b, h, w, c) in [-1, 1], 'label': int32 (b,), or float32
+      with the features of texts}; keys other than these two keep their values.
     """
     index, count = shard
     # Repeated before it is dealt out: hosts need no equal shares, and a batch may span epochs.
@@ -72,7 +72,8 @@ def test_batches(source: Source, batch_size: int) -> Iterator[tuple[Batch, np.nd
 
 def _to_arrays(batch: dict[str, Any]) -> Batch:
     # Whole batches at once: a conversion an example costs more than the arithmetic.
-    batch = dict(batch, label=np.asarray(batch["label"], np.int32))
+    label = np.asarray(batch["label"])
+    batch = dict(batch, label=label.astype(np.float32 if label.dtype.kind == "f" else np.int32))
     if "image" in batch:
         batch["image"] = transforms.to_float(batch["image"])
     return batch

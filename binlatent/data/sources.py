@@ -39,11 +39,13 @@ class Examples(Protocol):
 class Source:
     """One split of a dataset."""
 
-    examples: Examples  # of images: {'image': uint8 (h, w, c), 'label': int}
+    examples: Examples  # of images: {'image': uint8 (h, w, c), 'label': int or float array}
     num_classes: int  # 0: unlabelled, and every label is 0
 
 
-def open_source(name: str, path: str, split: str, image_size: int, channels: int) -> Source:
+def open_source(
+    name: str, path: str, split: str, image_size: int, channels: int, texts: bool = False
+) -> Source:
     """Opens one split of a dataset; one of TFDS is first prepared, as ArrayRecord, where needed.
 
     TFDS datasets without a test split test on `validation`, and without that on the last tenth of
@@ -55,9 +57,12 @@ def open_source(name: str, path: str, split: str, image_size: int, channels: int
       split: "train" or "test".
       image_size: side of the images in pixels.
       channels: 1 or 3.
+      texts: whether the labels are not classes but the features of texts: of a folder, in a file
+        x.npy beside each image x.png, (e,) or (m, e), all of one shape.
 
     Returns:
-      Examples {'image': uint8 (image_size, image_size, channels), 'label': int}.
+      Examples {'image': uint8 (image_size, image_size, channels), 'label': int}, or with the
+      features, float32, as the label.
 
     Raises:
       UserError: for an unknown name, a missing folder, a dataset without images or one that cannot
@@ -71,7 +76,9 @@ def open_source(name: str, path: str, split: str, image_size: int, channels: int
             f"not size {image_size} and {channels} channels"
         )
     if name == "folder":
-        count, num_classes, read = _open_folder(path, split)
+        count, num_classes, read = _open_folder(path, split, texts)
+    elif texts:
+        raise UserError(f"data.texts is for data.name=folder; {name!r} has no features of texts")
     else:
         count, num_classes, read = _open_tfds(name, os.path.expanduser(path), split)
 
@@ -79,12 +86,12 @@ def open_source(name: str, path: str, split: str, image_size: int, channels: int
         file, what, label = read(index)
         return {"image": read_image(file, what, image_size, channels), "label": label}
 
-    keep = count * image_size**2 * channels <= _KEPT_BYTES
+    keep = count * image_size**2 * channels <= _KEPT_BYTES and not texts
     return Source(_Examples(count, read_example, keep), num_classes)
 
 
 # Gives an encoded image, its name for messages, and its label.
-_Read = Callable[[int], tuple[str | BinaryIO, str, int]]
+_Read = Callable[[int], tuple[str | BinaryIO, str, int | np.ndarray]]
 
 
 class _Examples:
@@ -124,14 +131,46 @@ def read_image(file: str | BinaryIO, what: str, image_size: int, channels: int) 
         raise UserError(f"cannot read the image {what}, replace or remove it: {error}") from error
 
 
-def _open_folder(path: str, split: str) -> tuple[int, int, _Read]:
+def _open_folder(path: str, split: str, texts: bool) -> tuple[int, int, _Read]:
     listing = folder.list_images(path, split)
+    if not texts:
 
-    def read(index: int) -> tuple[str, str, int]:
+        def read(index: int) -> tuple[str, str, int]:
+            file = listing.files[index]
+            return file, repr(file), listing.labels[index]
+
+        return len(listing.files), listing.num_classes, read
+
+    shape = _read_features(listing.files[0]).shape
+
+    def read_with_text(index: int) -> tuple[str, str, np.ndarray]:
         file = listing.files[index]
-        return file, repr(file), listing.labels[index]
+        features = _read_features(file)
+        if features.shape != shape:
+            raise UserError(
+                f"the text's features beside {file!r} have the shape {features.shape}, those of "
+                f"the first image {shape}: bring all to one"
+            )
+        return file, repr(file), features
 
-    return len(listing.files), listing.num_classes, read
+    return len(listing.files), 0, read_with_text
+
+
+def _read_features(image: str) -> np.ndarray:
+    """Returns what the .npy file beside an image holds, float32, (e,) or (m, e)."""
+    file = os.path.splitext(image)[0] + ".npy"
+    try:
+        features = np.load(file, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"data.texts needs the features of a text beside each image: there is no {file!r}"
+        ) from error
+    except Exception as error:  # by where the damage is
+        raise UserError(f"{file!r} is no .npy file of numbers: {error}") from error
+    numbers = isinstance(features, np.ndarray) and features.dtype.kind in "fiu"
+    if not numbers or features.ndim not in (1, 2) or not np.isfinite(features).all():
+        raise UserError(f"{file!r} must hold finite numbers, (e,) or (m, e)")
+    return features.astype(np.float32)
 
 
 def _open_tfds(name: str, data_dir: str, split: str) -> tuple[int, int, _Read]:

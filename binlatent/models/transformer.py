@@ -1,6 +1,14 @@
 """The prior's network: a plain transformer over the tokens of a code (paper, 5.1; supplement B.1).
 
-Dimensions: n batch, h w latent grid, l = h w tokens, c bits, d width.
+It is the network of the authors' released weights, named as they are, so that these load without a
+table of names.
+
+Dimensions: n batch, h w latent grid, l = h w tokens, c bits, d width, m tokens of a text, e width
+of a text's features.
+
+A condition is one of `CONDITIONS`: a class or a text vector becomes a token that is appended to the
+others; the tokens of a text are attended to in every block. Without its label an image has no such
+token, or attends to a learned one in place of the text's.
 """
 
 from typing import Any
@@ -12,12 +20,21 @@ from flax import linen as nn
 
 Array = jax.Array
 
+CONDITIONS = ("class", "text_token", "text_cross")
 
-def sine_features(x: Array, num_features: int, max_period: float = 10_000.0) -> Array:
-    """Returns sines and cosines of x at geometric frequencies: (m,) -> (m, num_features)."""
-    frequencies = max_period ** -jnp.linspace(0.0, 1.0, num_features // 2, endpoint=False)
+
+def sine_features(x: Array, frequencies: np.ndarray) -> Array:
+    """Returns sines and cosines of x at f frequencies: (m,) -> (m, 2 f)."""
     angles = x[:, None] * frequencies[None, :]
     return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def time_features(time: Array, num_features: int) -> Array:
+    """Returns the features of times, (t - 1) / T: (n,) -> (n, num_features)."""
+    # In float32 all along, as the authors: at 4,000 periods the last digit of a frequency counts.
+    steps = np.arange(num_features // 2, dtype=np.float32)
+    exponents = steps * np.float32(-np.log(10_000) / (num_features // 2 - 1))
+    return sine_features(4000 * time, np.exp(exponents))
 
 
 def sine_positions_2d(height: int, width: int, num_features: int) -> Array:
@@ -26,31 +43,105 @@ def sine_positions_2d(height: int, width: int, num_features: int) -> Array:
     The first half of the features encodes the row, the second the column.
     """
     rows, columns = np.divmod(np.arange(height * width), width)
+    half = num_features // 2
+    frequencies = 10_000.0 ** -np.linspace(0.0, 1.0, half // 2, endpoint=False)
     return jnp.concatenate(
-        [sine_features(jnp.asarray(axis), num_features // 2) for axis in (rows, columns)], axis=-1
+        [sine_features(jnp.asarray(axis), frequencies) for axis in (rows, columns)], axis=-1
     )
 
 
+def _norm(dtype: Any, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
+
+
+class TimeEmbedding(nn.Module):
+    """Times to tokens: (n,) -> (n, width)."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, time: Array) -> Array:
+        x = nn.Dense(self.width, dtype=self.dtype, name="l0")(time_features(time, self.width))
+        return nn.Dense(self.width, dtype=self.dtype, name="linear")(nn.swish(x))
+
+
+def _attend(q: Array, k: Array, v: Array, n: int, num_heads: int, mask: Array | None) -> Array:
+    """Returns rows (n tokens, d) of attention; mask is bool (n, keys), what may be attended to."""
+    heads = (n, -1, num_heads, q.shape[-1] // num_heads)
+    q, k, v = (y.reshape(heads) for y in (q, k, v))
+    mask = None if mask is None else mask[:, None, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask).reshape(-1, heads[2] * heads[3])
+
+
+class SelfAttention(nn.Module):
+    """Attention within each of n images: rows (n tokens, d) to the same shape."""
+
+    num_heads: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, n: int, mask: Array | None) -> Array:
+        """The mask is bool (n, tokens), what may be attended to; None for all."""
+        d = x.shape[-1]
+        qkv = nn.Dense(3 * d, dtype=self.dtype, name="qkv")(x)
+        y = _attend(*jnp.split(qkv, 3, axis=-1), n, self.num_heads, mask)
+        return nn.Dense(d, dtype=self.dtype, name="proj")(y)
+
+
+class CrossAttention(nn.Module):
+    """Attention of each of n images to its text: rows (n tokens, d) to the same shape."""
+
+    num_heads: int
+    text_width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, n: int, text: Array | None, given: Array | None) -> Array:
+        """The text is (n, m, e); where it is not given, bool (n,), a learned token is in place."""
+        d, mask = x.shape[-1], None
+        null = self.param("null_emb", nn.initializers.normal(0.01), (1, self.text_width))
+        if text is None:
+            text = jnp.broadcast_to(null, (n, 1, self.text_width))
+        elif given is not None:
+            mask = given[:, None] | (jnp.arange(text.shape[1]) == 0)[None]
+            text = jnp.where(given[:, None, None], text, null[None])
+        q = nn.Dense(d, dtype=self.dtype, name="query")(x)
+        kv = nn.Dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
+        y = _attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, mask)
+        return nn.Dense(d, dtype=self.dtype, name="proj")(y)
+
+
 class Block(nn.Module):
-    """Pre-norm self-attention and MLP.
+    """Pre-norm attention, also to a text if it has a width, and MLP, each scaled by a vector.
 
     Tokens come as rows, (n tokens, d): XLA's CPU backend is slower on matrix products of three
     dimensions. Elsewhere it is all the same.
     """
 
     num_heads: int
+    text_width: int = 0
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, n: int) -> Array:
-        """Maps (n tokens, d) to the same shape; attention is within each of the n images."""
-        d = x.shape[-1]
-        qkv = nn.Dense(3 * d, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x))
-        qkv = qkv.reshape(n, -1, 3 * self.num_heads, d // self.num_heads)
-        y = jax.nn.dot_product_attention(*jnp.split(qkv, 3, axis=2)).reshape(-1, d)
-        x = x + nn.Dense(d, dtype=self.dtype)(y)
-        y = nn.Dense(4 * d, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x))
-        return x + nn.Dense(d, dtype=self.dtype)(nn.gelu(y))
+    def __call__(
+        self, x: Array, n: int, mask: Array | None, text: Array | None, given: Array | None
+    ) -> Array:
+        """Maps (n tokens, d) to the same shape; the others as of the two kinds of attention."""
+        d, dtype = x.shape[-1], self.dtype
+
+        def scaled(name: str, y: Array) -> Array:
+            gamma = self.param(name, nn.initializers.ones, (d,))
+            return gamma.astype(dtype)[None] * y
+
+        attention = SelfAttention(self.num_heads, dtype, name="attn")
+        x = x + scaled("gamma_1", attention(_norm(dtype, "ln1")(x), n, mask))
+        if self.text_width:
+            attention = CrossAttention(self.num_heads, self.text_width, dtype, name="cross")
+            x = x + scaled("gamma_1_5", attention(_norm(dtype, "ln1_5")(x), n, text, given))
+        y = nn.Dense(4 * d, dtype=dtype, name="mlp_0")(_norm(dtype, "ln2")(x))
+        y = nn.Dense(d, dtype=dtype, name="mlp_2")(nn.gelu(y, approximate=False))
+        return x + scaled("gamma_2", y)
 
 
 class Transformer(nn.Module):
@@ -59,47 +150,65 @@ class Transformer(nn.Module):
     Fields:
       width: d, a multiple of 4 and of num_heads.
       num_layers, num_heads: of the blocks.
-      num_classes: 0 for no class token.
+      condition: of `CONDITIONS`, or "none".
+      num_classes: of the condition "class".
+      text_width: e, of a text condition.
     """
 
     width: int
     num_layers: int
     num_heads: int
+    condition: str = "none"
     num_classes: int = 0
+    text_width: int = 0
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, z_t: Array, time: Array, label: Array | None = None) -> Array:
+    def __call__(
+        self, z_t: Array, time: Array, label: Array | None = None, given: Array | None = None
+    ) -> Array:
         """Applies the network.
 
         Args:
           z_t: (n, h, w, c) in {0, 1}.
-          time: (n,), t / T in (0, 1], T being that of training whatever the sampler visits.
-          label: (n,) int in 0..num_classes, where num_classes means unlabelled; ignored without
-            classes.
+          time: (n,), (t - 1) / T in (-1 / T, 1), T being that of training whatever the sampler
+            visits.
+          label: int (n,) in 0..num_classes - 1 for a class, (n, e) or (n, m, e) for a text; None
+            where no image has one. Ignored without a condition.
+          given: bool (n,), which images have their label, None for all.
 
         Returns:
           (n, h, w, c), float32. Zero at initialisation.
         """
         n, h, w, c = z_t.shape
-        x = nn.Dense(self.width, dtype=self.dtype)(2 * z_t.reshape(n, h * w, c) - 1)
-        positions = self.param("positions", lambda _: sine_positions_2d(h, w, self.width))
+        tok_emb = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="tok_emb")
+        x = tok_emb(2 * z_t.reshape(n, h * w, c) - 1)
+        positions = self.param("pos_emb", lambda _: sine_positions_2d(h, w, self.width))
         x = x + positions.astype(self.dtype)[None]
-
-        # Times in thousandths, so that the fastest sine tells neighbouring times apart.
-        time_token = nn.Dense(self.width, dtype=self.dtype)(sine_features(1000 * time, self.width))
-        time_token = nn.Dense(self.width, dtype=self.dtype)(nn.swish(time_token))
+        time_token = TimeEmbedding(self.width, self.dtype, name="time_step_embedding")(time)
         tokens = [x, time_token[:, None]]
-        if self.num_classes:
-            embed = nn.Embed(self.num_classes + 1, self.width, dtype=self.dtype)
-            tokens.append(embed(label)[:, None])
+        text = label if self.condition == "text_cross" else None
+        mask = None
+        if self.condition in ("class", "text_token") and label is not None:
+            tokens.append(self._embed_label(label)[:, None])
+            if given is not None:
+                mask = given[:, None] | (jnp.arange(h * w + 2) < h * w + 1)[None]
         x = jnp.concatenate(tokens, axis=1).reshape(-1, self.width)
 
-        for _ in range(self.num_layers):
-            x = Block(self.num_heads, self.dtype)(x, n)
+        text_width = self.text_width if self.condition == "text_cross" else 0
+        for i in range(self.num_layers):
+            block = Block(self.num_heads, text_width, self.dtype, name=f"blocks_{i}")
+            x = block(x, n, mask, text, given)
         x = x.reshape(n, -1, self.width)[:, : h * w].reshape(n * h * w, self.width)
-        x = nn.LayerNorm(dtype=jnp.float32)(x)
+        x = _norm(jnp.float32, "ln_f")(x)
         # Zero: with the evidence form the untrained network is then right about every bit's own
         # evidence, and otherwise says "one half".
-        x = nn.Dense(c, dtype=jnp.float32, kernel_init=nn.initializers.zeros)(x)
+        x = nn.Dense(c, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head")(x)
         return x.reshape(n, h, w, c)
+
+    def _embed_label(self, label: Array) -> Array:
+        """(n,) int or (n, e) -> (n, d)."""
+        if self.condition == "class":
+            embed = nn.Embed(self.num_classes, self.width, dtype=self.dtype, name="cls_embedding")
+            return embed(label)
+        return nn.Dense(self.width, dtype=self.dtype, name="cls_embedding")(label)

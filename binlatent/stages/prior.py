@@ -44,16 +44,23 @@ class Denoiser:
         """Returns k_t in float32 for times in [0, T], whole or not, of any shape."""
         return schedules.keep_at(self.schedule, jnp.asarray(t, jnp.float32) / self.num_timesteps)
 
-    def output(self, params: Any, z_t: Array, t: Array, label: Array) -> Array:
+    def output(
+        self,
+        params: Any,
+        z_t: Array,
+        t: Array,
+        label: Array | None = None,
+        given: Array | None = None,
+    ) -> Array:
         """Returns the network's output, float32, (n, h, w, c).
 
         Args:
           params: of the network.
           z_t: (n, h, w, c) in {0, 1}.
           t: (n,) in (0, T].
-          label: (n,) int; `num_classes` means unlabelled.
+          label, given: as of `Transformer`.
         """
-        return self.network.apply(params, z_t, t / self.num_timesteps, label)
+        return self.network.apply(params, z_t, (t - 1) / self.num_timesteps, label, given)
 
     def flip_logit(
         self,
@@ -189,8 +196,7 @@ def predict(
     k_t = _by_image(denoiser.keep_at(noise.t))
     k_s = _by_image(denoiser.keep_at(jnp.maximum(noise.t - 1, 0)))
     z_t = bernoulli.draw(noise.z_t, bernoulli.forward_probs(z_0, k_t))
-    label = jnp.where(noise.unlabelled, denoiser.network.num_classes, label)
-    output = denoiser.output(params, z_t, noise.t, label)
+    output = denoiser.output(params, z_t, noise.t, label, ~noise.unlabelled)
     return Prediction(z_0, z_t, output, denoiser.flip_logit(output, z_t, noise.t), k_t, k_s)
 
 

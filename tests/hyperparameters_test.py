@@ -1,0 +1,134 @@
+"""What the names and shapes of the authors' checkpoints say of their networks."""
+
+import numpy as np
+import pytest
+import reference
+
+from binlatent import build, hyperparameters, released
+from binlatent.diffusion import schedules
+from binlatent.errors import UserError
+from configs import default
+
+AUTOENCODER = {
+    "data.image_size": 32,
+    "data.channels": 3,
+    "autoencoder.base_width": 32,
+    "autoencoder.multipliers": (1, 1, 2),
+    "autoencoder.num_blocks": 1,
+    "autoencoder.attention_resolutions": (8,),
+    "autoencoder.embedding_width": 64,
+    "autoencoder.norm_first": True,
+    "autoencoder.discriminator.width": 16,
+    "autoencoder.discriminator.num_layers": 3,
+}
+PRIOR = {
+    "tokens": 64,
+    "num_bits": 16,
+    "prior.width": 64,
+    "prior.num_layers": 3,
+    "data.num_classes": 0,
+}
+
+
+def checkpoint(name, what="checkpoint", change=None):
+    """A checkpoint, some of its tensors replaced, or removed by None."""
+    state = {**reference.state(name), **(change or {})}
+    state = {key: x for key, x in state.items() if x is not None}
+    return released.Checkpoint(state, what)
+
+
+@pytest.mark.parametrize("name, bits, depth", [("ae_c16", 16, 1), ("ae_c24_genmul2", 24, 2)])
+def test_autoencoders(name, bits, depth):
+    expected = {"autoencoder.num_bits": bits, "autoencoder.decoder_depth": depth}
+    assert hyperparameters.of_autoencoder(checkpoint(name), 32) == {**AUTOENCODER, **expected}
+
+
+@pytest.mark.parametrize(
+    "name, more",
+    [
+        ("prior_uncond", {}),
+        ("prior_class", {"prior.condition": "class", "data.num_classes": 10}),
+        ("prior_text_token", {"prior.condition": "text_token", "prior.text_width": 768}),
+        ("prior_text_cross", {"prior.condition": "text_cross", "prior.text_width": 32}),
+    ],
+)
+def test_priors(name, more):
+    found = checkpoint(name)
+    assert hyperparameters.of_prior(found) == {**PRIOR, **more}
+    assert hyperparameters.find_schedule(found) == ("linear", 64)
+
+
+def layout(**changes):
+    """The state dict of zeros of another architecture, by the keys of its config."""
+    config = default.get_config("released").unlock()
+    config.update_from_flattened_dict({"data.image_size": 64, "data.num_classes": 0, **changes})
+    params = reference.zeros(build.init_autoencoder, config)
+    return config, released.autoencoder_state(config, params, {})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"multipliers": (1,), "num_blocks": 1, "attention_resolutions": ()},
+        {"multipliers": (1, 2, 4), "num_blocks": 3, "attention_resolutions": (32, 16)},
+        {"multipliers": (2, 2), "num_blocks": 2, "decoder_depth": 1.5, "norm_first": False},
+        {"multipliers": (1, 1, 2, 2, 4), "num_blocks": 2, "decoder_depth": 3.0},  # C128's
+    ],
+)
+def test_other_architectures_are_found_again(changes):
+    small = {"base_width": 32, "embedding_width": 32, "num_bits": 5, "attention_resolutions": ()}
+    small = {f"autoencoder.{name}": value for name, value in {**small, **changes}.items()}
+    config, state = layout(**small)
+    found = hyperparameters.of_autoencoder(released.Checkpoint(state, "x"), 64)
+    section = {k.split(".")[1]: v for k, v in found.items() if k.startswith("autoencoder.")}
+    assert section == {name: config.autoencoder[name] for name in section}
+    assert "discriminator.width" not in found and len(section) == 8
+
+
+def test_what_is_no_such_network_is_said_by_name():
+    weight = np.zeros((32, 32, 3, 3), np.float32)
+    cases = [
+        ("ae_c16", {"ae.encoder.blocks.0.weight": None}, r"lacks ae\.encoder\.blocks\.0\.weight"),
+        ("ae_c16", {"ae.encoder.blocks.0.weight": np.zeros(3)}, r"\(3,\), which should have 4"),
+        ("ae_c16", {"ae.encoder.blocks.10.weight": None}, r"blocks\.10\.weight"),
+        (
+            "ae_c16",
+            {"ae.encoder.blocks.12.weight": weight},
+            "of ae.encoder are of an unknown order",
+        ),
+        ("ae_c16", {"ae.generator.blocks.13.weight": weight}, "of ae.generator"),
+        ("prior_class", {}, r"lacks ae\.encoder\.blocks\.0\.weight"),
+    ]
+    for name, change, message in cases:
+        with pytest.raises(UserError, match=f"no autoencoder of the authors' code: .*{message}"):
+            hyperparameters.of_autoencoder(checkpoint(name, "autoencoder", change), 32)
+    with pytest.raises(UserError, match=r"no prior .*: it lacks _denoise_fn\.tok_emb\.weight\."):
+        hyperparameters.of_prior(checkpoint("ae_c16", "prior"))
+
+
+@pytest.mark.parametrize("name", schedules.NAMES)
+@pytest.mark.parametrize("num_timesteps", [16, 64, 256])
+def test_a_schedule_is_known_by_its_values(name, num_timesteps):
+    keep = np.load("tests/data/schedules.npz").get(f"{name}_{num_timesteps}_k")
+    if keep is None:
+        keep = schedules.keep_schedule(name, num_timesteps)
+    found = released.Checkpoint({"scheduler.k_final": np.float32(keep)}, "prior")
+    assert hyperparameters.find_schedule(found) == (name, num_timesteps)
+
+
+def test_a_schedule_of_ones_own_or_none():
+    found = released.Checkpoint({"scheduler.k_final": np.float32([1, 0.5, 0.25, 0.125])}, "prior")
+    assert hyperparameters.find_schedule(found) == ((1.0, 0.5, 0.25, 0.125), 3)
+    assert hyperparameters.find_schedule(released.Checkpoint({}, "prior")) is None
+
+
+def test_flags_describe_the_released_models():
+    config = default.get_config("released").unlock()
+    config.autoencoder.num_bits, config.autoencoder.decoder_depth = 128, 3.0
+    words = hyperparameters.flags(config)
+    for flag in (
+        *("--codebook_size 128", "--latent_shape 1 16 16", "--ch_mult 1 1 2 2 4", "--gen_mul 3.0"),
+        *("--nf 128", "--emb_dim 256", "--total_steps 64", "--norm_first", "--p_flip"),
+    ):
+        assert flag in words
+    assert "--use_tanh" not in words and "--cross" not in words

@@ -1,0 +1,317 @@
+"""The authors' checkpoints become workdirs that do all a workdir does, and go back as they were.
+
+The state dicts are those of tests/reference.py, which needs no PyTorch; the last test writes and
+reads PyTorch's files where it is installed.
+"""
+
+import functools
+import importlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import reference
+from PIL import Image
+
+from binlatent import checkpoint, convert, masks, train
+from binlatent.errors import UserError
+from binlatent.pipeline import BinaryLatentDiffusion
+
+
+@pytest.fixture(scope="module", params=reference.AUTOENCODERS)
+def any_autoencoder(request, tmp_path_factory):
+    """A reference autoencoder's name, and its workdir."""
+    workdir = tmp_path_factory.mktemp(request.param)
+    convert.autoencoder(reference.state(request.param), workdir, image_size=32)
+    return request.param, workdir
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """A workdir of the autoencoder whose codes are as those of the reference priors."""
+    workdir = tmp_path_factory.mktemp("autoencoder")
+    convert.autoencoder(reference.state("ae_c16"), workdir, image_size=32)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def converted(autoencoder, tmp_path_factory):
+    """Gives the workdir of a reference prior, beside the autoencoder."""
+
+    @functools.cache
+    def convert_prior(name):
+        workdir = tmp_path_factory.mktemp(name)
+        convert.prior(reference.state(name), workdir, autoencoder=autoencoder, num_heads=4)
+        return workdir
+
+    return convert_prior
+
+
+def test_a_converted_autoencoder_gives_the_reference_numbers(any_autoencoder):
+    name, workdir = any_autoencoder
+    model, io = BinaryLatentDiffusion.from_workdir(workdir), reference.io(name)
+    with jax.default_matmul_precision("highest"):
+        probs, decoded = model.encode_probs(io["image"]), model.decode(io["code"])
+    np.testing.assert_allclose(probs, io["probs"], atol=2e-5)
+    np.testing.assert_allclose(decoded, np.clip(io["decoded"], -1, 1), atol=2e-5)
+
+
+def label_of(name):
+    return {"prior_uncond": None, "prior_class": 3}.get(name, reference.io(name).get("label", 0))
+
+
+@pytest.mark.parametrize("name", reference.PRIORS)
+def test_a_converted_prior_samples_inpaints_and_measures(converted, name):
+    model = BinaryLatentDiffusion.from_workdir(converted(name))
+    assert model.config.prior.pair == "balanced_plugin" and model.config.sample.threshold_last
+    label = label_of(name)
+    draw = dict(steps=4, guidance=2.0)
+    codes = model.sample_codes(3, jax.random.key(0), label, **draw)
+    assert codes.shape == (3, 8, 8, 16) and set(np.unique(codes)) == {0, 1}
+    assert 0.2 < codes.mean() < 0.8
+    if label is not None:
+        plain = model.sample_codes(3, jax.random.key(0), **draw)
+        assert np.any(plain != codes)
+        one = label if np.ndim(label) == 0 else label[0]
+        again = model.sample_codes(3, jax.random.key(0), one, **draw)
+        np.testing.assert_array_equal(again[0], codes[0])
+    images = reference.io("ae_c16")["image"]
+    keep = masks.preset("left", 32, 32)
+    one = label if np.ndim(label) == 0 else label[: len(images)]
+    filled = model.inpaint(images, keep, jax.random.key(1), one, steps=4)
+    np.testing.assert_array_equal(filled[:, keep], images[:, keep])
+    bits = model.code_lengths(codes, jax.random.key(2), label, steps=4)
+    assert np.all(bits > 0.5 * 8 * 8 * 16)  # far from what random weights have learned
+
+
+@pytest.mark.parametrize(
+    "name, label, message",
+    [
+        ("prior_uncond", 1, "unconditional"),
+        ("prior_class", 10, "between 0 and 9"),
+        ("prior_text_token", np.zeros(5), r"\(768,\) of a text, or 2 of them, not .* \(5,\)"),
+        ("prior_text_token", np.zeros((3, 768)), "or 2 of them, not an array of float64"),
+        ("prior_text_token", "a lion", "not an array of <U6"),
+        ("prior_text_cross", np.zeros((2, 32, 31)), r"\(tokens, 32\) of a text"),
+        ("prior_text_cross", np.zeros((0, 32)), r"\(tokens, 32\) of a text"),
+        ("prior_text_cross", np.full((1, 32), np.nan), "must be finite"),
+    ],
+)
+def test_a_label_of_another_kind_is_refused(converted, name, label, message):
+    model = BinaryLatentDiffusion.from_workdir(converted(name))
+    with pytest.raises(UserError, match=message):
+        model.sample_codes(2, jax.random.key(0), label, steps=2)
+
+
+def test_a_prior_is_put_beside_its_own_autoencoder_only(autoencoder, tmp_path, caplog):
+    state = reference.state("prior_class")
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="has no checkpoint of the autoencoder"):
+        convert.prior(state, out, autoencoder=tmp_path, num_heads=4)
+    other = tmp_path / "other"
+    convert.autoencoder(reference.state("ae_c24_genmul2"), other, image_size=32)
+    with pytest.raises(UserError, match="over 64 tokens of 16 bits, but .* 8 x 8 tokens of 24"):
+        convert.prior(state, out, autoencoder=other, num_heads=4)
+    with pytest.raises(UserError, match="other has an autoencoder already"):
+        convert.prior(state, other, autoencoder=autoencoder, num_heads=4)
+    with pytest.raises(UserError, match="width must be a multiple of 4 and of"):
+        convert.prior(state, out, autoencoder=autoencoder, num_heads=5)
+    with pytest.raises(UserError, match="schedule is linear in 64 steps: leave out --schedule"):
+        convert.prior(state, out, autoencoder=autoencoder, num_heads=4, schedule="cos")
+    assert not out.exists()
+    convert.prior(state, out, autoencoder=autoencoder, num_heads=4)
+    assert "was trained beside another autoencoder" in caplog.text
+    caplog.clear()
+    with pytest.raises(UserError, match="out has a checkpoint of the prior already"):
+        convert.prior(state, out, autoencoder=out, num_heads=4)
+    # The vectors that embed the bits are the autoencoder's own: nothing to warn of.
+    shutil.rmtree(out / "prior")
+    embed = reference.state("ae_c16")["ae.quantize.embed.weight"]
+    convert.prior({**state, "embedding_weight": embed}, out, autoencoder=out, num_heads=4)
+    assert "another autoencoder" not in caplog.text
+
+
+def test_what_a_prior_does_not_say_of_itself_is_an_argument(autoencoder, tmp_path):
+    state = reference.state("prior_uncond")
+    state = {name: x for name, x in state.items() if not name.startswith("scheduler.")}
+    for options, expected in (
+        ({}, ("linear", 64, "flip", "balanced_plugin", 1)),
+        (
+            dict(schedule="cos", num_timesteps=100, target="z_0", num_heads=2),
+            ("cos", 100, "z_0", "plain_mixture", 2),
+        ),
+        ({"pair": "plain_mixture"}, ("linear", 64, "flip", "plain_mixture", 1)),
+    ):
+        out = tmp_path / f"{len(options)}"
+        convert.prior(state, out, autoencoder=autoencoder, **options)
+        with checkpoint.Checkpoints.open(out, "prior") as checkpoints:
+            prior = checkpoints.config().prior
+        found = (prior.schedule, prior.num_timesteps, prior.target, prior.pair, prior.num_heads)
+        assert found == expected
+
+
+def test_an_autoencoder_is_not_what_a_flag_says_against_its_weights(autoencoder, tmp_path):
+    state = reference.state("ae_c16")
+    with pytest.raises(UserError, match="--norm_first: the checkpoint has norm"):
+        convert.autoencoder(state, tmp_path, image_size=32, norm_first=False)
+    with pytest.raises(UserError, match="image_size is 34, which the downsampling"):
+        convert.autoencoder(state, tmp_path, image_size=34)
+    with pytest.raises(UserError, match="has a checkpoint of the autoencoder already"):
+        convert.autoencoder(state, autoencoder, image_size=32)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """A folder of 20 images with features of texts beside them."""
+    folder, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for i in range(20):
+        image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+        np.save(folder / f"{i:02}.npy", rng.normal(size=(5, 32)))
+    return folder
+
+
+def fine_tuning(workdir, photos, **overrides):
+    """The config of a workdir, to train on two steps on other data."""
+    config = importlib.import_module("configs.workdir").get_config(str(workdir)).unlock()
+    tiny = {"batch_size": 4, "num_steps": 2, "warmup_steps": 1}
+    tiny = {f"{stage}.train.{k}": x for stage in ("autoencoder", "prior") for k, x in tiny.items()}
+    config.update_from_flattened_dict(
+        {
+            **tiny,
+            "data.name": "folder",
+            "data.path": str(photos),
+            "autoencoder.loss.perceptual": 0.0,
+            "sample.steps": 2,
+            "sample.batch_size": 10,
+            "evaluate.num_images": 2,
+            **overrides,
+        }
+    )
+    return config
+
+
+def params_of(workdir, stage, step):
+    with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
+        assert checkpoints.latest_step() == step
+    model = BinaryLatentDiffusion.from_workdir(workdir, prior=stage == "prior")
+    return model.prior_params if stage == "prior" else model.autoencoder_params
+
+
+@pytest.mark.slow
+def test_a_converted_autoencoder_is_trained_on_with_its_discriminator(
+    autoencoder, photos, tmp_path
+):
+    workdir = shutil.copytree(autoencoder, tmp_path / "workdir")
+    before = params_of(workdir, "autoencoder", 0)
+    state = train.train_autoencoder(fine_tuning(workdir, photos), workdir)
+    # The discriminator took part, and moved, from its own weights.
+    theirs = reference.state("ae_c16")["disc.main.2.weight"].transpose(2, 3, 1, 0)
+    moved = np.abs(np.asarray(state.discriminator["params"]["main_2"]["kernel"]) - theirs)
+    assert 0 < moved.max() < 1e-3
+    after = params_of(workdir, "autoencoder", 2)
+    moved = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), before, after)
+    assert 0 < max(jax.tree.leaves(moved)) < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prior_class", "prior_text_cross"])
+def test_a_converted_prior_is_trained_on(converted, photos, tmp_path, name):
+    workdir = shutil.copytree(converted(name), tmp_path / "workdir")
+    config = fine_tuning(workdir, photos)
+    if name == "prior_class":
+        with pytest.raises(UserError, match="num_classes is 10, but the data has 0"):
+            train.train_prior(config, workdir)
+        for i in range(10):
+            (tmp_path / f"data/{i}").mkdir(parents=True)
+            for j in range(2):
+                shutil.copy(photos / f"{i + j:02}.png", tmp_path / f"data/{i}/{j}.png")
+        config.data.path = str(tmp_path / "data")
+    else:
+        with pytest.raises(UserError, match="'text_cross', which needs config.data.texts = True"):
+            train.train_prior(config, workdir)
+        config.data.texts = True
+    state = train.train_prior(config, workdir)
+    head = np.asarray(state.params["params"]["head"]["kernel"]).T
+    moved = np.abs(head - reference.state(name)["_denoise_fn.head.weight"])
+    assert 0 < moved.max() < 1e-3
+    if name == "prior_text_cross":  # the text was read: its projection learned of it
+        kernel = np.asarray(state.params["params"]["blocks_0"]["cross"]["kv"]["kernel"]).T
+        theirs = reference.state(name)["_denoise_fn.blocks.0.cross.kv.weight"]
+        assert np.abs(kernel - theirs).max() > 0
+
+
+@pytest.mark.parametrize("name", reference.PRIORS)
+def test_a_workdir_is_exported_as_it_was(converted, name):
+    files = convert.export(converted(name))
+    assert list(files) == ["binaryae_ema_1", "binaryae_1", "bld_ema_1", "bld_1"]
+    for file, golden in (("binaryae_ema_1", "ae_c16"), ("bld_ema_1", name)):
+        state = files[file]
+        assert {k: list(x.shape) for k, x in state.items()} == reference.SHAPES[golden]
+        for key, x in reference.state(golden).items():
+            if "num_batches" not in key and key not in ("embedding_weight", "scheduler.cumbeta"):
+                np.testing.assert_array_equal(state[key], x)
+    # Their training loads this one into a model wrapped for several GPUs.
+    assert set(files["bld_1"]) == {f"module.{key}" for key in reference.SHAPES[name]}
+    embed = reference.state("ae_c16")["ae.quantize.embed.weight"]
+    np.testing.assert_array_equal(files["bld_ema_1"]["embedding_weight"], embed)
+
+
+def test_the_command_reports_what_it_found_and_what_it_left(tmp_path, monkeypatch, capsys):
+    state = reference.state("ae_c16")
+    monkeypatch.setattr(convert, "read_state_dict", lambda path: state)
+    for name in ("binaryae_7.th", "binaryae_ema_7.th"):
+        (tmp_path / name).touch()
+    source, out = str(tmp_path / "binaryae_7.th"), str(tmp_path / "out")
+    convert.main(["autoencoder", "--from", source, "--out", out, "--image_size", "32"])
+    said = capsys.readouterr().err
+    assert "binaryae_ema_7.th beside it holds the EMA" in said
+    assert "  autoencoder.attention_resolutions = (8,)\n" in said
+    assert "not used: conv_out of equal widths (16), ae.generator.logsigma (4), num_batch" in said
+    with pytest.raises(SystemExit):
+        convert.main(["autoencoder", "--from", source, "--out", out])
+    error = capsys.readouterr().err
+    assert error.count("\n") == 2 and "has a checkpoint of the autoencoder already" in error
+
+
+def test_features_of_a_text_are_a_flag(converted, tmp_path):
+    features, out = tmp_path / "text.npy", tmp_path / "samples.png"
+    np.save(features, reference.io("prior_text_cross")["label"][0])
+    workdir = converted("prior_text_cross")
+    flags = [f"--workdir={workdir}", "--mode=sample", "--num=3", "--steps=2", f"--out={out}"]
+    call = [sys.executable, "-m", "binlatent.main", *flags]
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=300)
+    result = run([*call, f"--features={features}", "--guidance=3"])
+    assert result.returncode == 0 and out.exists(), result.stderr
+    for flags, message in (
+        ([f"--features={out}"], "is no .npy file of numbers"),
+        ([f"--features={features}", "--label=1"], "not both"),
+        ([f"--features={tmp_path / 'none.npy'}"], "No such file"),
+    ):
+        result = run([*call, *flags])
+        assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize("name", [*reference.AUTOENCODERS, *reference.PRIORS])
+def test_a_file_of_theirs_through_pytorch_and_back(name, autoencoder, tmp_path):
+    torch = pytest.importorskip("torch")
+    source, out = tmp_path / "x_ema_1.th", tmp_path / "out"
+    state = reference.state(name)
+    torch.save({key: torch.tensor(x) for key, x in state.items()}, source)
+    command, flags, file = "autoencoder", ["--image_size", "32"], "binaryae_ema_1.th"
+    if name in reference.PRIORS:
+        command, file = "prior", "bld_ema_1.th"
+        flags = ["--autoencoder", str(autoencoder), "--num_heads", "4"]
+    convert.main([command, "--from", str(source), "--out", str(out), *flags])
+    convert.main(["export", "--workdir", str(out), "--out", str(tmp_path / "theirs")])
+    again = torch.load(tmp_path / "theirs" / "saved_models" / file, weights_only=True)
+    assert {k: list(x.shape) for k, x in again.items()} == reference.SHAPES[name]
+    for key, x in state.items():
+        assert again[key].dtype == torch.tensor(x).dtype
+        if "num_batches" not in key and key not in ("embedding_weight", "scheduler.cumbeta"):
+            np.testing.assert_array_equal(again[key].numpy(), x)

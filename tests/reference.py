@@ -1,0 +1,67 @@
+"""The reference checkpoints in the layout of the authors' code, whole, without PyTorch.
+
+tests/data has their tensors as plain arrays under the names that they have there, read out of the
+`*.th` files once; of an autoencoder, those that nothing uses have only a name and a shape, in
+released_shapes.json, and are 0 here.
+"""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from binlatent import released
+
+SHAPES = json.loads(Path("tests/data/released_shapes.json").read_text())
+AUTOENCODERS = {"ae_c16": "c16", "ae_c24_genmul2": "c24"}
+PRIORS = ("prior_uncond", "prior_class", "prior_text_token", "prior_text_cross")
+
+
+def arrays(name):
+    """All that tests/data has of a checkpoint: tensors, inputs and outputs (`io.*`), losses."""
+    if name in PRIORS:
+        return dict(np.load(f"tests/data/{name}.npz"))
+    parts = [
+        f"tests/data/{part}_{AUTOENCODERS[name]}.npz" for part in ("autoencoder", "discriminator")
+    ]
+    return {key: x for part in parts for key, x in np.load(part).items()}
+
+
+def state(name):
+    """The state dict of a checkpoint."""
+    found = arrays(name)
+    unused = {
+        key: np.zeros(shape, np.int64 if "num_batches" in key else np.float32)
+        for key, shape in SHAPES[name].items()
+    }
+    return {key: found.get(key, zeros) for key, zeros in unused.items()}
+
+
+def io(name, prefix="io."):
+    """Inputs and outputs of a checkpoint; images and codes as (n, height, width, channels)."""
+    found = {k.removeprefix(prefix): x for k, x in arrays(name).items() if k.startswith(prefix)}
+    return {k: x.transpose(0, 2, 3, 1) if x.ndim == 4 else x for k, x in found.items()}
+
+
+def losses(name):
+    """The losses and gradients of an autoencoder."""
+    found = arrays(name).items()
+    return {k.removeprefix("losses."): x for k, x in found if k.startswith("losses.")}
+
+
+def variables(name, like, tensors):
+    """The tensors of a checkpoint as a tree of ours.
+
+    Args:
+      name: of the checkpoint.
+      like: the tree's shapes.
+      tensors: of `binlatent.released`, what each is called there.
+    """
+    return released.Checkpoint(state(name), "checkpoint").pop_tree(like, tensors(like))
+
+
+def zeros(init, config):
+    """A tree of zeros in place of a model's parameters, of `build.init_*`."""
+    like = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+    return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), like)

@@ -1,0 +1,159 @@
+"""The authors' layout: names and shapes as they were, to ours and back without loss."""
+
+import jax
+import numpy as np
+import pytest
+import reference
+
+from binlatent import build, hyperparameters, released
+from binlatent.errors import UserError
+from configs import default
+
+
+def config_of(name):
+    """The config of a reference checkpoint; of a prior, with a fitting autoencoder."""
+    config = default.get_config("released").unlock()
+    found = hyperparameters.of_autoencoder(checkpoint("ae_c16"), 32)
+    if name in reference.AUTOENCODERS:
+        found = hyperparameters.of_autoencoder(checkpoint(name), 32)
+    config.update_from_flattened_dict({**found, "data.num_classes": 0})
+    if name in reference.PRIORS:
+        found = hyperparameters.of_prior(checkpoint(name))
+        del found["tokens"], found["num_bits"]
+        config.update_from_flattened_dict({**found, "prior.num_heads": 4})
+    return config
+
+
+def checkpoint(name, change=None):
+    state = {**reference.state(name), **(change or {})}
+    what = "autoencoder" if name in reference.AUTOENCODERS else "prior"
+    return released.Checkpoint({k: x for k, x in state.items() if x is not None}, what)
+
+
+def shapes(state):
+    return {name: list(x.shape) for name, x in state.items()}
+
+
+@pytest.mark.parametrize("name", reference.AUTOENCODERS)
+def test_an_autoencoder_comes_back_as_it_was(name):
+    found, config = checkpoint(name), config_of(name)
+    params, discriminator = released.autoencoder(found, config)
+    assert found.unused(released.AUTOENCODER_UNUSED) == {
+        "ae.generator.logsigma": 4,
+        "conv_out of equal widths": 16 + 6 * (name != "ae_c16"),
+        "num_batches_tracked": 3,
+    }
+    again = released.autoencoder_state(config, params, discriminator)
+    assert shapes(again) == reference.SHAPES[name]
+    for key, x in reference.state(name).items():  # what is not used is 0 in both
+        assert again[key].dtype == x.dtype
+        if "num_batches_tracked" not in key:  # which counts, and nothing reads
+            np.testing.assert_array_equal(again[key], x)
+
+
+@pytest.mark.parametrize("name", reference.PRIORS)
+def test_a_prior_comes_back_as_it_was(name):
+    found, config, state = checkpoint(name), config_of(name), reference.state(name)
+    params = released.prior(found, config)
+    assert set(found.unused(released.PRIOR_UNUSED)) == {"scheduler", "embedding_weight"}
+    again = released.prior_state(config, params, state["embedding_weight"])
+    assert shapes(again) == reference.SHAPES[name]
+    for key, x in state.items():
+        np.testing.assert_allclose(again[key], x, rtol=0, atol=1e-6 * key.startswith("scheduler."))
+
+
+def test_a_tree_of_another_layout_would_not_come_back():
+    # Kernels are transposed in all of their dimensions: an order that is wrong moves numbers.
+    params = released.prior(checkpoint("prior_uncond"), config_of("prior_uncond"))["params"]
+    state = reference.state("prior_uncond")
+    kernel = params["blocks_1"]["attn"]["qkv"]["kernel"]
+    assert kernel[3, 100] == state["_denoise_fn.blocks.1.attn.qkv.weight"][100, 3]
+    assert params["tok_emb"]["kernel"][3, 5] == state["_denoise_fn.tok_emb.weight"][3, 5]
+    params, critic = released.autoencoder(checkpoint("ae_c16"), config_of("ae_c16"))
+    state = reference.state("ae_c16")
+    kernel = params["params"]["decoder"]["blocks_8"]["conv1"]["kernel"]
+    assert kernel[0, 2, 5, 7] == state["ae.generator.blocks.8.conv1.weight"][7, 5, 0, 2]
+    kernel = params["params"]["encoder"]["blocks_6"]["q"]["kernel"]
+    assert kernel[5, 7] == state["ae.encoder.blocks.6.q.weight"][7, 5, 0, 0]
+    assert critic["batch_stats"]["main_3"]["var"][2] == state["disc.main.3.running_var"][2]
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("ae_c16", {"ae.encoder.blocks.1.conv2.bias": None}, r"lacks ae\.encoder\..*conv2\.bias"),
+        ("ae_c16", {"disc.main.8.weight": np.zeros((1, 2, 3, 4))}, r"of disc\.main\.8\.weight is"),
+        ("ae_c16", {"ae.surprise": np.zeros(1)}, r"it also holds ae\.surprise"),
+        ("ae_c16", {"ae.quantize.proj.0.bias": np.full(16, np.nan)}, r"proj\.0\.bias is not fin"),
+        ("prior_class", {"_denoise_fn.ln_f.bias": None}, r"it lacks _denoise_fn\.ln_f\.bias"),
+        ("prior_class", {"_denoise_fn.head.bias": np.zeros(9)}, r"bias is \(9,\), not \(16,\)"),
+        ("prior_class", {"optimizer": np.zeros(9)}, "it also holds optimizer"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_that_names_it(name, change, message):
+    found, config = checkpoint(name, change), config_of(name)
+    with pytest.raises(UserError, match=f"of the authors' code: .*{message}"):
+        if name in reference.AUTOENCODERS:
+            released.autoencoder(found, config)
+            found.unused(released.AUTOENCODER_UNUSED)
+        else:
+            released.prior(found, config)
+            found.unused(released.PRIOR_UNUSED)
+
+
+def test_weights_saved_from_several_gpus_are_the_same():
+    state = {f"module.{key}": x for key, x in reference.state("prior_class").items()}
+    found = released.Checkpoint(state, "prior")
+    assert found.left.keys() == reference.SHAPES["prior_class"].keys()
+
+
+def test_lpips_in_a_checkpoint_is_not_used():
+    found = checkpoint("ae_c16", {"perceptual.net.slice1.0.weight": np.zeros(3)})
+    released.autoencoder(found, config_of("ae_c16"))
+    assert found.unused(released.AUTOENCODER_UNUSED)["perceptual"] == 1
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("autoencoder.patch", 2, r"autoencoder\.patch = 2"),
+        ("autoencoder.bottleneck", "vq", "no bottleneck 'vq', only binary"),
+    ],
+)
+def test_what_their_code_does_not_have_is_not_exported(key, value, message):
+    config = config_of("ae_c16")
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        released.autoencoder_state(config, reference.zeros(build.init_autoencoder, config), {})
+
+
+def test_a_prior_of_z_s_is_not_exported():
+    config = config_of("prior_uncond")
+    config.prior.target, config.prior.evidence = "z_s", False
+    with pytest.raises(UserError, match='cannot sample a prior of the target "z_s"'):
+        released.prior_state(config, reference.zeros(build.init_prior, config), np.zeros((16, 64)))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cos", "sigmoid"])
+def test_the_buffers_of_a_schedule_are_theirs(schedule):
+    config = config_of("prior_uncond")
+    config.prior.schedule = schedule
+    params = reference.zeros(build.init_prior, config)
+    state = released.prior_state(config, params, np.zeros((16, 64)))
+    golden = np.load("tests/data/schedules.npz")
+    for theirs, name in (("k_final", "k"), ("b_final", "b"), ("beta", "keep")):
+        expected = golden[f"{schedule}_64_{name}"]
+        np.testing.assert_allclose(state[f"scheduler.{theirs}"], expected, atol=1e-6)
+    beta = state["scheduler.beta"]
+    np.testing.assert_allclose(state["scheduler.cumbeta"], np.cumprod(beta), atol=1e-6)
+
+
+def test_a_prior_trained_here_has_their_names(tiny_config):
+    """The digits' prior, with classes, in the layout of the reference checkpoint with classes."""
+    tiny_config.data.num_classes = 10
+    params = build.init_prior(tiny_config, jax.random.key(0))
+    state = released.prior_state(tiny_config, params, np.zeros((8, 16)))
+    expected = {
+        key for key in reference.SHAPES["prior_class"] if ".blocks." not in key or "blocks.0" in key
+    }
+    assert state.keys() == expected
