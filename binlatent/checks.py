@@ -37,6 +37,24 @@ _BOTTLENECK_KEYS = {
 }
 
 
+def check_version(config: Config, where: Any) -> None:
+    """Refuses the config of a checkpoint that another version of binlatent wrote.
+
+    Args:
+      config: as stored in the checkpoint.
+      where: the checkpoint is, for the message.
+
+    Raises:
+      UserError: naming a key that it does not have.
+    """
+    for section, keys in _MODEL_KEYS.items():
+        if missing := [key for key in keys if key not in config.get(section, {})]:
+            raise UserError(
+                f"{where} was written by another version of binlatent, as its config has no "
+                f"{section}.{missing[0]}: use that version, or train anew in another --workdir."
+            )
+
+
 def check_same_model(config: Config, trained: Config, stage: str) -> None:
     """Refuses a config that describes another model than a checkpoint's.
 

@@ -73,6 +73,7 @@ class BinaryLatentDiffusion:
         def load(stage, init):
             with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
                 trained = checkpoints.config()
+                checks.check_version(trained, workdir / stage)
                 used = copy.deepcopy(trained if config is None else config)
                 if used.data.num_classes == -1:
                     used.data.num_classes = trained.data.num_classes

@@ -245,10 +245,10 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
         saved = checkpoints.latest_step()
         if saved is not None:
             meta = checkpoints.meta()
+            trained = as_config(meta["config"])
             trained_here = meta["data"] is not None  # and not converted alone
-            checks.check_resumable(
-                config, as_config(meta["config"]), stage.name, same_data=trained_here
-            )
+            checks.check_version(trained, checkpoints.directory)
+            checks.check_resumable(config, trained, stage.name, same_data=trained_here)
             checkpoints.check_encoder(stage.encoder)
             if saved >= num_steps:
                 log.info("The %s is trained: %d steps in %s.", stage.name, saved, workdir)

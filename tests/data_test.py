@@ -471,6 +471,55 @@ def test_other_arrays_than_images_keep_their_values():
     np.testing.assert_allclose(batch["probs"][:, 0, 0, 0], batch["label"] / 6, atol=1e-3)
 
 
+def write_features(path, shape):
+    for i, image in enumerate(sorted(path.glob("*.png"))):
+        np.save(image.with_suffix(".npy"), np.full(shape, i / 8))  # float64
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3)])
+def test_texts_of_a_folder_are_labels(tmp_path, shape):
+    write_images(tmp_path, range(10, 30))
+    write_features(tmp_path, shape)
+    source = sources.open_source("folder", str(tmp_path), "train", 4, 1, texts=True)
+    assert source.num_classes == 0 and len(source.examples) == 18
+    batch = next(loader.train_batches(source, 6, seed=0))
+    assert batch["label"].shape == (6, *shape) and batch["label"].dtype == np.float32
+    # Each beside its image.
+    pixels = transforms.to_uint8(batch["image"])[:, 0, 0, 0]
+    np.testing.assert_array_equal(batch["label"].reshape(6, -1)[:, 0], (pixels - 10.0) / 8)
+
+
+def test_texts_that_cannot_be_read_are_named(tmp_path):
+    write_images(tmp_path, range(4))
+    write_features(tmp_path, (3,))
+    first, other = tmp_path / "001.npy", tmp_path / "003.npy"  # the first is for testing
+
+    def read(index):
+        source = sources.open_source("folder", str(tmp_path), "train", 4, 1, texts=True)
+        return source.examples[index]
+
+    cases = [
+        (other, np.zeros(4), r"beside .*003\.png' have the shape \(4,\), those of .* \(3,\)"),
+        (other, np.array([1, 2, np.nan]), r"003\.npy' must hold finite numbers"),
+        (other, np.array(["a", "b"]), "must hold finite numbers"),
+        (first, np.zeros((2, 2, 2)), r"001\.npy' must hold finite numbers, \(e,\) or \(m, e\)"),
+    ]
+    for path, content, message in cases:
+        good = path.read_bytes()
+        np.save(path, content)
+        with pytest.raises(UserError, match=message):
+            read(2)
+        path.write_bytes(good)
+    np.save(other, np.array([{}]), allow_pickle=True)
+    with pytest.raises(UserError, match=r"003\.npy' is no \.npy file of numbers"):
+        read(2)
+    other.unlink()
+    with pytest.raises(UserError, match=r"beside each image: there is no .*003\.npy"):
+        read(2)
+    with pytest.raises(UserError, match="data.texts is for data.name=folder"):
+        sources.open_source("digits", "", "train", 4, 1, texts=True)
+
+
 def test_the_last_test_batch_is_padded(tmp_path, counted):
     source = open_folder(tmp_path, "test")
     batches = list(loader.test_batches(source, 3))

@@ -72,6 +72,9 @@ def test_a_converted_prior_samples_inpaints_and_measures(converted, name):
     codes = model.sample_codes(3, jax.random.key(0), label, **draw)
     assert codes.shape == (3, 8, 8, 16) and set(np.unique(codes)) == {0, 1}
     assert 0.2 < codes.mean() < 0.8
+    # A config that comes from a checkpoint, which has lists for tuples, takes tuples again.
+    narrow = model.sample_codes(3, jax.random.key(0), label, **draw, guidance_interval=(0.9, 1.0))
+    assert narrow.shape == codes.shape
     if label is not None:
         plain = model.sample_codes(3, jax.random.key(0), **draw)
         assert np.any(plain != codes)
