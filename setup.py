@@ -34,7 +34,8 @@ setup(
     ],
     extras_require={
         "convert": ["torch"],  # reads the checkpoints of other projects
+        "lmdb": ["lmdb"],  # reads LSUN as it is downloaded
         # pytest-xdist: compiling takes one core a process, so two processes halve the time
-        "test": ["pytest", "pytest-xdist", "ruff>=0.17,<0.18"],
+        "test": ["lmdb", "pytest", "pytest-xdist", "ruff>=0.17,<0.18"],
     },
 )

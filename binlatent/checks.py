@@ -146,7 +146,12 @@ def check(config: Config) -> None:
         value = functools.reduce(operator.getitem, name.split("."), config)
         if value < 1:
             raise UserError(f"config.{name} must be at least 1, not {value}.")
-    shares = ("autoencoder.train.ema_decay", "prior.train.ema_decay", "prior.label_dropout")
+    shares = (
+        "data.max_broken",
+        "autoencoder.train.ema_decay",
+        "prior.train.ema_decay",
+        "prior.label_dropout",
+    )
     for name in shares:
         value = functools.reduce(operator.getitem, name.split("."), config)
         if not 0 <= value <= 1:
@@ -161,6 +166,13 @@ def check(config: Config) -> None:
         value = functools.reduce(operator.getitem, name.split("."), config)
         if not 0 <= value < math.inf:
             raise UserError(f"config.{name} must be at least 0, not {value}.")
+    if config.data.crop not in ("centre", "random"):
+        raise UserError(f'config.data.crop must be "centre" or "random", not {config.data.crop!r}.')
+    if config.prior.cache_codes and (config.data.crop == "random" or config.data.flip):
+        raise UserError(
+            "config.prior.cache_codes is of images as they are: set it to False, or data.crop to "
+            '"centre" and data.flip to False.'
+        )
     if config.data.image_size < 11:
         raise UserError(
             f"config.data.image_size must be at least 11, the window of SSIM, not "

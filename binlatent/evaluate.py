@@ -27,11 +27,18 @@ log = logging.getLogger(__name__)
 _BCE_DRAWS = 8  # of time and noise for each test image
 
 
-def open_data(config: ml_collections.ConfigDict, split: str) -> Source:
-    """Returns the source of a split, "train" or "test", of `config.data`."""
+def open_data(config: ml_collections.ConfigDict, split: str, workdir: Path | None = None) -> Source:
+    """Returns the source of a split, "train" or "test", of `config.data`.
+
+    Images that cannot be read are named in `bad_files.txt` of the workdir, if there is one.
+    """
     data = config.data
     return sources.open_source(
-        data.name, data.path, split, data.image_size, data.channels, data.texts
+        *(data.name, data.path, split, data.image_size, data.channels),
+        table=data.table,
+        texts=data.texts,
+        max_broken=data.max_broken,
+        bad_files=workdir and workdir / "bad_files.txt",
     )
 
 

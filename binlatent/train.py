@@ -100,18 +100,24 @@ def _check_batch(train: Config, accumulate: int = 1) -> None:
         )
 
 
-def _batches(source: Source, train: Config, seed: int):
+def _batches(source: Source, train: Config, config: Config):
     """Returns this host's share of the global batches."""
     return loader.train_batches(
         source,
         train.batch_size // jax.process_count(),
-        seed,
+        config.seed,
         shard=(jax.process_index(), jax.process_count()),
+        random_crop=config.data.crop == "random",
+        random_flip=config.data.flip,
     )
 
 
-def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
+def setup_autoencoder(config: Config, workdir: Path | None = None) -> tuple[Stage, Config]:
     """Returns stage 1 at its first step, and the config with data.num_classes filled in.
+
+    Args:
+      config: of the whole run.
+      workdir: where images that cannot be read are named; nowhere if None.
 
     Raises:
       UserError: for a config that cannot be trained, or a missing file, before any work.
@@ -120,7 +126,7 @@ def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
     section, networks = config.autoencoder, build.networks(config)
     _check_batch(section.train, section.train.accumulate)
     lpips_params = weights.read_vgg16(section.loss.vgg16) if networks.lpips else {}
-    source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
+    source, test = (evaluate.open_data(config, split, workdir) for split in ("train", "test"))
     config = with_classes(config, source)
     lpips_params = replicate(lpips_params)
     with_discriminator, without = (
@@ -140,7 +146,7 @@ def setup_autoencoder(config: Config) -> tuple[Stage, Config]:
         train=section.train,
         state=build.init_autoencoder_state(config),
         step=step,
-        batches=_batches(source, section.train, config.seed),
+        batches=_batches(source, section.train, config),
         encoder="",
         evaluate=lambda params: evaluate.autoencoder_metrics(pipeline(params), images),
         preview=lambda params: outputs.reconstructions(pipeline(params), images[:10]),
@@ -153,7 +159,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     checks.check(config)
     checks.check_bits(config)
     _check_batch(config.prior.train)
-    source, test = (evaluate.open_data(config, split) for split in ("train", "test"))
+    source, test = (evaluate.open_data(config, split, workdir) for split in ("train", "test"))
     config = with_classes(config, source)
     _check_labels(config, source)
     encoder = BinaryLatentDiffusion.from_workdir(workdir, config, prior=False)
@@ -178,7 +184,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         train=config.prior.train,
         state=build.init_prior_state(config),
         step=lambda state, batch, _: step(state, batch, encoder_params),
-        batches=_batches(source, config.prior.train, config.seed),
+        batches=_batches(source, config.prior.train, config),
         encoder=encoder.encoder_fingerprint,
         evaluate=lambda params: evaluate.prior_metrics(pipeline(params), probs, labels),
         preview=lambda params: outputs.samples(pipeline(params), build.key(config.seed, "preview")),
@@ -300,7 +306,7 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
 
 def train_autoencoder(config: Config, workdir: Path) -> TrainState:
     """Trains stage 1 in `workdir`, or goes on with it, or finds it done."""
-    stage, config = setup_autoencoder(config)
+    stage, config = setup_autoencoder(config, Path(workdir))
     return run(stage, config, Path(workdir))
 
 

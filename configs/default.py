@@ -23,7 +23,11 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     data.path = ""
     data.image_size = 256
     data.channels = 3
+    data.table = ""  # of a folder: a .csv or .jsonl file of file, label, text, split
     data.texts = False  # labels are texts' features, in a .npy file beside each image of a folder
+    data.crop = "centre"  # or "random", along the longer side, in training
+    data.flip = False  # mirror every other image in training
+    data.max_broken = 0.01  # share of images that may be unreadable
     data.num_classes = -1  # -1: what the dataset has; 0: ignore its labels
 
     config.autoencoder = autoencoder = ml_collections.ConfigDict()

@@ -1,10 +1,13 @@
 """Tests of the sources, the transforms and the Grain pipeline."""
 
+import io
 import json
+import os
 import subprocess
 import sys
 import textwrap
 
+import lmdb
 import numpy as np
 import pytest
 from PIL import Image
@@ -297,6 +300,190 @@ def test_damaged_images_are_named(tmp_path):
         next(loader.train_batches(source, 4, 0))
 
 
+def break_image(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+def test_others_stand_in_for_a_few_images_that_cannot_be_read(tmp_path, caplog):
+    write_images(tmp_path / "train", range(100))
+    write_images(tmp_path / "test", range(2))
+    for i in (7, 8, 99):
+        break_image(tmp_path / "train" / f"{i:03}.png")
+    bad = tmp_path / "run" / "bad_files.txt"
+
+    def open_with(max_broken):
+        options = dict(max_broken=max_broken, bad_files=bad)
+        return sources.open_source("folder", str(tmp_path), "train", 4, 1, **options)
+
+    # The next readable one, and after the last the first; each is named once.
+    expected = [*range(7), 9, 9, *range(9, 99), 0]
+    for _ in range(2):
+        assert values(open_with(0.03)) == expected
+    named = bad.read_text().splitlines()
+    assert [line.split("'")[1][-7:] for line in named] == ["007.png", "008.png", "099.png"]
+    for threads in (0, 4, 16):  # whoever is the first to find out
+        batches = loader.train_batches(open_with(0.03), 25, 0, threads, threads)
+        seen = sorted(sum(take(batches, 4), []))
+        assert seen == sorted(expected)
+    source = open_with(0.02)
+    message = r"3 of 100 images cannot be read; .*bad_files.txt names them, which is more than"
+    for _ in range(2):  # it goes on saying so
+        with pytest.raises(UserError, match=f"{message} config.data.max_broken = 0.02 allows"):
+            values(source)
+    assert caplog.text.count("099.png', replace") == 6  # once a source
+
+
+def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path):
+    write_images(tmp_path, range(5))
+    for path in tmp_path.glob("*.png"):
+        break_image(path)
+    source = sources.open_source("folder", str(tmp_path), "train", 4, 1, max_broken=1.0)
+    with pytest.raises(UserError, match="4 of 4 images cannot be read"):
+        source.examples[0]
+
+
+# Tables
+
+
+def write_table(path, text):
+    (path / "table.csv").write_text(text)
+    names, *lines = (line.split(",") for line in text.splitlines())
+    values = [[int(x) if x.isdecimal() else x for x in line] for line in lines]
+    rows = [dict(zip(names, line, strict=True)) for line in values]
+    (path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def open_table(path, name, split="train", **options):
+    return sources.open_source("folder", str(path), split, 4, 1, table=name, **options)
+
+
+@pytest.mark.parametrize("kind", ["table.csv", "table.jsonl"])
+def test_a_table_names_images_labels_and_splits(tmp_path, kind):
+    write_images(tmp_path / "deep", range(4))
+    rows = ["file,label,split"]
+    rows += ["deep/003.png,dog,train", "deep/000.png,cat,test", "deep/001.png,ape,train"]
+    write_table(tmp_path, "\n".join(rows))
+    train, test = open_table(tmp_path, kind), open_table(tmp_path, kind, "test")
+    assert (values(train), labels(train)) == ([3, 1], [2, 0])
+    assert (values(test), labels(test)) == ([0], [1])
+    assert train.num_classes == test.num_classes == 3
+    # Numbers are classes themselves, even those that no image has.
+    write_table(tmp_path, "file,label\n" + "".join(f"deep/{i:03}.png,{2 * i}\n" for i in range(4)))
+    train = open_table(tmp_path, kind)
+    assert train.num_classes == 7 and labels(train) == [0, 2, 4, 6]
+    # Without labels and splits, every tenth is for testing.
+    write_table(tmp_path, "file\n" + "".join(f"deep/{i:03}.png\n" for i in range(4)))
+    train, test = open_table(tmp_path, kind), open_table(tmp_path, kind, "test")
+    assert train.num_classes == 0 and values(train) == [1, 2, 3] and values(test) == [0]
+
+
+def test_a_table_says_where_texts_are(tmp_path):
+    write_images(tmp_path, range(3))
+    rows = ["file,text"]
+    for i in range(3):
+        np.save(tmp_path / f"text{i}.npy", np.full(5, 10.0 * i))
+        rows.append(f"{i:03}.png,text{i}.npy")
+    write_table(tmp_path, "\n".join(rows))
+    source = open_table(tmp_path, "table.jsonl", texts=True)
+    assert [x[0] for x in labels(source)] == [10, 20] and values(source) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.csv", "", "has no lines"),
+        (
+            "a.csv",
+            "image,label\n0.png,1\n",
+            "line 1 of '.*a.csv', not counting a header, has no file",
+        ),
+        (
+            "a.csv",
+            "file,split\n0.png,val\n",
+            "line 1 .* is of the split 'val', not of train or test",
+        ),
+        ("a.csv", "file,text\n0.png,a lion\n", "has the text 'a lion', which is no .npy file"),
+        ("a.csv", "file,split\n0.png,train\n", "no image of the split 'test'"),
+        ("a.jsonl", '{"file": "0.png"\n', "cannot read the table '.*a.jsonl'"),
+        ("a.jsonl", "[1, 2]\n", "some that are not of named columns"),
+        ("a.jsonl", '{"file": 3}\n', "line 1 .* has no file"),
+        ("a.jsonl", '{"file": "0.png", "label": 0.5}\n', "has the label 0.5"),
+        ("a.tsv", "file\n", "must be a .csv or .jsonl file"),
+        ("b.csv", None, "there is no table '.*b.csv': check data.table"),
+    ],
+)
+def test_a_table_that_cannot_be_used(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        open_table(tmp_path, name, "test")
+
+
+def test_a_long_walk_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for i in range(601):
+            (tmp_path / name / f"{i:03}.png").touch()
+    kept = tmp_path / ".binlatent_index.json"
+    before = folder.list_images(str(tmp_path), "train")
+    assert not kept.exists()  # it changed just now
+    for path in (tmp_path / "a", tmp_path / "b", tmp_path):
+        os.utime(path, (1_000_000, 1_000_000))
+    assert folder.list_images(str(tmp_path), "train") == before and kept.exists()
+    with monkeypatch.context() as patch:  # now without looking
+        patch.setattr(os, "walk", None)
+        assert folder.list_images(str(tmp_path), "train") == before
+    (tmp_path / "b" / "new.png").touch()
+    assert len(folder.list_images(str(tmp_path), "train").files) == len(before.files) + 1
+    # One from someone else that points elsewhere, or is no such thing, is not used.
+    changed = {".": os.stat(tmp_path).st_mtime_ns}
+    for content in (
+        {"files": ["../x.png"], "changed": changed},
+        {"files": 3, "changed": changed},
+        7,
+    ):
+        kept.write_text(json.dumps(content))
+        os.utime(tmp_path, ns=(changed["."], changed["."]))
+        assert len(folder.list_images(str(tmp_path), "train").files) == len(before.files) + 1
+
+
+# LMDB
+
+
+def write_lmdb(path, values):
+    environment = lmdb.open(str(path), map_size=2**20)
+    with environment.begin(write=True) as transaction:
+        for i, value in enumerate(values):
+            image = io.BytesIO()
+            Image.fromarray(np.full((6, 4), value, np.uint8)).save(image, "png")
+            transaction.put(f"{i:03}".encode(), image.getvalue())
+    environment.close()
+
+
+def test_lmdb_as_lsun_has_it(tmp_path):
+    def open_lmdb(path, split="train"):
+        return sources.open_source("lmdb", str(path), split, 4, 1)
+
+    write_lmdb(tmp_path / "church_outdoor_train_lmdb", range(20))
+    write_lmdb(tmp_path / "church_outdoor_val_lmdb", range(100, 103))
+    train, test = open_lmdb(tmp_path), open_lmdb(tmp_path, "test")
+    assert values(train) == list(range(20)) and values(test) == [100, 101, 102]
+    assert train.num_classes == 0 and set(labels(train)) == {0}
+    batches = loader.train_batches(train, 10, 0, num_threads=8)
+    assert sorted(sum(take(batches, 2), [])) == list(range(20))
+    alone = tmp_path / "church_outdoor_train_lmdb"
+    assert values(open_lmdb(alone, "test")) == [0, 10] and len(values(open_lmdb(alone))) == 18
+    write_lmdb(tmp_path / "another_train_lmdb", [0])
+    with pytest.raises(UserError, match="neither data.mdb nor one subfolder"):
+        open_lmdb(tmp_path)
+    with pytest.raises(UserError, match="there is no folder '.*nowhere'"):
+        open_lmdb(tmp_path / "nowhere")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "data.mdb").write_bytes(b"not LMDB" * 1000)
+    with pytest.raises(UserError, match="cannot read the LMDB '.*bad'"):
+        open_lmdb(tmp_path / "bad")
+
+
 def test_every_listed_extension_can_be_read(tmp_path):
     for i, extension in enumerate(folder.EXTENSIONS):
         Image.new("L", (4, 4), 200).save(tmp_path / f"{i}{extension.upper()}")
@@ -442,6 +629,45 @@ def test_training_resumes_at_the_next_batch(counted):
     assert take(resumed, 10) == expected
 
 
+@pytest.fixture
+def ramps(tmp_path):
+    """24 training images, 8 x 32, whose pixels say the image and the column."""
+    (tmp_path / "train").mkdir()
+    for i in range(24):
+        pixels = np.broadcast_to(np.arange(32, dtype=np.uint8) + 8 * i, (8, 32))
+        Image.fromarray(np.ascontiguousarray(pixels)).save(tmp_path / "train" / f"{i:02}.png")
+    write_images(tmp_path / "test", range(2), 8)
+    return open_folder(tmp_path, size=8)
+
+
+def test_crops_and_flips_are_drawn_from_the_place_in_the_stream(ramps):
+    def rows(num_threads=0, shard=(0, 1), batch=6, count=16, seed=0, **options):
+        batches = loader.train_batches(
+            ramps, batch, seed, num_threads, num_threads, shard, **options
+        )
+        rows = [transforms.to_uint8(next(batches)["image"])[:, 3, :, 0] for _ in range(count)]
+        return np.concatenate(rows).astype(int)
+
+    both = dict(random_crop=True, random_flip=True)
+    drawn = rows(**both)
+    steps = np.diff(drawn, axis=1)
+    flipped = steps[:, 0] < 0
+    assert set(np.unique(steps)) == {-1, 1} and 0.3 < flipped.mean() < 0.7
+    left = drawn.min(axis=1) % 8  # of the crop: uniform on 0..23, and images are 8 apart
+    assert len(set(left)) == 8
+    offsets = np.where(flipped, drawn[:, -1], drawn[:, 0]) - rows()[:, 0] + 12
+    assert offsets.min() >= 0 and offsets.max() <= 24 and len(set(offsets)) > 15
+    np.testing.assert_allclose(offsets.mean(), 11.5, atol=4 * 7 / np.sqrt(len(offsets)))
+    # Whatever the threads and the hosts; another seed is another draw.
+    np.testing.assert_array_equal(rows(num_threads=8, **both), drawn)
+    shares = [rows(shard=(i, 2), batch=3, **both).reshape(-1, 3, 8) for i in range(2)]
+    together = {tuple(row) for share in shares for row in share.reshape(-1, 8)}
+    assert together == {tuple(row) for row in drawn}
+    assert np.any(rows(seed=1, **both) != drawn)
+    # Neither is the centre, the right way round.
+    assert set(np.unique(np.diff(rows(), axis=1))) == {1} and set(rows()[:, 0] % 8) == {4}
+
+
 def test_batches_larger_than_the_dataset(counted):
     (batch,) = take(loader.train_batches(counted, 50, seed=0), 1)
     assert sorted(batch[:24]) == sorted(batch[24:48]) == list(range(1, 25))
@@ -499,7 +725,7 @@ def test_texts_that_cannot_be_read_are_named(tmp_path):
         return source.examples[index]
 
     cases = [
-        (other, np.zeros(4), r"beside .*003\.png' have the shape \(4,\), those of .* \(3,\)"),
+        (other, np.zeros(4), r"003\.npy' have the shape \(4,\), those of .* \(3,\)"),
         (other, np.array([1, 2, np.nan]), r"003\.npy' must hold finite numbers"),
         (other, np.array(["a", "b"]), "must hold finite numbers"),
         (first, np.zeros((2, 2, 2)), r"001\.npy' must hold finite numbers, \(e,\) or \(m, e\)"),
@@ -514,9 +740,9 @@ def test_texts_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(UserError, match=r"003\.npy' is no \.npy file of numbers"):
         read(2)
     other.unlink()
-    with pytest.raises(UserError, match=r"beside each image: there is no .*003\.npy"):
+    with pytest.raises(UserError, match=r"each image's text: there is no .*003\.npy"):
         read(2)
-    with pytest.raises(UserError, match="data.texts is for data.name=folder"):
+    with pytest.raises(UserError, match="data.table and data.texts are for data.name=folder"):
         sources.open_source("digits", "", "train", 4, 1, texts=True)
 
 

@@ -1,12 +1,20 @@
-"""Lists the images of a folder, with their classes and their split."""
+"""Lists the images of a folder, with their classes, texts and split: by a walk, or by a table."""
 
+import csv
 import dataclasses
+import json
 import os
+import time
+from typing import Any, NamedTuple
 
 from binlatent.errors import UserError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _TEST_NAMES = ("test", "val", "validation")
+
+# A walk of so many files or more is kept in the folder; shorter ones take no time.
+_KEPT_FILES = 1_000
+_KEPT_NAME = ".binlatent_index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,86 +23,207 @@ class Listing:
 
     files: list[str]
     labels: list[int]  # one a file; 0 where there are no classes
+    texts: list[str]  # one a file: where the features of its text should be
     num_classes: int  # 0: unlabelled
 
 
-def list_images(path: str, split: str) -> Listing:
+class _Image(NamedTuple):
+    name: str  # of the class, "" for none
+    file: str
+    text: str = ""  # file of features; "" for the image's own name with .npy
+
+
+def list_images(path: str, split: str, table: str = "") -> Listing:
     """Lists the images below a folder in sorted order.
 
     Two or more subfolders, with no image beside them, are classes, numbered in sorted order;
     anything else is unlabelled. Subfolders `train/` and `test/` (or `val/`, `validation/`) are the
     splits if there; otherwise every tenth image of each class, from the first on, is a test image.
-    Names that start with a dot are skipped.
+    Names that start with a dot are skipped. A walk of many files is kept in the folder, in
+    `.binlatent_index.json`, until one of its subfolders changes.
+
+    A table, CSV with a header or JSON lines, takes the place of the walk: its column `file` is
+    relative to the folder; `label`, a name or a whole number from 0, `text`, a .npy file of
+    features, and `split`, train or test, may be missing.
 
     Args:
       path: the folder.
       split: "train" or "test".
+      table: a .csv or .jsonl file, relative to the folder; "" for a walk.
 
     Raises:
-      UserError: if the folder is missing, has no images, or has nothing left for one of the splits.
+      UserError: if the folder is missing, has no images, or has nothing left for one of the splits;
+        if the table is missing or its lines are not as above.
     """
     if not path:
         raise UserError("data.name=folder needs the folder of images: --config.data.path=DIR")
     path = os.path.expanduser(path)
     if not os.path.isdir(path):
         raise UserError(f"there is no folder {path!r}: give --config.data.path=DIR, one of images")
+    if table:
+        return _from_table(path, os.path.join(path, table), split)
     train = os.path.join(path, "train")
     tests = [os.path.join(path, name) for name in _TEST_NAMES]
     test = next((folder for folder in tests if os.path.isdir(folder)), None)
     if not os.path.isdir(train):
         if test:
             raise UserError(f"there is {test!r} but no {train!r}: add it, or rename the former")
-        return _split_listing(path, split)
+        images = _find(path)
+        return _split_listing(path, images, split, _classes(images))
+    images = _find(train)
+    classes = _classes(images)
     if not test:
-        return _split_listing(train, split)
-    train_images = _find(train)
-    classes = _classes(train_images)
-    return _listing(train_images if split == "train" else _find(test), classes)
+        return _split_listing(train, images, split, classes)
+    return _listing(images if split == "train" else _find(test), classes, "train/")
 
 
-def _find(root: str) -> list[tuple[str, str]]:
-    """Returns (name of the first subfolder below root or "", file), sorted by file."""
+def _find(root: str) -> list[_Image]:
+    """Returns the images below root, sorted; the first subfolder's name is the class."""
+    files = _kept(root)
+    if files is None:
+        files, changed = _walk(root)
+        _keep(root, files, changed)
     found = []
+    for file in files:
+        name, separator, _ = file.partition(os.sep)
+        found.append(_Image(name if separator else "", os.path.join(root, file)))
+    if not found:
+        raise UserError(f"there are no images in {root!r} (looked for {', '.join(EXTENSIONS)})")
+    return sorted(found, key=lambda image: image.file)
+
+
+def _walk(root: str) -> tuple[list[str], dict[str, int]]:
+    """Returns the images below root, relative to it, and when each folder last changed, in ns."""
+    found, changed = [], {}
     for directory, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         relative = os.path.relpath(directory, root)
-        top = "" if relative == "." else relative.split(os.sep)[0]
+        changed[relative] = os.stat(directory).st_mtime_ns
         for name in names:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                found.append((top, os.path.join(directory, name)))
-    if not found:
-        raise UserError(f"there are no images in {root!r} (looked for {', '.join(EXTENSIONS)})")
-    return sorted(found, key=lambda image: image[1])
+                found.append(os.path.normpath(os.path.join(relative, name)))
+    return found, changed
 
 
-def _classes(images: list[tuple[str, str]]) -> list[str]:
-    """Returns the sorted names; none where images lie beside subfolders, or for a single one."""
-    names = sorted({top for top, _ in images})
+def _keep(root: str, files: list[str], changed: dict[str, int]) -> None:
+    """Keeps a long walk in the folder, if that can be written."""
+    # A folder that changed just now may change again without its time telling.
+    if len(files) < _KEPT_FILES or time.time_ns() - max(changed.values()) < 2_000_000_000:
+        return
+    path = os.path.join(root, _KEPT_NAME)
+    try:
+        with open(f"{path}.{os.getpid()}", "w") as file:
+            json.dump({"files": files, "changed": changed}, file)
+        os.replace(f"{path}.{os.getpid()}", path)
+        # Which has changed the folder itself.
+        os.utime(root, ns=(changed["."], changed["."]))
+    except OSError:
+        return
+
+
+def _kept(root: str) -> list[str] | None:
+    """Returns the walk that is kept in a folder, None if there is none that still holds."""
+    try:
+        with open(os.path.join(root, _KEPT_NAME)) as file:
+            kept = json.load(file)
+        now = {name: os.stat(os.path.join(root, name)).st_mtime_ns for name in kept["changed"]}
+        files = kept["files"] if now == kept["changed"] and now else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    # It may come from someone else: only what a walk could have found.
+    good = isinstance(files, list) and all(
+        isinstance(file, str) and not os.path.isabs(file) and ".." not in file.split(os.sep)
+        for file in files
+    )
+    return files if good else None
+
+
+def _from_table(root: str, path: str, split: str) -> Listing:
+    rows = _read_table(path)
+    images = {"train": [], "test": []}
+    with_split = any("split" in row for row in rows)
+    for line, row in enumerate(rows, start=1):
+        where = f"line {line} of {path!r}"
+        if not isinstance(row.get("file"), str) or not row["file"]:
+            raise UserError(f"{where}, not counting a header, has no file: every line needs one")
+        label = row.get("label", "")
+        if not isinstance(label, str | int) or isinstance(label, bool):
+            raise UserError(f"{where} has the label {label!r}, which is no name or whole number")
+        text = row.get("text") or ""
+        if not isinstance(text, str) or (text and not text.endswith(".npy")):
+            raise UserError(f"{where} has the text {text!r}, which is no .npy file of features")
+        own_split = row.get("split") or "train"
+        if own_split not in images:
+            raise UserError(f"{where} is of the split {own_split!r}, not of train or test")
+        text = os.path.join(root, text) if text else ""
+        name = str(int(label)) if str(label).isdecimal() and len(str(label)) < 7 else str(label)
+        image = _Image(name, os.path.join(root, row["file"]), text)
+        images[own_split].append(image)
+    every = images["train"] + images["test"]
+    classes = _classes(every)
+    # Numbers are classes themselves, some of which may have no image.
+    if classes and all(name.isdecimal() and len(name) < 7 for name in classes):
+        classes = [str(i) for i in range(max(map(int, classes)) + 1)]
+    if not with_split:
+        return _split_listing(path, every, split, classes)
+    if not images[split]:
+        raise UserError(f"{path!r} has no image of the split {split!r}: add some")
+    return _listing(images[split], classes, path)
+
+
+def _read_table(path: str) -> list[dict[str, Any]]:
+    """Returns the lines of a CSV or JSON lines file as dictionaries."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            if path.endswith(".csv"):
+                rows = list(csv.DictReader(file, strict=True))
+                rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
+            elif path.endswith(".jsonl"):
+                rows = [json.loads(line) for line in file if line.strip()]
+            else:
+                raise UserError(f"data.table must be a .csv or .jsonl file, not {path!r}")
+    except FileNotFoundError as error:
+        raise UserError(f"there is no table {path!r}: check data.table") from error
+    except (ValueError, csv.Error, RecursionError) as error:
+        raise UserError(f"cannot read the table {path!r}: {error}") from error
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise UserError(f"the table {path!r} has no lines, or some that are not of named columns")
+    return rows
+
+
+def _classes(images: list[_Image]) -> list[str]:
+    """Returns the names of the classes in their order; none for a single one.
+
+    None, too, where some images have no class, as images that lie beside subfolders.
+    """
+    names = sorted({image.name for image in images})
     return names if "" not in names and len(names) > 1 else []
 
 
-def _split_listing(root: str, split: str) -> Listing:
-    images = _find(root)
-    classes = _classes(images)
+def _split_listing(where: str, images: list[_Image], split: str, classes: list[str]) -> Listing:
     kept = []
     for name in classes or [None]:
-        of_class = [image for image in images if name is None or image[0] == name]
+        of_class = [image for image in images if name is None or image.name == name]
         # A class of one image goes to train.
         is_test = [i % 10 == 0 and len(of_class) > 1 for i in range(len(of_class))]
         wanted = split == "test"
         kept += [image for image, test in zip(of_class, is_test, strict=True) if test == wanted]
     if not kept:
-        raise UserError(f"{root!r} has too few images to hold out a test image: add images")
-    return _listing(kept, classes)
+        raise UserError(f"{where!r} has too few images to hold out a test image: add images")
+    return _listing(kept, classes, where)
 
 
-def _listing(images: list[tuple[str, str]], classes: list[str]) -> Listing:
+def _listing(images: list[_Image], classes: list[str], where: str) -> Listing:
     numbers = {name: number for number, name in enumerate(classes)}
-    for top, file in images:
-        if classes and top not in numbers:
+    for image in images:
+        if classes and image.name not in numbers:
             raise UserError(
-                f"{file!r} is in none of the class folders of train/ ({', '.join(classes)}): "
-                "move or remove it"
+                f"{image.file!r} is in none of the class folders of {where} "
+                f"({', '.join(classes)}): move or remove it"
             )
-    labels = [numbers[top] if classes else 0 for top, _ in images]
-    return Listing([file for _, file in images], labels, len(classes))
+    return Listing(
+        [image.file for image in images],
+        [numbers[image.name] if classes else 0 for image in images],
+        [image.text or os.path.splitext(image.file)[0] + ".npy" for image in images],
+        len(classes),
+    )

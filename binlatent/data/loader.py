@@ -19,6 +19,9 @@ def train_batches(
     num_threads: int = 4,
     prefetch: int = 8,
     shard: tuple[int, int] = (0, 1),
+    *,
+    random_crop: bool = False,
+    random_flip: bool = False,
 ) -> grain.DatasetIterator:
     """Yields shuffled batches without end, reshuffled each epoch; the seed alone fixes the order.
 
@@ -32,6 +35,9 @@ def train_batches(
       num_threads: threads that prepare batches ahead; 0 prepares each when it is asked for.
       prefetch: batches held ready; 0 with num_threads 0.
       shard: (index, count) of this host: the hosts deal one shuffled stream out in turn.
+      random_crop: crop the squares anywhere along the longer side, not in the centre.
+      random_flip: mirror every other image. What is drawn depends on the seed and on the place in
+        the stream alone.
 
     Returns:
       An iterator of {'image': float32 (b, h, w, c) in [-1, 1], 'label': int32 (b,), or float32
@@ -39,7 +45,20 @@ def train_batches(
     """
     index, count = shard
     # Repeated before it is dealt out: hosts need no equal shares, and a batch may span epochs.
-    dataset = grain.MapDataset.source(source.examples).seed(seed).shuffle().repeat()
+    examples = source.examples
+
+    def augment(index: int, random: np.random.Generator) -> dict[str, Any]:
+        example = examples.read(index, random.random()) if random_crop else examples[index]
+        if random_flip and random.random() < 0.5:
+            example = dict(example, image=example["image"][:, ::-1])
+        return example
+
+    dataset = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
+    # Before it is dealt out, so that the hosts draw as one would.
+    if random_crop or random_flip:
+        dataset = dataset.random_map(augment)
+    else:
+        dataset = dataset.map(lambda index: examples[index])
     if count > 1:
         dataset = dataset[index::count]
     dataset = dataset.batch(batch_size, drop_remainder=True).map(_to_arrays)

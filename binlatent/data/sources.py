@@ -1,24 +1,27 @@
 """Opens a dataset by two config lines, a name and a path, as random access to decoded examples.
 
-The name is `folder`, for a folder of images, or the name of a TFDS dataset. TFDS is imported only
-in the second case, and TensorFlow only while TFDS prepares a dataset that needs it.
+The name is `folder`, for a folder of images, `lmdb`, or the name of a TFDS dataset. TFDS is
+imported only in the last case, and TensorFlow only while TFDS prepares a dataset that needs it.
 """
 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib
 import io
 import logging
 import os
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from PIL import Image
 
 from binlatent.data import folder, transforms
+from binlatent.data.broken import Tolerant, UnreadableImage
 from binlatent.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -44,7 +47,16 @@ class Source:
 
 
 def open_source(
-    name: str, path: str, split: str, image_size: int, channels: int, texts: bool = False
+    name: str,
+    path: str,
+    split: str,
+    image_size: int,
+    channels: int,
+    *,
+    table: str = "",
+    texts: bool = False,
+    max_broken: float = 0.0,
+    bad_files: Path | None = None,
 ) -> Source:
     """Opens one split of a dataset; one of TFDS is first prepared, as ArrayRecord, where needed.
 
@@ -52,21 +64,25 @@ def open_source(
     `train`. `binlatent.data.folder` says how a folder is split.
 
     Args:
-      name: "folder", "digits" or any other TFDS name, such as "cifar10" or "celeb_a_hq/256".
-      path: the folder of images; for TFDS its data directory, "" for the default one.
+      name: "folder", "lmdb", "digits" or any other TFDS name, such as "celeb_a_hq/256".
+      path: the folder of images or of LMDB; for TFDS its data directory, "" for the default one.
       split: "train" or "test".
       image_size: side of the images in pixels.
       channels: 1 or 3.
+      table: of a folder, a .csv or .jsonl file that says which images there are.
       texts: whether the labels are not classes but the features of texts: of a folder, in a file
-        x.npy beside each image x.png, (e,) or (m, e), all of one shape.
+        x.npy beside each image x.png, or as the table says, (e,) or (m, e), all of one shape.
+      max_broken: share of images that may be unreadable; others then stand in for them.
+      bad_files: the file that names them, or None.
 
     Returns:
       Examples {'image': uint8 (image_size, image_size, channels), 'label': int}, or with the
-      features, float32, as the label.
+      features, float32, as the label; `examples.read(index, position)` crops elsewhere than in the
+      centre.
 
     Raises:
       UserError: for an unknown name, a missing folder, a dataset without images or one that cannot
-        be prepared; later, from the examples, for an image that cannot be read.
+        be prepared; later, from the examples, for too many images that cannot be read.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
@@ -76,63 +92,76 @@ def open_source(
             f"not size {image_size} and {channels} channels"
         )
     if name == "folder":
-        count, num_classes, read = _open_folder(path, split, texts)
-    elif texts:
-        raise UserError(f"data.texts is for data.name=folder; {name!r} has no features of texts")
+        count, num_classes, read = _open_folder(path, split, table, texts)
+    elif texts or table:
+        raise UserError(f"data.table and data.texts are for data.name=folder, not {name!r}")
+    elif name == "lmdb":
+        count, num_classes, read = _open_lmdb(os.path.expanduser(path), split)
     else:
         count, num_classes, read = _open_tfds(name, os.path.expanduser(path), split)
 
-    def read_example(index: int) -> dict[str, Any]:
+    def read_example(index: int, position: float) -> dict[str, Any]:
         file, what, label = read(index)
-        return {"image": read_image(file, what, image_size, channels), "label": label}
+        return {"image": read_image(file, what, image_size, channels, position), "label": label}
 
     keep = count * image_size**2 * channels <= _KEPT_BYTES and not texts
-    return Source(_Examples(count, read_example, keep), num_classes)
+    images = Images(count, read_example, keep)
+    return Source(Tolerant(images, max_broken, bad_files), num_classes)
 
 
 # Gives an encoded image, its name for messages, and its label.
 _Read = Callable[[int], tuple[str | BinaryIO, str, int | np.ndarray]]
 
 
-class _Examples:
-    """Examples that are read on first use, and then kept or not."""
+class Images:
+    """Images that are read on first use, and then kept or not."""
 
-    def __init__(self, count: int, read: Callable[[int], dict[str, Any]], keep: bool):
-        self._indices = range(count)
+    def __init__(self, count: int, read: Callable[[int, float], dict[str, Any]], keep: bool):
+        """Takes how many there are, and how to read one."""
+        self._count = count
         self._read = read
         self._kept: list[dict[str, Any] | None] | None = [None] * count if keep else None
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return self._count
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = self._indices[index]  # raises IndexError past the end
-        if self._kept is None:
-            return self._read(index)
+    def read(self, index: int, position: float) -> dict[str, Any]:
+        """Returns an example, cropped at a position along its longer side, in [0, 1].
+
+        Raises:
+          UnreadableImage: if it cannot be read.
+        """
+        if self._kept is None or position != 0.5:
+            return self._read(index, position)
         # Two threads may both read an example: the same values, so no lock is needed.
         example = self._kept[index]
         if example is None:
-            example = self._kept[index] = self._read(index)
+            example = self._kept[index] = self._read(index, position)
         return dict(example)
 
 
-def read_image(file: str | BinaryIO, what: str, image_size: int, channels: int) -> np.ndarray:
+def read_image(
+    file: str | BinaryIO, what: str, image_size: int, channels: int, position: float = 0.5
+) -> np.ndarray:
     """Returns an image of any kind that Pillow reads, as of `transforms.to_square`.
 
     Raises:
-      UserError: if it cannot be read, calling it `what`.
+      UnreadableImage: if it cannot be read, calling it `what`.
     """
     try:
         with Image.open(file) as image:
-            return transforms.to_square(image, image_size, channels)
+            return transforms.to_square(image, image_size, channels, position)
     except FileNotFoundError as error:
-        raise UserError(f"there is no image {what}") from error
+        raise UnreadableImage(f"there is no image {what}") from error
     except Exception as error:  # what a damaged file raises depends on its format
-        raise UserError(f"cannot read the image {what}, replace or remove it: {error}") from error
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        raise UnreadableImage(
+            f"cannot read the image {what}, replace or remove it: {reason}"
+        ) from error
 
 
-def _open_folder(path: str, split: str, texts: bool) -> tuple[int, int, _Read]:
-    listing = folder.list_images(path, split)
+def _open_folder(path: str, split: str, table: str, texts: bool) -> tuple[int, int, _Read]:
+    listing = folder.list_images(path, split, table)
     if not texts:
 
         def read(index: int) -> tuple[str, str, int]:
@@ -141,29 +170,28 @@ def _open_folder(path: str, split: str, texts: bool) -> tuple[int, int, _Read]:
 
         return len(listing.files), listing.num_classes, read
 
-    shape = _read_features(listing.files[0]).shape
+    shape = _read_features(listing.texts[0]).shape
 
     def read_with_text(index: int) -> tuple[str, str, np.ndarray]:
-        file = listing.files[index]
-        features = _read_features(file)
+        file, text = listing.files[index], listing.texts[index]
+        features = _read_features(text)
         if features.shape != shape:
             raise UserError(
-                f"the text's features beside {file!r} have the shape {features.shape}, those of "
-                f"the first image {shape}: bring all to one"
+                f"the features in {text!r} have the shape {features.shape}, those of the first "
+                f"image {shape}: bring all to one"
             )
         return file, repr(file), features
 
     return len(listing.files), 0, read_with_text
 
 
-def _read_features(image: str) -> np.ndarray:
-    """Returns what the .npy file beside an image holds, float32, (e,) or (m, e)."""
-    file = os.path.splitext(image)[0] + ".npy"
+def _read_features(file: str) -> np.ndarray:
+    """Returns the features of a text, float32, (e,) or (m, e)."""
     try:
         features = np.load(file, allow_pickle=False)
     except FileNotFoundError as error:
         raise UserError(
-            f"data.texts needs the features of a text beside each image: there is no {file!r}"
+            f"data.texts needs the features of each image's text: there is no {file!r}"
         ) from error
     except Exception as error:  # by where the damage is
         raise UserError(f"{file!r} is no .npy file of numbers: {error}") from error
@@ -171,6 +199,53 @@ def _read_features(image: str) -> np.ndarray:
     if not numbers or features.ndim not in (1, 2) or not np.isfinite(features).all():
         raise UserError(f"{file!r} must hold finite numbers, (e,) or (m, e)")
     return features.astype(np.float32)
+
+
+def _open_lmdb(path: str, split: str) -> tuple[int, int, _Read]:
+    """Opens images in LMDB, as LSUN has them: *train*lmdb/ and *val*lmdb/, or one for both."""
+    try:
+        import lmdb
+    except ModuleNotFoundError as error:
+        raise UserError("data.name=lmdb needs the package lmdb: pip install lmdb") from error
+    if not os.path.isdir(path):
+        raise UserError(f"there is no folder {path!r}: give --config.data.path=DIR, one of LMDB")
+    names = [name for name in sorted(os.listdir(path)) if name.endswith("lmdb")]
+    by_split = {
+        split: [name for name in names if word in name]
+        for split, word in (("train", "train"), ("test", "val"))
+    }
+    alone = os.path.isfile(os.path.join(path, "data.mdb"))
+    if not alone and not all(len(found) == 1 for found in by_split.values()):
+        raise UserError(
+            f"{path!r} has neither data.mdb nor one subfolder *train*lmdb and one *val*lmdb: give "
+            "the folder of one, or the one that holds both"
+        )
+    if not alone:
+        path = os.path.join(path, by_split[split][0])
+    try:
+        environment = _lmdb_environment(path)
+        with environment.begin() as transaction:
+            keys = list(transaction.cursor().iternext(keys=True, values=False))
+    except lmdb.Error as error:
+        raise UserError(f"cannot read the LMDB {path!r}: {error}") from error
+    if alone:  # every tenth is for testing, as of a folder
+        keys = [key for i, key in enumerate(keys) if (i % 10 == 0) == (split == "test")]
+    if not keys:
+        raise UserError(f"the LMDB {path!r} has no images for the split {split!r}")
+
+    def read(index: int) -> tuple[BinaryIO, str, int]:
+        with environment.begin() as transaction:
+            image = transaction.get(keys[index])
+        return io.BytesIO(image), f"{keys[index]!r} of {path!r}", 0
+
+    return len(keys), 0, read
+
+
+@functools.cache  # one process may not open the same one twice
+def _lmdb_environment(path: str) -> Any:
+    import lmdb
+
+    return lmdb.open(path, readonly=True, lock=False, readahead=False)
 
 
 def _open_tfds(name: str, data_dir: str, split: str) -> tuple[int, int, _Read]:
@@ -261,7 +336,7 @@ def _prepare(name: str, data_dir: str) -> Any:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     except registered.DatasetNotFoundError as error:
-        known = ["folder", "digits", *tfds.list_builders(with_community_datasets=False)]
+        known = ["folder", "lmdb", "digits", *tfds.list_builders(with_community_datasets=False)]
         near = difflib.get_close_matches(name.split("/")[0], known, n=1)
         meant = f", did you mean {near[0]!r}?" if near else ""
         raise UserError(

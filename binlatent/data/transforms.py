@@ -4,8 +4,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-def to_square(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
-    """Turns an image of any mode upright, fits its shorter side and crops the centre.
+def to_square(
+    image: Image.Image, image_size: int, channels: int, position: float = 0.5
+) -> np.ndarray:
+    """Turns an image of any mode upright, fits its shorter side and crops a square.
 
     Transparency is composited on white, 16-bit values are scaled to 8 bits. An image that already
     has the right size and mode keeps its values.
@@ -14,6 +16,7 @@ def to_square(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
       image: of any size and of any mode but "F".
       image_size: side of the result in pixels.
       channels: 1 (luminance) or 3 (RGB).
+      position: of the square along the longer side, in [0, 1]; 0.5 is the centre.
 
     Returns:
       uint8 (image_size, image_size, channels).
@@ -35,7 +38,7 @@ def to_square(image: Image.Image, image_size: int, channels: int) -> np.ndarray:
     width, height = image.size
     if (width, height) != (image_size, image_size):
         side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
+        left, top = int(position * (width - side)), int(position * (height - side))
         # Resizes and crops in one, and widens the filter where it shrinks, against aliasing.
         image = image.resize(
             (image_size, image_size),
