@@ -168,10 +168,12 @@ def check(config: Config) -> None:
             raise UserError(f"config.{name} must be at least 0, not {value}.")
     if config.data.crop not in ("centre", "random"):
         raise UserError(f'config.data.crop must be "centre" or "random", not {config.data.crop!r}.')
-    if config.prior.cache_codes and (config.data.crop == "random" or config.data.flip):
+    if (config.prior.cache_codes or config.prior.codes) and (
+        config.data.crop == "random" or config.data.flip
+    ):
         raise UserError(
-            "config.prior.cache_codes is of images as they are: set it to False, or data.crop to "
-            '"centre" and data.flip to False.'
+            "Codes on disk (prior.cache_codes, prior.codes) are of images as they are: learn from "
+            'the images, or set data.crop to "centre" and data.flip to False.'
         )
     if config.data.image_size < 11:
         raise UserError(

@@ -1,71 +1,164 @@
-"""The training set's encoder probabilities on disk, for stage 2 (config.prior.cache_codes)."""
+"""A dataset's encoder probabilities on disk, which stage 2 then learns from (`--mode=encode`).
+
+Probabilities, and not bits: the prior draws its bits anew each time, so no noise is frozen in. They
+are rounded to 255ths, a byte a bit. A folder of codes holds shards of records, ArrayRecord, each
+the label's bytes and then those of the code, and `info.json`, which appears last.
+"""
 
 import hashlib
 import json
 import logging
+import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+from tqdm import tqdm
 
 from binlatent.data import loader
 from binlatent.data.sources import Source
+from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
 log = logging.getLogger(__name__)
 
+_SHARD = 4_096  # records
 
-class CachedCodes:
-    """Random access to {"probs": float16 (h, w, c), "label": ...} of each training image."""
 
-    def __init__(self, folder: Path):
-        """Maps the files of `folder` into memory."""
-        self._probs = np.load(folder / "probs.npy", mmap_mode="r", allow_pickle=False)
-        self._labels = np.load(folder / "labels.npy", allow_pickle=False)
+class Codes:
+    """Random access to {"probs": uint8 (h, w, c), in 255ths, "label": ...} of each image."""
+
+    def __init__(self, folder: Path, info: dict[str, Any]):
+        """Opens a complete folder, of which `info` tells; ValueError if it tells something odd."""
+        self._shape = tuple(info["code_shape"])
+        if info["label_type"] not in ("<i4", "<f4"):
+            raise ValueError(f"labels of the type {info['label_type']!r}")
+        self._label_type, self._label_shape = np.dtype(info["label_type"]), info["label_shape"]
+        self._label_bytes = self._label_type.itemsize * math.prod(self._label_shape)
+        paths = [str(folder / name) for name in _shard_names(info["count"])]
+        self._records = array_record_data_source.ArrayRecordDataSource(paths)
 
     def __len__(self) -> int:
-        return len(self._probs)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"probs": np.array(self._probs[index]), "label": np.array(self._labels[index])}
+        record = self._records[index]
+        label, probs = record[: self._label_bytes], record[self._label_bytes :]
+        return {
+            "probs": np.frombuffer(probs, np.uint8).reshape(self._shape),
+            "label": np.frombuffer(label, self._label_type).reshape(self._label_shape),
+        }
 
 
-def cached_codes(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Source:
-    """Returns the source of a training set's codes, encoding it first if need be.
+def _shard_names(count: int) -> list[str]:
+    total = max(-(-count // _SHARD), 1)
+    return [f"codes-{i:05}-of-{total:05}.array_record" for i in range(total)]
 
-    Probabilities are stored, in float16, and not bits: the prior draws its bits anew each time, so
-    no noise is frozen in. They lie in a folder named after the encoder's weights and the dataset,
-    so codes of another encoder are never read; it appears only when it is complete.
+
+def open_codes(folder: Path, encoder: str) -> Source:
+    """Opens a folder of codes.
+
+    Args:
+      folder: of `encode`.
+      encoder: fingerprint of the encoder whose codes they must be.
+
+    Raises:
+      UserError: if the folder has no codes, not all, or those of another encoder.
+    """
+    try:
+        info = json.loads((folder / "info.json").read_text())
+        if info["encoder"] != encoder:
+            raise UserError(
+                f"The codes in {folder} are of another encoder than that of this workdir: encode "
+                "the images again with --mode=encode."
+            )
+        codes = Codes(folder, info)
+        if len(codes) != info["count"]:
+            raise ValueError(f"{len(codes)} codes in place of {info['count']}")
+        return Source(codes, int(info["num_classes"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"There are no complete codes in {folder}: make them with --mode=encode ({error})."
+        ) from error
+
+
+def encode(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Path:
+    """Writes the codes of a source, shard by shard; goes on where it was interrupted.
+
+    They lie in a folder named after the encoder's weights and the dataset, so that no others are
+    taken for them.
 
     Args:
       pipeline: with the frozen encoder.
-      source: of the training images.
-      folder: of all caches, workdir/codes.
+      source: of the images.
+      folder: of all such folders, `codes` of a workdir.
+
+    Returns:
+      Their folder.
     """
-    data = {**pipeline.config.data.to_dict(), "count": len(source.examples)}
+    count = len(source.examples)
+    data = {**pipeline.config.data.to_dict(), "count": count}
     dataset = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
     target = folder / f"{pipeline.encoder_fingerprint}_{dataset}"
-    if not target.exists():
-        log.info("Encoding %d training images into %s", len(source.examples), target)
-        unfinished = target.with_suffix(".unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        probs = np.lib.format.open_memmap(
-            unfinished / "probs.npy",
-            mode="w+",
-            dtype=np.float16,
-            shape=(len(source.examples), *pipeline.code_shape),
-        )
-        labels, start = [], 0
-        for batch, mask in loader.test_batches(source, pipeline.config.sample.batch_size):
-            real = int(mask.sum())
-            stop = start + real
-            probs[start:stop] = pipeline.encode_probs(batch["image"])[:real]
-            labels.append(batch["label"][:real])
-            start = stop
-        probs.flush()
-        np.save(unfinished / "labels.npy", np.concatenate(labels))
-        os.replace(unfinished, target)
-    return Source(CachedCodes(target), source.num_classes)
+    if (target / "info.json").exists():
+        return target
+    log.info("Encoding %d images into %s", count, target)
+    target.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=count, unit=" images", disable=None) as progress:
+        for i, name in enumerate(_shard_names(count)):
+            part = range(i * _SHARD, min((i + 1) * _SHARD, count))
+            if not (target / name).exists():
+                _write_shard(pipeline, source, part, target / name, progress)
+            else:
+                progress.update(len(part))
+    label = np.asarray(source.examples[0]["label"])
+    info = {
+        "encoder": pipeline.encoder_fingerprint,
+        "code_shape": pipeline.code_shape,
+        "label_type": _label_type(label).str,
+        "label_shape": label.shape,
+        "num_classes": source.num_classes,
+        "count": count,
+        "data": data,
+    }
+    unfinished = target / "info.json.unfinished"
+    unfinished.write_text(json.dumps(info, indent=2) + "\n")
+    os.replace(unfinished, target / "info.json")
+    return target
+
+
+def _label_type(label: np.ndarray) -> np.dtype:
+    return np.dtype("<f4" if label.dtype.kind == "f" else "<i4")
+
+
+def _write_shard(
+    pipeline: BinaryLatentDiffusion, source: Source, part: range, path: Path, progress: tqdm
+) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
+    images = Source(_Part(source.examples, part), source.num_classes)
+    for batch, mask in loader.test_batches(images, pipeline.config.sample.batch_size):
+        real = int(mask.sum())
+        probs = np.rint(255 * pipeline.encode_probs(batch["image"])[:real]).astype(np.uint8)
+        labels = batch["label"][:real]
+        labels = labels.astype(_label_type(labels))
+        for label, code in zip(labels, probs, strict=True):
+            writer.write(label.tobytes() + code.tobytes())
+        progress.update(real)
+    writer.close()
+    os.replace(unfinished, path)
+
+
+class _Part:
+    """Some of a source's examples."""
+
+    def __init__(self, examples: Any, indices: range):
+        self._examples, self._indices = examples, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._examples[self._indices[index]]

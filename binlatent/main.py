@@ -32,9 +32,10 @@ flags.DEFINE_string("workdir", None, "Folder of checkpoints, metrics and picture
 flags.DEFINE_enum(
     "mode",
     "all",
-    [*_TRAINING, "sample", "reconstruct", "inpaint", "vary", "evaluate"],
+    [*_TRAINING, "encode", "sample", "reconstruct", "inpaint", "vary", "evaluate"],
     "What to do; `all` trains what is not trained yet, evaluates it and draws its pictures; "
-    "`table4` trains an autoencoder with each bottleneck and compares them.",
+    "`table4` trains an autoencoder with each bottleneck and compares them; `encode` writes the "
+    "training images' codes, for the prior to learn from.",
 )
 flags.DEFINE_integer(
     "num", None, "sample, reconstruct: how many images. inpaint, vary: how many results of each."
@@ -85,7 +86,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     mode = FLAGS.mode
     if len(unparsed) > 1:
         command.bad_usage(f"Unexpected argument {unparsed[1]!r}: flags start with --")
-    if mode in _TRAINING and not FLAGS["config"].present:
+    if mode in (*_TRAINING, "encode") and not FLAGS["config"].present:
         command.bad_usage(f"--mode={mode} needs --config, for example configs/digits.py")
     for name, modes in _MEANT_FOR.items():
         if FLAGS[name].present and mode not in modes:
@@ -181,6 +182,10 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         checks.check_bits(config)  # before any training
     if mode == "table4":
         log.info("%s", table4.run(config, workdir))
+        return
+    if mode == "encode":
+        folder = train.encode(config, workdir)
+        log.info("The codes are in %s", folder)
         return
     if mode in ("all", "train_autoencoder"):
         train.train_autoencoder(config, workdir)

@@ -71,7 +71,7 @@ def _check_labels(config: Config, source: Source) -> None:
       UserError: saying what to change.
     """
     condition, width = config.prior.condition, config.prior.text_width
-    shape = np.shape(source.examples[0]["label"]) if config.data.texts else ()
+    shape = np.shape(source.examples[0]["label"])
     if len(shape) != {"class": 0, "text_token": 1, "text_cross": 2}[condition]:
         raise UserError(
             f"config.prior.condition is {condition!r}, which needs config.data.texts = "
@@ -154,17 +154,47 @@ def setup_autoencoder(config: Config, workdir: Path | None = None) -> tuple[Stag
     return stage, config
 
 
+def _open_codes_or_images(
+    config: Config, workdir: Path
+) -> tuple[BinaryLatentDiffusion, Source, Config]:
+    """Returns the encoder, what the prior learns from, and the config with data.num_classes."""
+    if config.prior.codes:
+        # Of any number of classes, for now: nothing is sampled.
+        encoder = BinaryLatentDiffusion.from_workdir(workdir, prior=False)
+        source = codes.open_codes(Path(config.prior.codes), encoder.encoder_fingerprint)
+    else:
+        source = evaluate.open_data(config, "train", workdir)
+    config = with_classes(config, source)
+    encoder = BinaryLatentDiffusion.from_workdir(workdir, config, prior=False)
+    if config.prior.cache_codes and not config.prior.codes:
+        folder = codes.encode(encoder, source, workdir / "codes")
+        source = codes.open_codes(folder, encoder.encoder_fingerprint)
+    return encoder, source, config
+
+
+def encode(config: Config, workdir: Path) -> Path:
+    """Writes the codes of the training images into `codes` of a workdir; returns their folder.
+
+    Raises:
+      UserError: if the workdir has no autoencoder with bits, or the images cannot be read.
+    """
+    checks.check(config)
+    checks.check_bits(config)
+    source = evaluate.open_data(config, "train", workdir)
+    config = with_classes(config, source)
+    encoder = BinaryLatentDiffusion.from_workdir(workdir, config, prior=False)
+    return codes.encode(encoder, source, workdir / "codes")
+
+
 def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     """Returns stage 2 at its first step, on the codes of the workdir's autoencoder; the config."""
     checks.check(config)
     checks.check_bits(config)
     _check_batch(config.prior.train)
-    source, test = (evaluate.open_data(config, split, workdir) for split in ("train", "test"))
-    config = with_classes(config, source)
+    encoder, source, config = _open_codes_or_images(config, workdir)
     _check_labels(config, source)
-    encoder = BinaryLatentDiffusion.from_workdir(workdir, config, prior=False)
-    if config.prior.cache_codes:
-        source = codes.cached_codes(encoder, source, workdir / "codes")
+    test = evaluate.open_data(config, "test", workdir)
+    cached = "probs" in source.examples[0]
     model, denoiser = build.autoencoder(config), build.denoiser(config)
     step = functools.partial(
         prior_stage.train_step,
@@ -175,7 +205,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         ema_decay=config.prior.train.ema_decay,
     )
     step = parallel(step, num_frozen=1)
-    encoder_params = None if config.prior.cache_codes else replicate(encoder.autoencoder_params)
+    encoder_params = None if cached else replicate(encoder.autoencoder_params)
     images, labels = evaluate.load_images(test, config.evaluate.num_images)
     probs = encoder.encode_probs(to_float(images))
     pipeline = functools.partial(BinaryLatentDiffusion, config, encoder.autoencoder_params)

@@ -93,7 +93,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     prior.time_weight = "mean"  # or "falling", 1 - (t - 1)/T
     prior.stratified = False  # spread a batch's times evenly
     prior.label_dropout = 0.1
-    prior.cache_codes = False  # encode the training set once, to workdir/codes
+    prior.cache_codes = False  # encode the training set once, to workdir/codes, as --mode=encode
+    prior.codes = ""  # or learn from a folder of codes that lies elsewhere
     prior.train = ml_collections.ConfigDict()
     prior.train.batch_size = 32
     prior.train.num_steps = 1_000_000

@@ -16,6 +16,7 @@ from PIL import Image
 
 from binlatent import codes, evaluate, train
 from binlatent.checkpoint import Checkpoints
+from binlatent.data import loader
 from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float
 from binlatent.errors import UserError
@@ -261,28 +262,81 @@ def test_number_of_classes_must_be_that_of_the_data(tiny_config):
         train.with_classes(tiny_config, source)
 
 
-def test_cached_codes_are_the_encoders_probabilities(trained, tiny_config, tmp_path):
+def test_codes_are_the_encoders_probabilities(trained, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(codes, "_SHARD", 150)
     pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
     source = evaluate.open_data(tiny_config, "test")
-    cached = codes.cached_codes(pipeline, source, tmp_path)
-    assert len(cached.examples) == len(source.examples) == 500
+    folder = codes.encode(pipeline, source, tmp_path)
+    written = codes.open_codes(folder, pipeline.encoder_fingerprint)
+    assert len(written.examples) == len(source.examples) == 500 and written.num_classes == 10
     images, labels = evaluate.load_images(source, 500)
-    images = to_float(images)
-    got = np.stack([cached.examples[i]["probs"] for i in range(500)])
-    np.testing.assert_allclose(got, pipeline.encode_probs(images), atol=5e-4)  # float16
-    assert [cached.examples[i]["label"] for i in range(500)] == labels.tolist()
+    got = np.stack([written.examples[i]["probs"] for i in range(500)])
+    assert got.dtype == np.uint8 and got.shape == (500, 4, 4, 8)
+    # Rounding adds at most half a 255th, and next to nothing to what is drawn.
+    error = got / 255 - pipeline.encode_probs(to_float(images)).astype(np.float64)
+    assert np.abs(error).max() < 0.5 / 255 + 1e-6 and abs(error.mean()) < 1e-4
+    assert [written.examples[i]["label"] for i in range(500)] == labels.tolist()
+    batch = next(loader.train_batches(written, 7, seed=0))
+    assert batch["probs"].dtype == np.uint8 and batch["label"].dtype == np.int32
 
 
-def test_cached_codes_belong_to_one_encoder(trained, tiny_config, tmp_path):
+def test_encoding_goes_on_where_it_was_interrupted(trained, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(codes, "_SHARD", 150)
     pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
     source = evaluate.open_data(tiny_config, "test")
-    codes.cached_codes(pipeline, source, tmp_path)
+    write_shard, written = codes._write_shard, []
+
+    def write(pipeline, source, part, path, progress):
+        written.append(path.name[:11])
+        if part.start == 300 and len(written) < 4:
+            raise KeyboardInterrupt
+        write_shard(pipeline, source, part, path, progress)
+
+    monkeypatch.setattr(codes, "_write_shard", write)
+    with pytest.raises(KeyboardInterrupt):
+        codes.encode(pipeline, source, tmp_path)
+    folder = next(tmp_path.iterdir())
+    with pytest.raises(UserError, match="no complete codes in .*: make them with --mode=encode"):
+        codes.open_codes(folder, pipeline.encoder_fingerprint)
+    for _ in range(2):  # the second time there is nothing left to do
+        assert codes.encode(pipeline, source, tmp_path) == folder
+    assert written == [f"codes-{i:05}" for i in (0, 1, 2, 2, 3)]
+    resumed = codes.open_codes(folder, pipeline.encoder_fingerprint).examples
+    whole = codes.encode(pipeline, source, tmp_path / "whole")
+    whole = codes.open_codes(whole, pipeline.encoder_fingerprint).examples
+    for i in range(500):
+        np.testing.assert_array_equal(resumed[i]["probs"], whole[i]["probs"])
+
+
+def test_codes_belong_to_one_encoder(trained, tiny_config, tmp_path):
+    pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
+    source = evaluate.open_data(tiny_config, "test")
+    folder = codes.encode(pipeline, source, tmp_path)
     pipeline.autoencoder_params = jax.tree.map(lambda x: x + 0.1, pipeline.autoencoder_params)
-    other = codes.cached_codes(pipeline, source, tmp_path)
-    images = to_float(np.stack([source.examples[i]["image"] for i in range(10)]))
-    got = np.stack([other.examples[i]["probs"] for i in range(10)])
-    np.testing.assert_allclose(got, pipeline.encode_probs(images), atol=5e-4)
-    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(UserError, match="are of another encoder than that of this workdir"):
+        codes.open_codes(folder, pipeline.encoder_fingerprint)
+    other = codes.encode(pipeline, source, tmp_path)
+    assert other != folder and len(list(tmp_path.iterdir())) == 2
+    for content in ("", "[]", "{}", (folder / "info.json").read_text().replace("<i4", "O")):
+        (other / "info.json").write_text(content)
+        with pytest.raises(UserError, match="no complete codes|of another encoder"):
+            codes.open_codes(other, pipeline.encoder_fingerprint)
+
+
+def test_the_prior_learns_from_codes_that_lie_elsewhere(trained, tiny_config, tmp_path):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    shutil.rmtree(workdir / "prior")
+    config = tiny_config
+    config.prior.cache_codes = False
+    config.prior.train.num_steps = 2
+    folder = train.encode(config, workdir)
+    elsewhere = shutil.move(folder, tmp_path / "elsewhere")
+    config.prior.codes = str(elsewhere)
+    state = train.train_prior(config, workdir)
+    assert int(state.step) == 2 and not any((workdir / "codes").iterdir())
+    config.data.flip = True
+    with pytest.raises(UserError, match="Codes on disk .* are of images as they are"):
+        train.train_prior(config, workdir)
 
 
 @pytest.mark.slow

@@ -280,14 +280,16 @@ def train_step(
 
     Args:
       state: replicated.
-      batch: {"label": (n,)} with "probs", (n, h, w, c), the encoder's y from the cache, or
-        "image".
+      batch: {"label": (n,)} with "probs", (n, h, w, c), the encoder's y from the cache, uint8 in
+        255ths, or "image".
       encoder_params: of the frozen encoder, replicated; None with cached codes.
       encode: the frozen encoder, (encoder_params, image) -> y.
       denoiser, objective: of the prior.
       **statics: of `update`.
     """
     probs = batch["probs"] if "probs" in batch else encode(encoder_params, batch["image"])
+    if probs.dtype == jnp.uint8:
+        probs = probs / 255
     noise = draw_noise(
         state_lib.step_key(state),
         probs.shape,
