@@ -1,5 +1,6 @@
-"""What the networks cost: `python -m binlatent.benchmark memory --config=configs/X.py`.
+"""What training costs: `python -m binlatent.benchmark memory|data --config=configs/X.py`.
 
+`data` reads the config's training images as training does, and says how many a second.
 `memory` compiles the autoencoder's training step and its decoder, without running them, and says
 what memory the compiled programs ask for. With --topology the programs are compiled for TPUs that
 need not be there (`pip install libtpu`).
@@ -9,6 +10,7 @@ import functools
 import json
 import logging
 import sys
+import time
 from typing import Any
 
 import jax
@@ -19,7 +21,8 @@ from absl import app, flags
 from flax import traverse_util
 from ml_collections import config_flags
 
-from binlatent import build, checks, command, weights
+from binlatent import build, checks, command, evaluate, weights
+from binlatent.data import loader
 from binlatent.errors import UserError
 from binlatent.stages.state import AXIS
 
@@ -107,6 +110,44 @@ def _memory(function: Any, device: Any, *arguments: Any) -> dict[str, float]:
     }
 
 
+def data_speed(
+    config: ml_collections.ConfigDict, batch_size: int, seconds: float = 20.0
+) -> dict[str, Any]:
+    """Returns how many training images a second the loader delivers.
+
+    Args:
+      config: of the whole run.
+      batch_size: images a batch.
+      seconds: to measure for, after what was prepared ahead has been taken.
+
+    Returns:
+      `images_per_second`, from the median time of a batch, and what it depends on.
+    """
+    source = evaluate.open_data(config, "train")
+    batches = loader.train_batches(
+        source,
+        batch_size,
+        config.seed,
+        random_crop=config.data.crop == "random",
+        random_flip=config.data.flip,
+    )
+    for _ in range(10):
+        next(batches)
+    times = [time.perf_counter()]
+    while times[-1] - times[0] < seconds:
+        next(batches)
+        times.append(time.perf_counter())
+    # Several batches may come at once; their mean is what keeps a step fed.
+    tenths = np.array_split(np.diff(times), min(10, len(times) - 1))
+    return {
+        "data": config.data.name,
+        "image_size": config.data.image_size,
+        "batch_size": batch_size,
+        "cores": loader.cores(),
+        "images_per_second": batch_size / float(np.median([np.mean(part) for part in tenths])),
+    }
+
+
 def memory(config: ml_collections.ConfigDict, batch_sizes: list[int], device: Any) -> list[dict]:
     """Returns a row for the training step, and one for the decoder, at each batch size."""
     rows = []
@@ -127,8 +168,17 @@ def memory(config: ml_collections.ConfigDict, batch_sizes: list[int], device: An
     return rows
 
 
+def data_table(rows: list[dict]) -> str:
+    """Returns the rows of `data_speed` in Markdown."""
+    lines = ["| data | image | batch | cores | images/s |", "|" + "---|" * 5]
+    for row in rows:
+        *cells, speed = row.values()
+        lines.append(f"| {' | '.join(map(str, cells))} | {speed:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
 def table(rows: list[dict]) -> str:
-    """Returns the rows in Markdown."""
+    """Returns the rows of `memory` in Markdown."""
     lines = [
         "| program | image | batch | compute | remat | device | arguments | temporary | total "
         "| TFLOP |",
@@ -159,8 +209,8 @@ def define_flags() -> None:
 def main(argv: list[str]) -> None:
     """Prints a table; a user's error is one sentence and exit code 1."""
     with command.reporting():
-        if argv[1:] != ["memory"]:
-            raise UserError(f"Name what to measure: memory, not {' '.join(argv[1:])!r}.")
+        if argv[1:] not in (["memory"], ["data"]):
+            raise UserError(f"Name what to measure: memory or data, not {' '.join(argv[1:])!r}.")
         if FLAGS.config is None:
             raise UserError("Name a config, for example --config=configs/churches256.py.")
         parts = FLAGS.config.autoencoder.train.accumulate
@@ -171,11 +221,13 @@ def main(argv: list[str]) -> None:
                     f"not {size}."
                 )
         checks.check(FLAGS.config)
-        rows = memory(FLAGS.config, FLAGS.batch_size, device_to_compile_for(FLAGS.topology))
-        if FLAGS.json:
-            sys.stdout.write("".join(json.dumps(row) + "\n" for row in rows))
+        if argv[1] == "data":
+            rows = [data_speed(FLAGS.config, size) for size in FLAGS.batch_size]
         else:
-            sys.stdout.write(table(rows))
+            rows = memory(FLAGS.config, FLAGS.batch_size, device_to_compile_for(FLAGS.topology))
+        as_table = {"data": data_table, "memory": table}[argv[1]]
+        lines = "".join(json.dumps(row) + "\n" for row in rows) if FLAGS.json else as_table(rows)
+        sys.stdout.write(lines)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
-from binlatent import benchmark, build
+from binlatent import benchmark, build, evaluate
+from binlatent.data import loader
+from binlatent.data.sources import Source
 from binlatent.errors import UserError
 
 
@@ -50,3 +53,19 @@ def test_the_command_prints_a_table():
     assert cells == [["train", "28", "2"], ["decode", "28", "2"]]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "Name a config" in result.stderr
+
+
+def test_data_speed_is_that_of_the_examples(tiny_config, monkeypatch):
+    class Slow:
+        def __len__(self):
+            return 50
+
+        def __getitem__(self, index):
+            time.sleep(0.01)
+            return {"image": np.zeros((28, 28, 1), np.uint8), "label": 0}
+
+    monkeypatch.setattr(evaluate, "open_data", lambda config, split: Source(Slow(), 0))
+    monkeypatch.setattr(loader, "cores", lambda: 8)
+    row = benchmark.data_speed(tiny_config, 5, seconds=2.0)
+    assert row["cores"] == 8 and 300 < row["images_per_second"] <= 1.1 * 800
+    assert benchmark.data_table([row]).splitlines()[2].startswith("| digits | 28 | 5 | 8 | ")

@@ -1,5 +1,6 @@
 """The Grain pipeline: endless shuffled training batches, and one ordered pass to test."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ def train_batches(
     source: Source,
     batch_size: int,
     seed: int,
-    num_threads: int = 4,
+    num_threads: int | None = None,
     prefetch: int = 8,
     shard: tuple[int, int] = (0, 1),
     *,
@@ -32,7 +33,8 @@ def train_batches(
       source: the examples: images with labels, or other dictionaries of equally shaped arrays.
       batch_size: examples a batch, on this host. It may exceed the number of examples.
       seed: of the shuffling, 0 to 2**32 - 1.
-      num_threads: threads that prepare batches ahead; 0 prepares each when it is asked for.
+      num_threads: threads that prepare batches ahead, a core each if None, and at least 4; 0
+        prepares each batch when it is asked for.
       prefetch: batches held ready; 0 with num_threads 0.
       shard: (index, count) of this host: the hosts deal one shuffled stream out in turn.
       random_crop: crop the squares anywhere along the longer side, not in the centre.
@@ -62,7 +64,14 @@ def train_batches(
     if count > 1:
         dataset = dataset[index::count]
     dataset = dataset.batch(batch_size, drop_remainder=True).map(_to_arrays)
+    if num_threads is None:
+        num_threads = max(4, cores())
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))
+
+
+def cores() -> int:
+    """Returns how many cores this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def test_batches(source: Source, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
