@@ -2,7 +2,9 @@
 
 import logging
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -39,6 +41,22 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 @contextmanager
+def deferring_interrupt() -> Iterator[None]:
+    """Lets what is inside end before Ctrl-C counts: writing that would otherwise end in noise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    received = []
+    previous = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        raise KeyboardInterrupt
+
+
+@contextmanager
 def reporting() -> Iterator[None]:
     """Logs the package's progress; a user's error, raised inside, is one sentence and exit code 1.
 
@@ -50,7 +68,7 @@ def reporting() -> Iterator[None]:
         yield
     except (UserError, OSError) as error:
         message = str(error)
-        if not re.match(r"[a-z_0-9]+[.=]", message):  # a key's name, as the user types it
+        if re.match(r"[a-z]+[ ,:']", message):  # not a key or a path, as the user types it
             message = message[:1].upper() + message[1:]
         sys.stderr.write(f"Error: {message}\n")
         sys.exit(1)

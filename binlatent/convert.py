@@ -10,8 +10,10 @@ import argparse
 import functools
 import logging
 import operator
+import os
 import runpy
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -45,7 +47,8 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(f"There is no file {str(path)!r}: check --from.")
     torch = _import_torch()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # an error says it all
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # of a dozen types, by how the file is damaged
@@ -56,9 +59,11 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     if not isinstance(state, dict):
         raise UserError(f"{path} holds no state dict: save the model's state_dict() alone.")
     for name, value in state.items():
-        if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
+        tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if not (isinstance(name, str) and tensor):
             raise UserError(
-                f"{path} holds {name!r}, which is no tensor: save the model's state_dict() alone."
+                f"{path} holds {name!r}, which is no dense tensor: save the model's state_dict() "
+                "alone."
             )
     return {
         name: (value.float() if value.is_floating_point() else value).detach().numpy()
@@ -154,7 +159,7 @@ def autoencoder(
     if "autoencoder.discriminator.width" not in found:
         config.autoencoder.loss.adversarial = 0.0
         log.info("There is no discriminator: training on would be without the adversarial loss.")
-    checks.check(config)
+    _check(config)
     params, discriminator = released.autoencoder(checkpoint, config)
     unused = checkpoint.unused(released.AUTOENCODER_UNUSED)
     optimizer = build.optimizer(config.autoencoder.train)
@@ -199,10 +204,16 @@ def prior(
       UserError: as `autoencoder`, and if the prior is over other codes than the autoencoder's.
     """
     _refuse_existing(out, "prior")
+    if not exists(autoencoder, "autoencoder"):
+        raise UserError(
+            f"There is no autoencoder in {autoencoder}: name the folder that `python -m "
+            "binlatent.convert autoencoder --out` has written as --autoencoder."
+        )
     model = BinaryLatentDiffusion.from_workdir(autoencoder, prior=False)
     if out.resolve() != autoencoder.resolve() and exists(out, "autoencoder"):
         raise UserError(
-            f"{out} has an autoencoder already: give it as --autoencoder, or choose another --out."
+            f"There is an autoencoder in {out} already: give that as --autoencoder, or choose "
+            "another --out."
         )
     checkpoint = released.Checkpoint(state, "prior")
     found = hyperparameters.of_prior(checkpoint)
@@ -236,7 +247,7 @@ def prior(
             **found,
         }
     )
-    checks.check(config)
+    _check(config)
     params = released.prior(checkpoint, config)
     embed = checkpoint.left.get("embedding_weight")
     own = model.autoencoder_params["params"]["bottleneck"]["embed"]
@@ -252,6 +263,7 @@ def prior(
         unfinished = out / "autoencoder.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(autoencoder / "autoencoder", unfinished)
+        shutil.rmtree(out / "autoencoder", ignore_errors=True)  # of a conversion cut short
         unfinished.rename(out / "autoencoder")
     state = create_state(base_key, params, optimizer)
     _save(out, "prior", state, config, encoder=model.encoder_fingerprint)
@@ -261,8 +273,8 @@ def prior(
 def _agree(stored: Any, schedule: str | None, num_timesteps: int | None) -> tuple[Any, int]:
     """Returns the schedule and T, from the checkpoint's buffers if any, which flags must match."""
     if stored is None:
-        return schedule or "linear", num_timesteps or 64
-    given = (schedule or stored[0], num_timesteps or stored[1])
+        return schedule or "linear", 64 if num_timesteps is None else num_timesteps
+    given = (schedule or stored[0], stored[1] if num_timesteps is None else num_timesteps)
     if given != stored:
         name = stored[0] if isinstance(stored[0], str) else "one of its own"
         raise UserError(
@@ -270,6 +282,13 @@ def _agree(stored: Any, schedule: str | None, num_timesteps: int | None) -> tupl
             "--num_timesteps."
         )
     return stored
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+    try:
+        checks.check(config)
+    except UserError as error:
+        raise UserError(f"What the checkpoint and the flags say makes no model: {error}") from error
 
 
 def _released_config() -> ml_collections.ConfigDict:
@@ -282,7 +301,9 @@ def _released_config() -> ml_collections.ConfigDict:
 
 def _refuse_existing(out: Path, stage: str) -> None:
     if exists(out, stage):
-        raise UserError(f"{out} has a checkpoint of the {stage} already: choose another --out.")
+        raise UserError(
+            f"There is a checkpoint of the {stage} in {out} already: choose another --out."
+        )
 
 
 def _save(
@@ -294,7 +315,7 @@ def _save(
 ) -> None:
     """Saves a stage as of step 0, so that training goes on with all of its own steps."""
     meta = {"config": config.to_dict(), "data": None, "encoder": encoder, "seconds": 0.0}
-    with Checkpoints(out / stage) as checkpoints:
+    with command.deferring_interrupt(), Checkpoints(out / stage) as checkpoints:
         checkpoints.save(state, meta)
     log.info("Wrote %s", out / stage)
 
@@ -358,11 +379,13 @@ def _restore(
 def _write_state_dicts(files: dict[str, released.State], out: Path) -> None:
     torch, folder = _import_torch(), out / "saved_models"
     folder.mkdir(parents=True, exist_ok=True)
-    for name, state in files.items():
-        path = folder / f"{name}.th"
-        if path.exists():
-            raise UserError(f"{path} is there already: choose another --out.")
-        torch.save({key: torch.tensor(x) for key, x in state.items()}, path)
+    paths = {folder / f"{name}.th": state for name, state in files.items()}
+    if there := [path for path in paths if path.exists()]:
+        raise UserError(f"There is a file {there[0]} already: choose another --out.")
+    for path, state in paths.items():
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        torch.save({key: torch.tensor(x) for key, x in state.items()}, unfinished)
+        os.replace(unfinished, path)
         log.info("Wrote %s", path)
 
 
@@ -412,12 +435,15 @@ def main(argv: list[str] | None = None) -> None:
             _import_torch()
             files = export(**options)
             _write_state_dicts(files, out)
-            config = BinaryLatentDiffusion.from_workdir(options["workdir"]).config
-            log.info("The authors' code loads them with: %s", hyperparameters.flags(config))
+            model = BinaryLatentDiffusion.from_workdir(options["workdir"])
+            flags = hyperparameters.flags(model.config, prior=model.prior_params is not None)
+            log.info("To the authors' code they are: %s", flags)
             return
         if name == "vgg16" and out.suffix != ".npz":
             raise UserError(f"--out must end in .npz, not {str(out)!r}.")
         source = options.pop("source")
+        if name != "vgg16":
+            _refuse_existing(out, name)  # before a long read
         state = read_state_dict(source)
         if name == "vgg16":
             weights.write(out, vgg16(state))

@@ -16,6 +16,7 @@ from binlatent import build, checkpoint, masks
 from binlatent.data import sources
 from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float, to_uint8
+from binlatent.errors import UserError
 from binlatent.evaluation import metrics
 from binlatent.evaluation.classifier import apply_classifier, train_classifier
 from binlatent.pipeline import BinaryLatentDiffusion
@@ -55,17 +56,54 @@ def load_images(source: Source, limit: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([example["image"] for example in examples]), labels
 
 
-def known_labels(pipeline: BinaryLatentDiffusion, labels: np.ndarray) -> np.ndarray | None:
-    """Returns a dataset's labels if they are of the kind that the prior knows, else None."""
-    condition = build.condition(pipeline.config)
-    kinds = {"none": "", "class": "iu", "text_token": "f", "text_cross": "f"}
-    return labels if labels.dtype.kind in kinds[condition] else None
+def known_labels(
+    config: ml_collections.ConfigDict, source: Source, labels: np.ndarray
+) -> np.ndarray | None:
+    """Returns labels as the prior of a config takes them; None if the images have none for it.
+
+    Args:
+      config: of the prior; with data.num_classes = -1 its classes are those of the images.
+      source: that they are from.
+      labels: of some of its images.
+
+    Raises:
+      UserError: for classes or features of texts that are not those of the prior.
+    """
+    condition, texts = build.condition(config), labels.dtype.kind == "f"
+    if condition == "none":
+        return None
+    if condition == "class":
+        if config.data.num_classes != -1 and source.num_classes not in (
+            0,
+            config.data.num_classes,
+        ):
+            raise UserError(
+                f"The prior has {config.data.num_classes} classes, but the images have "
+                f"{source.num_classes}: give those that it was trained on."
+            )
+        return labels if source.num_classes else None
+    if not texts:
+        return None
+    width = config.prior.text_width
+    if (
+        labels.ndim - 1 != {"text_token": 1, "text_cross": 2}[condition]
+        or labels.shape[-1] != width
+    ):
+        expected = f"({width},)" if condition == "text_token" else f"(tokens, {width})"
+        raise UserError(
+            f"The features of texts beside the images have the shape {labels.shape[1:]}, but the "
+            f"prior, with config.prior.condition = {condition!r}, takes {expected}."
+        )
+    return labels
 
 
-def test_images(config: ml_collections.ConfigDict, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns `num` test images, float in [-1, 1], and labels."""
-    images, labels = load_images(open_data(config, "test"), num)
-    return to_float(images), labels
+def test_images(
+    config: ml_collections.ConfigDict, num: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns `num` test images, float in [-1, 1], and their labels, as of `known_labels`."""
+    source = open_data(config, "test")
+    images, labels = load_images(source, num)
+    return to_float(images), known_labels(config, source, labels)
 
 
 def autoencoder_metrics(
@@ -98,17 +136,16 @@ def autoencoder_metrics(
 
 
 def prior_metrics(
-    pipeline: BinaryLatentDiffusion, probs: np.ndarray, labels: np.ndarray
+    pipeline: BinaryLatentDiffusion, probs: np.ndarray, labels: np.ndarray | None
 ) -> dict[str, float]:
     """Returns `bce`, nats a bit, over eight draws of time, code and noise for each image.
 
     Args:
       pipeline: with the prior to judge.
       probs: the encoder's y, (n, h, w, c).
-      labels: of the images, given to the prior if it knows their kind.
+      labels: of the images, as of `known_labels`.
     """
     denoiser = build.denoiser(pipeline.config)
-    labels = known_labels(pipeline, labels)
     probs = np.concatenate([probs] * _BCE_DRAWS)
     labels = None if labels is None else np.concatenate([labels] * _BCE_DRAWS)
     batch_keys = iter(jax.random.split(build.key(0, "bce"), len(probs)))
@@ -125,7 +162,7 @@ def prior_metrics(
 def likelihood_metrics(
     pipeline: BinaryLatentDiffusion,
     probs: np.ndarray,
-    labels: np.ndarray,
+    labels: np.ndarray | None,
     steps: int | None = None,
 ) -> dict[str, float]:
     """Returns the variational bound on the test codes' length, `bits_per_image` and `bits_per_dim`.
@@ -136,7 +173,7 @@ def likelihood_metrics(
     Args:
       pipeline: with the prior to judge.
       probs: the encoder's y, (n, h, w, c).
-      labels: of the images, given to the prior if it knows their kind.
+      labels: of the images, as of `known_labels`.
       steps: of the sampler that the bound is about.
     """
     code_key, noise_key = jax.random.split(build.key(0, "likelihood"))
@@ -144,7 +181,7 @@ def likelihood_metrics(
     bits = pipeline.code_lengths(
         codes,
         noise_key,
-        known_labels(pipeline, labels),
+        labels,
         steps=steps,
         num_draws=pipeline.config.evaluate.bound_draws,
     )
@@ -263,18 +300,17 @@ def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, An
     for stage in ("autoencoder", "prior"):
         with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
             seconds[stage] = checkpoints.meta()["seconds"]
-    test = load_images(open_data(config, "test"), config.evaluate.num_images)
-    images = to_float(test[0])
+    images, labels = test_images(config, config.evaluate.num_images)
     probs = pipeline.encode_probs(images)
     log.info("Bounding the length of %d test codes", len(images))
     content = {
         "autoencoder": autoencoder_metrics(pipeline, images),
         "prior": {
-            **prior_metrics(pipeline, probs, test[1]),
-            **likelihood_metrics(pipeline, probs, test[1]),
+            **prior_metrics(pipeline, probs, labels),
+            **likelihood_metrics(pipeline, probs, labels),
         },
     }
-    if pipeline.num_classes:
+    if pipeline.num_classes and labels is not None:
         content["samples"], seconds["sampling"] = sample_metrics(pipeline)
     content["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     content["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"

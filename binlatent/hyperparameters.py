@@ -73,20 +73,29 @@ def of_autoencoder(checkpoint: released.Checkpoint, image_size: int) -> dict[str
         "autoencoder.base_width": base_width,
         "autoencoder.multipliers": tuple(width // base_width for width in widths),
         "autoencoder.num_blocks": num_blocks,
-        "autoencoder.decoder_depth": depth / num_blocks,
+        "autoencoder.decoder_depth": depth_ratio(depth, num_blocks),
         "autoencoder.attention_resolutions": tuple(
             image_size // 2**i for i, level in enumerate(levels) if "a" in level
         ),
         "autoencoder.embedding_width": embedding_width,
         "autoencoder.norm_first": bool(body[1]),
     }
-    if checkpoint.children("disc."):
-        convolutions = [
-            name for name, x in checkpoint.left.items() if name.startswith("disc.") and x.ndim == 4
-        ]
+    if rest := checkpoint.children("disc.main."):
+        # A convolution and an activation, then a convolution, a norm and an activation each layer,
+        # then a convolution.
+        last = max(int(name.split(".")[0]) for name in rest if name.split(".")[0].isdecimal())
+        num_layers, remainder = divmod(last - 2, 3)
+        if num_layers < 1 or remainder:
+            raise checkpoint.error("the layers of disc.main are of an unknown order")
         found["autoencoder.discriminator.width"] = checkpoint.shape("disc.main.0.weight", 4)[0]
-        found["autoencoder.discriminator.num_layers"] = len(convolutions) - 2
+        found["autoencoder.discriminator.num_layers"] = num_layers
     return found
+
+
+def depth_ratio(depth: int, num_blocks: int) -> float:
+    """Returns the decoder_depth of which int(num_blocks * decoder_depth) is `depth` again."""
+    ratio = depth / num_blocks
+    return ratio if int(num_blocks * ratio) == depth else float(np.nextafter(ratio, np.inf))
 
 
 def of_prior(checkpoint: released.Checkpoint) -> dict[str, Any]:
@@ -126,6 +135,10 @@ def find_schedule(checkpoint: released.Checkpoint) -> tuple[str | tuple[float, .
         return None
     (length,) = checkpoint.shape("scheduler.k_final", 1)
     keep = checkpoint.left["scheduler.k_final"]
+    try:
+        schedules.check_schedule(tuple(map(float, keep)))
+    except (ValueError, TypeError) as error:
+        raise checkpoint.error(f"its scheduler.k_final is no schedule: {error}") from error
     for name in schedules.NAMES:
         expected = schedules.keep_schedule(name, length - 1)
         if np.allclose(keep, expected, rtol=0, atol=1e-6):
@@ -133,10 +146,18 @@ def find_schedule(checkpoint: released.Checkpoint) -> tuple[str | tuple[float, .
     return tuple(float(k) for k in keep), length - 1
 
 
-def flags(config: ml_collections.ConfigDict) -> str:
-    """Returns the flags of their code that describe a config's models."""
+def flags(config: ml_collections.ConfigDict, *, prior: bool) -> str:
+    """Returns the flags of their code that describe a config's models.
+
+    Their `--dataset` is what chooses the condition. Widths of texts' features and numbers of
+    classes have no flag there.
+
+    Args:
+      config: of the models.
+      prior: whether there is one.
+    """
     h, w, c = build.code_shape(config)
-    section, prior, critic = config.autoencoder, config.prior, config.autoencoder.discriminator
+    section, critic = config.autoencoder, config.autoencoder.discriminator
     values = {
         "img_size": config.data.image_size,
         "n_channels": config.data.channels,
@@ -150,21 +171,29 @@ def flags(config: ml_collections.ConfigDict) -> str:
         "attn_resolutions": tuple(section.attention_resolutions) or (0,),
         "ndf": critic.width,
         "disc_layers": critic.num_layers,
-        "bert_n_emb": prior.width,
-        "bert_n_layers": prior.num_layers,
-        "bert_n_head": prior.num_heads,
-        "block_size": h * w,
-        "total_steps": prior.num_timesteps,
-        "sample_steps": prior.num_timesteps,
-        "beta_type": prior.schedule if prior.schedule in schedules.NAMES else "linear",
     }
     switches = {
         "norm_first": section.norm_first,
         "use_tanh": section.signed,
         "deterministic": section.deterministic,
-        "p_flip": prior.target == "flip",
-        "cross": prior.condition == "text_cross",
     }
+    if prior:
+        section, condition = config.prior, build.condition(config)
+        values |= {
+            "sampler": "bld",
+            "dataset": {"none": "custom", "class": "imagenet"}.get(condition, "laion"),
+            "bert_n_emb": section.width,
+            "bert_n_layers": section.num_layers,
+            "bert_n_head": section.num_heads,
+            "block_size": h * w,
+            "total_steps": section.num_timesteps,
+            "sample_steps": section.num_timesteps,
+            # Of others, the buffers that come with the weights count.
+            "beta_type": section.schedule if section.schedule in schedules.NAMES else "linear",
+            "focal": 0 if section.pair == "balanced_plugin" else -1,
+            "loss_final": "mean" if section.time_weight == "mean" else "weighted",
+        }
+        switches |= {"p_flip": section.target == "flip", "cross": condition == "text_cross"}
     words = [f"--{name} {_words(value)}" for name, value in values.items()]
     return " ".join(words + [f"--{name}" for name, on in switches.items() if on])
 

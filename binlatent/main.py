@@ -133,7 +133,7 @@ def _subjects(pipeline: BinaryLatentDiffusion, num: int) -> tuple[np.ndarray, An
     images, labels = evaluate.test_images(pipeline.config, num)
     if (label := _label()) is not None:
         return images, label
-    return images, evaluate.known_labels(pipeline, labels)
+    return images, labels
 
 
 def _masks(pipeline: BinaryLatentDiffusion, num: int) -> np.ndarray:

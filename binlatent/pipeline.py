@@ -200,8 +200,13 @@ class BinaryLatentDiffusion:
             raise UserError("This prior is unconditional, so it takes no label.")
         if condition != "class":
             return self._texts(label, num, {"text_token": 1, "text_cross": 2}[condition])
-        if np.shape(label) not in ((), (num,)) or np.any(np.asarray(label) % 1):
-            raise UserError(f"Labels must be one integer or {num} of them; got {label}.")
+        given = np.asarray(label)
+        whole = given.dtype.kind in "iuf" and not np.any(given % 1)
+        if given.shape not in ((), (num,)) or not whole:
+            shown = label if given.ndim == 0 else f"an array of {given.dtype} {given.shape}"
+            raise UserError(
+                f"This prior is asked for by classes: one integer or {num} of them, not {shown}."
+            )
         labels = np.broadcast_to(np.asarray(label, np.int32), num)
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise UserError(
@@ -216,18 +221,20 @@ class BinaryLatentDiffusion:
         one = features.ndim == ndim
         if (
             features.dtype.kind not in "fiu"
-            or not (one or (features.ndim == ndim + 1 and len(features) == num))
+            or not (one or (features.ndim == ndim + 1 and len(features) in (1, num)))
             or features.shape[-1] != width
             or not features.size
         ):
             shape = f"({width},)" if ndim == 1 else f"(tokens, {width})"
             raise UserError(
-                f"The label must be the features {shape} of a text, or {num} of them, not an array "
-                f"of {features.dtype} {features.shape}."
+                f"This prior is asked for by the features {shape} of a text, or {num} of them, not "
+                f"by an array of {features.dtype} {features.shape}."
             )
+        with np.errstate(over="ignore"):
+            features = features.astype(np.float32)
         if not np.isfinite(features).all():
             raise UserError("The features of a text must be finite.")
-        return np.broadcast_to(features, (num, *features.shape[-ndim:])).astype(np.float32)
+        return np.broadcast_to(features, (num, *features.shape[-ndim:]))
 
     def _times(self, steps: int, times: Any = None, start: float = 1.0) -> np.ndarray:
         """Returns the times to visit from `start` T to 0: given ones, or evenly spaced."""

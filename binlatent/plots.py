@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 
 from binlatent import build, command, evaluate, figures, outputs
-from binlatent.data.transforms import to_float, to_uint8
+from binlatent.data.transforms import to_uint8
 from binlatent.diffusion import schedules
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
@@ -87,10 +87,8 @@ def quality_by_steps(pipeline: BinaryLatentDiffusion, seed: int = 0) -> dict[str
     """
     T = pipeline.config.prior.num_timesteps
     steps = sorted({min(2**i, T) for i in range(2, 20)})
-    images, labels = evaluate.load_images(
-        evaluate.open_data(pipeline.config, "test"), pipeline.config.evaluate.num_images
-    )
-    probs = pipeline.encode_probs(to_float(images))
+    images, labels = evaluate.test_images(pipeline.config, pipeline.config.evaluate.num_images)
+    probs = pipeline.encode_probs(images)
     judge = evaluate.Judge(pipeline.config) if pipeline.num_classes else None
     results = []
     for count in steps:

@@ -145,7 +145,7 @@ class Checkpoint:
         if name not in self.left:
             raise self.error(f"it lacks {name}")
         shape = self.left[name].shape
-        if len(shape) != ndim:
+        if len(shape) != ndim or not all(shape):
             raise self.error(f"the shape of {name} is {shape}, which should have {ndim} dimensions")
         return shape
 
@@ -154,9 +154,13 @@ class Checkpoint:
         return {name[len(prefix) :] for name in self.left if name.startswith(prefix)}
 
     def count(self, prefix: str) -> int:
-        """Returns how many numbers, 0, 1, ..., follow a prefix."""
+        """Returns how many numbers follow a prefix, which must be 0, 1, ... without a gap."""
         numbers = {rest.split(".")[0] for rest in self.children(prefix)}
-        return next(i for i in itertools.count() if str(i) not in numbers)
+        numbers = {int(number) for number in numbers if number.isdecimal() and len(number) < 6}
+        missing = next(i for i in itertools.count() if i not in numbers)
+        if not numbers or missing < max(numbers):
+            raise self.error(f"it lacks {prefix}{missing}")
+        return missing
 
     def pop_tree(self, tree: Any, tensors: dict[str, Tensor]) -> Any:
         """Returns the arrays of a tree of ours, using them up.
@@ -176,6 +180,8 @@ class Checkpoint:
             x = self.left.pop(name)
             if x.shape != shape:
                 raise self.error(f"the shape of {name} is {x.shape}, not {shape}")
+            if x.dtype.kind != "f":
+                raise self.error(f"{name} is of the type {x.dtype}, not of real numbers")
             if not np.isfinite(x).all():
                 raise self.error(f"{name} is not finite")
             x = x.transpose(axes).reshape(like.shape)
@@ -202,7 +208,7 @@ class Checkpoint:
 
 # What nothing here needs: see docs/pretrained.md.
 AUTOENCODER_UNUSED = {
-    r"ae\.generator\.logsigma\..*": "ae.generator.logsigma",
+    r"ae\.generator\.logsigma\.(0|2)\.(weight|bias)": "ae.generator.logsigma",
     r"perceptual\..*": "perceptual",
     r"ae\.(encoder|generator)\.blocks\.\d+\.conv_out\.(weight|bias)": "conv_out of equal widths",
     r"disc\..*\.num_batches_tracked": "num_batches_tracked",

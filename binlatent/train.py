@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from binlatent import build, checks, codes, evaluate, outputs, weights
-from binlatent.checkpoint import Checkpoints, as_config
+from binlatent.checkpoint import Checkpoints, as_config, exists
 from binlatent.data import loader
 from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float
@@ -62,27 +62,6 @@ def with_classes(config: Config, source: Source) -> Config:
             f"set it to that, to 0 to ignore labels, or to -1."
         )
     return config
-
-
-def _check_labels(config: Config, source: Source) -> None:
-    """Refuses data without the features of texts for a prior of texts, and the other way round.
-
-    Raises:
-      UserError: saying what to change.
-    """
-    condition, width = config.prior.condition, config.prior.text_width
-    shape = np.shape(source.examples[0]["label"])
-    if len(shape) != {"class": 0, "text_token": 1, "text_cross": 2}[condition]:
-        raise UserError(
-            f"config.prior.condition is {condition!r}, which needs config.data.texts = "
-            f"{condition != 'class'}"
-            + (f", but the features beside the images have the shape {shape}." if shape else ".")
-        )
-    if shape and shape[-1] != width:
-        raise UserError(
-            f"The features beside the images have {shape[-1]} numbers, but config.prior.text_width "
-            f"is {width}."
-        )
 
 
 def _check_batch(train: Config, accumulate: int = 1) -> None:
@@ -192,7 +171,12 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     checks.check_bits(config)
     _check_batch(config.prior.train)
     encoder, source, config = _open_codes_or_images(config, workdir)
-    _check_labels(config, source)
+    if build.condition(config).startswith("text") and not config.data.texts:
+        raise UserError(
+            f"config.prior.condition is {config.prior.condition!r}: set config.data.texts=True, "
+            "with the features of a text beside each image of a folder, or learn from other images."
+        )
+    evaluate.known_labels(config, source, np.asarray(source.examples[0]["label"])[None])
     test = evaluate.open_data(config, "test", workdir)
     cached = "probs" in source.examples[0]
     model, denoiser = build.autoencoder(config), build.denoiser(config)
@@ -207,6 +191,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     step = parallel(step, num_frozen=1)
     encoder_params = None if cached else replicate(encoder.autoencoder_params)
     images, labels = evaluate.load_images(test, config.evaluate.num_images)
+    labels = evaluate.known_labels(config, test, labels)
     probs = encoder.encode_probs(to_float(images))
     pipeline = functools.partial(BinaryLatentDiffusion, config, encoder.autoencoder_params)
     stage = Stage(
@@ -289,6 +274,11 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
             if saved >= num_steps:
                 log.info("The %s is trained: %d steps in %s.", stage.name, saved, workdir)
                 return checkpoints.restore(state)
+            if stage.name == "autoencoder" and exists(workdir, "prior"):
+                raise UserError(
+                    f"The prior in {workdir} belongs to its autoencoder as it is: copy the folder "
+                    "autoencoder alone into another workdir to train it on there."
+                )
             log.info("The %s goes on from step %d in %s.", stage.name, saved, workdir)
             state, step, seconds = checkpoints.restore(state), saved, meta["seconds"]
             if trained_here:

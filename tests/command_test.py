@@ -1,6 +1,7 @@
 """How commands report what went wrong, and their progress."""
 
 import logging
+import signal
 
 import pytest
 
@@ -13,6 +14,7 @@ from binlatent.errors import UserError
     [
         (UserError("what is wrong: do this."), "Error: What is wrong: do this.\n", 1),
         (UserError("config.seed is wrong."), "Error: config.seed is wrong.\n", 1),
+        (UserError("runs/x is wrong."), "Error: runs/x is wrong.\n", 1),
         (PermissionError(13, "Denied", "x.png"), "Error: [Errno 13] Denied: 'x.png'\n", 1),
         (KeyboardInterrupt(), "Interrupted.\n", 130),
     ],
@@ -31,3 +33,13 @@ def test_a_command_logs_the_package_alone_and_leaves_other_errors(capsys):
     assert capsys.readouterr().err == "progress\n"
     with pytest.raises(ZeroDivisionError), command.reporting():
         raise ZeroDivisionError
+
+
+def test_ctrl_c_waits_until_writing_has_ended():
+    steps = []
+    with pytest.raises(KeyboardInterrupt), command.deferring_interrupt():
+        signal.raise_signal(signal.SIGINT)
+        steps.append("written")
+    assert steps == ["written"]
+    with pytest.raises(KeyboardInterrupt):  # and then counts at once again
+        signal.raise_signal(signal.SIGINT)

@@ -125,10 +125,59 @@ def test_a_schedule_of_ones_own_or_none():
 def test_flags_describe_the_released_models():
     config = default.get_config("released").unlock()
     config.autoencoder.num_bits, config.autoencoder.decoder_depth = 128, 3.0
-    words = hyperparameters.flags(config)
+    config.data.num_classes = 0
+    words = hyperparameters.flags(config, prior=True)
     for flag in (
         *("--codebook_size 128", "--latent_shape 1 16 16", "--ch_mult 1 1 2 2 4", "--gen_mul 3.0"),
         *("--nf 128", "--emb_dim 256", "--total_steps 64", "--norm_first", "--p_flip"),
+        *("--sampler bld", "--dataset custom", "--focal -1", "--loss_final mean"),
     ):
         assert flag in words
     assert "--use_tanh" not in words and "--cross" not in words
+    config.prior.condition, config.autoencoder.signed = "text_cross", True
+    config.prior.evidence, config.prior.pair = False, "balanced_plugin"
+    words = hyperparameters.flags(config, prior=True)
+    assert "--dataset laion" in words and "--cross" in words and "--focal 0" in words
+    assert "--use_tanh" in words
+    config.prior.condition, config.data.num_classes = "class", 10
+    words = hyperparameters.flags(config, prior=True)
+    assert "--dataset imagenet" in words and "--cross" not in words
+    assert "bert" not in hyperparameters.flags(config, prior=False)
+
+
+@pytest.mark.parametrize("blocks, depth", [(7, 61), (11, 15), (13, 15), (2, 6), (3, 1)])
+def test_any_depth_of_a_decoder_comes_out_as_it_went_in(blocks, depth):
+    assert int(blocks * hyperparameters.depth_ratio(depth, blocks)) == depth
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("ae_c16", {"disc.main.8.weight": None}, r"it lacks disc\.main\.8\.weight"),
+        ("ae_c16", {"disc.main.11.weight": None}, r"it lacks disc\.main\.11\.weight"),
+        ("ae_c16", {"disc.main.12.weight": np.zeros(3)}, "layers of disc.main are of an unknown"),
+        ("ae_c16", {"ae.encoder.blocks.0.weight": np.zeros((0, 3, 3, 3))}, r"\(0, 3, 3, 3\)"),
+        ("ae_c16", {"ae.encoder.blocks.3": ...}, r"it lacks ae\.encoder\.blocks\.3"),
+        ("prior_class", {"_denoise_fn.tok_emb.weight": np.zeros((16, 0))}, r"\(16, 0\)"),
+        ("prior_class", {"_denoise_fn.blocks.1": ...}, r"it lacks _denoise_fn\.blocks\.1"),
+        ("prior_class", {"_denoise_fn.blocks": ...}, r"it lacks _denoise_fn\.blocks\.0"),
+        ("prior_class", {"scheduler.k_final": np.ones(1)}, "k_final is no schedule: .*two or more"),
+        ("prior_class", {"scheduler.k_final": np.ones(3)}, "k_final is no schedule: .*fall strict"),
+    ],
+)
+def test_what_is_missing_or_odd_is_named(name, change, message):
+    state = reference.state(name)
+    for key, x in change.items():
+        if x is ...:  # all that starts so
+            state = {k: v for k, v in state.items() if not k.startswith(f"{key}.")}
+        else:
+            state[key] = x
+    found = released.Checkpoint({k: x for k, x in state.items() if x is not None}, "checkpoint")
+    with pytest.raises(UserError, match=message):
+        if name == "ae_c16":
+            config = default.get_config("released").unlock()
+            config.update_from_flattened_dict(hyperparameters.of_autoencoder(found, 32))
+            released.autoencoder(found, config)
+        else:
+            hyperparameters.of_prior(found)
+            hyperparameters.find_schedule(found)

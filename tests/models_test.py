@@ -118,6 +118,6 @@ def test_positions_are_sines_of_row_and_column():
     positions = np.asarray(sine_positions_2d(3, 5, 16))
     row, column = 2, 4
     frequencies = 10_000.0 ** -(np.arange(4) / 4)
-    expected = np.concatenate([f(x * frequencies) for x in (row, column) for f in (np.sin, np.cos)])
+    expected = np.concatenate([f(x * frequencies) for x in (column, row) for f in (np.sin, np.cos)])
     np.testing.assert_allclose(positions[row * 5 + column], expected, atol=1e-6)
     assert len(np.unique(positions.round(4), axis=0)) == 15  # no two positions alike

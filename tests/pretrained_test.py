@@ -16,7 +16,7 @@ import pytest
 import reference
 from PIL import Image
 
-from binlatent import checkpoint, convert, masks, train
+from binlatent import build, checkpoint, convert, evaluate, masks, train
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
@@ -95,12 +95,16 @@ def test_a_converted_prior_samples_inpaints_and_measures(converted, name):
     [
         ("prior_uncond", 1, "unconditional"),
         ("prior_class", 10, "between 0 and 9"),
+        ("prior_class", np.zeros(768), r"asked for by classes: one .* not an array .* \(768,\)"),
+        ("prior_class", 0.5, "one integer or 2 of them, not 0.5"),
+        ("prior_text_token", 3, r"by the features \(768,\) of a text, .* not by .* int64 \(\)"),
         ("prior_text_token", np.zeros(5), r"\(768,\) of a text, or 2 of them, not .* \(5,\)"),
-        ("prior_text_token", np.zeros((3, 768)), "or 2 of them, not an array of float64"),
-        ("prior_text_token", "a lion", "not an array of <U6"),
+        ("prior_text_token", np.zeros((3, 768)), "or 2 of them, not by an array of float64"),
+        ("prior_text_token", "a lion", "not by an array of <U6"),
         ("prior_text_cross", np.zeros((2, 32, 31)), r"\(tokens, 32\) of a text"),
         ("prior_text_cross", np.zeros((0, 32)), r"\(tokens, 32\) of a text"),
         ("prior_text_cross", np.full((1, 32), np.nan), "must be finite"),
+        ("prior_text_cross", np.full((1, 32), 1e300), "must be finite"),
     ],
 )
 def test_a_label_of_another_kind_is_refused(converted, name, label, message):
@@ -112,13 +116,13 @@ def test_a_label_of_another_kind_is_refused(converted, name, label, message):
 def test_a_prior_is_put_beside_its_own_autoencoder_only(autoencoder, tmp_path, caplog):
     state = reference.state("prior_class")
     out = tmp_path / "out"
-    with pytest.raises(UserError, match="has no checkpoint of the autoencoder"):
+    with pytest.raises(UserError, match="There is no autoencoder in .*--autoencoder"):
         convert.prior(state, out, autoencoder=tmp_path, num_heads=4)
     other = tmp_path / "other"
     convert.autoencoder(reference.state("ae_c24_genmul2"), other, image_size=32)
     with pytest.raises(UserError, match="over 64 tokens of 16 bits, but .* 8 x 8 tokens of 24"):
         convert.prior(state, out, autoencoder=other, num_heads=4)
-    with pytest.raises(UserError, match="other has an autoencoder already"):
+    with pytest.raises(UserError, match="There is an autoencoder in .*other already"):
         convert.prior(state, other, autoencoder=autoencoder, num_heads=4)
     with pytest.raises(UserError, match="width must be a multiple of 4 and of"):
         convert.prior(state, out, autoencoder=autoencoder, num_heads=5)
@@ -128,7 +132,7 @@ def test_a_prior_is_put_beside_its_own_autoencoder_only(autoencoder, tmp_path, c
     convert.prior(state, out, autoencoder=autoencoder, num_heads=4)
     assert "was trained beside another autoencoder" in caplog.text
     caplog.clear()
-    with pytest.raises(UserError, match="out has a checkpoint of the prior already"):
+    with pytest.raises(UserError, match="There is a checkpoint of the prior in .*out already"):
         convert.prior(state, out, autoencoder=out, num_heads=4)
     # The vectors that embed the bits are the autoencoder's own: nothing to warn of.
     shutil.rmtree(out / "prior")
@@ -162,7 +166,7 @@ def test_an_autoencoder_is_not_what_a_flag_says_against_its_weights(autoencoder,
         convert.autoencoder(state, tmp_path, image_size=32, norm_first=False)
     with pytest.raises(UserError, match="image_size is 34, which the downsampling"):
         convert.autoencoder(state, tmp_path, image_size=34)
-    with pytest.raises(UserError, match="has a checkpoint of the autoencoder already"):
+    with pytest.raises(UserError, match="There is a checkpoint of the autoencoder in"):
         convert.autoencoder(state, autoencoder, image_size=32)
     assert not any(tmp_path.iterdir())
 
@@ -235,9 +239,15 @@ def test_a_converted_prior_is_trained_on(converted, photos, tmp_path, name):
                 shutil.copy(photos / f"{i + j:02}.png", tmp_path / f"data/{i}/{j}.png")
         config.data.path = str(tmp_path / "data")
     else:
-        with pytest.raises(UserError, match="'text_cross', which needs config.data.texts = True"):
+        with pytest.raises(
+            UserError, match="condition is 'text_cross': set config.data.texts=True"
+        ):
             train.train_prior(config, workdir)
         config.data.texts = True
+        config.prior.text_width = 31
+        with pytest.raises(UserError, match=r"have the shape \(5, 32\), .* takes \(tokens, 31\)"):
+            train.train_prior(config, workdir)
+        config.prior.text_width = 32
     state = train.train_prior(config, workdir)
     head = np.asarray(state.params["params"]["head"]["kernel"]).T
     moved = np.abs(head - reference.state(name)["_denoise_fn.head.weight"])
@@ -264,13 +274,60 @@ def test_a_workdir_is_exported_as_it_was(converted, name):
     np.testing.assert_array_equal(files["bld_ema_1"]["embedding_weight"], embed)
 
 
+def test_each_exported_file_has_its_own_weights(autoencoder, tmp_path):
+    """The averaged weights in one, the others in the other, once training has set them apart."""
+    workdir = shutil.copytree(autoencoder, tmp_path / "workdir")
+    convert.prior(reference.state("prior_class"), workdir, autoencoder=workdir, num_heads=4)
+    for stage in ("autoencoder", "prior"):
+        with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
+            meta, init = checkpoints.meta(), getattr(build, f"init_{stage}_state")
+            like = jax.eval_shape(functools.partial(init, checkpoints.config()))
+            state = checkpoints.restore(checkpoint.on_first_device(like))
+        shifted = jax.tree.map(lambda x: x + 1, state.params)
+        with checkpoint.Checkpoints(workdir / stage) as checkpoints:
+            checkpoints.save(state.replace(step=state.step + 7, params=shifted), meta)
+    files = convert.export(workdir)
+    assert list(files) == ["binaryae_ema_7", "binaryae_7", "bld_ema_7", "bld_7"]
+    key, theirs = "ae.quantize.proj.0.bias", reference.state("ae_c16")
+    np.testing.assert_array_equal(files["binaryae_ema_7"][key], theirs[key])
+    np.testing.assert_array_equal(files["binaryae_7"][key], theirs[key] + 1)
+    key, theirs = "_denoise_fn.head.bias", reference.state("prior_class")
+    np.testing.assert_array_equal(files["bld_ema_7"][key], theirs[key])
+    np.testing.assert_array_equal(files["bld_7"][f"module.{key}"], theirs[key] + 1)
+
+
+def test_training_the_autoencoder_on_does_not_spoil_a_prior_beside_it(converted, photos):
+    workdir = converted("prior_uncond")
+    with pytest.raises(UserError, match="belongs to its autoencoder as it is: copy the folder"):
+        train.train_autoencoder(fine_tuning(workdir, photos), workdir)
+
+
+def test_images_without_the_labels_of_a_prior_are_judged_without(converted, photos):
+    model = BinaryLatentDiffusion.from_workdir(converted("prior_class"))
+    config = fine_tuning(converted("prior_class"), photos)
+    images, labels = evaluate.test_images(config, 2)
+    assert labels is None  # a folder without classes
+    result = evaluate.prior_metrics(model, model.encode_probs(images), labels)
+    assert np.isfinite(result["bce"])
+    config.data.texts, config.prior.condition = True, "text_cross"
+    config.prior.text_width = 32
+    assert evaluate.test_images(config, 2)[1].shape == (2, 5, 32)
+    config.prior.condition = "text_token"
+    with pytest.raises(UserError, match=r"have the shape \(5, 32\), .* takes \(32,\)"):
+        evaluate.test_images(config, 2)
+
+
 def test_the_command_reports_what_it_found_and_what_it_left(tmp_path, monkeypatch, capsys):
     state = reference.state("ae_c16")
     monkeypatch.setattr(convert, "read_state_dict", lambda path: state)
     for name in ("binaryae_7.th", "binaryae_ema_7.th"):
         (tmp_path / name).touch()
     source, out = str(tmp_path / "binaryae_7.th"), str(tmp_path / "out")
-    convert.main(["autoencoder", "--from", source, "--out", out, "--image_size", "32"])
+    flags = ["--image_size", "32", "--signed", "--deterministic"]
+    convert.main(["autoencoder", "--from", source, "--out", out, *flags])
+    with checkpoint.Checkpoints.open(tmp_path / "out", "autoencoder") as checkpoints:
+        section = checkpoints.config().autoencoder
+    assert section.signed and section.deterministic
     said = capsys.readouterr().err
     assert "binaryae_ema_7.th beside it holds the EMA" in said
     assert "  autoencoder.attention_resolutions = (8,)\n" in said
@@ -278,7 +335,7 @@ def test_the_command_reports_what_it_found_and_what_it_left(tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         convert.main(["autoencoder", "--from", source, "--out", out])
     error = capsys.readouterr().err
-    assert error.count("\n") == 2 and "has a checkpoint of the autoencoder already" in error
+    assert error.count("\n") == 1 and "There is a checkpoint of the autoencoder in" in error
 
 
 def test_features_of_a_text_are_a_flag(converted, tmp_path):

@@ -88,6 +88,9 @@ def test_a_tree_of_another_layout_would_not_come_back():
         ("prior_class", {"_denoise_fn.ln_f.bias": None}, r"it lacks _denoise_fn\.ln_f\.bias"),
         ("prior_class", {"_denoise_fn.head.bias": np.zeros(9)}, r"bias is \(9,\), not \(16,\)"),
         ("prior_class", {"optimizer": np.zeros(9)}, "it also holds optimizer"),
+        ("prior_class", {"_denoise_fn.head.bias": np.zeros(16, int)}, "of the type int64, not of"),
+        ("prior_class", {"_denoise_fn.head.bias": np.zeros(16, complex)}, "not of real numbers"),
+        ("ae_c16", {"ae.generator.logsigma.0.weight_x": np.zeros(1)}, "also holds .*weight_x"),
     ],
 )
 def test_what_does_not_fit_is_an_error_that_names_it(name, change, message):
@@ -146,6 +149,16 @@ def test_the_buffers_of_a_schedule_are_theirs(schedule):
         np.testing.assert_allclose(state[f"scheduler.{theirs}"], expected, atol=1e-6)
     beta = state["scheduler.beta"]
     np.testing.assert_allclose(state["scheduler.cumbeta"], np.cumprod(beta), atol=1e-6)
+
+
+def test_a_schedule_of_ones_own_goes_with_the_weights():
+    config = config_of("prior_uncond")
+    config.prior.num_timesteps, config.prior.schedule = 3, "given"
+    config.prior.keep = (1.0, 0.5, 0.25, 0.125)
+    params = reference.zeros(build.init_prior, config)
+    state = released.prior_state(config, params, np.zeros((16, 64)))
+    np.testing.assert_array_equal(state["scheduler.k_final"], np.float32([1, 0.5, 0.25, 0.125]))
+    np.testing.assert_array_equal(state["scheduler.beta"], np.float32([1, 0.5, 0.5, 0.5]))
 
 
 def test_a_prior_trained_here_has_their_names(tiny_config):

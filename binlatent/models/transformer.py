@@ -40,13 +40,13 @@ def time_features(time: Array, num_features: int) -> Array:
 def sine_positions_2d(height: int, width: int, num_features: int) -> Array:
     """Returns 2-D sine position features of a grid in row-major order: (l, num_features).
 
-    The first half of the features encodes the row, the second the column.
+    The first half of the features encodes the column, the second the row.
     """
     rows, columns = np.divmod(np.arange(height * width), width)
     half = num_features // 2
     frequencies = 10_000.0 ** -np.linspace(0.0, 1.0, half // 2, endpoint=False)
     return jnp.concatenate(
-        [sine_features(jnp.asarray(axis), frequencies) for axis in (rows, columns)], axis=-1
+        [sine_features(jnp.asarray(axis), frequencies) for axis in (columns, rows)], axis=-1
     )
 
 
@@ -99,16 +99,15 @@ class CrossAttention(nn.Module):
     @nn.compact
     def __call__(self, x: Array, n: int, text: Array | None, given: Array | None) -> Array:
         """The text is (n, m, e); where it is not given, bool (n,), a learned token is in place."""
-        d, mask = x.shape[-1], None
+        d = x.shape[-1]
         null = self.param("null_emb", nn.initializers.normal(0.01), (1, self.text_width))
         if text is None:
             text = jnp.broadcast_to(null, (n, 1, self.text_width))
-        elif given is not None:
-            mask = given[:, None] | (jnp.arange(text.shape[1]) == 0)[None]
+        elif given is not None:  # m times the same token is as good as one
             text = jnp.where(given[:, None, None], text, null[None])
         q = nn.Dense(d, dtype=self.dtype, name="query")(x)
         kv = nn.Dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
-        y = _attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, mask)
+        y = _attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, None)
         return nn.Dense(d, dtype=self.dtype, name="proj")(y)
 
 
