@@ -31,7 +31,8 @@ def train_batches(
       seed: of the shuffling, 0 to 2**32 - 1.
       num_threads: threads that prepare batches ahead; 0 prepares each when it is asked for.
       prefetch: batches held ready; 0 with num_threads 0.
-      shard: (index, count) of this host: the hosts deal one shuffled stream out in turn.
+      shard: (index, count) of this host, which gets its run of each batch of all hosts, so that
+        these are the same however many hosts there are; the state is of any of them.
 
     Returns:
       An iterator of {'image': float32 (b, h, w, c) in [-1, 1], 'label': int32 (b,), or float32
@@ -40,9 +41,10 @@ def train_batches(
     index, count = shard
     # Repeated before it is dealt out: hosts need no equal shares, and a batch may span epochs.
     dataset = grain.MapDataset.source(source.examples).seed(seed).shuffle().repeat()
+    dataset = dataset.batch(batch_size, drop_remainder=True)
     if count > 1:
         dataset = dataset[index::count]
-    dataset = dataset.batch(batch_size, drop_remainder=True).map(_to_arrays)
+    dataset = dataset.map(_to_arrays)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))
 
 
