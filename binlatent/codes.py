@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from binlatent.data import loader
@@ -37,7 +39,8 @@ def cached_codes(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) 
 
     Probabilities are stored, in float16, and not bits: the prior draws its bits anew each time, so
     no noise is frozen in. They lie in a folder named after the encoder's weights and the dataset,
-    so codes of another encoder are never read; it appears only when it is complete.
+    so codes of another encoder are never read; it appears only when it is complete. Of several
+    processes the first encodes, and the others wait for it.
 
     Args:
       pipeline: with the frozen encoder.
@@ -47,6 +50,8 @@ def cached_codes(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) 
     data = {**pipeline.config.data.to_dict(), "count": len(source.examples)}
     dataset = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
     target = folder / f"{pipeline.encoder_fingerprint}_{dataset}"
+    while jax.process_index() and not target.exists():
+        time.sleep(0.5)  # if process 0 fails, this one is ended
     if not target.exists():
         log.info("Encoding %d training images into %s", len(source.examples), target)
         unfinished = target.with_suffix(".unfinished")
