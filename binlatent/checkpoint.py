@@ -117,9 +117,12 @@ class Checkpoints:
         """Saves in the background; the arrays of `state` may be donated at once."""
         state = jax.tree.map(jnp.copy, state)
         if jax.process_count() > 1:  # Orbax wants one array of them all, pmap gives each its own
-            everywhere = jax.sharding.Mesh(np.asarray(jax.devices()), (AXIS,))
+            processes = range(jax.process_count())
+            devices = [device for i in processes for device in jax.local_devices(process_index=i)]
             state = multihost_utils.host_local_array_to_global_array(
-                state, everywhere, jax.sharding.PartitionSpec()
+                state,
+                jax.sharding.Mesh(np.asarray(devices), (AXIS,)),
+                jax.sharding.PartitionSpec(),
             )
         self._manager.save(
             int(state.step),

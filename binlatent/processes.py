@@ -1,5 +1,6 @@
 """Several processes that train one model: how they join, agree, and leave when one fails."""
 
+import faulthandler
 import hashlib
 import importlib.util
 import logging
@@ -17,9 +18,8 @@ from jax.experimental import multihost_utils
 
 from binlatent.errors import UserError
 
-# A process from which nothing is heard for so long is taken for dead, and the others stop. A killed
-# one is mostly noticed at once, by its closed connections.
-HEARTBEAT_SECONDS = 60
+# A process from which nothing is heard for so long is taken for dead, and JAX stops the others.
+HEARTBEAT_SECONDS = 30
 
 # How long those that are done wait for process 0, which evaluates and draws.
 _EXIT_SECONDS = 24 * 3600
@@ -32,7 +32,7 @@ def join(
 
     They are those of a Slurm step of several tasks, or of a TPU's hosts, where nothing is given.
     Comes before anything else asks JAX for its devices. Of the package's log only that of process
-    0 shows.
+    0 shows. If process 0 does not answer for five minutes, JAX aborts.
 
     Args:
       coordinator: HOST:PORT of process 0, on which it listens; None to let JAX find it.
@@ -40,34 +40,33 @@ def join(
       process_id: of this one, from 0.
 
     Raises:
-      UserError: if they cannot be reached, or have not all the same number of devices.
+      UserError: if JAX refuses, or they have not all the same number of devices.
     """
-    limits = {
-        "heartbeat_timeout_seconds": HEARTBEAT_SECONDS,
-        "shutdown_timeout_seconds": _EXIT_SECONDS,
-    }
+    slurm = _several_slurm_tasks()
+    if coordinator is None and not slurm and not importlib.util.find_spec("libtpu"):
+        return
+    # When another process is lost JAX says so and aborts; all threads' stacks would bury that.
+    faulthandler.disable()
+    given = {}
+    if coordinator is not None:
+        given = {
+            "coordinator_address": coordinator,
+            "num_processes": num_processes,
+            "process_id": process_id,
+            "cluster_detection_method": "deactivate",  # what is given is all there is
+        }
     try:
-        if coordinator is not None:
-            jax.distributed.initialize(
-                coordinator,
-                num_processes,
-                process_id,
-                cluster_detection_method="deactivate",  # what is given is all there is
-                **limits,
-            )
-        elif _several_slurm_tasks():
-            jax.distributed.initialize(**limits)
-        elif importlib.util.find_spec("libtpu"):
-            try:
-                jax.distributed.initialize(**limits)
-            except ValueError:  # of JAX: this is no host of a TPU
-                return
-        else:
-            return
+        jax.distributed.initialize(
+            **given,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_EXIT_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
+        if isinstance(error, ValueError) and not given and not slurm:
+            return  # libtpu is installed, but this is no host of a TPU
         raise UserError(
-            f"The processes did not find each other: {_first_line(error)}. Start all of them, with "
-            "the same coordinator and number, and a process_id each."
+            f"This process cannot join the others: {_first_line(error)}. Start all of them, with "
+            "the same --coordinator and --num_processes, and a --process_id each."
         ) from error
     # JAX's own handler ignores SIGTERM, which is to end what is not training.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
