@@ -95,13 +95,13 @@ def test_two_processes_end_with_the_parameters_of_one(digits_dir, tiny_config, t
     for stage in ("autoencoder", "prior"):
         two, one = (restored(tmp_path / run, stage, tiny_config) for run in ("run", "one"))
         assert int(two.step) == int(one.step) == 6
-        # The root mean square of each gradient. That of a bias before a norm, or of an attention's
-        # keys, is 0, of which Adam makes full steps in the direction of the rounding: at most
-        # 2e-9 here, and no other is below 1e-7.
+        # The root mean square of each gradient. That of a bias before a norm of one channel a
+        # group, or of an attention's keys, is 0 but for rounding, 2e-9 at most, and Adam makes full
+        # steps of that: such parameters are not compared.
         second = optax.tree.get(one.opt_state, "nu")
         compared = jax.tree.map(lambda nu: np.sqrt(nu / (1 - 0.999**6)) > 1e-7, second)
-        shares = [x.mean() for x in jax.tree.leaves(compared)]
-        assert np.mean(shares) > 0.7, shares
+        share = np.mean(np.concatenate([x.ravel() for x in jax.tree.leaves(compared)]))
+        assert share > 0.99
         for name in ("params", "ema_params"):
             worst = jax.tree.map(
                 lambda a, b, where: np.abs(np.asarray(a) - np.asarray(b)).max(
@@ -111,7 +111,7 @@ def test_two_processes_end_with_the_parameters_of_one(digits_dir, tiny_config, t
                 getattr(one, name),
                 compared,
             )
-            print(stage, name, max(jax.tree.leaves(worst)), np.mean(shares))
+            print(stage, name, max(jax.tree.leaves(worst)), share)
             assert max(jax.tree.leaves(worst)) < 1e-5, worst
     # Process 0 alone logs, evaluates and draws, each once.
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
