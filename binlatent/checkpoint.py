@@ -92,14 +92,8 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
-        # To wait for the others would take minutes if it is one of them that has failed.
-        if (
-            jax.process_count() == 1
-            or kind is None
-            or not issubclass(kind, jax.errors.JaxRuntimeError)
-        ):
-            self.close()
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def latest_step(self) -> int | None:
         """Returns the step of the newest checkpoint, None without one."""

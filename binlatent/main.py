@@ -255,7 +255,7 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
 def main(argv: list[str]) -> None:
     """Dispatches on --mode; a user's error is one sentence and exit code 1."""
     del argv
-    with processes.together(), command.reporting(), processes.losses_reported():
+    with processes.together(), command.reporting():
         processes.join(*(FLAGS[name].value for name in _PROCESSES))
         config = _given_config()
         content = None if config is None else config.to_dict()
