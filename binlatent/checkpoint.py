@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from binlatent.errors import UserError
-from binlatent.stages.state import TrainState
+from binlatent.stages.state import AXIS, TrainState
 
 
 def fingerprint(params: Any) -> str:
@@ -51,12 +52,26 @@ def on_first_device(like: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of one stage; a context manager that ends when all is on disk."""
+    """The checkpoints of one stage; a context manager that ends when all is on disk.
 
-    def __init__(self, directory: Path, keep: int | None = None):
-        """Opens, or creates, the folder; the `keep` last checkpoints stay, all if None."""
+    Where there are several processes, all of them open, save and close together.
+    """
+
+    def __init__(self, directory: Path, keep: int | None = None, *, alone: bool = False):
+        """Opens, or creates, the folder.
+
+        Args:
+          directory: of the stage.
+          keep: how many of the last checkpoints stay; all if None.
+          alone: for reading only, whatever the other processes do; the folder must exist.
+        """
+        this = jax.process_index()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep and ocp.checkpoint_managers.LatestN(keep)
+            preservation_policy=keep and ocp.checkpoint_managers.LatestN(keep),
+            create=not alone,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=this if alone else 0, active_processes={this} if alone else None
+            ),
         )
         self.directory = directory
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
@@ -72,7 +87,7 @@ class Checkpoints:
             raise UserError(
                 f"{workdir} has no checkpoint of the {stage}: run --mode=train_{stage} first."
             )
-        return cls(workdir / stage)
+        return cls(workdir / stage, alone=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -95,6 +110,14 @@ class Checkpoints:
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves in the background; the arrays of `state` may be donated at once."""
         state = jax.tree.map(jnp.copy, state)
+        if jax.process_count() > 1:  # Orbax wants one array of them all, pmap gives each its own
+            processes = range(jax.process_count())
+            devices = [device for i in processes for device in jax.local_devices(process_index=i)]
+            state = multihost_utils.host_local_array_to_global_array(
+                state,
+                jax.sharding.Mesh(np.asarray(devices), (AXIS,)),
+                jax.sharding.PartitionSpec(),
+            )
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(

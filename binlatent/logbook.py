@@ -51,15 +51,17 @@ class Logbook:
     Shows a tqdm bar on a terminal, and a line for each record elsewhere.
     """
 
-    def __init__(self, workdir: Path, stage: str, step: int, num_steps: int):
-        """Opens the log of `stage`, which stands at `step` of `num_steps`."""
+    def __init__(
+        self, workdir: Path, stage: str, step: int, num_steps: int, *, silent: bool = False
+    ):
+        """Opens the log of `stage`, which stands at `step` of `num_steps`; `silent` writes none."""
         self._stage = stage
         self._num_steps = num_steps
-        self._file = (workdir / "metrics.jsonl").open("a")
+        self._file = (Path(os.devnull) if silent else workdir / "metrics.jsonl").open("a")
         self._figures = workdir / "figures"
-        self._writer = _summary_writer(workdir / "tensorboard" / stage)
+        self._writer = None if silent else _summary_writer(workdir / "tensorboard" / stage)
         self._bar = tqdm.tqdm(
-            total=num_steps, initial=step, desc=stage, disable=not sys.stderr.isatty()
+            total=num_steps, initial=step, desc=stage, disable=silent or not sys.stderr.isatty()
         )
         self._redirect = (
             nullcontext() if self._bar.disable else logging_redirect_tqdm([logging.getLogger()])

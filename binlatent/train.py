@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from binlatent import build, checks, codes, evaluate, outputs, weights
+from binlatent import build, checks, codes, evaluate, outputs, processes, weights
 from binlatent.checkpoint import Checkpoints, as_config, exists
 from binlatent.data import loader
 from binlatent.data.sources import Source
@@ -25,7 +25,7 @@ from binlatent.errors import UserError
 from binlatent.logbook import Logbook
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.stages import prior as prior_stage
-from binlatent.stages.state import TrainState, parallel, replicate, shard
+from binlatent.stages.state import TrainState, largest, parallel, replicate, shard
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ def _check_batch(train: Config, accumulate: int = 1) -> None:
 
 
 def _batches(source: Source, train: Config, config: Config):
-    """Returns this host's share of the global batches."""
+    """Returns this process's share of the global batches."""
+    processes.check_same("the number of training images", str(len(source.examples)))
     return loader.train_batches(
         source,
         train.batch_size // jax.process_count(),
@@ -223,6 +224,18 @@ def _interruption() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+def _signals(stop: list[int]) -> Callable[[], int]:
+    """Returns what tells the largest signal that any process has received, 0 without one.
+
+    Called before a step and read after it, it makes all processes stop at the same step, and waits
+    for no more than the step before.
+    """
+    if jax.process_count() == 1:
+        return lambda: max(stop, default=0)
+    number = largest(max(stop, default=0))
+    return lambda: int(number)
+
+
 def _check_finite(window: list[dict], step: int, saved: int | None) -> dict[str, float]:
     """Returns the mean of each metric over the last steps.
 
@@ -261,9 +274,11 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
       SystemExit: after a signal, when the state has been saved: 0 for SIGTERM, 130 for Ctrl-C.
     """
     num_steps = stage.train.num_steps
+    writes = jax.process_index() == 0  # metrics and pictures; checkpoints are all processes'
     state, step, seconds = replicate(stage.state), 0, 0.0
     with Checkpoints(workdir / stage.name, config.keep_checkpoints) as checkpoints:
         saved = checkpoints.latest_step()
+        processes.check_same(f"the newest checkpoint of the {stage.name}", str(saved))
         if saved is not None:
             meta = checkpoints.meta()
             trained = as_config(meta["config"])
@@ -285,14 +300,16 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                 stage.batches.set_state(meta["data"])
         started = time.monotonic() - seconds
         window, window_seconds = [], 0.0
-        with Logbook(workdir, stage.name, step, num_steps) as logbook, _interruption() as stop:
+        book = Logbook(workdir, stage.name, step, num_steps, silent=not writes)
+        with book as logbook, _interruption() as stop:
             while step < num_steps:
                 tick = time.monotonic()
+                received = _signals(stop)
                 state, metrics = stage.step(state, shard(next(stage.batches)), step)
                 step += 1
                 window.append(metrics)
                 logbook.tick()
-                stopping = bool(stop)  # read once: the signal may come at any line
+                stopping = received()  # read once: the signal may come at any line
                 last = step == num_steps
                 save = stopping or last or step % config.checkpoint_every == 0
                 if save or len(window) == config.log_every:
@@ -313,14 +330,16 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     }
                     checkpoints.save(state, meta)
                     saved = step
-                if not stopping and (last or step % config.evaluate_every == 0):
+                if writes and not stopping and (last or step % config.evaluate_every == 0):
                     params = jax.device_get(state.ema_params)
                     logbook.record(step, stage.evaluate(params))
                     logbook.picture(step, "preview", stage.preview(params))
-                if stopping or (last and stop):
+                if last:  # one may have come meanwhile; and no process leaves before the others
+                    stopping = _signals(stop)()
+                if stopping:
                     checkpoints.close()
                     log.info("Interrupted: the %s is saved at step %d.", stage.name, step)
-                    raise SystemExit(0 if signal.SIGTERM in stop else 130)
+                    raise SystemExit(0 if stopping == signal.SIGTERM else 130)
     return state
 
 

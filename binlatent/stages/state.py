@@ -1,5 +1,6 @@
 """What both stages' steps share: the state, its update, its keys and its devices."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -99,8 +100,8 @@ def parallel(step: Callable, num_frozen: int = 0) -> Callable:
 
 
 def replicate(tree: Any) -> Any:
-    """Places a tree on all devices as a parallel step returns it, so the step compiles once."""
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), (AXIS,))
+    """Places a tree on this process's devices as a parallel step returns it, to compile it once."""
+    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()), (AXIS,))
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
@@ -108,6 +109,19 @@ def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Splits a host's batch over its devices: (b, …) -> (devices, b / devices, …)."""
     devices = jax.local_device_count()
     return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+
+
+def largest(number: int) -> Array:
+    """Returns the largest of the processes' numbers, int32; all must call it, between their steps.
+
+    It is there when the steps before it are: to read it earlier waits for them.
+    """
+    return _largest(np.full(jax.local_device_count(), number, np.int32))
+
+
+@functools.partial(jax.pmap, axis_name=AXIS, out_axes=None)
+def _largest(number: Array) -> Array:
+    return jax.lax.pmax(number, AXIS)
 
 
 def step_key(state: TrainState) -> Array:
