@@ -255,7 +255,7 @@ def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, An
     seconds = {}
     for stage in ("autoencoder", "prior"):
         with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
-            seconds[stage] = checkpoints.meta()["seconds"]
+            seconds[stage] = checkpoints.newest(checkpoint.Checkpoints.meta)["seconds"]
     test = load_images(open_data(config, "test"), config.evaluate.num_images)
     images = to_float(test[0])
     probs = pipeline.encode_probs(images)
