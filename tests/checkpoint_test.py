@@ -4,7 +4,6 @@ import functools
 import logging
 import re
 import shutil
-import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -167,20 +166,7 @@ def test_what_an_error_of_the_reader_says_is_no_damage(saved):
     assert (saved / "4").is_dir()
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1.5 MiB."""
-    path = tmp_path / "small"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1536k", "tmpfs", str(path)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("a file system can be mounted by root alone")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["1536k"], indirect=True)
 def test_a_full_disk_is_the_reason_and_leaves_the_checkpoints_before_whole(small_disk):
     directory = small_disk / "prior"  # random numbers: 0.6 MB a checkpoint
     reason = rf"The checkpoint of step 6 could not be written to {directory}: No space left on dev"
