@@ -28,6 +28,7 @@ from binlatent.stages import prior as prior_stage
 from binlatent.stages.state import (
     TrainState,
     parallel,
+    parallel_for_debugging,
     replicate,
     shard,
     skip_nonfinite,
@@ -280,10 +281,18 @@ def _resume(
 
 
 def _parallel(config: Config, step: Callable) -> Callable:
-    """Returns a stage's step for all devices."""
+    """Returns a stage's step for all devices.
+
+    Raises:
+      UserError: if several processes are to look for a NaN.
+    """
     if config.on_nonfinite == "skip":
         step = skip_nonfinite(step)
-    return parallel(step, num_frozen=1)
+    if not config.debug_nans:
+        return parallel(step, num_frozen=1)
+    if jax.process_count() > 1:
+        raise UserError("config.debug_nans is for one process: start a single one to find the NaN.")
+    return parallel_for_debugging(step, num_frozen=1)
 
 
 def run(stage: Stage, config: Config, workdir: Path) -> TrainState:

@@ -244,12 +244,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_on_demand(tiny_config,
         np.testing.assert_allclose(written[step]["learning_rate"], rates[updates - 1], rtol=1e-5)
 
 
-def test_debug_nans_names_the_operation(tiny_config, tmp_path):
+@pytest.mark.slow
+def test_debug_nans_names_the_operation_and_its_line(tiny_config, tmp_path):
     tiny_config.debug_nans = True
     stage, config = train.setup_autoencoder(tiny_config)
-    stage = stage._replace(batches=Poisoned(stage.batches, 1))
-    with pytest.raises(FloatingPointError, match="nan"):
+    stage = stage._replace(batches=Poisoned(stage.batches, 3))
+    with pytest.raises(FloatingPointError, match=r"\(nan\) encountered in reshape") as error:
         train.run(stage, config, tmp_path)
+    assert any(entry.name == "space_to_depth" for entry in error.traceback)
+    # Until then it has made the same steps.
+    (line,) = [x for x in lines(tmp_path) if "loss" in x]
+    debugged = line["loss"], line["grad_norm"]
+    tiny_config.debug_nans = False
+    tiny_config.autoencoder.train.num_steps = 2
+    train.train_autoencoder(tiny_config, tmp_path / "plain")
+    line = lines(tmp_path / "plain")[0]
+    np.testing.assert_allclose((line["loss"], line["grad_norm"]), debugged, rtol=1e-4)
     assert not jax.config.jax_debug_nans
 
 
@@ -259,7 +269,7 @@ def test_means_are_of_the_finite_steps_and_told_with_the_last_of_them():
     means, finite = train._means(window, 12, None, {}, skip=True)
     assert means == {"loss": 2.0, "new": 5.0, "skipped": 1}
     assert finite == {"step": 12, "loss": 3.0, "new": 5.0}
-    with pytest.raises(UserError, match="loss is nan at step 11; .*: step 10, loss 1.*start"):
+    with pytest.raises(UserError, match="grad_norm is inf at step 11; .*: step 10, loss 1.*start"):
         train._means(window, 12, None, {}, skip=False)
     before = {"step": 7, "loss": 0.25}
     with pytest.raises(UserError, match="inf at step 8; .*: step 7, loss 0.25. .* of step 6"):

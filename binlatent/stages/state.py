@@ -136,6 +136,19 @@ def parallel(step: Callable, num_frozen: int = 0) -> Callable:
     )
 
 
+def parallel_for_debugging(step: Callable, num_frozen: int = 0) -> Callable:
+    """Returns `parallel` without pmap: each device's share is an entry of one vmapped batch.
+
+    With jax_debug_nans, JAX repeats a step that has made a NaN operation by operation to name the
+    one that did. Of a pmapped step it cannot: with JAX 0.10 that ends in a RecursionError.
+
+    Args:
+      step, num_frozen: as of `parallel`.
+    """
+    in_axes = (None, 0) + (None,) * num_frozen
+    return jax.jit(jax.vmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=None))
+
+
 def replicate(tree: Any) -> Any:
     """Places a tree on all devices as a parallel step returns it, so the step compiles once."""
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), (AXIS,))
