@@ -225,27 +225,28 @@ def _means(
     Raises:
       UserError: if a metric is not finite and `skip` is not set, naming the first step that has it.
     """
-    broken, means = None, []  # the sentence of the first step that is not finite
+    broken, kept = None, []  # the sentence of the first step that is not finite; the others
     for number, metrics in enumerate(jax.device_get(window), step - len(window) + 1):
         wrong = [f"{name} is {x}" for name, x in metrics.items() if not math.isfinite(x)]
         if wrong and not broken:
-            last = ", ".join(f"{name} {value:.4g}" for name, value in finite.items())
+            shown = (f"{name} {x if name == 'step' else f'{x:.4g}'}" for name, x in finite.items())
+            last = ", ".join(shown)
             broken = f"{wrong[0]} at step {number}; the last finite metrics: {last or 'none'}"
         if not wrong:
             finite = {"step": number, **metrics}
-            means.append(metrics)
+            kept.append(metrics)
     if broken and not skip:
         where = "start, nothing was saved yet" if saved is None else f"checkpoint of step {saved}"
         raise UserError(
             f"{broken}. The last good state is the {where}. Lower the learning rate; if it fails "
             "again at once, delete that checkpoint too."
         )
-    skipped = len(window) - len(means)
+    skipped = len(window) - len(kept)
     if skipped:
         log.warning("Skipped %d of the last %d steps: %s.", skipped, len(window), broken)
     # The newest step's: a loss that starts inside the window is the mean since then.
-    names = means[-1] if means else ()
-    means = {name: float(np.mean([m[name] for m in means if name in m])) for name in names}
+    names = kept[-1] if kept else ()
+    means = {name: float(np.mean([m[name] for m in kept if name in m])) for name in names}
     return means | ({"skipped": skipped} if skip else {}), finite
 
 
