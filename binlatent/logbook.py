@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -99,8 +100,9 @@ class Logbook:
             log.info("%s %d/%d: %s, %s left", self._stage, step, self._num_steps, text, left)
         else:
             # Short, so that it fits a terminal of 80 columns; the rest is in metrics.jsonl.
-            speed = metrics["images_per_second"]
-            self._bar.set_postfix_str(f"loss {metrics['loss']:.4g}, {speed:.0f} images/s")
+            # The loss is not there if all steps since the last record were skipped.
+            loss, speed = metrics.get("loss", math.nan), metrics["images_per_second"]
+            self._bar.set_postfix_str(f"loss {loss:.4g}, {speed:.0f} images/s")
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a picture, uint8 (height, width, channels), to figures/ and TensorBoard."""

@@ -96,7 +96,7 @@ def _check_budget(row: Config, workdir: Path) -> None:
     if not checkpoint.exists(workdir, "autoencoder"):
         return
     with checkpoint.Checkpoints.open(workdir, "autoencoder") as checkpoints:
-        trained = checkpoints.config()
+        trained = checkpoints.newest(checkpoint.Checkpoints.config)
     for section in ("data", "autoencoder"):
         here, there = (json.loads(x[section].to_json()) for x in (row, trained))
         here.pop("num_classes", None)  # filled in by training, and nothing to an autoencoder
