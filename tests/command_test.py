@@ -36,6 +36,8 @@ def test_a_command_logs_the_package_alone_and_leaves_other_errors(capsys):
 
 
 def test_ctrl_c_waits_until_writing_has_ended():
+    # A process in the background may have been started to ignore it.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     steps = []
     with pytest.raises(KeyboardInterrupt), command.deferring_interrupt():
         signal.raise_signal(signal.SIGINT)
@@ -43,3 +45,4 @@ def test_ctrl_c_waits_until_writing_has_ended():
     assert steps == ["written"]
     with pytest.raises(KeyboardInterrupt):  # and then counts at once again
         signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, previous)
