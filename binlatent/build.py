@@ -17,7 +17,13 @@ from binlatent.models.autoencoder import Autoencoder, Decoder, Encoder, Levels
 from binlatent.models.transformer import CONDITIONS, Transformer
 from binlatent.stages import autoencoder as autoencoder_stage
 from binlatent.stages import prior as prior_stage
-from binlatent.stages.state import AXIS, TrainState, create_optimizer, create_state
+from binlatent.stages.state import (
+    AXIS,
+    TrainState,
+    create_optimizer,
+    create_schedule,
+    create_state,
+)
 
 Config = ml_collections.ConfigDict
 
@@ -313,6 +319,11 @@ def init_prior_state(config: Config) -> TrainState:
     """Returns the state of stage 2 before its first step."""
     init_key, base_key = jax.random.split(key(config.seed, "prior"))
     return create_state(base_key, init_prior(config, init_key), optimizer(config.prior.train))
+
+
+def schedule(train: Config) -> optax.Schedule:
+    """Returns the learning rate of a `train` section by the number of updates made before."""
+    return create_schedule(train.learning_rate, train.warmup_steps, train.num_steps, train.decay)
 
 
 def optimizer(train: Config) -> optax.GradientTransformation:

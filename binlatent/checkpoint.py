@@ -3,29 +3,52 @@
 A stage's folder holds its last checkpoints, each named by its step with three parts: `state`, all
 that training needs but the EMA; `ema_params`, all that sampling needs; `meta`, JSON: the config,
 the data iterator's state, the fingerprint of the encoder that a prior belongs to, and the seconds
-trained so far.
+trained so far; with fingerprints of all three, which reading compares, as Orbax and its formats
+see to it that a checkpoint is complete, but do not see each flipped bit.
 """
 
+import errno
 import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from binlatent.errors import UserError
-from binlatent.stages.state import TrainState
+from binlatent.stages.state import AXIS, TrainState
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Damaged(UserError):
+    """A checkpoint cannot be read, or is not what was saved."""
 
 
 def fingerprint(params: Any) -> str:
-    """Returns 16 hexadecimal digits that tell parameters apart."""
+    """Returns 16 hexadecimal digits that tell parameters, typed keys included, apart."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
     return digest.hexdigest()[:16]
+
+
+def _fingerprint_of_json(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def exists(workdir: Path, stage: str) -> bool:
@@ -51,14 +74,30 @@ def on_first_device(like: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of one stage; a context manager that ends when all is on disk."""
+    """The checkpoints of one stage; a context manager that ends when all is on disk.
 
-    def __init__(self, directory: Path, keep: int | None = None):
-        """Opens, or creates, the folder; the `keep` last checkpoints stay, all if None."""
+    Where there are several processes, all of them open, save and close together.
+    """
+
+    def __init__(self, directory: Path, keep: int | None = None, *, alone: bool = False):
+        """Opens, or creates, the folder.
+
+        Args:
+          directory: of the stage.
+          keep: how many of the last checkpoints stay; all if None.
+          alone: for reading only, whatever the other processes do; the folder must exist.
+        """
+        this = jax.process_index()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep and ocp.checkpoint_managers.LatestN(keep)
+            preservation_policy=keep and ocp.checkpoint_managers.LatestN(keep),
+            create=not alone,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=this if alone else 0, active_processes={this} if alone else None
+            ),
         )
         self.directory = directory
+        self._damaged = set()  # steps
+        self._saving = None  # step
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     @classmethod
@@ -72,7 +111,7 @@ class Checkpoints:
             raise UserError(
                 f"{workdir} has no checkpoint of the {stage}: run --mode=train_{stage} first."
             )
-        return cls(workdir / stage)
+        return cls(workdir / stage, alone=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -81,44 +120,166 @@ class Checkpoints:
         self.close()
 
     def latest_step(self) -> int | None:
-        """Returns the step of the newest checkpoint, None without one."""
-        return self._manager.latest_step()
+        """Returns the step of the newest checkpoint not known to be damaged, None without one."""
+        return max(set(self.all_steps()) - self._damaged, default=None)
 
     def all_steps(self) -> list[int]:
         """Returns the steps of all checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def newest(self, read: Callable[["Checkpoints"], T], set_aside: bool = False) -> T:
+        """Returns what `read` makes of the newest checkpoint that is whole.
+
+        Args:
+          read: asks this object for parts of the newest checkpoint; called again, for the one
+            before, if a part is damaged.
+          set_aside: whether to rename the damaged ones, so that training, when it comes to their
+            steps again, can save them. Their files stay.
+
+        Raises:
+          UserError: if none is whole.
+        """
+        while True:
+            try:
+                result = read(self)
+                break
+            except Damaged as damage:
+                log.warning("%s", damage)
+                self._damaged.add(self.latest_step())
+                if self.latest_step() is None:
+                    raise UserError(
+                        f"None of the checkpoints in {self.directory} is whole: bring back a copy "
+                        "of one, or delete that folder and train anew."
+                    ) from damage
+        if self._damaged:
+            log.warning("The one before is whole: step %d.", self.latest_step())
+        if self._damaged and set_aside:
+            self._set_aside()
+        return result
+
+    def _set_aside(self) -> None:
+        """Renames what is damaged; only now, as without a whole one nothing may look untrained."""
+        if jax.process_index() == 0:
+            for step in sorted(self._damaged):
+                path = self.directory / str(step)
+                number = 0
+                while (aside := path.with_name(f"{step}.damaged{number or ''}")).exists():
+                    number += 1
+                path.rename(aside)
+                log.warning("%s is now %s; delete it when you have seen it.", path, aside.name)
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
+        self._damaged.clear()
+
     def close(self) -> None:
-        """Waits until all is on disk."""
+        """Waits until all is on disk.
+
+        Raises:
+          UserError: if it cannot be written.
+        """
+        with self._writing():
+            # Reports what the last save's thread met, which the manager's own close may not.
+            self._manager.wait_until_finished()
         self._manager.close()
 
+    def check_for_errors(self) -> None:
+        """Tells, without waiting, whether a save in the background has failed.
+
+        Raises:
+          UserError: saying why.
+        """
+        with self._writing():
+            self._manager.check_for_errors()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what Orbax raises when it cannot write into one sentence."""
+        try:
+            yield
+        except Exception as error:  # by what failed: OSError, or tensorstore's ValueError
+            raise UserError(
+                f"The checkpoint of step {self._saving} could not be written to {self.directory}: "
+                f"{_reason(error)}. Those before it are whole; make room, or whatever it needs, "
+                "and start again."
+            ) from error
+
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Saves in the background; the arrays of `state` may be donated at once."""
+        """Saves in the background; the arrays of `state` may be donated at once.
+
+        Raises:
+          UserError: if this checkpoint, or the one before, cannot be written.
+        """
         state = jax.tree.map(jnp.copy, state)
-        self._manager.save(
-            int(state.step),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state.replace(ema_params={})),
-                ema_params=ocp.args.StandardSave(state.ema_params),
-                meta=ocp.args.JsonSave(meta),
-            ),
-        )
+        parts = {"state": state.replace(ema_params={}), "ema_params": state.ema_params}
+        fingerprints = {name: fingerprint(part) for name, part in parts.items()}
+        fingerprints["meta"] = _fingerprint_of_json(meta)
+        if jax.process_count() > 1:  # Orbax wants one array of them all, pmap gives each its own
+            processes = range(jax.process_count())
+            devices = [device for i in processes for device in jax.local_devices(process_index=i)]
+            mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
+            parts = multihost_utils.host_local_array_to_global_array(
+                parts, mesh, jax.sharding.PartitionSpec()
+            )
+        args = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+        args["meta"] = ocp.args.JsonSave({"content": meta, "fingerprints": fingerprints})
+        with self._writing():
+            self._manager.wait_until_finished()
+        self._saving = int(state.step)
+        with self._writing():
+            self._manager.save(self._saving, args=ocp.args.Composite(**args))
+
+    def _read(self, **args: Any) -> Any:
+        """Returns parts of the newest checkpoint.
+
+        Raises:
+          Damaged: if they cannot be read.
+        """
+        step = self.latest_step()
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+            raise  # no fault of the files
+        except Exception as error:  # by where the damage is
+            raise self._damage(f"cannot be read, {_reason(error)}") from error
+
+    def _damage(self, what: str) -> Damaged:
+        return Damaged(f"The checkpoint {self.directory / str(self.latest_step())} {what}.")
+
+    def _meta_and_fingerprints(self) -> tuple[dict[str, Any], dict[str, str]]:
+        stored = self._read(meta=ocp.args.JsonRestore()).meta
+        if isinstance(stored, dict) and "config" in stored:
+            return stored, {}  # by a version that took no fingerprints
+        try:
+            meta, fingerprints = stored["content"], stored["fingerprints"]
+            expected = fingerprints["meta"], fingerprints["state"], fingerprints["ema_params"]
+        except (KeyError, TypeError) as error:
+            raise self._damage("has lost parts of its meta/metadata") from error
+        if _fingerprint_of_json(meta) != expected[0]:
+            raise self._damage("has another meta/metadata than was saved")
+        return meta, fingerprints
+
+    def _restore(self, **like: Any) -> Any:
+        """Returns arrays of the newest checkpoint, by part, that are as they were saved."""
+        _, fingerprints = self._meta_and_fingerprints()
+        args = {name: ocp.args.StandardRestore(part) for name, part in like.items()}
+        restored = self._read(**args)
+        for name in like:
+            if name in fingerprints and fingerprint(restored[name]) != fingerprints[name]:
+                raise self._damage(f"has other numbers in {name} than were saved")
+        return restored
 
     def restore(self, like: TrainState) -> TrainState:
-        """Returns the newest checkpoint's state, placed and shaped as `like`."""
-        restored = self._manager.restore(
-            self.latest_step(),
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(like.replace(ema_params={})),
-                ema_params=ocp.args.StandardRestore(like.ema_params),
-            ),
-        )
+        """Returns the newest checkpoint's state, placed and shaped as `like`.
+
+        Raises:
+          Damaged: as do all that read.
+        """
+        restored = self._restore(state=like.replace(ema_params={}), ema_params=like.ema_params)
         return restored.state.replace(ema_params=restored.ema_params)
 
     def meta(self) -> dict[str, Any]:
         """Returns the newest checkpoint's `meta`."""
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(self.latest_step(), args=args).meta
+        return self._meta_and_fingerprints()[0]
 
     def config(self) -> ml_collections.ConfigDict:
         """Returns the config that the newest checkpoint was trained with."""
@@ -133,7 +294,8 @@ class Checkpoints:
         if self.meta()["encoder"] != fingerprint:
             raise UserError(
                 f"The prior in {self.directory} was trained for another autoencoder than the one "
-                "beside it: delete that folder and run --mode=train_prior."
+                "beside it: bring that one back, or delete the prior's folder and run "
+                "--mode=train_prior."
             )
 
     def restore_ema(self, like: Any) -> Any:
@@ -142,6 +304,14 @@ class Checkpoints:
         Args:
           like: their shapes and types, as `jax.eval_shape` gives them.
         """
-        like = on_first_device(like)
-        args = ocp.args.Composite(ema_params=ocp.args.StandardRestore(like))
-        return self._manager.restore(self.latest_step(), args=args).ema_params
+        return self._restore(ema_params=on_first_device(like)).ema_params
+
+
+def _reason(error: Exception) -> str:
+    """Returns what went wrong in a few words: Orbax's messages are long, its causes are not."""
+    text = str(error)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
+        if getattr(error, "errno", None) == number or os.strerror(number) in text:
+            return os.strerror(number)
+    first = re.split(r"\n|(?<=[^.])[.:] ", text.strip(), maxsplit=1)[0]
+    return first[:120] or type(error).__name__

@@ -96,11 +96,13 @@ def check_resumable(config: Config, trained: Config, stage: str, *, same_data: b
       UserError: naming the keys that differ, with both values.
     """
     check_same_model(config, trained, stage)
-    if same_data and config.data.name != trained.data.name:
-        raise UserError(
-            f"The {stage} in the workdir is being trained on config.data.name = "
-            f"{trained.data.name!r}, not {config.data.name!r}: use the same, or another --workdir."
-        )
+    for name in ("name", "texts") if same_data else ():
+        here, there = config.data[name], trained.data.get(name)
+        if here != there:
+            raise UserError(
+                f"The {stage} in the workdir is being trained on config.data.{name} = {there!r}, "
+                f"not {here!r}: use the same, or another --workdir."
+            )
     here, there = config.autoencoder, trained.autoencoder
     if stage != "autoencoder" or not (here.loss.adversarial or there.loss.adversarial):
         return
@@ -182,6 +184,10 @@ def check(config: Config) -> None:
         )
     if not 0 <= config.seed < 2**32:
         raise UserError(f"config.seed must be between 0 and 2**32 - 1, not {config.seed}.")
+    if config.on_nonfinite not in ("stop", "skip"):
+        raise UserError(
+            f'config.on_nonfinite must be "stop" or "skip", not {config.on_nonfinite!r}.'
+        )
     build.autoencoder(config)
     build.networks(config)
     T = build.denoiser(config).num_timesteps

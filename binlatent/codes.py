@@ -10,9 +10,11 @@ import json
 import logging
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
 from tqdm import tqdm
@@ -88,7 +90,7 @@ def encode(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Pat
     """Writes the codes of a source, shard by shard; goes on where it was interrupted.
 
     They lie in a folder named after the encoder's weights and the dataset, so that no others are
-    taken for them.
+    taken for them. Of several processes the first encodes, and the others wait for it.
 
     Args:
       pipeline: with the frozen encoder.
@@ -102,6 +104,8 @@ def encode(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Pat
     data = {**pipeline.config.data.to_dict(), "count": count}
     dataset = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
     target = folder / f"{pipeline.encoder_fingerprint}_{dataset}"
+    while jax.process_index() and not (target / "info.json").exists():
+        time.sleep(0.5)  # if process 0 fails, this one is ended
     if (target / "info.json").exists():
         return target
     log.info("Encoding %d images into %s", count, target)

@@ -64,6 +64,9 @@ def reporting() -> Iterator[None]:
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("binlatent").setLevel(logging.INFO)
+    # Orbax logs pages of what its threads meet, which is raised, and told in a sentence, as well.
+    for noisy in ("absl", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     try:
         yield
     except (UserError, OSError) as error:

@@ -369,9 +369,13 @@ def _restore(
     workdir: Path, stage: str, init: Callable[[ml_collections.ConfigDict], TrainState]
 ) -> tuple[TrainState, int]:
     """Returns a stage's state, and the step that its files are named by."""
-    with Checkpoints.open(workdir, stage) as checkpoints:
+
+    def read(checkpoints):
         config = checkpoints.config()
-        state = checkpoints.restore(on_first_device(jax.eval_shape(lambda: init(config))))
+        return checkpoints.restore(on_first_device(jax.eval_shape(lambda: init(config))))
+
+    with Checkpoints.open(workdir, stage) as checkpoints:
+        state = checkpoints.newest(read)
     # Their code takes step 0 for "load nothing".
     return jax.device_get(state), max(int(state.step), 1)
 

@@ -299,7 +299,7 @@ def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, An
     seconds = {}
     for stage in ("autoencoder", "prior"):
         with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
-            seconds[stage] = checkpoints.meta()["seconds"]
+            seconds[stage] = checkpoints.newest(checkpoint.Checkpoints.meta)["seconds"]
     images, labels = test_images(config, config.evaluate.num_images)
     probs = pipeline.encode_probs(images)
     log.info("Bounding the length of %d test codes", len(images))

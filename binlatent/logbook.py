@@ -3,6 +3,7 @@
 import datetime
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -51,15 +52,17 @@ class Logbook:
     Shows a tqdm bar on a terminal, and a line for each record elsewhere.
     """
 
-    def __init__(self, workdir: Path, stage: str, step: int, num_steps: int):
-        """Opens the log of `stage`, which stands at `step` of `num_steps`."""
+    def __init__(
+        self, workdir: Path, stage: str, step: int, num_steps: int, *, silent: bool = False
+    ):
+        """Opens the log of `stage`, which stands at `step` of `num_steps`; `silent` writes none."""
         self._stage = stage
         self._num_steps = num_steps
-        self._file = (workdir / "metrics.jsonl").open("a")
+        self._file = (Path(os.devnull) if silent else workdir / "metrics.jsonl").open("a")
         self._figures = workdir / "figures"
-        self._writer = _summary_writer(workdir / "tensorboard" / stage)
+        self._writer = None if silent else _summary_writer(workdir / "tensorboard" / stage)
         self._bar = tqdm.tqdm(
-            total=num_steps, initial=step, desc=stage, disable=not sys.stderr.isatty()
+            total=num_steps, initial=step, desc=stage, disable=silent or not sys.stderr.isatty()
         )
         self._redirect = (
             nullcontext() if self._bar.disable else logging_redirect_tqdm([logging.getLogger()])
@@ -97,8 +100,9 @@ class Logbook:
             log.info("%s %d/%d: %s, %s left", self._stage, step, self._num_steps, text, left)
         else:
             # Short, so that it fits a terminal of 80 columns; the rest is in metrics.jsonl.
-            speed = metrics["images_per_second"]
-            self._bar.set_postfix_str(f"loss {metrics['loss']:.4g}, {speed:.0f} images/s")
+            # The loss is not there if all steps since the last record were skipped.
+            loss, speed = metrics.get("loss", math.nan), metrics["images_per_second"]
+            self._bar.set_postfix_str(f"loss {loss:.4g}, {speed:.0f} images/s")
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a picture, uint8 (height, width, channels), to figures/ and TensorBoard."""

@@ -3,15 +3,28 @@
 import ast
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from binlatent import build, checks, command, evaluate, figures, masks, outputs, table4, train
+from binlatent import (
+    build,
+    checks,
+    command,
+    evaluate,
+    figures,
+    masks,
+    outputs,
+    processes,
+    table4,
+    train,
+)
 from binlatent.data.sources import read_image
 from binlatent.data.transforms import to_float
 from binlatent.errors import UserError
@@ -67,6 +80,15 @@ flags.DEFINE_multi_string(
 flags.DEFINE_float("strength", None, "vary: how far from the image, above 0 to 1. Default 0.5.")
 flags.DEFINE_integer("seed", 0, "sample, inpaint, vary: of the draw.")
 flags.DEFINE_string("out", None, "sample, reconstruct, inpaint, vary: the PNG file to write.")
+flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0, where several processes train together, with --num_processes and "
+    "--process_id; the tasks of a Slurm step and the hosts of a TPU need none of them.",
+)
+flags.DEFINE_integer("num_processes", None, "How many processes train together.")
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_PROCESSES = ("coordinator", "num_processes", "process_id")
 
 # The modes that a flag means something to.
 _DRAWN = ("all", "sample", "inpaint", "vary")
@@ -91,6 +113,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
     for name, modes in _MEANT_FOR.items():
         if FLAGS[name].present and mode not in modes:
             command.bad_usage(f"--{name} is for --mode={' or '.join(modes)}")
+    given = [FLAGS[name].present for name in _PROCESSES]
+    if any(given):
+        if not all(given):
+            command.bad_usage(f"--{', --'.join(_PROCESSES)} go together")
+        if not re.fullmatch(r".+:\d+", FLAGS.coordinator):
+            command.bad_usage(f"--coordinator={FLAGS.coordinator} must be HOST:PORT")
+        if not 0 <= FLAGS.process_id < FLAGS.num_processes:
+            command.bad_usage("--process_id must be at least 0 and less than --num_processes")
     return unparsed
 
 
@@ -193,6 +223,8 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         train.train_prior(config, workdir)
     if mode in ("train_autoencoder", "train_prior"):
         return
+    if jax.process_index():
+        return  # what is left is process 0's; the others wait for it as they exit
     pipeline = BinaryLatentDiffusion.from_workdir(workdir, config)
     if mode in ("all", "evaluate"):
         log.info("%s", json.dumps(evaluate.report(pipeline, workdir), indent=2))
@@ -228,8 +260,12 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
 def main(argv: list[str]) -> None:
     """Dispatches on --mode; a user's error is one sentence and exit code 1."""
     del argv
-    with command.reporting():
-        _dispatch(_given_config(), Path(FLAGS.workdir))
+    with processes.together(), command.reporting():
+        processes.join(*(FLAGS[name].value for name in _PROCESSES))
+        config = _given_config()
+        content = None if config is None else config.to_dict()
+        processes.check_same("the config or --mode", json.dumps([FLAGS.mode, content]))
+        _dispatch(config, Path(FLAGS.workdir))
 
 
 def run() -> None:

@@ -64,14 +64,17 @@ class BinaryLatentDiffusion:
 
         Raises:
           UserError: if the folder or the autoencoder's checkpoint is not there, if `config`
-            describes another model, or if the prior belongs to another autoencoder.
+            describes another model, if the prior belongs to another autoencoder, or if no
+            checkpoint of a stage is whole; otherwise the newest that is whole is used.
         """
         workdir = Path(workdir)
         if not workdir.is_dir():
             raise UserError(f"There is no workdir {workdir}: train one, or check --workdir.")
 
-        def load(stage, init):
-            with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
+        def load(stage, init, encoder=None):
+            def read(checkpoints):
+                if encoder is not None:
+                    checkpoints.check_encoder(encoder)
                 trained = checkpoints.config()
                 checks.check_version(trained, workdir / stage)
                 used = copy.deepcopy(trained if config is None else config)
@@ -83,12 +86,13 @@ class BinaryLatentDiffusion:
                 like = jax.eval_shape(functools.partial(init, used), jax.random.key(0))
                 return used, checkpoints.restore_ema(like)
 
+            with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
+                return checkpoints.newest(read)
+
         pipeline = cls(*load("autoencoder", build.init_autoencoder))
         if not prior or not checkpoint.exists(workdir, "prior"):
             return pipeline
-        with checkpoint.Checkpoints.open(workdir, "prior") as checkpoints:
-            checkpoints.check_encoder(pipeline.encoder_fingerprint)
-        used, prior_params = load("prior", build.init_prior)
+        used, prior_params = load("prior", build.init_prior, pipeline.encoder_fingerprint)
         return cls(used, pipeline.autoencoder_params, prior_params)
 
     @property

@@ -10,6 +10,7 @@ import logging
 import math
 from pathlib import Path
 
+import jax
 import ml_collections
 
 from binlatent import build, checkpoint, checks, evaluate, train
@@ -95,7 +96,7 @@ def _check_budget(row: Config, workdir: Path) -> None:
     if not checkpoint.exists(workdir, "autoencoder"):
         return
     with checkpoint.Checkpoints.open(workdir, "autoencoder") as checkpoints:
-        trained = checkpoints.config()
+        trained = checkpoints.newest(checkpoint.Checkpoints.config)
     for section in ("data", "autoencoder"):
         here, there = (json.loads(x[section].to_json()) for x in (row, trained))
         here.pop("num_classes", None)  # filled in by training, and nothing to an autoencoder
@@ -128,7 +129,8 @@ def run(config: Config, workdir: Path) -> str:
         train.train_autoencoder(row, workdir / name)
         pipeline = BinaryLatentDiffusion.from_workdir(workdir / name, prior=False)
         results[name] = evaluate.autoencoder_metrics(pipeline, images)
-    (workdir / "table4.json").write_text(json.dumps(results, indent=2) + "\n")
     text = table(config, results)
-    (workdir / "table4.md").write_text(text)
+    if jax.process_index() == 0:
+        (workdir / "table4.json").write_text(json.dumps(results, indent=2) + "\n")
+        (workdir / "table4.md").write_text(text)
     return text

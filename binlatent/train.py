@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from binlatent import build, checks, codes, evaluate, outputs, weights
+from binlatent import build, checks, codes, evaluate, outputs, processes, weights
 from binlatent.checkpoint import Checkpoints, as_config, exists
 from binlatent.data import loader
 from binlatent.data.sources import Source
@@ -25,7 +25,16 @@ from binlatent.errors import UserError
 from binlatent.logbook import Logbook
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.stages import prior as prior_stage
-from binlatent.stages.state import TrainState, parallel, replicate, shard
+from binlatent.stages.state import (
+    TrainState,
+    largest,
+    parallel,
+    parallel_for_debugging,
+    replicate,
+    shard,
+    skip_nonfinite,
+    updates_made,
+)
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +89,8 @@ def _check_batch(train: Config, accumulate: int = 1) -> None:
 
 
 def _batches(source: Source, train: Config, config: Config):
-    """Returns this host's share of the global batches."""
+    """Returns this process's share of the global batches."""
+    processes.check_same("the number of training images", str(len(source.examples)))
     return loader.train_batches(
         source,
         train.batch_size // jax.process_count(),
@@ -109,7 +119,7 @@ def setup_autoencoder(config: Config, workdir: Path | None = None) -> tuple[Stag
     config = with_classes(config, source)
     lpips_params = replicate(lpips_params)
     with_discriminator, without = (
-        parallel(build.autoencoder_step(config, used), num_frozen=1)
+        _parallel(config, build.autoencoder_step(config, used))
         for used in (networks, networks._replace(discriminator=None))
     )
 
@@ -188,7 +198,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         optimizer=build.optimizer(config.prior.train),
         ema_decay=config.prior.train.ema_decay,
     )
-    step = parallel(step, num_frozen=1)
+    step = _parallel(config, step)
     encoder_params = None if cached else replicate(encoder.autoencoder_params)
     images, labels = evaluate.load_images(test, config.evaluate.num_images)
     labels = evaluate.known_labels(config, test, labels)
@@ -223,31 +233,102 @@ def _interruption() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _check_finite(window: list[dict], step: int, saved: int | None) -> dict[str, float]:
-    """Returns the mean of each metric over the last steps.
+def _signals(stop: list[int]) -> Callable[[], int]:
+    """Returns what tells the largest signal that any process has received, 0 without one.
+
+    Called before a step and read after it, it makes all processes stop at the same step, and waits
+    for no more than the step before.
+    """
+    if jax.process_count() == 1:
+        return lambda: max(stop, default=0)
+    number = largest(max(stop, default=0))
+    return lambda: int(number)
+
+
+def _means(
+    window: list[dict], step: int, saved: int | None, finite: dict[str, float], skip: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the mean of each metric over the last steps, and the last finite metrics.
 
     Args:
       window: metrics of the steps up to `step`.
       step: the last of them.
       saved: step of the last good checkpoint.
+      finite: the last finite metrics before the window, with their `step`; {} without any.
+      skip: whether steps that are not finite were skipped; they are counted as `skipped`.
 
     Raises:
-      UserError: if a metric is not finite, naming the first step that has it.
+      UserError: if a metric is not finite and `skip` is not set, naming the first step that has it.
     """
-    window = jax.device_get(window)
-    for i, metrics in enumerate(window):
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                where = "start, nothing was saved yet"
-                if saved is not None:
-                    where = f"checkpoint of step {saved}"
-                raise UserError(
-                    f"{name} is {value} at step {step - len(window) + i + 1}. The last good state "
-                    f"is the {where}. Lower the learning rate; if it fails again at once, delete "
-                    "that checkpoint too."
-                )
+    broken, kept = None, []  # the sentence of the first step that is not finite; the others
+    for number, metrics in enumerate(jax.device_get(window), step - len(window) + 1):
+        wrong = [f"{name} is {x}" for name, x in metrics.items() if not math.isfinite(x)]
+        if wrong and not broken:
+            shown = (f"{name} {x if name == 'step' else f'{x:.4g}'}" for name, x in finite.items())
+            last = ", ".join(shown)
+            broken = f"{wrong[0]} at step {number}; the last finite metrics: {last or 'none'}"
+        if not wrong:
+            finite = {"step": number, **metrics}
+            kept.append(metrics)
+    if broken and not skip:
+        where = "start, nothing was saved yet" if saved is None else f"checkpoint of step {saved}"
+        raise UserError(
+            f"{broken}. The last good state is the {where}. Lower the learning rate; if it fails "
+            "again at once, delete that checkpoint too."
+        )
+    skipped = len(window) - len(kept)
+    if skipped:
+        log.warning("Skipped %d of the last %d steps: %s.", skipped, len(window), broken)
     # The newest step's: a loss that starts inside the window is the mean since then.
-    return {name: float(np.mean([m[name] for m in window if name in m])) for name in window[-1]}
+    names = kept[-1] if kept else ()
+    means = {name: float(np.mean([m[name] for m in kept if name in m])) for name in names}
+    return means | ({"skipped": skipped} if skip else {}), finite
+
+
+def _device_bytes() -> dict[str, int]:
+    """Returns what the first device's memory holds, if JAX knows it: of a CPU it does not."""
+    used = (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use")
+    return {} if used is None else {"device_bytes": used}
+
+
+def _resume(
+    stage: Stage, config: Config, like: TrainState, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the newest checkpoint, placed as `like`, and its `meta`, if training can go on.
+
+    Raises:
+      UserError: if it is of another model, other data or another encoder.
+    """
+    meta = checkpoints.meta()
+    trained = as_config(meta["config"])
+    trained_here = meta["data"] is not None  # and not converted alone
+    checks.check_version(trained, checkpoints.directory)
+    checks.check_resumable(config, trained, stage.name, same_data=trained_here)
+    checkpoints.check_encoder(stage.encoder)
+    if trained_here and config.data.path != trained.data.path:
+        log.warning(
+            "config.data.path was %r and is %r: it must hold the same data, or the %s goes on "
+            "with other images than it began with.",
+            trained.data.path,
+            config.data.path,
+            stage.name,
+        )
+    return checkpoints.restore(like), meta
+
+
+def _parallel(config: Config, step: Callable) -> Callable:
+    """Returns a stage's step for all devices.
+
+    Raises:
+      UserError: if several processes are to look for a NaN.
+    """
+    if config.on_nonfinite == "skip":
+        step = skip_nonfinite(step)
+    if not config.debug_nans:
+        return parallel(step, num_frozen=1)
+    if jax.process_count() > 1:
+        raise UserError("config.debug_nans is for one process: start a single one to find the NaN.")
+    return parallel_for_debugging(step, num_frozen=1)
 
 
 def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
@@ -257,51 +338,67 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
       The state after the last step.
 
     Raises:
-      UserError: if the loss is not finite, or the checkpoint is of another model.
+      UserError: if the loss is not finite, the checkpoint is of another model, no checkpoint is
+        whole, or none can be written.
       SystemExit: after a signal, when the state has been saved: 0 for SIGTERM, 130 for Ctrl-C.
     """
-    num_steps = stage.train.num_steps
+    num_steps, learning_rate = stage.train.num_steps, build.schedule(stage.train)
+    writes = jax.process_index() == 0  # metrics and pictures; checkpoints are all processes'
     state, step, seconds = replicate(stage.state), 0, 0.0
     with Checkpoints(workdir / stage.name, config.keep_checkpoints) as checkpoints:
         saved = checkpoints.latest_step()
+        processes.check_same(f"the newest checkpoint of the {stage.name}", str(saved))
         if saved is not None:
-            meta = checkpoints.meta()
-            trained = as_config(meta["config"])
-            trained_here = meta["data"] is not None  # and not converted alone
-            checks.check_version(trained, checkpoints.directory)
-            checks.check_resumable(config, trained, stage.name, same_data=trained_here)
-            checkpoints.check_encoder(stage.encoder)
-            if saved >= num_steps:
-                log.info("The %s is trained: %d steps in %s.", stage.name, saved, workdir)
-                return checkpoints.restore(state)
+            resume = functools.partial(_resume, stage, config, state)
+            state, meta = checkpoints.newest(resume, set_aside=True)
+            step, seconds = checkpoints.latest_step(), meta["seconds"]
+            saved = step
+            if step >= num_steps:
+                log.info("The %s is trained: %d steps in %s.", stage.name, step, workdir)
+                return state
             if stage.name == "autoencoder" and exists(workdir, "prior"):
                 raise UserError(
                     f"The prior in {workdir} belongs to its autoencoder as it is: copy the folder "
                     "autoencoder alone into another workdir to train it on there."
                 )
-            log.info("The %s goes on from step %d in %s.", stage.name, saved, workdir)
-            state, step, seconds = checkpoints.restore(state), saved, meta["seconds"]
-            if trained_here:
+            log.info("The %s goes on from step %d in %s.", stage.name, step, workdir)
+            if meta["data"] is not None:
                 stage.batches.set_state(meta["data"])
         started = time.monotonic() - seconds
-        window, window_seconds = [], 0.0
-        with Logbook(workdir, stage.name, step, num_steps) as logbook, _interruption() as stop:
+        window, window_seconds, waited, finite = [], 0.0, 0.0, {}
+        with (
+            Logbook(workdir, stage.name, step, num_steps, silent=not writes) as logbook,
+            _interruption() as stop,
+            jax.debug_nans(True) if config.debug_nans else nullcontext(),
+        ):
             while step < num_steps:
                 tick = time.monotonic()
-                state, metrics = stage.step(state, shard(next(stage.batches)), step)
+                received = _signals(stop)
+                if len(window) > 1:
+                    # One step is still queued, so that no device rests. Were it more, we would
+                    # empty the loader far ahead of the devices, and take that for its fault.
+                    jax.block_until_ready(window[-2])
+                asked = time.monotonic()
+                batch = shard(next(stage.batches))
+                waited += time.monotonic() - asked
+                state, metrics = stage.step(state, batch, step)
                 step += 1
                 window.append(metrics)
                 logbook.tick()
-                stopping = bool(stop)  # read once: the signal may come at any line
+                stopping = received()  # read once: the signal may come at any line
                 last = step == num_steps
                 save = stopping or last or step % config.checkpoint_every == 0
                 if save or len(window) == config.log_every:
-                    means = _check_finite(window, step, saved)
+                    skip = config.on_nonfinite == "skip"
+                    means, finite = _means(window, step, saved, finite, skip)
                     window_seconds += time.monotonic() - tick
                     speed = len(window) / window_seconds
+                    means["learning_rate"] = float(learning_rate(max(updates_made(state) - 1, 0)))
                     means["images_per_second"] = speed * stage.train.batch_size
-                    logbook.record(step, means, (num_steps - step) / speed)
-                    window, window_seconds = [], 0.0
+                    means["data_wait"] = waited / window_seconds
+                    logbook.record(step, means | _device_bytes(), (num_steps - step) / speed)
+                    window, window_seconds, waited = [], 0.0, 0.0
+                    checkpoints.check_for_errors()  # before training on for another interval
                 else:
                     window_seconds += time.monotonic() - tick
                 if save:
@@ -313,14 +410,16 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     }
                     checkpoints.save(state, meta)
                     saved = step
-                if not stopping and (last or step % config.evaluate_every == 0):
+                if writes and not stopping and (last or step % config.evaluate_every == 0):
                     params = jax.device_get(state.ema_params)
                     logbook.record(step, stage.evaluate(params))
                     logbook.picture(step, "preview", stage.preview(params))
-                if stopping or (last and stop):
+                if last:  # one may have come meanwhile; and no process leaves before the others
+                    stopping = _signals(stop)()
+                if stopping:
                     checkpoints.close()
                     log.info("Interrupted: the %s is saved at step %d.", stage.name, step)
-                    raise SystemExit(0 if signal.SIGTERM in stop else 130)
+                    raise SystemExit(0 if stopping == signal.SIGTERM else 130)
     return state
 
 

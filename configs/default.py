@@ -129,6 +129,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     config.evaluate_every = 10_000  # with a preview in workdir/figures
     config.checkpoint_every = 5_000
     config.keep_checkpoints = 3
+    config.on_nonfinite = "stop"  # or "skip": a step whose loss or gradient is no finite number
+    config.debug_nans = False  # jax_debug_nans: slow, but names the operation that made a NaN
     if variant == "released":
         autoencoder.norm_first = True
         autoencoder.loss.mse, autoencoder.loss.l1 = 0.0, 1.0

@@ -19,4 +19,4 @@ def get_config(workdir: str = "") -> ml_collections.ConfigDict:
         raise ValueError("name the workdir, --config=configs/workdir.py:DIR")
     stage = "prior" if checkpoint.exists(Path(workdir), "prior") else "autoencoder"
     with checkpoint.Checkpoints.open(Path(workdir), stage) as checkpoints:
-        return checkpoints.config().lock()
+        return checkpoints.newest(checkpoint.Checkpoints.config).lock()

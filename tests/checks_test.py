@@ -52,6 +52,7 @@ def test_the_defaults_are_accepted():
             {"autoencoder.loss.mse": 0.0, "autoencoder.loss.perceptual": 0.0},
             "one of mse, l1 and perceptual must be above 0",
         ),
+        ({"on_nonfinite": "ignore"}, 'on_nonfinite must be "stop" or "skip", not \'ignore\''),
         ({"autoencoder.discriminator.norm": "layer"}, "must be batch or group, not 'layer'"),
         (
             {"autoencoder.discriminator.augment": ("colour", "cutout")},
@@ -121,11 +122,35 @@ def test_a_prior_is_over_bits(tiny_config, tmp_path):
         ),
         ({"autoencoder.num_bits": 16}, "num_bits is 32 there and 16 here"),
         ({"data.name": "digits"}, "data.name = 'folder', not 'digits'"),
+        ({"data.texts": True}, "data.texts = False, not True"),
+        ({"data.image_size": 128, "seed": 1}, "data.image_size is 256 there and 128 here"),
     ],
 )
 def test_training_goes_on_with_the_networks_it_began_with(overrides, sentence):
     with pytest.raises(UserError, match=sentence):
         checks.check_resumable(changed(overrides), default.get_config(), "autoencoder")
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_what_is_safe_may_change_on_the_way(stage):
+    overrides = {
+        **{f"{name}.train.num_steps": 7 for name in ("autoencoder", "prior")},
+        **{f"{name}.train.learning_rate": 1e-5 for name in ("autoencoder", "prior")},
+        **{f"{name}.train.decay": "cosine" for name in ("autoencoder", "prior")},
+        **dict(log_every=1, evaluate_every=2, checkpoint_every=3, keep_checkpoints=4),
+        **{"on_nonfinite": "skip", "debug_nans": True, "sample.steps": 8, "data.path": "moved"},
+    }
+    checks.check_resumable(changed(overrides), default.get_config(), stage)
+
+
+def test_a_prior_goes_on_with_the_network_it_began_with():
+    overrides = {"prior.num_layers": 12, "prior.schedule": "cos", "prior.label_dropout": 0.2}
+    with pytest.raises(UserError) as error:
+        checks.check_resumable(changed(overrides), default.get_config(), "prior")
+    for part in ("num_layers is 24 there and 12 here", "schedule is linear there and cos here"):
+        assert f"prior.{part}" in str(error.value)
+    assert "label_dropout" not in str(error.value)
+    checks.check_resumable(changed(overrides), default.get_config(), "autoencoder")
 
 
 def test_weights_of_losses_may_change_on_the_way():

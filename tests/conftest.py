@@ -1,6 +1,7 @@
 """Four fake devices, strict rank promotion, real digits prepared once, one tiny config."""
 
 import os
+import subprocess
 import tempfile
 
 import pytest
@@ -65,3 +66,17 @@ def tiny_config(digits_dir):
     config = digits.get_config()
     config.update_from_flattened_dict({**TINY, "data.path": digits_dir})
     return config
+
+
+@pytest.fixture
+def small_disk(tmp_path, request):
+    """A file system of so many bytes as the test says, "6m"."""
+    path = tmp_path / "small"
+    path.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(path)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root may mount a file system")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)

@@ -674,13 +674,23 @@ def test_batches_larger_than_the_dataset(counted):
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_hosts_share_each_epoch(counted, count):
-    whole = sum(take(loader.train_batches(counted, count, seed=0), 30), [])
-    shards = [
-        sum(take(loader.train_batches(counted, 1, seed=0, shard=(i, count)), 30), [])
-        for i in range(count)
+def test_hosts_share_each_batch_in_runs(counted, count):
+    # 3 a host: batches of 6 or 15 of 24 examples, so that the last of them spans epochs.
+    whole = take(loader.train_batches(counted, 3 * count, seed=0), 10)
+    hosts = [
+        take(loader.train_batches(counted, 3, seed=0, shard=(i, count)), 10) for i in range(count)
     ]
-    assert np.stack(shards, 1).ravel().tolist() == whole
+    assert [sum(parts, []) for parts in zip(*hosts, strict=True)] == whole
+
+
+def test_training_resumes_on_another_number_of_hosts(counted):
+    batches = loader.train_batches(counted, 6, seed=0)
+    take(batches, 5)
+    state = batches.get_state()
+    expected = take(batches, 3)
+    second = loader.train_batches(counted, 3, seed=0, shard=(1, 2))
+    second.set_state(state)
+    assert take(second, 3) == [batch[3:] for batch in expected]
 
 
 def test_other_arrays_than_images_keep_their_values():

@@ -49,6 +49,7 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
     empty.mkdir()
     wd = f"--workdir={tmp_path / 'run'}"
     folder = "--config.data.name=folder"
+    two = ("--num_processes=2",)
     cases = [
         ((CONFIG, wd, "--config.prior.train.num_step=5"), 2, 'Did you mean "num_steps"'),
         ((CONFIG, wd, "--config.prior.train.num_steps=many"), 2, "num_steps=many"),
@@ -80,6 +81,9 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         ((CONFIG, wd, "--config.sample.guidance_shape=x"), 1, "shape must be one of constant"),
         ((CONFIG, wd, "--option=knwon=kept"), 1, "no sampling option 'knwon'"),
         ((wd, "--mode=sample", "--mask=top"), 2, "--mask is for --mode=inpaint"),
+        ((CONFIG, wd, "--num_processes=2"), 2, "--coordinator, --num_processes, --process_id go"),
+        ((CONFIG, wd, "--coordinator=host", *two, "--process_id=0"), 2, "must be HOST:PORT"),
+        ((CONFIG, wd, "--coordinator=host:1", *two, "--process_id=2"), 2, "less than --num_proc"),
         ((wd, "--mode=reconstruct", "--steps=3"), 2, "--steps is for --mode=all or sample"),
     ]
     with ThreadPoolExecutor(2) as pool:

@@ -138,6 +138,61 @@ def test_ema_is_the_recurrence_of_its_docstring(config):
     np.testing.assert_allclose(state.ema_params["params"]["pos_emb"], ema, atol=1e-6)
 
 
+def with_discriminator(config):
+    loss = {"adversarial": 1.0, "adaptive": True}
+    config.autoencoder.loss.update(loss)
+    config.autoencoder.discriminator.update({"width": 8, "num_layers": 1})
+
+
+@pytest.mark.parametrize("stage", PARTS)
+def test_a_step_that_is_not_finite_on_one_device_is_skipped_on_all(config, stage):
+    with_discriminator(config)
+    state, batch, noise, update = PARTS[stage](config)
+    split = functools.partial(jax.tree.map, lambda x: np.asarray(x).reshape(4, -1, *x.shape[1:]))
+    plain = on_devices(update, 4)
+    skipping = on_devices(state_lib.skip_nonfinite(update), 4)
+    # Two steps make every part of the state other than zero, the statistics too.
+    start = jax.tree.map(jnp.copy, state)
+    for _ in range(2):
+        start, _ = plain(start, split(batch), split(noise))
+    raw = functools.partial(jax.tree.map, lambda x: np.asarray(jax.random.key_data(x)))
+    before = jax.device_get(start.replace(key=None))
+    key = raw(start.key)
+
+    # A finite step is taken as without.
+    after, metrics = skipping(jax.tree.map(jnp.copy, start), split(batch), split(noise))
+    assert int(metrics["skipped"]) == 0 and int(after.step) == 3
+    expected, _ = plain(jax.tree.map(jnp.copy, start), split(batch), split(noise))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6),
+        *(jax.device_get(x.replace(key=None)) for x in (after, expected)),
+    )
+
+    # The last device alone has a NaN: in an image, or in a time.
+    if stage == "autoencoder":
+        batch = {"image": batch["image"].at[-1].set(jnp.nan)}
+    else:
+        noise = noise._replace(t=noise.t.at[-1].set(jnp.nan))
+    after, metrics = skipping(start, split(batch), split(noise))
+    assert int(metrics["skipped"]) == 1 and int(after.step) == 3
+    np.testing.assert_array_equal(raw(after.key), key)
+    after = jax.device_get(after.replace(key=None, step=before.step))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    if stage == "autoencoder":
+        assert not np.isfinite(metrics["loss"])
+        assert np.abs(jax.tree.leaves(before.discriminator["batch_stats"])[0]).max() > 0
+
+
+def test_updates_are_counted_by_the_optimiser(config):
+    state, batch, noise, update = prior_parts(config)
+    split = functools.partial(jax.tree.map, lambda x: np.asarray(x)[None])
+    skipping = on_devices(state_lib.skip_nonfinite(update), 1)
+    for i in range(3):
+        t = jnp.full(N, jnp.nan) if i == 1 else noise.t
+        state, _ = skipping(state, split(batch), split(noise._replace(t=t)))
+    assert int(state.step) == 3 and state_lib.updates_made(state) == 2
+
+
 def test_each_step_and_device_has_its_own_key(config):
     state, *_ = prior_parts(config)
     keys = jax.pmap(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.stages.state import replicate
+from binlatent.stages.state import replicate, updates_made
 
 from_workdir = BinaryLatentDiffusion.from_workdir
 
@@ -88,7 +89,12 @@ def test_metrics_and_previews_are_written(trained):
     written = lines(workdir)
     losses = [x for x in written if x["stage"] == "prior" and "loss" in x]
     assert [x["step"] for x in losses] == [2, 4, 6]
-    assert {"images_per_second", "grad_norm", "flip_accuracy"} <= set(losses[0])
+    assert {"flip_accuracy", "images_per_second", "data_wait"} <= set(losses[0])
+    assert {"grad_norm", "param_norm", "learning_rate"} <= set(losses[0])
+    assert all(0 <= x["data_wait"] < 1 for x in losses)
+    # The closed form of a warm-up of 2 steps and a cosine over 4, after 1, 3 and 5 of them.
+    rates = [0.5, (1 + np.cos(np.pi / 4)) / 2, (1 + np.cos(3 * np.pi / 4)) / 2]
+    np.testing.assert_allclose([x["learning_rate"] / 4e-3 for x in losses], rates, rtol=1e-4)
     assert any("psnr" in x for x in written) and any("bce" in x for x in written)
     assert (workdir / "figures" / "autoencoder_preview_0000006.png").exists()
     assert (workdir / "figures" / "prior_preview_0000006.png").exists()
@@ -188,32 +194,141 @@ def test_sigterm_saves_first_and_exits_with_zero(digits_dir, tmp_path):
     assert saved >= 2 and f"is saved at step {saved}" in output
 
 
-def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(
-    tiny_config, tmp_path, monkeypatch
-):
-    config = tiny_config
-    stage, config = train.setup_autoencoder(config)
-    batches = iter(stage.batches)
+class Poisoned:
+    """Batches of which some hold a NaN."""
 
-    class Poisoned:
-        """The fifth batch holds a NaN."""
+    def __init__(self, batches, *steps):
+        self.batches, self.steps, self.count = batches, steps, 0
 
-        count = 0
+    def __next__(self):
+        self.count += 1
+        batch = next(self.batches)
+        if self.count in self.steps:
+            batch["image"][0, 0, 0, 0] = np.nan
+        return batch
 
-        def __next__(self):
-            self.count += 1
-            batch = next(batches)
-            if self.count == 5:
-                batch["image"][0, 0, 0, 0] = np.nan
-            return batch
+    def get_state(self):
+        return self.batches.get_state()
 
-        def get_state(self):
-            return batches.get_state()
 
-    with pytest.raises(UserError, match=r"is nan at step 5.*checkpoint of step 4"):
-        train.run(stage._replace(batches=Poisoned()), config, tmp_path)
+def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(tiny_config, tmp_path):
+    stage, config = train.setup_autoencoder(tiny_config)
+    stage = stage._replace(batches=Poisoned(stage.batches, 5))
+    sentence = (
+        r"is nan at step 5; the last finite metrics: step 4, .*loss [\d.]+.*checkpoint of step 4"
+    )
+    with pytest.raises(UserError, match=sentence):
+        train.run(stage, config, tmp_path)
     with Checkpoints(tmp_path / "autoencoder") as checkpoints:
         assert checkpoints.latest_step() == 4
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_skipped_and_counted_on_demand(tiny_config, tmp_path, caplog):
+    tiny_config.on_nonfinite = "skip"
+    stage, config = train.setup_autoencoder(tiny_config)
+    stage = stage._replace(batches=Poisoned(stage.batches, 2, 3, 4))
+    state = train.run(stage, config, tmp_path)
+    written = {x["step"]: x for x in lines(tmp_path) if "skipped" in x}
+    assert {step: x["skipped"] for step, x in written.items()} == {2: 1, 4: 2, 6: 0}
+    # Where all were skipped there is nothing to average.
+    assert "loss" in written[2] and "loss" not in written[4] and "loss" in written[6]
+    assert re.search(
+        r"Skipped 2 of the last 2 steps: \w+ is nan at step 3; the last .* step 1", caplog.text
+    )
+    assert int(state.step) == 6 and updates_made(state) == 3
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.params)))
+    # Of the updates that were made, as the closed form of the warm-up, and the decay after it.
+    peak = config.autoencoder.train.learning_rate
+    rates = [0, peak * 0.5, peak, peak * (1 + np.cos(np.pi / 4)) / 2]
+    for step, updates in ((2, 1), (4, 1), (6, 3)):
+        np.testing.assert_allclose(written[step]["learning_rate"], rates[updates - 1], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_debug_nans_names_the_operation_and_its_line(tiny_config, tmp_path):
+    tiny_config.debug_nans = True
+    stage, config = train.setup_autoencoder(tiny_config)
+    stage = stage._replace(batches=Poisoned(stage.batches, 3))
+    with pytest.raises(FloatingPointError, match=r"\(nan\) encountered in reshape") as error:
+        train.run(stage, config, tmp_path)
+    assert any(entry.name == "space_to_depth" for entry in error.traceback)
+    # Until then it has made the same steps.
+    (line,) = [x for x in lines(tmp_path) if "loss" in x]
+    debugged = line["loss"], line["grad_norm"]
+    tiny_config.debug_nans = False
+    tiny_config.autoencoder.train.num_steps = 2
+    train.train_autoencoder(tiny_config, tmp_path / "plain")
+    line = lines(tmp_path / "plain")[0]
+    np.testing.assert_allclose((line["loss"], line["grad_norm"]), debugged, rtol=1e-4)
+    assert not jax.config.jax_debug_nans
+
+
+def test_means_are_of_the_finite_steps_and_told_with_the_last_of_them():
+    nan, inf = float("nan"), float("inf")
+    window = [{"loss": 1.0}, {"loss": nan, "grad_norm": inf}, {"loss": 3.0, "new": 5.0}]
+    means, finite = train._means(window, 12, None, {}, skip=True)
+    assert means == {"loss": 2.0, "new": 5.0, "skipped": 1}
+    assert finite == {"step": 12, "loss": 3.0, "new": 5.0}
+    with pytest.raises(UserError, match="grad_norm is inf at step 11; .*: step 10, loss 1.*start"):
+        train._means(window, 12, None, {}, skip=False)
+    before = {"step": 7, "loss": 0.25}
+    with pytest.raises(UserError, match="inf at step 8; .*: step 7, loss 0.25. .* of step 6"):
+        train._means([{"loss": inf}], 8, 6, before, skip=False)
+    assert train._means([{"loss": inf}], 8, 6, before, skip=True) == ({"skipped": 1}, before)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_training_ends_the_same(
+    tiny_config, digits_dir, tmp_path, caplog
+):
+    tiny_config.keep_checkpoints = 3
+    whole = train.train_autoencoder(tiny_config, tmp_path)
+    folder = tmp_path / "autoencoder"
+    files = (folder / "6" / "ema_params").rglob("*")
+    largest = max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+    # Who only reads takes the one before, and leaves the folder as it is.
+    pipeline = from_workdir(tmp_path)
+    assert f"{folder}/6 " in caplog.text and "whole: step 4" in caplog.text
+    shutil.copytree(folder, tmp_path / "copy" / "autoencoder")
+    shutil.rmtree(tmp_path / "copy" / "autoencoder" / "6")
+    assert_same(pipeline.autoencoder_params, from_workdir(tmp_path / "copy").autoencoder_params)
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4", "6"]
+
+    # The data has been moved, which is told and taken.
+    moved = tmp_path / "moved"
+    moved.symlink_to(digits_dir)
+    tiny_config.data.path = str(moved)
+    caplog.clear()
+    again = train.train_autoencoder(tiny_config, tmp_path)
+    assert f"config.data.path was {digits_dir!r} and is {str(moved)!r}" in caplog.text
+    assert f"{folder}/6 is now 6.damaged" in caplog.text
+    assert_same(whole.replace(key=None), again.replace(key=None))
+    assert sorted(p.name for p in folder.iterdir()) == ["2", "4", "6", "6.damaged"]
+    caplog.clear()
+    assert_same(from_workdir(tmp_path).autoencoder_params, whole.ema_params)
+    assert "damaged" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small_disk", ["6m"], indirect=True)
+def test_a_full_disk_stops_training_in_a_sentence(digits_dir, tmp_path, small_disk):
+    # Two tiny checkpoints fit, of 2.3 MB each; a third does not.
+    flags = ("--mode=train_autoencoder", "--config.keep_checkpoints=100")
+    process = start(small_disk, digits_dir, *flags)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 1, output
+    errors = [line for line in output.splitlines() if line.startswith("Error: ")]
+    assert len(errors) == 1 and "No space left on device" in errors[0], output
+    assert "Traceback" not in output
+    with Checkpoints(small_disk / "autoencoder") as checkpoints:
+        step = checkpoints.latest_step()
+        assert step in (2, 4) and step < 6
+    pipeline = from_workdir(small_disk)
+    assert np.isfinite(jax.tree.leaves(pipeline.autoencoder_params)[0]).all()
 
 
 def test_resuming_with_another_model_names_the_difference(trained, tiny_config):

@@ -36,7 +36,8 @@ def train_batches(
       num_threads: threads that prepare batches ahead, a core each if None, and at least 4; 0
         prepares each batch when it is asked for.
       prefetch: batches held ready; 0 with num_threads 0.
-      shard: (index, count) of this host: the hosts deal one shuffled stream out in turn.
+      shard: (index, count) of this host, which gets its run of each batch of all hosts, so that
+        these are the same however many hosts there are; the state is of any of them.
       random_crop: crop the squares anywhere along the longer side, not in the centre.
       random_flip: mirror every other image. What is drawn depends on the seed and on the place in
         the stream alone.
@@ -56,14 +57,14 @@ def train_batches(
         return example
 
     dataset = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
-    # Before it is dealt out, so that the hosts draw as one would.
     if random_crop or random_flip:
         dataset = dataset.random_map(augment)
     else:
         dataset = dataset.map(lambda index: examples[index])
+    dataset = dataset.batch(batch_size, drop_remainder=True)
     if count > 1:
         dataset = dataset[index::count]
-    dataset = dataset.batch(batch_size, drop_remainder=True).map(_to_arrays)
+    dataset = dataset.map(_to_arrays)
     if num_threads is None:
         num_threads = max(4, cores())
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))

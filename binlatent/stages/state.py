@@ -1,5 +1,6 @@
 """What both stages' steps share: the state, its update, its keys and its devices."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,25 @@ def create_state(
     )
 
 
+def create_schedule(
+    learning_rate: float, warmup_steps: int, num_steps: int, decay: str
+) -> optax.Schedule:
+    """Returns the learning rate by the number of updates made before; see `create_optimizer`."""
+    if decay == "constant":
+        after = optax.constant_schedule(learning_rate)
+    elif decay == "cosine":
+        after = optax.cosine_decay_schedule(learning_rate, max(num_steps - warmup_steps, 1))
+    else:
+        raise ValueError(f"decay must be 'constant' or 'cosine', got {decay!r}")
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, after], [warmup_steps])
+
+
+def updates_made(state: TrainState) -> int:
+    """Returns how many updates Adam has made: fewer than steps, if some were skipped."""
+    return int(optax.tree.get_all_with_path(state.opt_state, "count")[0][1])
+
+
 def create_optimizer(
     learning_rate: float, warmup_steps: int, num_steps: int, decay: str, max_grad_norm: float
 ) -> optax.GradientTransformation:
@@ -68,15 +88,34 @@ def create_optimizer(
     Raises:
       ValueError: for another decay.
     """
-    if decay == "constant":
-        after = optax.constant_schedule(learning_rate)
-    elif decay == "cosine":
-        after = optax.cosine_decay_schedule(learning_rate, max(num_steps - warmup_steps, 1))
-    else:
-        raise ValueError(f"decay must be 'constant' or 'cosine', got {decay!r}")
-    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-    schedule = optax.join_schedules([warmup, after], [warmup_steps])
+    schedule = create_schedule(learning_rate, warmup_steps, num_steps, decay)
     return optax.chain(optax.clip_by_global_norm(max_grad_norm), optax.adam(schedule))
+
+
+def skip_nonfinite(step: Callable) -> Callable:
+    """Returns a step that changes nothing but the step's number if a metric is not finite.
+
+    The metrics are averages over the devices, with the norms of all gradients and of all new
+    parameters, so that the devices decide alike and nothing that is broken passes.
+
+    Args:
+      step: (state, batch, *frozen) -> (state, metrics), the same on every device.
+
+    Returns:
+      Such a step, with the metric `skipped`, 0 or 1.
+    """
+
+    def step_or_skip(state, batch, *frozen):
+        new, metrics = step(state, batch, *frozen)
+        finite = jnp.all(jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))))
+        kept = jax.tree.map(
+            lambda after, before: jnp.where(finite, after, before),
+            new,
+            state.replace(step=new.step),
+        )
+        return kept, {**metrics, "skipped": 1 - finite.astype(jnp.int32)}
+
+    return step_or_skip
 
 
 def parallel(step: Callable, num_frozen: int = 0) -> Callable:
@@ -98,9 +137,22 @@ def parallel(step: Callable, num_frozen: int = 0) -> Callable:
     )
 
 
+def parallel_for_debugging(step: Callable, num_frozen: int = 0) -> Callable:
+    """Returns `parallel` without pmap: each device's share is an entry of one vmapped batch.
+
+    With jax_debug_nans, JAX repeats a step that has made a NaN operation by operation to name the
+    one that did. Of a pmapped step it cannot: with JAX 0.10 that ends in a RecursionError.
+
+    Args:
+      step, num_frozen: as of `parallel`.
+    """
+    in_axes = (None, 0) + (None,) * num_frozen
+    return jax.jit(jax.vmap(step, axis_name=AXIS, in_axes=in_axes, out_axes=None))
+
+
 def replicate(tree: Any) -> Any:
-    """Places a tree on all devices as a parallel step returns it, so the step compiles once."""
-    mesh = jax.sharding.Mesh(np.asarray(jax.devices()), (AXIS,))
+    """Places a tree on this process's devices as a parallel step returns it, to compile it once."""
+    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()), (AXIS,))
     return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
@@ -108,6 +160,19 @@ def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Splits a host's batch over its devices: (b, …) -> (devices, b / devices, …)."""
     devices = jax.local_device_count()
     return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+
+
+def largest(number: int) -> Array:
+    """Returns the largest of the processes' numbers, int32; all must call it, between their steps.
+
+    It is there when the steps before it are: to read it earlier waits for them.
+    """
+    return _largest(np.full(jax.local_device_count(), number, np.int32))
+
+
+@functools.partial(jax.pmap, axis_name=AXIS, out_axes=None)
+def _largest(number: Array) -> Array:
+    return jax.lax.pmax(number, AXIS)
 
 
 def step_key(state: TrainState) -> Array:

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Trains on all GPUs of one machine; arguments go to binlatent.main:
+#   bash launch/gpus.sh --config=configs/churches256.py --workdir=runs/churches256
+# One process drives them all, as it does without this script, which only makes sure that JAX sees
+# them. CUDA_VISIBLE_DEVICES=0,1 takes some of them.
+# Tried: without a GPU, which it refuses. Not tried yet: several GPUs.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+python - <<'EOF'
+import sys
+import jax
+
+if jax.default_backend() != "gpu":
+    sys.exit('JAX sees no GPU here: pip install -U "jax[cuda13]", and see what nvidia-smi says.')
+print(f"{jax.device_count()} GPUs of the kind {jax.devices()[0].device_kind}")
+EOF
+python -m binlatent.main "$@"
