@@ -35,7 +35,8 @@ setup(
     extras_require={
         "convert": ["torch"],  # reads the checkpoints of other projects
         "lmdb": ["lmdb"],  # reads LSUN as it is downloaded
-        # pytest-xdist: compiling takes one core a process, so two processes halve the time
-        "test": ["lmdb", "pytest", "pytest-xdist", "ruff>=0.17,<0.18"],
+        # hypothesis: damaged and hostile files; pytest-xdist: compiling takes one core a process,
+        # so two processes halve the time
+        "test": ["hypothesis", "lmdb", "pytest", "pytest-xdist", "ruff>=0.17,<0.18"],
     },
 )

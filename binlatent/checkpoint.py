@@ -13,8 +13,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,7 +73,7 @@ def on_first_device(like: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of one stage; a context manager that ends when all is on disk.
+    """The checkpoints of one stage; a context manager.
 
     Where there are several processes, all of them open, save and close together.
     """
@@ -91,13 +90,14 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep and ocp.checkpoint_managers.LatestN(keep),
             create=not alone,
+            # So that a kill loses one interval at most, and not what is trained while writing too.
+            enable_async_checkpointing=False,
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=this if alone else 0, active_processes={this} if alone else None
             ),
         )
         self.directory = directory
         self._damaged = set()  # steps
-        self._saving = None  # step
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     @classmethod
@@ -172,44 +172,15 @@ class Checkpoints:
         self._damaged.clear()
 
     def close(self) -> None:
-        """Waits until all is on disk.
+        """Ends Orbax's threads."""
+        self._manager.close()
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Saves; what it returns from is on disk.
 
         Raises:
           UserError: if it cannot be written.
         """
-        with self._writing():
-            # Reports what the last save's thread met, which the manager's own close may not.
-            self._manager.wait_until_finished()
-        self._manager.close()
-
-    def check_for_errors(self) -> None:
-        """Tells, without waiting, whether a save in the background has failed.
-
-        Raises:
-          UserError: saying why.
-        """
-        with self._writing():
-            self._manager.check_for_errors()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turns what Orbax raises when it cannot write into one sentence."""
-        try:
-            yield
-        except Exception as error:  # by what failed: OSError, or tensorstore's ValueError
-            raise UserError(
-                f"The checkpoint of step {self._saving} could not be written to {self.directory}: "
-                f"{_reason(error)}. Those before it are whole; make room, or whatever it needs, "
-                "and start again."
-            ) from error
-
-    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Saves in the background; the arrays of `state` may be donated at once.
-
-        Raises:
-          UserError: if this checkpoint, or the one before, cannot be written.
-        """
-        state = jax.tree.map(jnp.copy, state)
         parts = {"state": state.replace(ema_params={}), "ema_params": state.ema_params}
         fingerprints = {name: fingerprint(part) for name, part in parts.items()}
         fingerprints["meta"] = _fingerprint_of_json(meta)
@@ -222,11 +193,15 @@ class Checkpoints:
             )
         args = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
         args["meta"] = ocp.args.JsonSave({"content": meta, "fingerprints": fingerprints})
-        with self._writing():
-            self._manager.wait_until_finished()
-        self._saving = int(state.step)
-        with self._writing():
-            self._manager.save(self._saving, args=ocp.args.Composite(**args))
+        step = int(state.step)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**args))
+        except Exception as error:  # by what failed: OSError, or tensorstore's ValueError
+            raise UserError(
+                f"The checkpoint of step {step} could not be written to {self.directory}: "
+                f"{_reason(error)}. Those before it are whole; make room, or whatever it needs, "
+                "and start again."
+            ) from error
 
     def _read(self, **args: Any) -> Any:
         """Returns parts of the newest checkpoint.
@@ -247,14 +222,18 @@ class Checkpoints:
 
     def _meta_and_fingerprints(self) -> tuple[dict[str, Any], dict[str, str]]:
         stored = self._read(meta=ocp.args.JsonRestore()).meta
-        if isinstance(stored, dict) and "config" in stored:
-            return stored, {}  # by a version that took no fingerprints
         try:
             meta, fingerprints = stored["content"], stored["fingerprints"]
             expected = fingerprints["meta"], fingerprints["state"], fingerprints["ema_params"]
-        except (KeyError, TypeError) as error:
+            as_config(meta["config"])
+            typed = (
+                isinstance(meta["data"], dict | None)
+                and isinstance(meta["encoder"], str)
+                and isinstance(meta["seconds"], int | float)
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._damage("has lost parts of its meta/metadata") from error
-        if _fingerprint_of_json(meta) != expected[0]:
+        if not typed or _fingerprint_of_json(meta) != expected[0]:
             raise self._damage("has another meta/metadata than was saved")
         return meta, fingerprints
 
@@ -264,7 +243,7 @@ class Checkpoints:
         args = {name: ocp.args.StandardRestore(part) for name, part in like.items()}
         restored = self._read(**args)
         for name in like:
-            if name in fingerprints and fingerprint(restored[name]) != fingerprints[name]:
+            if fingerprint(restored[name]) != fingerprints[name]:
                 raise self._damage(f"has other numbers in {name} than were saved")
         return restored
 

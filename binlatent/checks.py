@@ -5,6 +5,7 @@ import json
 import math
 import numbers
 import operator
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ _BOTTLENECK_KEYS = {
 }
 
 
-def check_version(config: Config, where: Any) -> None:
+def _check_version(config: Config, where: Any) -> None:
     """Refuses the config of a checkpoint that another version of binlatent wrote.
 
     Args:
@@ -48,11 +49,36 @@ def check_version(config: Config, where: Any) -> None:
       UserError: naming a key that it does not have.
     """
     for section, keys in _MODEL_KEYS.items():
-        if missing := [key for key in keys if key not in config.get(section, {})]:
+        there = config.get(section)
+        there = there if isinstance(there, Config) else {}
+        if missing := [key for key in keys if key not in there]:
             raise UserError(
                 f"{where} was written by another version of binlatent, as its config has no "
                 f"{section}.{missing[0]}: use that version, or train anew in another --workdir."
             )
+
+
+def check_stored(config: Config, where: Any) -> None:
+    """Refuses a checkpoint's config that describes no model: it may come from anyone.
+
+    Args:
+      config, where: its config as stored, and where it is, for messages.
+
+    Raises:
+      UserError: saying what is wrong with it.
+    """
+    _check_version(config, where)
+    try:
+        check(config)
+    except Exception as error:  # also of a key that is not there, or of another type
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise UserError(
+            f"The config in {where} is none of this version of binlatent: {reason}"
+        ) from error
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, default=str)  # what is no JSON came from a file that someone changed
 
 
 def check_same_model(config: Config, trained: Config, stage: str) -> None:
@@ -76,7 +102,7 @@ def check_same_model(config: Config, trained: Config, stage: str) -> None:
         f"{section}.{key} is {trained[section].get(key)} there and {config[section][key]} here"
         for section, key in keys
         # As JSON: tuples come back from a checkpoint as lists.
-        if json.dumps(config[section][key]) != json.dumps(trained[section].get(key))
+        if _as_json(config[section][key]) != _as_json(trained[section].get(key))
     ]
     if differences:
         raise UserError(
@@ -134,6 +160,16 @@ _COUNTS = (
     *("evaluate.classifier_images", "evaluate.bound_draws"),
 )
 
+# More is a slip, or someone's config that would keep the machine busy for ever.
+_AT_MOST = {
+    "data.image_size": 2**14,
+    "autoencoder.num_blocks": 100,
+    "autoencoder.decoder_depth": 100,
+    "autoencoder.discriminator.num_layers": 100,
+    "prior.num_layers": 1_000,
+    "prior.num_timesteps": 1_000_000,
+}
+
 
 def check(config: Config) -> None:
     """Refuses a config with a number outside its range, or parts that do not fit together.
@@ -148,6 +184,10 @@ def check(config: Config) -> None:
         value = functools.reduce(operator.getitem, name.split("."), config)
         if value < 1:
             raise UserError(f"config.{name} must be at least 1, not {value}.")
+    for name, most in _AT_MOST.items():
+        value = functools.reduce(operator.getitem, name.split("."), config)
+        if value > most:
+            raise UserError(f"config.{name} must be at most {most}, not {value}.")
     shares = (
         "data.max_broken",
         "autoencoder.train.ema_decay",

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ class Codes:
 
     def __init__(self, folder: Path, info: dict[str, Any]):
         """Opens a complete folder, of which `info` tells; ValueError if it tells something odd."""
+        self._folder = folder
         self._shape = tuple(info["code_shape"])
         if info["label_type"] not in ("<i4", "<f4"):
             raise ValueError(f"labels of the type {info['label_type']!r}")
@@ -46,12 +48,18 @@ class Codes:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self._records[index]
-        label, probs = record[: self._label_bytes], record[self._label_bytes :]
-        return {
-            "probs": np.frombuffer(probs, np.uint8).reshape(self._shape),
-            "label": np.frombuffer(label, self._label_type).reshape(self._label_shape),
-        }
+        try:
+            record = self._records[index]
+            label, probs = record[: self._label_bytes], record[self._label_bytes :]
+            return {
+                "probs": np.frombuffer(probs, np.uint8).reshape(self._shape),
+                "label": np.frombuffer(label, self._label_type).reshape(self._label_shape),
+            }
+        except Exception as error:  # by where the damage is
+            raise UserError(
+                f"The codes in {self._folder} are damaged ({textwrap.shorten(str(error), 200)}): "
+                "delete that folder and make them again with --mode=encode."
+            ) from error
 
 
 def _shard_names(count: int) -> list[str]:
@@ -71,26 +79,27 @@ def open_codes(folder: Path, encoder: str) -> Source:
     """
     try:
         info = json.loads((folder / "info.json").read_text())
-        if info["encoder"] != encoder:
-            raise UserError(
-                f"The codes in {folder} are of another encoder than that of this workdir: encode "
-                "the images again with --mode=encode."
-            )
-        codes = Codes(folder, info)
+        codes, known, num_classes = Codes(folder, info), info["encoder"], int(info["num_classes"])
         if len(codes) != info["count"]:
             raise ValueError(f"{len(codes)} codes in place of {info['count']}")
-        return Source(codes, int(info["num_classes"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # by where the damage is
+        reason = textwrap.shorten(str(error), 200)
         raise UserError(
-            f"There are no complete codes in {folder}: make them with --mode=encode ({error})."
+            f"There are no complete codes in {folder}: make them with --mode=encode ({reason})."
         ) from error
+    if known != encoder:
+        raise UserError(
+            f"The codes in {folder} are of another encoder than that of this workdir: encode "
+            "the images again with --mode=encode."
+        )
+    return Source(codes, num_classes)
 
 
 def encode(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Path:
     """Writes the codes of a source, shard by shard; goes on where it was interrupted.
 
     They lie in a folder named after the encoder's weights and the dataset, so that no others are
-    taken for them. Of several processes the first encodes, and the others wait for it.
+    taken for them. Several processes take turns at the shards.
 
     Args:
       pipeline: with the frozen encoder.
@@ -104,19 +113,25 @@ def encode(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Pat
     data = {**pipeline.config.data.to_dict(), "count": count}
     dataset = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
     target = folder / f"{pipeline.encoder_fingerprint}_{dataset}"
-    while jax.process_index() and not (target / "info.json").exists():
-        time.sleep(0.5)  # if process 0 fails, this one is ended
     if (target / "info.json").exists():
         return target
     log.info("Encoding %d images into %s", count, target)
     target.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=count, unit=" images", disable=None) as progress:
-        for i, name in enumerate(_shard_names(count)):
+    names = _shard_names(count)
+    this, turns = jax.process_index(), jax.process_count()
+    with tqdm(total=count, unit=" images", disable=True if this else None) as progress:
+        for i, name in enumerate(names):
             part = range(i * _SHARD, min((i + 1) * _SHARD, count))
-            if not (target / name).exists():
+            if i % turns == this and not (target / name).exists():
                 _write_shard(pipeline, source, part, target / name, progress)
             else:
                 progress.update(len(part))
+    # If another process fails, this one is ended.
+    last = ["info.json"] if this else names
+    while not all((target / name).exists() for name in last):
+        time.sleep(0.5)
+    if this:
+        return target
     label = np.asarray(source.examples[0]["label"])
     info = {
         "encoder": pipeline.encoder_fingerprint,

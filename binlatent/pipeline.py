@@ -14,6 +14,7 @@ from binlatent import build, checkpoint, checks, programs
 from binlatent.diffusion import bernoulli, sampling, schedules
 from binlatent.errors import UserError
 from binlatent.models import bottleneck
+from binlatent.stages.state import replicate
 
 Array = jax.Array
 
@@ -34,7 +35,7 @@ class BinaryLatentDiffusion:
     """A binary autoencoder and, once trained, the prior over its codes.
 
     Images are NumPy float32 (n, height, width, channels) in [-1, 1]; codes are float32 in {0, 1},
-    (n, h, w, c). Everything runs in batches of `config.sample.batch_size`.
+    (n, h, w, c). Everything runs in batches of `config.sample.batch_size`, spread over the devices.
     """
 
     def __init__(
@@ -42,8 +43,8 @@ class BinaryLatentDiffusion:
     ):
         """Wraps parameters that fit `config`; `prior_params` is None before stage 2."""
         self.config = config
-        self.autoencoder_params = autoencoder_params
-        self.prior_params = prior_params
+        self.autoencoder_params = replicate(autoencoder_params)
+        self.prior_params = replicate(prior_params)
         self._autoencoder = build.autoencoder(config)
         self._denoiser = build.denoiser(config)
 
@@ -76,7 +77,7 @@ class BinaryLatentDiffusion:
                 if encoder is not None:
                     checkpoints.check_encoder(encoder)
                 trained = checkpoints.config()
-                checks.check_version(trained, workdir / stage)
+                checks.check_stored(trained, workdir / stage)
                 used = copy.deepcopy(trained if config is None else config)
                 if used.data.num_classes == -1:
                     used.data.num_classes = trained.data.num_classes

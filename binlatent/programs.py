@@ -11,6 +11,7 @@ import numpy as np
 from binlatent.diffusion import likelihood, sampling
 from binlatent.models.autoencoder import Autoencoder
 from binlatent.stages.prior import Denoiser
+from binlatent.stages.state import spread
 
 Array = jax.Array
 
@@ -133,18 +134,21 @@ def sample_keys(key: Array, num: int) -> Array:
 def map_batches(function: Callable, batch_size: int, *arrays: Any) -> Any:
     """Applies `function` to batches of equal size along the first axis and joins the results.
 
-    The last batch is filled up with its last entry, so that one compiled program serves all.
+    A batch is spread over this process's devices. The last one is filled up with its last entry, so
+    that one compiled program serves all.
 
     Args:
-      function: of a batch of each of `arrays`, to an array or a tree of arrays.
-      batch_size: at most.
+      function: of a batch of each of `arrays`, to an array or a tree of arrays; what else it takes
+        lies on all devices, or on none.
+      batch_size: on all devices, at most; rounded up to a multiple of their number.
       *arrays: of one length; None stays None.
     """
     n = len(arrays[0])
-    batch_size = min(batch_size, n)
+    devices = jax.local_device_count()
+    batch_size = -(-min(batch_size, n) // devices) * devices
     results = []
     for start in range(0, n, batch_size):
         take = np.minimum(np.arange(start, start + batch_size), n - 1)
         batch = [None if array is None else array[take] for array in arrays]
-        results.append(jax.device_get(function(*batch)))
+        results.append(jax.device_get(function(*spread(batch))))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *results)

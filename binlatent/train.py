@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from binlatent import build, checks, codes, evaluate, outputs, processes, weights
-from binlatent.checkpoint import Checkpoints, as_config, exists
+from binlatent.checkpoint import Checkpoints, exists
 from binlatent.data import loader
 from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float
@@ -300,9 +300,9 @@ def _resume(
       UserError: if it is of another model, other data or another encoder.
     """
     meta = checkpoints.meta()
-    trained = as_config(meta["config"])
+    trained = checkpoints.config()
     trained_here = meta["data"] is not None  # and not converted alone
-    checks.check_version(trained, checkpoints.directory)
+    checks.check_stored(trained, checkpoints.directory)
     checks.check_resumable(config, trained, stage.name, same_data=trained_here)
     checkpoints.check_encoder(stage.encoder)
     if trained_here and config.data.path != trained.data.path:
@@ -398,7 +398,6 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     means["data_wait"] = waited / window_seconds
                     logbook.record(step, means | _device_bytes(), (num_steps - step) / speed)
                     window, window_seconds, waited = [], 0.0, 0.0
-                    checkpoints.check_for_errors()  # before training on for another interval
                 else:
                     window_seconds += time.monotonic() - tick
                 if save:
@@ -417,7 +416,6 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                 if last:  # one may have come meanwhile; and no process leaves before the others
                     stopping = _signals(stop)()
                 if stopping:
-                    checkpoints.close()
                     log.info("Interrupted: the %s is saved at step %d.", stage.name, step)
                     raise SystemExit(0 if stopping == signal.SIGTERM else 130)
     return state

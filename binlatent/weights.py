@@ -1,8 +1,6 @@
 """Weights of other projects' networks, as .npz files; `binlatent.convert` makes them."""
 
 import os
-import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,6 @@ from flax import traverse_util
 
 from binlatent.errors import UserError
 from binlatent.models.lpips import MIN_SIZE, VGG16
-
-# What NumPy raises for a damaged file, by where the damage is.
-_DAMAGE = (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def vgg16_shapes() -> dict[str, jax.ShapeDtypeStruct]:
@@ -49,8 +44,9 @@ def _read(
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file.items())
-    # AttributeError, TypeError: NumPy's own .npy file is an array, which is no context manager.
-    except (*_DAMAGE, AttributeError, TypeError) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # by where the damage is
         raise UserError(f"{wrong}it is damaged or no .npz file.") from error
     if missing := sorted(like.keys() - arrays.keys()):
         raise UserError(f"{wrong}it lacks {missing[0]}.")

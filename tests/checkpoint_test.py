@@ -1,7 +1,6 @@
 """Checkpoints that are damaged, or that a full disk does not hold."""
 
 import functools
-import json
 import logging
 import re
 import shutil
@@ -132,12 +131,6 @@ def test_every_flipped_byte_of_meta_is_noticed(saved, tmp_path):
                 assert checkpoints.meta() == whole  # a space, say
             except UserError as error:
                 assert f"{directory}/4 " in str(error)
-
-
-def test_a_checkpoint_of_before_there_were_fingerprints_is_read(saved, tmp_path):
-    directory = shutil.copytree(saved, tmp_path / "prior")
-    (directory / "4" / "meta" / "metadata").write_text(json.dumps(meta_of(4)))
-    assert read_newest(directory) == 4
 
 
 def test_what_training_sets_aside_does_not_block_its_step(saved, tmp_path, caplog):

@@ -162,7 +162,7 @@ def test_weights_of_losses_may_change_on_the_way():
 
 def test_a_checkpoint_of_another_version_is_said_to_be_one():
     config = default.get_config().unlock()
-    checks.check_version(config, "runs/x/prior")
+    checks.check_stored(config, "runs/x/prior")
     del config.prior.condition
     with pytest.raises(UserError, match=r"runs/x/prior was written by .* no prior\.condition"):
-        checks.check_version(config, "runs/x/prior")
+        checks.check_stored(config, "runs/x/prior")

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import reprlib
 import time
 from typing import Any, NamedTuple
 
@@ -132,7 +133,10 @@ def _kept(root: str) -> list[str] | None:
         return None
     # It may come from someone else: only what a walk could have found.
     good = isinstance(files, list) and all(
-        isinstance(file, str) and not os.path.isabs(file) and ".." not in file.split(os.sep)
+        isinstance(file, str)
+        and file.lower().endswith(EXTENSIONS)
+        and not os.path.isabs(file)
+        and ".." not in file.split(os.sep)
         for file in files
     )
     return files if good else None
@@ -148,13 +152,19 @@ def _from_table(root: str, path: str, split: str) -> Listing:
             raise UserError(f"{where}, not counting a header, has no file: every line needs one")
         label = row.get("label", "")
         if not isinstance(label, str | int) or isinstance(label, bool):
-            raise UserError(f"{where} has the label {label!r}, which is no name or whole number")
+            raise UserError(
+                f"{where} has the label {reprlib.repr(label)}, which is no name or whole number"
+            )
         text = row.get("text") or ""
         if not isinstance(text, str) or (text and not text.endswith(".npy")):
-            raise UserError(f"{where} has the text {text!r}, which is no .npy file of features")
+            raise UserError(
+                f"{where} has the text {reprlib.repr(text)}, which is no .npy file of features"
+            )
         own_split = row.get("split") or "train"
-        if own_split not in images:
-            raise UserError(f"{where} is of the split {own_split!r}, not of train or test")
+        if own_split not in ("train", "test"):
+            raise UserError(
+                f"{where} is of the split {reprlib.repr(own_split)}, not of train or test"
+            )
         text = os.path.join(root, text) if text else ""
         name = str(int(label)) if str(label).isdecimal() and len(str(label)) < 7 else str(label)
         image = _Image(name, os.path.join(root, row["file"]), text)

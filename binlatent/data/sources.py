@@ -12,6 +12,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -324,6 +325,12 @@ def _prepare(name: str, data_dir: str) -> Any:
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
 
+    if re.match(r"[^/:]*:[^\d*]", name):  # a namespace; name:version is fine
+        # The name may be that of someone else's config.
+        raise UserError(
+            f"preparing {name!r} of TFDS would run code from the network: prepare it yourself as "
+            "ArrayRecord, and give its folder as --config.data.path"
+        )
     if name.split("/")[0].split(":")[0] == "digits":
         importlib.import_module("binlatent.data.digits")  # registers the builder
         tfds.disable_progress_bar()  # it takes seconds

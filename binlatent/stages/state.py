@@ -152,8 +152,17 @@ def parallel_for_debugging(step: Callable, num_frozen: int = 0) -> Callable:
 
 def replicate(tree: Any) -> Any:
     """Places a tree on this process's devices as a parallel step returns it, to compile it once."""
+    return jax.device_put(tree, _sharding())
+
+
+def spread(tree: Any) -> Any:
+    """Deals the first axis of a tree's arrays out to this process's devices, which divide it."""
+    return jax.device_put(tree, _sharding(AXIS))
+
+
+def _sharding(*axes: str) -> jax.sharding.NamedSharding:
     mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()), (AXIS,))
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
 
 def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
