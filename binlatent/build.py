@@ -299,19 +299,24 @@ def prior_objective(config: Config) -> prior_stage.Objective:
 
 def init_autoencoder(config: Config, key: jax.Array) -> dict:
     """Returns fresh parameters of the autoencoder."""
-    return autoencoder(config).init(key, jnp.zeros((1, *image_shape(config))))
+    return autoencoder(config).lazy_init(key, _shape(*image_shape(config)))
+
+
+def _shape(*shape: int, dtype: jnp.dtype = jnp.float32) -> jax.ShapeDtypeStruct:
+    """Returns the shape of one example: to initialise a network nothing has to run through it."""
+    return jax.ShapeDtypeStruct((1, *shape), dtype)
 
 
 def init_prior(config: Config, key: jax.Array) -> dict:
     """Returns fresh parameters of the prior's network."""
     labels = {
         "none": None,
-        "class": jnp.zeros(1, jnp.int32),
-        "text_token": jnp.zeros((1, config.prior.text_width)),
-        "text_cross": jnp.zeros((1, 1, config.prior.text_width)),
+        "class": _shape(dtype=jnp.int32),
+        "text_token": _shape(config.prior.text_width),
+        "text_cross": _shape(1, config.prior.text_width),
     }
-    return denoiser(config).network.init(
-        key, jnp.zeros((1, *code_shape(config))), jnp.ones(1), labels[condition(config)]
+    return denoiser(config).network.lazy_init(
+        key, _shape(*code_shape(config)), _shape(), labels[condition(config)]
     )
 
 

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from binlatent.errors import UserError
-from binlatent.stages.state import AXIS, TrainState
+from binlatent.stages.state import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +36,9 @@ class Damaged(UserError):
 
 
 def fingerprint(params: Any) -> str:
-    """Returns 16 hexadecimal digits that tell parameters, typed keys included, apart."""
+    """Returns 16 hexadecimal digits that tell parameters apart."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
-        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
         digest.update(np.ascontiguousarray(leaf).view(np.uint8))
     return digest.hexdigest()[:16]
 
@@ -181,16 +178,11 @@ class Checkpoints:
         Raises:
           UserError: if it cannot be written.
         """
+        # As NumPy's arrays, of which process 0 writes each once.
+        state = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
         parts = {"state": state.replace(ema_params={}), "ema_params": state.ema_params}
         fingerprints = {name: fingerprint(part) for name, part in parts.items()}
         fingerprints["meta"] = _fingerprint_of_json(meta)
-        if jax.process_count() > 1:  # Orbax wants one array of them all, pmap gives each its own
-            processes = range(jax.process_count())
-            devices = [device for i in processes for device in jax.local_devices(process_index=i)]
-            mesh = jax.sharding.Mesh(np.asarray(devices), (AXIS,))
-            parts = multihost_utils.host_local_array_to_global_array(
-                parts, mesh, jax.sharding.PartitionSpec()
-            )
         args = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
         args["meta"] = ocp.args.JsonSave({"content": meta, "fingerprints": fingerprints})
         step = int(state.step)
@@ -253,8 +245,13 @@ class Checkpoints:
         Raises:
           Damaged: as do all that read.
         """
-        restored = self._restore(state=like.replace(ema_params={}), ema_params=like.ema_params)
-        return restored.state.replace(ema_params=restored.ema_params)
+        key = jax.eval_shape(jax.random.key_data, like.key)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.key.sharding)
+        state = like.replace(ema_params={}, key=key)
+        restored = self._restore(state=state, ema_params=like.ema_params)
+        return restored.state.replace(
+            ema_params=restored.ema_params, key=jax.random.wrap_key_data(restored.state.key)
+        )
 
     def meta(self) -> dict[str, Any]:
         """Returns the newest checkpoint's `meta`."""

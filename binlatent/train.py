@@ -305,14 +305,14 @@ def _resume(
     checks.check_stored(trained, checkpoints.directory)
     checks.check_resumable(config, trained, stage.name, same_data=trained_here)
     checkpoints.check_encoder(stage.encoder)
-    if trained_here and config.data.path != trained.data.path:
-        log.warning(
-            "config.data.path was %r and is %r: it must hold the same data, or the %s goes on "
-            "with other images than it began with.",
-            trained.data.path,
-            config.data.path,
-            stage.name,
-        )
+    for name in ("path", "table") if trained_here else ():
+        here, there = config.data[name], trained.data[name]
+        if here != there:
+            log.warning(
+                "config.data.%s was %r and is %r: it must be the same data, or the %s goes on with "
+                "other images than it began with.",
+                *(name, there, here, stage.name),
+            )
     return checkpoints.restore(like), meta
 
 

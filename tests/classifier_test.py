@@ -64,7 +64,7 @@ def test_random_shift_moves_each_image_by_up_to_two_pixels():
     assert counts.min() > 40 and counts.max() < 120
 
 
-def test_learns_three_digits():
+def test_learns_three_digits(optimised):
     train, test = digits(num_classes=3, num_train=200, num_test=50)
     params = classifier.train_classifier(
         *train, num_classes=3, key=jax.random.key(0), num_epochs=10, batch_size=50
@@ -73,9 +73,11 @@ def test_learns_three_digits():
 
 
 @pytest.mark.slow
-def test_learns_all_digits():
+def test_learns_all_digits(optimised):
     train, test = digits(num_classes=10, num_train=450, num_test=50)
-    params = classifier.train_classifier(*train, num_classes=10, key=jax.random.key(0))
+    params = classifier.train_classifier(
+        *train, num_classes=10, key=jax.random.key(0), num_epochs=6
+    )
     assert accuracy(params, *test, num_classes=10) >= 0.97
 
 

@@ -19,9 +19,24 @@ def pytest_configure():
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 
 
+# The longest first, so that no process is left alone with one at the end.
+LONGEST = ["train", "multihost", "pretrained", "stages", "autoencoder_stage", "torture", "table4"]
+
+
 def pytest_collection_modifyitems(items):
-    """Puts the longest file first, so that no process is left alone with it at the end."""
-    items.sort(key=lambda item: item.path.name != "train_test.py")
+    names = [f"{name}_test" for name in LONGEST]
+    order = {name: number for number, name in enumerate(names)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(names)))
+
+
+@pytest.fixture
+def optimised():
+    """Compiles with optimisations, for a test that computes for longer than it compiles."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -178,6 +178,7 @@ def test_tfds_splits_where_there_is_no_test_split(tiny_tfds, tmp_path):
         ("qqqqqqqq", r"no TFDS dataset 'qqqqqqqq' \("),
         ("digits/large", "cannot prepare 'digits/large': .*BuilderConfig large not found"),
         ("not a name", "cannot prepare 'not a name': Parsing builder name"),
+        ("huggingface:beans/x", "preparing 'huggingface:beans/x' of TFDS would run code from the"),
     ],
 )
 def test_tfds_names_that_do_not_exist(name, message, tmp_path):

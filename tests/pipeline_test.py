@@ -43,8 +43,10 @@ def test_map_batches_joins_equal_batches_and_drops_the_filling():
         sizes.append(len(x))
         return 2 * x
 
-    np.testing.assert_array_equal(map_batches(double, 3, np.arange(7)), 2 * np.arange(7))
-    assert sizes == [3, 3, 3]
+    np.testing.assert_array_equal(map_batches(double, 6, np.arange(21)), 2 * np.arange(21))
+    assert sizes == [8, 8, 8]  # on four devices
+    np.testing.assert_array_equal(map_batches(double, 8, np.arange(3)), 2 * np.arange(3))
+    assert sizes[3:] == [4]
 
 
 def test_encode_is_the_rounded_or_drawn_probability(pipeline, images):

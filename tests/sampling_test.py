@@ -224,7 +224,7 @@ def test_noised_bits_are_as_noisy_as_the_others_and_right_at_the_end():
     "noised, correctors, share",
     [(False, 0, 0.65), (True, 0, 0.85), (False, 4, 0.3), (True, 4, 0.4)],
 )
-def test_completions_follow_the_known_bits(noised, correctors, share):
+def test_completions_follow_the_known_bits(optimised, noised, correctors, share):
     match = (chain.STATES[:, :3] == [1, 0, 1]).all(axis=1)
     conditional = (chain.P_DATA[match] @ chain.STATES[match]) / chain.P_DATA[match].sum()
     n = 10_000

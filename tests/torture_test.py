@@ -21,7 +21,7 @@ from binlatent import build
 from binlatent.checkpoint import Checkpoints
 from binlatent.stages.state import replicate
 
-KILLS = int(os.environ.get("KILLS", "3"))
+KILLS = int(os.environ.get("KILLS", "2"))
 EVERY = 3  # steps between checkpoints
 CHANGES = {
     "autoencoder.loss.adversarial": 1.0,

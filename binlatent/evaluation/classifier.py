@@ -62,7 +62,7 @@ def train_classifier(
     batch_size = min(batch_size, len(images))
     num_batches = len(images) // batch_size
     init_key, epochs_key = jax.random.split(key)
-    params = Classifier(num_classes).init(init_key, _to_float(images[:1]))["params"]
+    params = Classifier(num_classes).lazy_init(init_key, _to_float(images[:1]))["params"]
     state = params, _optimizer(num_epochs * num_batches).init(params)
     # The loop over the steps is Python's because on CPUs XLA runs convolutions about fifteen
     # times slower inside `lax.scan`.
@@ -106,6 +106,7 @@ def apply_classifier(
             f"at least one image and a positive batch_size are needed, got {len(images)} images "
             f"and batch_size {batch_size}."
         )
+    batch_size = min(batch_size, len(images))
     predictions, features = [], []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]

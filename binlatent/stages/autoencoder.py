@@ -249,7 +249,7 @@ def create_discriminator_state(
     optimizer: optax.GradientTransformation,
 ) -> dict[str, Any]:
     """Returns the `discriminator` of a `TrainState` before its first step."""
-    variables = discriminator.init(key, jnp.zeros((1, *image_shape)))
+    variables = discriminator.lazy_init(key, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return {
         "params": variables["params"],
         "batch_stats": variables.get("batch_stats", {}),
