@@ -120,7 +120,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(tiny_config, digits
         if moment == "writing":
             there = unfinished(killed)
             wait_until(lambda: unfinished(killed) - there, process, "no checkpoint")  # noqa: B023
-            time.sleep(rng.uniform(0, 0.15))
+            time.sleep(rng.uniform(0, 0.1) if i else 0)
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert process.returncode == -signal.SIGKILL, "it ended before the kill: more steps"

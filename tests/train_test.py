@@ -314,9 +314,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_training_ends_the_same(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("small_disk", ["6m"], indirect=True)
+@pytest.mark.parametrize("small_disk", ["5m"], indirect=True)
 def test_a_full_disk_stops_training_in_a_sentence(digits_dir, tmp_path, small_disk):
-    # Two tiny checkpoints fit, of 2.3 MB each; a third does not.
+    # Two tiny checkpoints fit, of 2 MB each; a third does not.
     flags = ("--mode=train_autoencoder", "--config.keep_checkpoints=100")
     process = start(small_disk, digits_dir, *flags)
     output, _ = process.communicate(timeout=600)
