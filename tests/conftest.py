@@ -11,7 +11,7 @@ def pytest_configure():
     """Sets up JAX before a test module imports it."""
     # Tests, pytest's own workers and the processes that tests start share what they compile.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())
-    os.environ["JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # Most of the tests' time is the compiler's: without its optimisations it takes half of it.
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -37,6 +37,14 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="session")
+def no_tensorflow(tmp_path_factory):
+    """The environment of a process without TensorFlow, the import of which takes five seconds."""
+    path = tmp_path_factory.mktemp("no_tensorflow")
+    (path / "tensorflow.py").write_text("raise ModuleNotFoundError('tensorflow is hidden')\n")
+    return os.environ | {"PYTHONPATH": f"{path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Two processes of two devices each, over loopback: against one of four, and their faults."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -31,13 +30,13 @@ def free_port():
 class Pair:
     """Two processes of `python -m binlatent.main` on the tiny config, which find each other."""
 
-    def __init__(self, folder, digits_dir, *flags, own=((), ()), slurm=False):
+    def __init__(self, folder, digits_dir, env, *flags, own=((), ()), slurm=False):
         """Starts them on folder/run; `own` are the flags of one alone."""
         self.outputs = [folder / f"output{i}.txt" for i in range(2)]
         self.processes = []
         port = free_port()
         for i in range(2):
-            env = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+            env = env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
             joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}")
             if slurm:  # as srun sets them
                 env |= {"SLURM_JOB_ID": f"{port}", "SLURM_STEP_NODELIST": "127.0.0.1"}
@@ -86,8 +85,10 @@ def restored(workdir, stage, config):
         return checkpoints.restore(replicate(init(config)))
 
 
-def test_two_processes_end_with_the_parameters_of_one(digits_dir, tiny_config, tmp_path):
-    with Pair(tmp_path, digits_dir) as pair:
+def test_two_processes_end_with_the_parameters_of_one(
+    digits_dir, tiny_config, no_tensorflow, tmp_path
+):
+    with Pair(tmp_path, digits_dir, no_tensorflow) as pair:
         assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
     train.train_autoencoder(tiny_config, tmp_path / "one")
     train.train_prior(tiny_config, tmp_path / "one")
@@ -123,10 +124,10 @@ def test_two_processes_end_with_the_parameters_of_one(digits_dir, tiny_config, t
     assert report["device"] == "4 x cpu"
 
 
-def test_processes_of_different_configs_refuse_to_start(digits_dir, tmp_path):
+def test_processes_of_different_configs_refuse_to_start(digits_dir, no_tensorflow, tmp_path):
     # They are tasks of a Slurm step, which JAX finds by the environment alone.
     own = ((), ("--config.seed=1",))
-    with Pair(tmp_path, digits_dir, own=own, slurm=True) as pair:
+    with Pair(tmp_path, digits_dir, no_tensorflow, own=own, slurm=True) as pair:
         assert pair.wait() == [1, 1]
     for i in range(2):
         errors = [x for x in pair.output(i).splitlines() if x.startswith("Error: ")]
@@ -135,13 +136,13 @@ def test_processes_of_different_configs_refuse_to_start(digits_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, tmp_path):
+def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, no_tensorflow, tmp_path):
     flags = ("--mode=train_autoencoder", "--config.autoencoder.train.num_steps=100000")
     flags += ("--config.evaluate_every=100000", "--config.checkpoint_every=20")
     folder = tmp_path / "run" / "autoencoder"
     saved = 0
     for victim in (1, 0):
-        with Pair(tmp_path, digits_dir, *flags) as pair:
+        with Pair(tmp_path, digits_dir, no_tensorflow, *flags) as pair:
             pair.wait_for(folder / f"{saved + 20}")
             start = time.monotonic()
             pair.processes[victim].kill()
@@ -156,7 +157,7 @@ def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, tmp_path):
         with Checkpoints(folder, alone=True) as checkpoints:
             saved = checkpoints.latest_step()
     # SIGTERM to one of them stops both at the same step.
-    with Pair(tmp_path, digits_dir, *flags) as pair:
+    with Pair(tmp_path, digits_dir, no_tensorflow, *flags) as pair:
         pair.wait_for(folder / f"{saved + 20}")
         pair.processes[1].send_signal(signal.SIGTERM)
         assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)

@@ -36,7 +36,7 @@ CHANGES = {
 }
 
 
-def start(workdir, digits_dir):
+def start(workdir, digits_dir, env):
     """Starts the training of an autoencoder with a discriminator; its output is a file."""
     command = [
         *(sys.executable, "-m", "binlatent.main", "--mode=train_autoencoder"),
@@ -45,7 +45,7 @@ def start(workdir, digits_dir):
         *(f"--config.{key}={value}" for key, value in (TINY | CHANGES).items()),
     ]
     # One device: a start is then mostly that of Python, and of what is compiled already.
-    env = os.environ | {"XLA_FLAGS": ""}
+    env = env | {"XLA_FLAGS": ""}
     with (workdir / "output.txt").open("w") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
 
@@ -97,14 +97,16 @@ def contents(workdir, config):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_it_ends_as_if_it_never_was(tiny_config, digits_dir, tmp_path):
+def test_killed_at_random_moments_it_ends_as_if_it_never_was(
+    tiny_config, digits_dir, no_tensorflow, tmp_path
+):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for workdir in (whole, killed):
         workdir.mkdir()
-    finish(start(whole, digits_dir), whole)
+    finish(start(whole, digits_dir, no_tensorflow), whole)
     rng, report = np.random.default_rng(0), []
     for i in range(KILLS):
-        process, before = start(killed, digits_dir), len(logged(killed))
+        process, before = start(killed, digits_dir, no_tensorflow), len(logged(killed))
         sizes = (killed / "metrics.jsonl").stat().st_size if before else 0
         moment = ("writing", "training", "writing", "training", "starting")[i % 5]
         if moment == "starting":
@@ -133,7 +135,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(tiny_config, digits
             dict(moment=moment, reached=reached, newest=there, left=sorted(unfinished(killed)))
         )
         assert reached - there <= EVERY, report
-    process = start(killed, digits_dir)
+    process = start(killed, digits_dir, no_tensorflow)
     finish(process, killed)
     print("\n".join(map(str, report)))
     assert len(report) == KILLS and any(entry["left"] for entry in report)
