@@ -123,7 +123,7 @@ def data_speed(
     Returns:
       `images_per_second`, from the median time of a batch, and what it depends on.
     """
-    source = evaluate.open_data(config, "train")
+    source = evaluate.open_data(config, "train", keep=False)  # each is decoded, as of large data
     batches = loader.train_batches(
         source,
         batch_size,

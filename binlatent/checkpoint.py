@@ -2,9 +2,9 @@
 
 A stage's folder holds its last checkpoints, each named by its step with three parts: `state`, all
 that training needs but the EMA; `ema_params`, all that sampling needs; `meta`, JSON: the config,
-the data iterator's state, the fingerprint of the encoder that a prior belongs to, and the seconds
-trained so far; with fingerprints of all three, which reading compares, as Orbax and its formats
-see to it that a checkpoint is complete, but do not see each flipped bit.
+the data iterator's state, the fingerprints of the images and of the encoder that a prior belongs
+to, and the seconds trained so far; with fingerprints of all three, which reading compares, as Orbax
+and its formats see to it that a checkpoint is complete, but do not see each flipped bit.
 """
 
 import errno
@@ -220,6 +220,7 @@ class Checkpoints:
             as_config(meta["config"])
             typed = (
                 isinstance(meta["data"], dict | None)
+                and isinstance(meta["source"], str)
                 and isinstance(meta["encoder"], str)
                 and isinstance(meta["seconds"], int | float)
             )

@@ -166,7 +166,7 @@ _AT_MOST = {
     "autoencoder.num_blocks": 100,
     "autoencoder.decoder_depth": 100,
     "autoencoder.discriminator.num_layers": 100,
-    "prior.num_layers": 1_000,
+    "prior.num_layers": 200,
     "prior.num_timesteps": 1_000_000,
 }
 
@@ -210,9 +210,8 @@ def check(config: Config) -> None:
             raise UserError(f"config.{name} must be at least 0, not {value}.")
     if config.data.crop not in ("centre", "random"):
         raise UserError(f'config.data.crop must be "centre" or "random", not {config.data.crop!r}.')
-    if (config.prior.cache_codes or config.prior.codes) and (
-        config.data.crop == "random" or config.data.flip
-    ):
+    augmented = config.data.flip or config.data.crop == "random"
+    if augmented and (config.prior.cache_codes or config.prior.codes):
         raise UserError(
             "Codes on disk (prior.cache_codes, prior.codes) are of images as they are: learn from "
             'the images, or set data.crop to "centre" and data.flip to False.'

@@ -12,6 +12,8 @@ import math
 import os
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,8 @@ class Codes:
 
 
 def _shard_names(count: int) -> list[str]:
+    if not 0 <= count < 10**10:
+        raise ValueError(f"{count} codes")
     total = max(-(-count // _SHARD), 1)
     return [f"codes-{i:05}-of-{total:05}.array_record" for i in range(total)]
 
@@ -79,7 +83,8 @@ def open_codes(folder: Path, encoder: str) -> Source:
     """
     try:
         info = json.loads((folder / "info.json").read_text())
-        codes, known, num_classes = Codes(folder, info), info["encoder"], int(info["num_classes"])
+        codes, known = Codes(folder, info), info["encoder"]
+        num_classes, fingerprint = int(info["num_classes"]), str(info["data"]["source"])
         if len(codes) != info["count"]:
             raise ValueError(f"{len(codes)} codes in place of {info['count']}")
     except Exception as error:  # by where the damage is
@@ -92,14 +97,14 @@ def open_codes(folder: Path, encoder: str) -> Source:
             f"The codes in {folder} are of another encoder than that of this workdir: encode "
             "the images again with --mode=encode."
         )
-    return Source(codes, num_classes)
+    return Source(codes, num_classes, fingerprint)
 
 
 def encode(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Path:
     """Writes the codes of a source, shard by shard; goes on where it was interrupted.
 
-    They lie in a folder named after the encoder's weights and the dataset, so that no others are
-    taken for them. Several processes take turns at the shards.
+    They lie in a folder named after the encoder's weights and the images' names and labels, so that
+    no others are taken for them. Several processes take turns at the shards.
 
     Args:
       pipeline: with the frozen encoder.
@@ -108,9 +113,13 @@ def encode(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Pat
 
     Returns:
       Their folder.
+
+    Raises:
+      UserError: if they cannot be written.
     """
     count = len(source.examples)
-    data = {**pipeline.config.data.to_dict(), "count": count}
+    data = {name: pipeline.config.data[name] for name in ("image_size", "channels", "texts")}
+    data["source"] = source.fingerprint
     dataset = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
     target = folder / f"{pipeline.encoder_fingerprint}_{dataset}"
     if (target / "info.json").exists():
@@ -163,11 +172,24 @@ def _write_shard(
         probs = np.rint(255 * pipeline.encode_probs(batch["image"])[:real]).astype(np.uint8)
         labels = batch["label"][:real]
         labels = labels.astype(_label_type(labels))
-        for label, code in zip(labels, probs, strict=True):
-            writer.write(label.tobytes() + code.tobytes())
+        with _writing(path):
+            for label, code in zip(labels, probs, strict=True):
+                writer.write(label.tobytes() + code.tobytes())
         progress.update(real)
-    writer.close()
+    with _writing(path):
+        writer.close()
     os.replace(unfinished, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # ArrayRecord's, of a full disk too
+        raise UserError(
+            f"The codes could not be written to {path.parent}: {str(error).split(';')[0]}. The "
+            "shards before are whole; make room, or whatever it needs, and start again."
+        ) from error
 
 
 class _Part:

@@ -314,7 +314,8 @@ def _save(
     encoder: str = "",
 ) -> None:
     """Saves a stage as of step 0, so that training goes on with all of its own steps."""
-    meta = {"config": config.to_dict(), "data": None, "encoder": encoder, "seconds": 0.0}
+    meta = {"config": config.to_dict(), "data": None, "source": "", "encoder": encoder}
+    meta["seconds"] = 0.0
     with command.deferring_interrupt(), Checkpoints(out / stage) as checkpoints:
         checkpoints.save(state, meta)
     log.info("Wrote %s", out / stage)

@@ -28,10 +28,13 @@ log = logging.getLogger(__name__)
 _BCE_DRAWS = 8  # of time and noise for each test image
 
 
-def open_data(config: ml_collections.ConfigDict, split: str, workdir: Path | None = None) -> Source:
+def open_data(
+    config: ml_collections.ConfigDict, split: str, workdir: Path | None = None, keep: bool = True
+) -> Source:
     """Returns the source of a split, "train" or "test", of `config.data`.
 
-    Images that cannot be read are named in `bad_files.txt` of the workdir, if there is one.
+    Images that cannot be read are named in `bad_files.txt` of the workdir, if there is one; `keep`
+    as of `sources.open_source`.
     """
     data = config.data
     return sources.open_source(
@@ -40,6 +43,7 @@ def open_data(config: ml_collections.ConfigDict, split: str, workdir: Path | Non
         texts=data.texts,
         max_broken=data.max_broken,
         bad_files=workdir and workdir / "bad_files.txt",
+        keep=keep,
     )
 
 

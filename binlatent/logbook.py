@@ -15,6 +15,7 @@ import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from binlatent import figures
+from binlatent.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,13 @@ def _summary_writer(directory: Path):
     return SummaryWriter(str(directory))
 
 
+def _drop_torn_line(path: Path) -> None:
+    """Ends a file at its last whole line: a kill or a full disk may have cut the one after it."""
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
 class Logbook:
     """Records one stage's metrics and pictures; a context manager.
 
@@ -58,9 +66,13 @@ class Logbook:
         """Opens the log of `stage`, which stands at `step` of `num_steps`; `silent` writes none."""
         self._stage = stage
         self._num_steps = num_steps
-        self._file = (Path(os.devnull) if silent else workdir / "metrics.jsonl").open("a")
-        self._figures = workdir / "figures"
-        self._writer = None if silent else _summary_writer(workdir / "tensorboard" / stage)
+        self._workdir = workdir
+        path = workdir / "metrics.jsonl"
+        if not silent and path.exists():
+            _drop_torn_line(path)
+        with self._writing():
+            self._file = (Path(os.devnull) if silent else path).open("a")
+            self._writer = None if silent else _summary_writer(workdir / "tensorboard" / stage)
         self._bar = tqdm.tqdm(
             total=num_steps, initial=step, desc=stage, disable=silent or not sys.stderr.isatty()
         )
@@ -88,10 +100,11 @@ class Logbook:
     ) -> None:
         """Writes the metrics of `step`, with the time left where it is known."""
         entry = {"stage": self._stage, "step": step, **metrics}
-        self._file.write(json.dumps(entry) + "\n")
-        self._file.flush()
-        if self._writer is not None:
-            self._writer.write_scalars(step, metrics)
+        with self._writing():
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+            if self._writer is not None:
+                self._writer.write_scalars(step, metrics)
         text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         if seconds_left is None:
             log.info("%s %d/%d: %s", self._stage, step, self._num_steps, text)
@@ -106,7 +119,23 @@ class Logbook:
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes a picture, uint8 (height, width, channels), to figures/ and TensorBoard."""
-        figures.save_png(self._figures / f"{self._stage}_{name}_{step:07d}.png", image)
-        if self._writer is not None:
-            self._writer.write_images(step, {name: image[None]})
-            self._writer.flush()
+        with self._writing():
+            path = self._workdir / "figures" / f"{self._stage}_{name}_{step:07d}.png"
+            figures.save_png(path, image)
+            if self._writer is not None:
+                self._writer.write_images(step, {name: image[None]})
+                self._writer.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what cannot be written into one sentence, TensorFlow's own errors included."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, OSError) and not type(error).__module__.startswith("tensorf"):
+                raise
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(
+                f"The log in {self._workdir} could not be written: {reason}. The checkpoints are "
+                "whole; make room, or whatever it needs, and start again."
+            ) from error

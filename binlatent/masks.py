@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from binlatent.data.sources import read_image
+from binlatent.data.sources import FORMATS, read_image
 from binlatent.errors import UserError
 
 # By the part that is drawn anew.
@@ -68,7 +68,10 @@ def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
     """
     for file in (path, image_path):
         read_image(file, repr(file), image_size, 1)  # says what is wrong with a file
-    with Image.open(path) as mask, Image.open(image_path) as image:
+    with (
+        Image.open(path, formats=FORMATS) as mask,
+        Image.open(image_path, formats=FORMATS) as image,
+    ):
         if mask.size != image.size:
             raise UserError(
                 f"The mask {path} must have the size of the image, {image.width}x{image.height}, "

@@ -18,6 +18,8 @@ import numpy as np
 
 from binlatent.errors import UserError
 
+log = logging.getLogger(__name__)
+
 # A process from which nothing is heard for so long is taken for dead, and JAX stops the others.
 HEARTBEAT_SECONDS = 30
 
@@ -55,6 +57,12 @@ def join(
             "process_id": process_id,
             "cluster_detection_method": "deactivate",  # what is given is all there is
         }
+    log.info(
+        "Waiting for all %s processes. Should one be lost later, JAX aborts the others within %d "
+        "seconds: start all again, and they go on from the last checkpoint.",
+        num_processes or "",
+        HEARTBEAT_SECONDS + 15,
+    )
     try:
         jax.distributed.initialize(
             **given,

@@ -4,6 +4,7 @@ import copy
 import functools
 import logging
 import math
+import operator
 import signal
 import threading
 import time
@@ -49,6 +50,7 @@ class Stage(NamedTuple):
     state: TrainState  # before the first step
     step: Callable[[TrainState, Any, int], tuple[TrainState, dict]]  # pmapped; the int: of steps
     batches: Any  # a Grain iterator
+    source: str  # fingerprint of the images
     encoder: str  # fingerprint of the frozen encoder, "" for stage 1
     evaluate: Callable[[Any], dict[str, float]]  # EMA parameters -> metrics
     preview: Callable[[Any], np.ndarray]  # EMA parameters -> a picture
@@ -136,6 +138,7 @@ def setup_autoencoder(config: Config, workdir: Path | None = None) -> tuple[Stag
         state=build.init_autoencoder_state(config),
         step=step,
         batches=_batches(source, section.train, config),
+        source=source.fingerprint,
         encoder="",
         evaluate=lambda params: evaluate.autoencoder_metrics(pipeline(params), images),
         preview=lambda params: outputs.reconstructions(pipeline(params), images[:10]),
@@ -210,6 +213,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         state=build.init_prior_state(config),
         step=lambda state, batch, _: step(state, batch, encoder_params),
         batches=_batches(source, config.prior.train, config),
+        source=source.fingerprint,
         encoder=encoder.encoder_fingerprint,
         evaluate=lambda params: evaluate.prior_metrics(pipeline(params), probs, labels),
         preview=lambda params: outputs.samples(pipeline(params), build.key(config.seed, "preview")),
@@ -305,12 +309,19 @@ def _resume(
     checks.check_stored(trained, checkpoints.directory)
     checks.check_resumable(config, trained, stage.name, same_data=trained_here)
     checkpoints.check_encoder(stage.encoder)
-    for name in ("path", "table") if trained_here else ():
-        here, there = config.data[name], trained.data[name]
-        if here != there:
+    if trained_here and meta["source"] != stage.source:
+        log.warning(
+            "The images, or their labels, are not those that the %s began with: it goes on with "
+            "these, from the same place in another order.",
+            stage.name,
+        )
+    for name in ("seed", f"{stage.name}.train.batch_size", "data.crop", "data.flip"):
+        here, there = (
+            functools.reduce(operator.getitem, name.split("."), x) for x in (config, trained)
+        )
+        if trained_here and here != there:
             log.warning(
-                "config.data.%s was %r and is %r: it must be the same data, or the %s goes on with "
-                "other images than it began with.",
+                "config.%s was %r and is %r: the %s goes on, but not as it would have.",
                 *(name, there, here, stage.name),
             )
     return checkpoints.restore(like), meta
@@ -367,8 +378,8 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
         started = time.monotonic() - seconds
         window, window_seconds, waited, finite = [], 0.0, 0.0, {}
         with (
-            Logbook(workdir, stage.name, step, num_steps, silent=not writes) as logbook,
             _interruption() as stop,
+            Logbook(workdir, stage.name, step, num_steps, silent=not writes) as logbook,
             jax.debug_nans(True) if config.debug_nans else nullcontext(),
         ):
             while step < num_steps:
@@ -404,6 +415,7 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     meta = {
                         "config": config.to_dict(),
                         "data": stage.batches.get_state(),
+                        "source": stage.source,
                         "encoder": stage.encoder,
                         "seconds": time.monotonic() - started,
                     }

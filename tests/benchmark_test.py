@@ -64,7 +64,7 @@ def test_data_speed_is_that_of_the_examples(tiny_config, monkeypatch):
             time.sleep(0.01)
             return {"image": np.zeros((28, 28, 1), np.uint8), "label": 0}
 
-    monkeypatch.setattr(evaluate, "open_data", lambda config, split: Source(Slow(), 0))
+    monkeypatch.setattr(evaluate, "open_data", lambda config, split, keep: Source(Slow(), 0))
     monkeypatch.setattr(loader, "cores", lambda: 8)
     row = benchmark.data_speed(tiny_config, 5, seconds=2.0)
     assert row["cores"] == 8 and 300 < row["images_per_second"] <= 1.1 * 800

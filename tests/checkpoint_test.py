@@ -16,7 +16,8 @@ from binlatent.errors import UserError
 from binlatent.stages.state import create_state, replicate
 
 SIZE = 30_000  # of an array; smaller ones Orbax keeps in its index
-META = {"config": {"seed": 0}, "data": {"next_index": 1}, "encoder": "e", "seconds": 1.5}
+META = {"config": {"seed": 0}, "data": {"next_index": 1}, "source": "s", "encoder": "e"}
+META["seconds"] = 1.5
 
 
 @functools.cache

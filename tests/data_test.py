@@ -301,6 +301,25 @@ def test_damaged_images_are_named(tmp_path):
         next(loader.train_batches(source, 4, 0))
 
 
+def test_no_image_starts_a_program_or_waits_for_one(tmp_path):
+    # Ghostscript would run what an EPS file says, whatever the file's name.
+    (tmp_path / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    os.mkfifo(tmp_path / "1.png")
+    for name, reason in (("0.png", "it is none of BMP, GIF, JPEG"), ("1.png", "it is no file")):
+        path = str(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name}', replace or remove it: {reason}"):
+            sources.read_image(path, repr(path), 4, 1)
+
+
+def test_links_that_lead_back_end(tmp_path):
+    write_images(tmp_path / "a", range(10))
+    for name in "bc":
+        (tmp_path / "a" / name).symlink_to(tmp_path)
+        (tmp_path / name).symlink_to(tmp_path / "a")
+    with_links = folder.list_images(str(tmp_path), "train")
+    assert len(with_links.files) == 9
+
+
 def break_image(path):
     path.write_bytes(path.read_bytes()[:40])
 
@@ -420,6 +439,35 @@ def test_a_table_that_cannot_be_used(tmp_path, name, text, message):
         open_table(tmp_path, name, "test")
 
 
+def test_tables_as_spreadsheets_write_them(tmp_path, caplog):
+    write_images(tmp_path, range(4))
+    table = tmp_path / "t.csv"
+    lines = "".join(f"00{i}.png, {'ab'[i % 2]}, x\n" for i in range(4))
+    table.write_text(f"\ufefffile, label, note\n{lines}")
+    listing = folder.list_images(str(tmp_path), "train", "t.csv")
+    assert listing.num_classes == 2 and "these columns are not used: ['note']" in caplog.text
+    table.write_text("file,label\n000.png,a\n001.png,\n002.png,b\n")
+    with pytest.raises(UserError, match="some lines have a label and some have none"):
+        folder.list_images(str(tmp_path), "train", "t.csv")
+
+
+def test_sources_of_other_names_or_labels_have_another_fingerprint(tmp_path):
+    write_images(tmp_path / "a", range(20))
+
+    def fingerprint(labels, path="a"):
+        rows = "".join(f"{i:03}.png,{label}\n" for i, label in enumerate(labels))
+        (tmp_path / path / "t.csv").write_text(f"file,label\n{rows}")
+        options = dict(table="t.csv", max_broken=0.5)
+        return sources.open_source(
+            "folder", str(tmp_path / path), "train", 4, 1, **options
+        ).fingerprint
+
+    first = fingerprint("xy" * 10)
+    assert fingerprint("yx" * 10) != first != fingerprint("xy" * 9) and len(first) == 16
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert fingerprint("xy" * 10, "b") == first
+
+
 def test_a_long_walk_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
     for name in "ab":
         (tmp_path / name).mkdir()
@@ -440,10 +488,12 @@ def test_a_long_walk_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
     changed = {".": os.stat(tmp_path).st_mtime_ns}
     for content in (
         {"files": ["../x.png"], "changed": changed},
+        {"files": ["x.txt"], "changed": changed},
         {"files": 3, "changed": changed},
         7,
+        None,
     ):
-        kept.write_text(json.dumps(content))
+        kept.write_text("[" * 100_000 if content is None else json.dumps(content))
         os.utime(tmp_path, ns=(changed["."], changed["."]))
         assert len(folder.list_images(str(tmp_path), "train").files) == len(before.files) + 1
 
@@ -459,6 +509,14 @@ def write_lmdb(path, values):
             Image.fromarray(np.full((6, 4), value, np.uint8)).save(image, "png")
             transaction.put(f"{i:03}".encode(), image.getvalue())
     environment.close()
+
+
+def test_an_lmdb_that_is_cut_short_is_refused(tmp_path):
+    write_lmdb(tmp_path, range(200))
+    whole = (tmp_path / "data.mdb").read_bytes()
+    os.truncate(tmp_path / "data.mdb", len(whole) // 2)
+    with pytest.raises(UserError, match="is cut short: bring all of data.mdb here"):
+        sources.open_source("lmdb", str(tmp_path), "train", 4, 1)
 
 
 def test_lmdb_as_lsun_has_it(tmp_path):

@@ -278,7 +278,7 @@ INFO = {
     "label_shape": [],
     "num_classes": 4,
     "count": 5,
-    "data": {"name": "folder"},
+    "data": {"source": "s"},
 }
 
 
@@ -334,7 +334,8 @@ def workdir(tmp_path_factory):
     """A workdir with an autoencoder that has not learned anything."""
     path = tmp_path_factory.mktemp("workdir")
     config = as_config(CONFIG)
-    meta = {"config": CONFIG, "data": None, "encoder": "", "seconds": 0.0}
+    meta = {"config": CONFIG, "data": None, "source": "", "encoder": ""}
+    meta["seconds"] = 0.0
     with Checkpoints(path / "autoencoder") as checkpoints:
         checkpoints.save(replicate(build.init_autoencoder_state(config)), meta)
     return path
@@ -345,7 +346,8 @@ def workdir(tmp_path_factory):
 def test_workdirs(workdir, data):
     path = workdir / "autoencoder" / "0" / "meta" / "metadata"
     stored = json.loads(path.read_text())
-    meta = {"config": CONFIG, "data": None, "encoder": "", "seconds": 0.0}
+    meta = {"config": CONFIG, "data": None, "source": "", "encoder": ""}
+    meta["seconds"] = 0.0
     meta = data.draw(changed(CONFIG).map(lambda config: meta | {"config": config}) | changed(meta))
     # Whoever can write the one can write the other.
     stored["content"] = meta

@@ -37,7 +37,7 @@ def workdir(tmp_path, tiny_config):
         with Checkpoints(tmp_path / stage, 1) as checkpoints:
             state = create_state(jax.random.key(0), params, optimizer)
             config = tiny_config.to_dict()
-            meta = {"config": config, "data": {}, "encoder": encoder, "seconds": 1.0}
+            meta = {"config": config, "data": {}, "source": "", "encoder": encoder, "seconds": 1.0}
             checkpoints.save(state, meta)
         if stage == "autoencoder":
             encoder = fingerprint([params["params"][room] for room in ("encoder", "bottleneck")])

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import logging
 import os
 import reprlib
 import time
@@ -10,7 +11,12 @@ from typing import Any, NamedTuple
 
 from binlatent.errors import UserError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+log = logging.getLogger(__name__)
+
+EXTENSIONS = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+)
 _TEST_NAMES = ("test", "val", "validation")
 
 # A walk of so many files or more is kept in the folder; shorter ones take no time.
@@ -95,11 +101,15 @@ def _find(root: str) -> list[_Image]:
 
 def _walk(root: str) -> tuple[list[str], dict[str, int]]:
     """Returns the images below root, relative to it, and when each folder last changed, in ns."""
-    found, changed = [], {}
+    found, changed, seen = [], {}, set()
     for directory, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        relative = os.path.relpath(directory, root)
-        changed[relative] = os.stat(directory).st_mtime_ns
+        relative, status = os.path.relpath(directory, root), os.stat(directory)
+        if (status.st_dev, status.st_ino) in seen:  # a link back, or a second one
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        changed[relative] = status.st_mtime_ns
         for name in names:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
                 found.append(os.path.normpath(os.path.join(relative, name)))
@@ -124,12 +134,15 @@ def _keep(root: str, files: list[str], changed: dict[str, int]) -> None:
 
 def _kept(root: str) -> list[str] | None:
     """Returns the walk that is kept in a folder, None if there is none that still holds."""
+    path = os.path.join(root, _KEPT_NAME)
+    if not os.path.isfile(path):
+        return None
     try:
-        with open(os.path.join(root, _KEPT_NAME)) as file:
+        with open(path) as file:
             kept = json.load(file)
         now = {name: os.stat(os.path.join(root, name)).st_mtime_ns for name in kept["changed"]}
         files = kept["files"] if now == kept["changed"] and now else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except Exception:  # whatever is wrong with it, a walk does without
         return None
     # It may come from someone else: only what a walk could have found.
     good = isinstance(files, list) and all(
@@ -149,7 +162,11 @@ def _from_table(root: str, path: str, split: str) -> Listing:
     for line, row in enumerate(rows, start=1):
         where = f"line {line} of {path!r}"
         if not isinstance(row.get("file"), str) or not row["file"]:
-            raise UserError(f"{where}, not counting a header, has no file: every line needs one")
+            columns = reprlib.repr(list(row))
+            raise UserError(
+                f"{where}, not counting a header, has no file: every line needs one, in a column "
+                f"of that name; its columns are {columns}"
+            )
         label = row.get("label", "")
         if not isinstance(label, str | int) or isinstance(label, bool):
             raise UserError(
@@ -170,6 +187,10 @@ def _from_table(root: str, path: str, split: str) -> Listing:
         image = _Image(name, os.path.join(root, row["file"]), text)
         images[own_split].append(image)
     every = images["train"] + images["test"]
+    if 0 < sum(not image.name for image in every) < len(every):
+        raise UserError(f"in {path!r} some lines have a label and some have none: all, or none")
+    if ignored := sorted(map(str, set().union(*rows) - {"file", "label", "split", "text"})):
+        log.warning("Of %s, these columns are not used: %s", path, reprlib.repr(ignored))
     classes = _classes(every)
     # Numbers are classes themselves, some of which may have no image.
     if classes and all(name.isdecimal() and len(name) < 7 for name in classes):
@@ -184,9 +205,9 @@ def _from_table(root: str, path: str, split: str) -> Listing:
 def _read_table(path: str) -> list[dict[str, Any]]:
     """Returns the lines of a CSV or JSON lines file as dictionaries."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             if path.endswith(".csv"):
-                rows = list(csv.DictReader(file, strict=True))
+                rows = list(csv.DictReader(file, strict=True, skipinitialspace=True))
                 rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
             elif path.endswith(".jsonl"):
                 rows = [json.loads(line) for line in file if line.strip()]
@@ -194,7 +215,7 @@ def _read_table(path: str) -> list[dict[str, Any]]:
                 raise UserError(f"data.table must be a .csv or .jsonl file, not {path!r}")
     except FileNotFoundError as error:
         raise UserError(f"there is no table {path!r}: check data.table") from error
-    except (ValueError, csv.Error, RecursionError) as error:
+    except (OSError, ValueError, csv.Error, RecursionError) as error:
         raise UserError(f"cannot read the table {path!r}: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"the table {path!r} has no lines, or some that are not of named columns")
@@ -207,6 +228,8 @@ def _classes(images: list[_Image]) -> list[str]:
     None, too, where some images have no class, as images that lie beside subfolders.
     """
     names = sorted({image.name for image in images})
+    if "" in names and len(names) > 1:
+        log.warning("Some images lie beside the subfolders of others, so that these are no classes")
     return names if "" not in names and len(names) > 1 else []
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib
 import io
 import logging
@@ -19,13 +20,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from binlatent.data import folder, transforms
 from binlatent.data.broken import Tolerant, UnreadableImage
 from binlatent.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# Pillow's decoders of these run no other program, as that of EPS does.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+Image.init()  # for Pillow to know all of them by name
 
 # Decoded datasets up to this size stay in memory: decoding competes with training for the CPU.
 _KEPT_BYTES = 2**28
@@ -45,6 +50,7 @@ class Source:
 
     examples: Examples  # of images: {'image': uint8 (h, w, c), 'label': int or float array}
     num_classes: int  # 0: unlabelled, and every label is 0
+    fingerprint: str = ""  # tells which images with which labels these are, by their names
 
 
 def open_source(
@@ -58,6 +64,7 @@ def open_source(
     texts: bool = False,
     max_broken: float = 0.0,
     bad_files: Path | None = None,
+    keep: bool = True,
 ) -> Source:
     """Opens one split of a dataset; one of TFDS is first prepared, as ArrayRecord, where needed.
 
@@ -75,6 +82,7 @@ def open_source(
         x.npy beside each image x.png, or as the table says, (e,) or (m, e), all of one shape.
       max_broken: share of images that may be unreadable; others then stand in for them.
       bad_files: the file that names them, or None.
+      keep: whether to keep what was decoded, if it takes no more than 256 MiB.
 
     Returns:
       Examples {'image': uint8 (image_size, image_size, channels), 'label': int}, or with the
@@ -93,21 +101,22 @@ def open_source(
             f"not size {image_size} and {channels} channels"
         )
     if name == "folder":
-        count, num_classes, read = _open_folder(path, split, table, texts)
+        count, num_classes, read, names = _open_folder(path, split, table, texts)
     elif texts or table:
         raise UserError(f"data.table and data.texts are for data.name=folder, not {name!r}")
     elif name == "lmdb":
-        count, num_classes, read = _open_lmdb(os.path.expanduser(path), split)
+        count, num_classes, read, names = _open_lmdb(os.path.expanduser(path), split)
     else:
-        count, num_classes, read = _open_tfds(name, os.path.expanduser(path), split)
+        count, num_classes, read, names = _open_tfds(name, os.path.expanduser(path), split)
 
     def read_example(index: int, position: float) -> dict[str, Any]:
         file, what, label = read(index)
         return {"image": read_image(file, what, image_size, channels, position), "label": label}
 
-    keep = count * image_size**2 * channels <= _KEPT_BYTES and not texts
+    keep = keep and count * image_size**2 * channels <= _KEPT_BYTES and not texts
     images = Images(count, read_example, keep)
-    return Source(Tolerant(images, max_broken, bad_files), num_classes)
+    fingerprint = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    return Source(Tolerant(images, max_broken, bad_files), num_classes, fingerprint)
 
 
 # Gives an encoded image, its name for messages, and its label.
@@ -149,11 +158,19 @@ def read_image(
     Raises:
       UnreadableImage: if it cannot be read, calling it `what`.
     """
+    if isinstance(file, str) and os.path.exists(file) and not os.path.isfile(file):
+        # Of a pipe, reading would not end.
+        raise UnreadableImage(f"cannot read the image {what}, replace or remove it: it is no file")
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             return transforms.to_square(image, image_size, channels, position)
     except FileNotFoundError as error:
         raise UnreadableImage(f"there is no image {what}") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(
+            f"cannot read the image {what}, replace or remove it: "
+            f"it is none of {', '.join(FORMATS)}"
+        ) from error
     except Exception as error:  # what a damaged file raises depends on its format
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
         raise UnreadableImage(
@@ -161,15 +178,18 @@ def read_image(
         ) from error
 
 
-def _open_folder(path: str, split: str, table: str, texts: bool) -> tuple[int, int, _Read]:
+def _open_folder(path: str, split: str, table: str, texts: bool) -> tuple[int, int, _Read, str]:
     listing = folder.list_images(path, split, table)
+    root = len(os.path.expanduser(path))
+    rows = zip(listing.files, listing.labels, listing.texts, strict=True)
+    names = "\n".join(f"{file[root:]} {label} {text[root:]}" for file, label, text in rows)
     if not texts:
 
         def read(index: int) -> tuple[str, str, int]:
             file = listing.files[index]
             return file, repr(file), listing.labels[index]
 
-        return len(listing.files), listing.num_classes, read
+        return len(listing.files), listing.num_classes, read, names
 
     shape = _read_features(listing.texts[0]).shape
 
@@ -183,7 +203,7 @@ def _open_folder(path: str, split: str, table: str, texts: bool) -> tuple[int, i
             )
         return file, repr(file), features
 
-    return len(listing.files), 0, read_with_text
+    return len(listing.files), 0, read_with_text, names
 
 
 def _read_features(file: str) -> np.ndarray:
@@ -202,7 +222,7 @@ def _read_features(file: str) -> np.ndarray:
     return features.astype(np.float32)
 
 
-def _open_lmdb(path: str, split: str) -> tuple[int, int, _Read]:
+def _open_lmdb(path: str, split: str) -> tuple[int, int, _Read, str]:
     """Opens images in LMDB, as LSUN has them: *train*lmdb/ and *val*lmdb/, or one for both."""
     try:
         import lmdb
@@ -225,6 +245,10 @@ def _open_lmdb(path: str, split: str) -> tuple[int, int, _Read]:
         path = os.path.join(path, by_split[split][0])
     try:
         environment = _lmdb_environment(path)
+        size = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        if os.path.getsize(os.path.join(path, "data.mdb")) < size:
+            # To read past the end of what is mapped would end the process.
+            raise UserError(f"the LMDB {path!r} is cut short: bring all of data.mdb here")
         with environment.begin() as transaction:
             keys = list(transaction.cursor().iternext(keys=True, values=False))
     except lmdb.Error as error:
@@ -239,7 +263,7 @@ def _open_lmdb(path: str, split: str) -> tuple[int, int, _Read]:
             image = transaction.get(keys[index])
         return io.BytesIO(image), f"{keys[index]!r} of {path!r}", 0
 
-    return len(keys), 0, read
+    return len(keys), 0, read, "\n".join(map(repr, keys))
 
 
 @functools.cache  # one process may not open the same one twice
@@ -249,7 +273,7 @@ def _lmdb_environment(path: str) -> Any:
     return lmdb.open(path, readonly=True, lock=False, readahead=False)
 
 
-def _open_tfds(name: str, data_dir: str, split: str) -> tuple[int, int, _Read]:
+def _open_tfds(name: str, data_dir: str, split: str) -> tuple[int, int, _Read, str]:
     try:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
@@ -289,7 +313,8 @@ def _open_tfds(name: str, data_dir: str, split: str) -> tuple[int, int, _Read]:
         label = int(record["label"]) if num_classes else 0
         return io.BytesIO(record["image"]), f"{index} of {name!r}, {tfds_split}", label
 
-    return len(records), num_classes, read
+    names = f"{builder.info.full_name} {tfds_split} {len(records)}"
+    return len(records), num_classes, read, names
 
 
 def _tfds_split(name: str, splits: list[str], split: str) -> str:
