@@ -111,24 +111,34 @@ def check_same_model(config: Config, trained: Config, stage: str) -> None:
         )
 
 
-def check_resumable(config: Config, trained: Config, stage: str, *, same_data: bool = True) -> None:
-    """Refuses a config with which a checkpoint's training cannot go on.
+def check_same_data(config: Config, trained: Config, stage: str) -> None:
+    """Refuses a config with other data than a checkpoint's training began with.
 
     Args:
       config, trained, stage: as of `check_same_model`.
-      same_data: whether it must be on the same data.
 
     Raises:
-      UserError: naming the keys that differ, with both values.
+      UserError: naming the key that differs, with both values.
     """
-    check_same_model(config, trained, stage)
-    for name in ("name", "texts") if same_data else ():
+    for name in ("name", "texts"):
         here, there = config.data[name], trained.data.get(name)
         if here != there:
             raise UserError(
                 f"The {stage} in the workdir is being trained on config.data.{name} = {there!r}, "
                 f"not {here!r}: use the same, or another --workdir."
             )
+
+
+def check_resumable(config: Config, trained: Config, stage: str) -> None:
+    """Refuses a config with which a checkpoint's training cannot go on.
+
+    Args:
+      config, trained, stage: as of `check_same_model`.
+
+    Raises:
+      UserError: naming the keys that differ, with both values.
+    """
+    check_same_model(config, trained, stage)
     here, there = config.autoencoder, trained.autoencoder
     if stage != "autoencoder" or not (here.loss.adversarial or there.loss.adversarial):
         return

@@ -56,6 +56,19 @@ def deferring_interrupt() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
+def end_on_sigterm() -> None:
+    """Makes SIGTERM end the process with code 0, for what goes on where it was.
+
+    While there is something to save, training takes the signal itself.
+    """
+
+    def end(*_):
+        logging.getLogger("binlatent").info("Terminated: the same command goes on from here.")
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 @contextmanager
 def reporting() -> Iterator[None]:
     """Logs the package's progress; a user's error, raised inside, is one sentence and exit code 1.

@@ -262,6 +262,9 @@ def main(argv: list[str]) -> None:
     del argv
     with processes.together(), command.reporting():
         processes.join(*(FLAGS[name].value for name in _PROCESSES))
+        # Of several processes, one that ends alone is better seen to fail.
+        if FLAGS.mode in (*_TRAINING, "encode") and jax.process_count() == 1:
+            command.end_on_sigterm()
         config = _given_config()
         content = None if config is None else config.to_dict()
         processes.check_same("the config or --mode", json.dumps([FLAGS.mode, content]))

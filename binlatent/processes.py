@@ -58,9 +58,9 @@ def join(
             "cluster_detection_method": "deactivate",  # what is given is all there is
         }
     log.info(
-        "Waiting for all %s processes. Should one be lost later, JAX aborts the others within %d "
+        "Waiting for %s processes. Should one be lost later, JAX aborts the others within %d "
         "seconds: start all again, and they go on from the last checkpoint.",
-        num_processes or "",
+        num_processes or "all",
         HEARTBEAT_SECONDS + 15,
     )
     try:

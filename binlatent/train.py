@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 
 from binlatent import build, checks, codes, evaluate, outputs, processes, weights
-from binlatent.checkpoint import Checkpoints, exists
+from binlatent.checkpoint import Checkpoints, as_config, exists
 from binlatent.data import loader
 from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float
@@ -307,7 +307,7 @@ def _resume(
     trained = checkpoints.config()
     trained_here = meta["data"] is not None  # and not converted alone
     checks.check_stored(trained, checkpoints.directory)
-    checks.check_resumable(config, trained, stage.name, same_data=trained_here)
+    checks.check_resumable(config, trained, stage.name)
     checkpoints.check_encoder(stage.encoder)
     if trained_here and meta["source"] != stage.source:
         log.warning(
@@ -433,13 +433,31 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
     return state
 
 
+def _check_data(config: Config, workdir: Path, stage: str) -> None:
+    """Refuses other data than a stage began with, before hours go into preparing that.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    if not exists(workdir, stage):
+        return
+    with Checkpoints.open(workdir, stage) as checkpoints:
+        meta = checkpoints.newest(Checkpoints.meta)
+    trained = as_config(meta["config"])
+    checks.check_stored(trained, workdir / stage)
+    if meta["data"] is not None:  # trained here, and not converted alone
+        checks.check_same_data(config, trained, stage)
+
+
 def train_autoencoder(config: Config, workdir: Path) -> TrainState:
     """Trains stage 1 in `workdir`, or goes on with it, or finds it done."""
+    _check_data(config, Path(workdir), "autoencoder")
     stage, config = setup_autoencoder(config, Path(workdir))
     return run(stage, config, Path(workdir))
 
 
 def train_prior(config: Config, workdir: Path) -> TrainState:
     """Trains stage 2 in `workdir` after stage 1."""
+    _check_data(config, Path(workdir), "prior")
     stage, config = setup_prior(config, Path(workdir))
     return run(stage, config, Path(workdir))

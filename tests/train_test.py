@@ -199,6 +199,16 @@ def test_sigterm_saves_first_and_exits_with_zero(digits_dir, tmp_path, no_tensor
     assert saved >= 2 and f"is saved at step {saved}" in output
 
 
+def test_sigterm_before_the_first_step_exits_with_zero(digits_dir, tmp_path, no_tensorflow):
+    process = start(tmp_path, digits_dir, "--mode=train_autoencoder", env=no_tensorflow)
+    assert "4500 training images" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert re.search("^(Terminated|Interrupted): ", output, re.MULTILINE)
+    assert "Traceback" not in output
+
+
 class Poisoned:
     """Batches of which some hold a NaN."""
 
@@ -351,6 +361,15 @@ def test_resuming_with_more_steps_goes_on(trained, tiny_config, tmp_path, caplog
     assert "config.seed was 0 and is 5: the autoencoder goes on, but not as" in caplog.text
     assert int(state.step) == 8
     assert [x["step"] for x in lines(tmp_path) if "loss" in x] == [2, 4, 6, 8]
+
+
+def test_other_data_is_refused_before_it_is_prepared(trained, tiny_config, tmp_path):
+    tiny_config.data.name = "mnist"
+    tiny_config.data.path = str(tmp_path)
+    for stage in (train.train_autoencoder, train.train_prior):
+        with pytest.raises(UserError, match="config.data.name = 'digits', not 'mnist'"):
+            stage(tiny_config, trained[0])
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_prior_of_another_autoencoder_is_refused(trained, tiny_config, tmp_path):
