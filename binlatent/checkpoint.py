@@ -173,7 +173,7 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Saves; what it returns from is on disk.
+        """Saves, and returns when all is on disk.
 
         Raises:
           UserError: if it cannot be written.

@@ -87,9 +87,10 @@ class Logbook:
     def __exit__(self, *exception) -> None:
         self._bar.close()
         self._redirect.__exit__(*exception)
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        with self._writing():  # of what is still to be flushed
+            self._file.close()
+            if self._writer is not None:
+                self._writer.close()
 
     def tick(self) -> None:
         """Counts one step."""

@@ -464,6 +464,16 @@ def test_a_line_of_the_log_that_was_cut_is_dropped(tmp_path):
     assert [x["step"] for x in lines(tmp_path)] == [1, 2]
 
 
+def test_a_log_that_a_full_disk_does_not_hold_is_one_sentence(tmp_path):
+    with (
+        pytest.raises(UserError, match=f"log in {tmp_path} could not be written: No space left"),
+        Logbook(tmp_path, "prior", 1, 2) as logbook,
+    ):
+        logbook._file.close()
+        logbook._file = open("/dev/full", "w")  # noqa: SIM115
+        logbook.record(2, {"loss": 0.5})
+
+
 def test_codes_belong_to_one_encoder(trained, tiny_config, tmp_path):
     pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
     source = evaluate.open_data(tiny_config, "test")
