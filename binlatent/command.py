@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -69,6 +69,12 @@ def end_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, end)
 
 
+def _unraisable(event: Any) -> None:
+    """Python's own hook, but for what the threads of a save that has failed still have to say."""
+    if "Event loop is closed" not in str(event.exc_value):
+        sys.__unraisablehook__(event)
+
+
 @contextmanager
 def reporting() -> Iterator[None]:
     """Logs the package's progress; a user's error, raised inside, is one sentence and exit code 1.
@@ -80,6 +86,7 @@ def reporting() -> Iterator[None]:
     # Orbax logs pages of what its threads meet, which is raised, and told in a sentence, as well.
     for noisy in ("absl", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
     try:
         yield
     except (UserError, OSError) as error:

@@ -128,6 +128,7 @@ def test_a_prior_is_over_bits(tiny_config, tmp_path):
 )
 def test_training_goes_on_with_the_networks_it_began_with(overrides, sentence):
     with pytest.raises(UserError, match=sentence):
+        checks.check_same_data(changed(overrides), default.get_config(), "autoencoder")
         checks.check_resumable(changed(overrides), default.get_config(), "autoencoder")
 
 
