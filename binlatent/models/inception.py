@@ -178,4 +178,4 @@ class InceptionV3(nn.Module):
         features["2048"] = mean(x)
         unbiased = nn.Dense(1008, use_bias=False, name="fc")(features["2048"])
         bias = self.param("fc_bias", nn.initializers.zeros, (1008,))
-        return {**features, "logits_unbiased": unbiased, "logits": unbiased + bias}
+        return {**features, "logits_unbiased": unbiased, "logits": unbiased + bias[None]}
