@@ -1,0 +1,181 @@
+"""The InceptionV3 of FID and the inception score (Szegedy et al., 2016; Heusel et al., 2017).
+
+It is the network of 2015 that TensorFlow published, of 1,008 logits: averages leave padding out,
+and the last block takes a maximum where others average. Parameters have the names of its conversion
+to PyTorch, which pytorch-fid and torch-fidelity use.
+
+Dimensions: n batch, h w image grid, c features of a layer.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+Array = jax.Array
+
+SIZE = 299  # of the images that it sees
+
+_max_pool = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
+
+
+def _avg_pool(x: Array) -> Array:
+    return nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=False)
+
+
+def _resize_matrix(size: int) -> np.ndarray:
+    """Returns TensorFlow 1's bilinear weights, (SIZE, size): pixels at corners, no antialiasing."""
+    position = np.arange(SIZE, dtype=np.float32) * np.float32(size / SIZE)
+    low = np.floor(position).astype(int)
+    share = position - low
+    matrix = np.zeros((SIZE, size), np.float32)
+    rows = np.arange(SIZE)
+    matrix[rows, low] += 1 - share
+    matrix[rows, np.minimum(low + 1, size - 1)] += share
+    return matrix
+
+
+def resize(images: Array) -> Array:
+    """Returns images, (n, h, w, c) of any h and w, at SIZE x SIZE as TensorFlow 1 resizes them."""
+    _, h, w, _ = images.shape
+    resized = jnp.einsum("Hh,nhwc->nHwc", _resize_matrix(h), images.astype(jnp.float32))
+    return jnp.einsum("Ww,nHwc->nHWc", _resize_matrix(w), resized)
+
+
+class _Conv(nn.Module):
+    """A convolution, its batch normalisation with stored statistics, and a ReLU."""
+
+    width: int
+    window: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: tuple[int, int] = (0, 0)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        padding = [(p, p) for p in self.padding]
+        strides = (self.stride, self.stride)
+        x = nn.Conv(self.width, self.window, strides, padding, use_bias=False, name="conv")(x)
+        return nn.relu(nn.BatchNorm(use_running_average=True, epsilon=1e-3, name="bn")(x))
+
+
+def _same(width: int, window: tuple[int, int], name: str) -> _Conv:
+    """Returns a convolution that keeps the grid."""
+    return _Conv(width, window, padding=(window[0] // 2, window[1] // 2), name=name)
+
+
+class _Mixed5(nn.Module):
+    pool_width: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        one = _Conv(64, name="branch1x1")(x)
+        five = _Conv(48, name="branch5x5_1")(x)
+        five = _same(64, (5, 5), "branch5x5_2")(five)
+        double = _Conv(64, name="branch3x3dbl_1")(x)
+        double = _same(96, (3, 3), "branch3x3dbl_2")(double)
+        double = _same(96, (3, 3), "branch3x3dbl_3")(double)
+        pool = _Conv(self.pool_width, name="branch_pool")(_avg_pool(x))
+        return jnp.concatenate([one, five, double, pool], axis=-1)
+
+
+class _Mixed6a(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        three = _Conv(384, (3, 3), 2, name="branch3x3")(x)
+        double = _Conv(64, name="branch3x3dbl_1")(x)
+        double = _same(96, (3, 3), "branch3x3dbl_2")(double)
+        double = _Conv(96, (3, 3), 2, name="branch3x3dbl_3")(double)
+        return jnp.concatenate([three, double, _max_pool(x)], axis=-1)
+
+
+class _Mixed6(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        one = _Conv(192, name="branch1x1")(x)
+        seven = _Conv(self.width, name="branch7x7_1")(x)
+        seven = _same(self.width, (1, 7), "branch7x7_2")(seven)
+        seven = _same(192, (7, 1), "branch7x7_3")(seven)
+        double = _Conv(self.width, name="branch7x7dbl_1")(x)
+        for i, window in enumerate([(7, 1), (1, 7), (7, 1)], start=2):
+            double = _same(self.width, window, f"branch7x7dbl_{i}")(double)
+        double = _same(192, (1, 7), "branch7x7dbl_5")(double)
+        pool = _Conv(192, name="branch_pool")(_avg_pool(x))
+        return jnp.concatenate([one, seven, double, pool], axis=-1)
+
+
+class _Mixed7a(nn.Module):
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        three = _Conv(192, name="branch3x3_1")(x)
+        three = _Conv(320, (3, 3), 2, name="branch3x3_2")(three)
+        seven = _Conv(192, name="branch7x7x3_1")(x)
+        seven = _same(192, (1, 7), "branch7x7x3_2")(seven)
+        seven = _same(192, (7, 1), "branch7x7x3_3")(seven)
+        seven = _Conv(192, (3, 3), 2, name="branch7x7x3_4")(seven)
+        return jnp.concatenate([three, seven, _max_pool(x)], axis=-1)
+
+
+class _Mixed7(nn.Module):
+    last: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        def fork(x, name):
+            halves = [_same(384, (1, 3), f"{name}a")(x), _same(384, (3, 1), f"{name}b")(x)]
+            return jnp.concatenate(halves, axis=-1)
+
+        one = _Conv(320, name="branch1x1")(x)
+        three = fork(_Conv(384, name="branch3x3_1")(x), "branch3x3_2")
+        double = _Conv(448, name="branch3x3dbl_1")(x)
+        double = fork(_same(384, (3, 3), "branch3x3dbl_2")(double), "branch3x3dbl_3")
+        # As published: the last block's pooling is of another kind.
+        pool = nn.max_pool(x, (3, 3), padding=((1, 1), (1, 1))) if self.last else _avg_pool(x)
+        pool = _Conv(192, name="branch_pool")(pool)
+        return jnp.concatenate([one, three, double, pool], axis=-1)
+
+
+class InceptionV3(nn.Module):
+    """Features of images at four depths, and logits."""
+
+    @nn.compact
+    def __call__(self, images: Array) -> dict[str, Array]:
+        """Returns what the image metrics use, all float32.
+
+        Args:
+          images: 0 to 255, of any type, (n, h, w, 3) of any h and w.
+
+        Returns:
+          `64`, `192`, `768` and `2048`, (n, that many), means over the grid at four depths;
+          `logits`, (n, 1008), and `logits_unbiased`, without the last bias, of the inception score.
+        """
+
+        def mean(x):
+            return jnp.mean(x, axis=(1, 2))
+
+        x = (resize(images) - 128) / 128
+        x = _Conv(32, (3, 3), 2, name="Conv2d_1a_3x3")(x)
+        x = _Conv(32, (3, 3), name="Conv2d_2a_3x3")(x)
+        x = _same(64, (3, 3), "Conv2d_2b_3x3")(x)
+        x = _max_pool(x)
+        features = {"64": mean(x)}
+        x = _Conv(80, name="Conv2d_3b_1x1")(x)
+        x = _Conv(192, (3, 3), name="Conv2d_4a_3x3")(x)
+        x = _max_pool(x)
+        features["192"] = mean(x)
+        for name, width in (("b", 32), ("c", 64), ("d", 64)):
+            x = _Mixed5(width, name=f"Mixed_5{name}")(x)
+        x = _Mixed6a(name="Mixed_6a")(x)
+        for name, width in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):
+            x = _Mixed6(width, name=f"Mixed_6{name}")(x)
+        features["768"] = mean(x)
+        x = _Mixed7a(name="Mixed_7a")(x)
+        for name in "bc":
+            x = _Mixed7(name == "c", name=f"Mixed_7{name}")(x)
+        features["2048"] = mean(x)
+        unbiased = nn.Dense(1008, use_bias=False, name="fc")(features["2048"])
+        bias = self.param("fc_bias", nn.initializers.zeros, (1008,))
+        return {**features, "logits_unbiased": unbiased, "logits": unbiased + bias[None]}
