@@ -176,7 +176,7 @@ class Checkpoints:
         """Saves, and returns when all is on disk.
 
         Raises:
-          UserError: if it cannot be written.
+          UserError: if it cannot be written, or another process does not take part.
         """
         # As NumPy's arrays, of which process 0 writes each once.
         state = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
@@ -188,6 +188,11 @@ class Checkpoints:
         step = int(state.step)
         try:
             self._manager.save(step, args=ocp.args.Composite(**args))
+        except jax.errors.JaxRuntimeError as error:  # of what the processes have to agree on
+            raise UserError(
+                f"Another process was lost while the checkpoint of step {step} was being saved: "
+                "start all again, and they go on from the last one."
+            ) from error
         except Exception as error:  # by what failed: OSError, or tensorstore's ValueError
             raise UserError(
                 f"The checkpoint of step {step} could not be written to {self.directory}: "

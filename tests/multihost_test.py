@@ -152,7 +152,9 @@ def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, no_tensorfl
         assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, -signal.SIGKILL)
         assert seconds < processes.HEARTBEAT_SECONDS + 15
         output = pair.output(1 - victim)
-        assert "This most likely indicates that another task died" in output, output
+        # JAX's words, or ours if it was saving.
+        died = "This most likely indicates that another task died", "Another process was lost"
+        assert any(words in output for words in died), output
         assert saved == 0 or f"goes on from step {saved}" in pair.output(0)
         with Checkpoints(folder, alone=True) as checkpoints:
             saved = checkpoints.latest_step()
