@@ -459,13 +459,13 @@ def test_sources_of_other_names_or_labels_have_another_fingerprint(tmp_path):
         (tmp_path / path / "t.csv").write_text(f"file,label\n{rows}")
         options = dict(table="t.csv", max_broken=0.5)
         return sources.open_source(
-            "folder", str(tmp_path / path), "train", 4, 1, **options
+            "folder", f"{tmp_path}/{path}", "train", 4, 1, **options
         ).fingerprint
 
     first = fingerprint("xy" * 10)
     assert fingerprint("yx" * 10) != first != fingerprint("xy" * 9) and len(first) == 16
     (tmp_path / "a").rename(tmp_path / "b")
-    assert fingerprint("xy" * 10, "b") == first
+    assert fingerprint("xy" * 10, "b") == fingerprint("xy" * 10, "b/") == first
 
 
 def test_a_long_walk_is_kept_until_a_folder_changes(tmp_path, monkeypatch):

@@ -103,7 +103,8 @@ def _walk(root: str) -> tuple[list[str], dict[str, int]]:
     """Returns the images below root, relative to it, and when each folder last changed, in ns."""
     found, changed, seen = [], {}, set()
     for directory, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        # Sorted, so that of two links to one folder it is the same that counts.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         relative, status = os.path.relpath(directory, root), os.stat(directory)
         if (status.st_dev, status.st_ino) in seen:  # a link back, or a second one
             subfolders.clear()

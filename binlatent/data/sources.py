@@ -115,7 +115,7 @@ def open_source(
 
     keep = keep and count * image_size**2 * channels <= _KEPT_BYTES and not texts
     images = Images(count, read_example, keep)
-    fingerprint = hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    fingerprint = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:16]
     return Source(Tolerant(images, max_broken, bad_files), num_classes, fingerprint)
 
 
@@ -180,7 +180,7 @@ def read_image(
 
 def _open_folder(path: str, split: str, table: str, texts: bool) -> tuple[int, int, _Read, str]:
     listing = folder.list_images(path, split, table)
-    root = len(os.path.expanduser(path))
+    root = len(os.path.join(os.path.expanduser(path), ""))
     rows = zip(listing.files, listing.labels, listing.texts, strict=True)
     names = "\n".join(f"{file[root:]} {label} {text[root:]}" for file, label, text in rows)
     if not texts:
