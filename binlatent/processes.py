@@ -57,12 +57,13 @@ def join(
             "process_id": process_id,
             "cluster_detection_method": "deactivate",  # what is given is all there is
         }
-    log.info(
-        "Waiting for %s processes. Should one be lost later, JAX aborts the others within %d "
-        "seconds: start all again, and they go on from the last checkpoint.",
-        num_processes or "all",
-        HEARTBEAT_SECONDS + 15,
-    )
+    if given or slurm:  # with libtpu alone this may be the only one
+        log.info(
+            "Waiting for %s processes. Should one be lost later, JAX aborts the others within %d "
+            "seconds: start all again, and they go on from the last checkpoint.",
+            num_processes or "all",
+            HEARTBEAT_SECONDS + 15,
+        )
     try:
         jax.distributed.initialize(
             **given,
