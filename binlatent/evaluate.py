@@ -214,8 +214,8 @@ class Judge:
         key = build.key(config.seed, "classifier")
         params = train_classifier(train_images, train_labels, num_classes, key)
         self.classify = functools.partial(apply_classifier, params, num_classes=num_classes)
-        predictions, self._features = self.classify(self.images)
-        self.accuracy = float(np.mean(predictions == self.labels))
+        logits, self._features = self.classify(self.images)
+        self.accuracy = float(np.mean(np.argmax(logits, axis=-1) == self.labels))
 
     def sample_quality(
         self, pipeline: BinaryLatentDiffusion, key: jax.Array, **options: Any
@@ -233,9 +233,9 @@ class Judge:
         """
         wanted = np.arange(pipeline.config.evaluate.num_samples) % pipeline.num_classes
         samples = pipeline.sample(len(wanted), key, wanted, **options)
-        predictions, features = self.classify(to_uint8(samples))
+        logits, features = self.classify(to_uint8(samples))
         return {
-            "accuracy": float(np.mean(predictions == wanted)),
+            "accuracy": float(np.mean(np.argmax(logits, axis=-1) == wanted)),
             "frechet_distance": metrics.frechet_distance(self._features, features),
         }
 
@@ -255,9 +255,9 @@ class Judge:
         halves = [masks.preset(name, height, width) for name in ("top", "bottom", "left", "right")]
         keep = np.stack([halves[i % 4] for i in range(len(self.images))])
         results = pipeline.inpaint(to_float(self.images), keep, key, **options)
-        predictions, features = self.classify(to_uint8(results))
+        logits, features = self.classify(to_uint8(results))
         return {
-            "accuracy": float(np.mean(predictions == self.labels)),
+            "accuracy": float(np.mean(np.argmax(logits, axis=-1) == self.labels)),
             "frechet_distance": metrics.frechet_distance(self._features, features),
         }
 

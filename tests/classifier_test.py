@@ -27,8 +27,8 @@ def random_problem(n=24):
 
 
 def accuracy(params, images, labels, num_classes):
-    predictions, _ = classifier.apply_classifier(params, images, num_classes)
-    return np.mean(predictions == labels)
+    logits, _ = classifier.apply_classifier(params, images, num_classes)
+    return np.mean(np.argmax(logits, axis=-1) == labels)
 
 
 @pytest.mark.parametrize("shape", [(2, 28, 28, 1), (3, 17, 30, 3), (1, 4, 4, 2)])
@@ -101,13 +101,14 @@ def test_apply_does_not_depend_on_the_batch_size():
         images, labels, 4, jax.random.key(0), num_epochs=1, batch_size=100
     )
     variables = {"params": params}
-    logits, features = Classifier(4).apply(variables, jnp.asarray(images, jnp.float32) / 127.5 - 1)
+    expected = Classifier(4).apply(variables, jnp.asarray(images, jnp.float32) / 127.5 - 1)
     for batch_size in (1, 7, 24, 50):
-        predictions, batched_features = classifier.apply_classifier(params, images, 4, batch_size)
-        assert predictions.shape == (24,) and np.issubdtype(predictions.dtype, np.integer)
-        assert batched_features.shape == (24, 128) and batched_features.dtype == np.float32
-        np.testing.assert_array_equal(predictions, np.argmax(np.asarray(logits), axis=-1))
-        np.testing.assert_allclose(batched_features, features, rtol=1e-4, atol=1e-5)
+        for sequence in (images, list(images)):
+            outputs = classifier.apply_classifier(params, sequence, 4, batch_size)
+            assert [x.shape for x in outputs] == [(24, 4), (24, 128)]
+            for output, x in zip(outputs, expected, strict=True):
+                assert output.dtype == np.float32
+                np.testing.assert_allclose(output, x, rtol=1e-4, atol=1e-5)
 
 
 def test_rejects_bad_arguments():

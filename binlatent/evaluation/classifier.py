@@ -1,14 +1,17 @@
 """Training and applying the digit classifier whose features and predictions judge samples."""
 
 import functools
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from tqdm import tqdm
 
 from binlatent.models.classifier import Classifier
+from binlatent.programs import map_batches
 
 _MAX_SHIFT = 2
 _PEAK_LEARNING_RATE = 6e-3
@@ -18,8 +21,76 @@ _LABEL_SMOOTHING = 0.1
 Params = dict[str, Any]
 
 
+class Images:
+    """Images of any sequence, such as files mapped into memory, read a batch at a time."""
+
+    def __init__(self, images: Sequence[np.ndarray]):
+        """Takes n >= 1 images, uint8 (h, w, c); ValueError if the first is not such."""
+        if len(images) == 0:
+            raise ValueError("at least one image is needed, got none.")
+        first = np.asarray(images[0])
+        self.shape = (len(images), *first.shape)
+        if first.ndim != 3 or first.dtype != np.uint8:
+            raise ValueError(
+                f"images must be uint8 (n, h, w, c), got {first.dtype} of shape {self.shape}."
+            )
+        self._images = images
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the images of indices (b,), (b, h, w, c)."""
+        return np.stack([self._images[i] for i in indices])
+
+
+def check_labels(labels: np.ndarray, num_images: int, num_classes: int) -> np.ndarray:
+    """Returns labels as an array.
+
+    Raises:
+      ValueError: If they are not integers (num_images,) in [0, num_classes).
+    """
+    labels = np.asarray(labels)
+    if labels.shape != (num_images,):
+        raise ValueError(
+            f"labels must have one entry for each image, got {labels.shape} for {num_images}."
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be integers, got {labels.dtype}.")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}), got {labels.min()} to {labels.max()}."
+        )
+    return labels
+
+
+def shuffled_batches(
+    images: Images, labels: np.ndarray, key: jax.Array, num_epochs: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
+    """Yields shuffled batches, and shows how far they are.
+
+    Args:
+      images: of n.
+      labels: (n,).
+      key: Typed PRNG key; it draws the order of the images, anew each epoch, and the keys.
+      num_epochs: Passes over the images. Each drops the images that do not fill a last batch.
+      batch_size: b, at most n.
+
+    Yields:
+      Images (b, h, w, c), labels (b,) and a key for what else a step draws.
+    """
+    num_batches = len(images) // batch_size
+    for step in tqdm(range(num_epochs * num_batches), unit=" steps", disable=None):
+        epoch, i = divmod(step, num_batches)
+        if i == 0:
+            order_key, steps_key = jax.random.split(jax.random.fold_in(key, epoch))
+            order = np.asarray(jax.random.permutation(order_key, len(images)))
+        indices = order[i * batch_size : (i + 1) * batch_size]
+        yield images[indices], labels[indices], jax.random.fold_in(steps_key, i)
+
+
 def train_classifier(
-    images: np.ndarray,
+    images: Sequence[np.ndarray],
     labels: np.ndarray,
     num_classes: int,
     key: jax.Array,
@@ -29,7 +100,7 @@ def train_classifier(
     """Trains a `Classifier` with random shifts of up to two pixels; the same key, the same result.
 
     Args:
-      images: uint8 (n, h, w, c).
+      images: n of uint8 (h, w, c), an array or another sequence.
       labels: Integers (n,) in [0, num_classes).
       num_classes: Number of classes.
       key: Typed PRNG key; it draws the parameters, the order of the images and the shifts.
@@ -42,87 +113,47 @@ def train_classifier(
     Raises:
       ValueError: If shapes, dtypes or labels are not as above.
     """
-    _check_images(images)
-    labels = np.asarray(labels)
-    if len(images) == 0 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"labels must have one entry for each image, got {labels.shape} for {len(images)}."
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be integers, got {labels.dtype}.")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"labels must lie in [0, {num_classes}), got {labels.min()} to {labels.max()}."
-        )
+    images = Images(images)
+    labels = check_labels(labels, len(images), num_classes)
     if num_epochs < 1 or batch_size < 1:
         raise ValueError(
             f"num_epochs and batch_size must be positive, got {num_epochs} and {batch_size}."
         )
 
     batch_size = min(batch_size, len(images))
-    num_batches = len(images) // batch_size
-    init_key, epochs_key = jax.random.split(key)
-    params = Classifier(num_classes).lazy_init(init_key, _to_float(images[:1]))["params"]
-    state = params, _optimizer(num_epochs * num_batches).init(params)
+    num_steps = num_epochs * (len(images) // batch_size)
+    init_key, batches_key = jax.random.split(key)
+    params = Classifier(num_classes).lazy_init(init_key, _to_float(images[[0]]))["params"]
+    state = params, _optimizer(num_steps).init(params)
     # The loop over the steps is Python's because on CPUs XLA runs convolutions about fifteen
     # times slower inside `lax.scan`.
-    for epoch in range(num_epochs):
-        order_key, shifts_key = jax.random.split(jax.random.fold_in(epochs_key, epoch))
-        order = np.asarray(jax.random.permutation(order_key, len(images)))
-        for i in range(num_batches):
-            indices = order[i * batch_size : (i + 1) * batch_size]
-            state = _train_step(
-                state,
-                images[indices],
-                labels[indices],
-                jax.random.fold_in(shifts_key, i),
-                num_steps=num_epochs * num_batches,
-                num_classes=num_classes,
-            )
+    for batch in shuffled_batches(images, labels, batches_key, num_epochs, batch_size):
+        state = _train_step(state, *batch, num_steps=num_steps, num_classes=num_classes)
     return state[0]
 
 
 def apply_classifier(
-    params: Params, images: np.ndarray, num_classes: int, batch_size: int = 500
+    params: Params, images: Sequence[np.ndarray], num_classes: int, batch_size: int = 500
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Predicts the classes of images and gives their penultimate features.
+    """Judges the classes of images and gives their penultimate features.
 
     Args:
       params: From `train_classifier`.
-      images: uint8 (n, h, w, c).
+      images: n >= 1 of uint8 (h, w, c), an array or another sequence.
       num_classes: As in training.
       batch_size: Images at a time; it changes memory and speed, not the result.
 
     Returns:
-      The predicted classes, int32 (n,), and the features, float32 (n, d).
+      The logits, float32 (n, num_classes), and the features, float32 (n, d).
 
     Raises:
-      ValueError: If the images are not uint8 (n, h, w, c) with n >= 1 or batch_size is not
-        positive.
+      ValueError: If the images are not as above or batch_size is not positive.
     """
-    _check_images(images)
-    if len(images) == 0 or batch_size < 1:
-        raise ValueError(
-            f"at least one image and a positive batch_size are needed, got {len(images)} images "
-            f"and batch_size {batch_size}."
-        )
-    batch_size = min(batch_size, len(images))
-    predictions, features = [], []
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size]
-        # Padded to one shape, so that the last batch compiles nothing new.
-        padding = [(0, batch_size - len(batch)), (0, 0), (0, 0), (0, 0)]
-        logits, batch_features = _apply(params, np.pad(batch, padding), num_classes=num_classes)
-        predictions.append(np.argmax(np.asarray(logits), axis=-1)[: len(batch)].astype(np.int32))
-        features.append(np.asarray(batch_features)[: len(batch)])
-    return np.concatenate(predictions), np.concatenate(features)
-
-
-def _check_images(images: np.ndarray) -> None:
-    if images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(
-            f"images must be uint8 (n, h, w, c), got {images.dtype} of shape {images.shape}."
-        )
+    images = Images(images)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}.")
+    apply = functools.partial(_apply, params, num_classes=num_classes)
+    return map_batches(apply, batch_size, images)
 
 
 def _to_float(images: jax.Array) -> jax.Array:

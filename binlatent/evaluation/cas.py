@@ -1,0 +1,306 @@
+"""The classification accuracy score: train on samples, test on real images.
+
+Dimension legend: `n` images, `b` batch, `h w` image grid, `c` image channels, `k` classes.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from binlatent.evaluation.classifier import (
+    Images,
+    apply_classifier,
+    check_labels,
+    shuffled_batches,
+    train_classifier,
+)
+from binlatent.models.resnet import ResNet50
+from binlatent.programs import map_batches
+from binlatent.stages.state import (
+    AXIS,
+    create_schedule,
+    mean_over_devices,
+    parallel,
+    replicate,
+    shard,
+)
+
+Array = jax.Array
+
+_SMALL = 64  # pixels a side up to which the digits' classifier is trained
+_LEARNING_RATE = 0.1  # for 256 images a step; in proportion for others
+_WARMUP_EPOCHS = 5
+_WEIGHT_DECAY = 1e-4
+_AREAS = (0.08, 1.0)  # of a random crop, in images
+_RATIOS = (3 / 4, 4 / 3)  # of its width to its height
+_ATTEMPTS = 10  # at a crop that lies within the image
+
+
+def classification_accuracy(
+    samples: Sequence[np.ndarray],
+    sample_labels: np.ndarray,
+    images: Sequence[np.ndarray],
+    labels: np.ndarray,
+    num_classes: int,
+    key: Array,
+    *,
+    num_epochs: int,
+    batch_size: int,
+    label_smoothing: float = 0.0,
+    dtype: Any = jnp.float32,
+) -> dict[str, float]:
+    """Classification accuracy score: of a network trained on samples, on real images.
+
+    Up to 64 pixels a side the network is the `Classifier` that judges digits, beyond a ResNet-50.
+    The same key gives the same result.
+
+    Args:
+      samples: n of uint8 (h, w, c): an array, files mapped into memory or any other sequence,
+        which is read batch by batch.
+      sample_labels: Integers (n,) in [0, num_classes), with samples of each class.
+      images: Real images of the same shape, in any such sequence.
+      labels: Their labels, integers in [0, num_classes).
+      num_classes: k.
+      key: Typed PRNG key; it draws the parameters, the order of the samples and the augmentation.
+      num_epochs: Passes over the samples.
+      batch_size: Samples a step, on all devices, and images at a time. The ResNet-50's is rounded
+        down to a multiple of their number.
+      label_smoothing: Of the ResNet-50, in [0, 1).
+      dtype: Of the ResNet-50's computation, float32 or bfloat16.
+
+    Returns:
+      `cas_top1` and `cas_top5`, in [0, 1]: how often the class of an image is that of the largest
+      logit, and among those of the five largest; of all k with fewer than five classes, so 1 then.
+
+    Raises:
+      ValueError: If shapes, dtypes, labels or numbers are not as above, a class has no sample, or
+        the training has diverged.
+
+    References:
+      Ravuri and Vinyals, "Classification accuracy score for conditional generative models", 2019;
+      supplement B.2 of the binary latent diffusion paper.
+    """
+    sample_images, real_images = Images(samples), Images(images)
+    sample_labels = check_labels(sample_labels, len(sample_images), num_classes)
+    labels = check_labels(labels, len(real_images), num_classes)
+    if sample_images.shape[1:] != real_images.shape[1:]:
+        raise ValueError(
+            f"samples and images must be of one shape, got {sample_images.shape[1:]} and "
+            f"{real_images.shape[1:]}."
+        )
+    missing = np.flatnonzero(np.bincount(sample_labels, minlength=num_classes) == 0)
+    if len(missing):
+        raise ValueError(
+            f"each class needs a sample to train on, but class {missing[0]} has none "
+            f"({len(missing)} of {num_classes} classes have none): draw more samples."
+        )
+    if max(real_images.shape[1:3]) <= _SMALL:
+        params = train_classifier(samples, sample_labels, num_classes, key, num_epochs, batch_size)
+        logits, _ = apply_classifier(params, images, num_classes, batch_size)
+    else:
+        model = ResNet50(num_classes, dtype=dtype, axis_name=AXIS)
+        variables = train_resnet(
+            *(model, samples, sample_labels, key),
+            num_epochs=num_epochs,
+            batch_size=batch_size,
+            label_smoothing=label_smoothing,
+        )
+        logits = apply_resnet(model, variables, images, batch_size)
+    return {
+        "cas_top1": top_k_accuracy(logits, labels, 1),
+        "cas_top5": top_k_accuracy(logits, labels, min(5, num_classes)),
+    }
+
+
+def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """Returns how often a label is among the k largest logits; of equal ones the first is larger.
+
+    Args:
+      logits: (n, num_classes).
+      labels: Integers (n,) in [0, num_classes).
+      k: 1 to num_classes.
+
+    Raises:
+      ValueError: If the logits are not finite.
+    """
+    if not np.all(np.isfinite(logits)):
+        raise ValueError("the logits are not finite, so the training has diverged.")
+    largest = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
+    return float(np.mean(np.any(largest == labels[:, None], axis=-1)))
+
+
+class State(NamedTuple):
+    """What a step of the ResNet-50's training passes on to the next."""
+
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+
+
+def train_resnet(
+    model: ResNet50,
+    images: Sequence[np.ndarray],
+    labels: np.ndarray,
+    key: Array,
+    *,
+    num_epochs: int,
+    batch_size: int,
+    label_smoothing: float = 0.0,
+) -> dict[str, Any]:
+    """Trains a ResNet-50 on all local devices: random crops and flips, SGD, a cosine (He et al.).
+
+    Nesterov's momentum is 0.9, the decay of convolutions and of the last layer 1e-4; the learning
+    rate, 0.1 for 256 images, rises over five epochs, or half of all, and falls to 0.
+
+    Args:
+      model: With `axis_name` = `AXIS`.
+      images: n of uint8 (h, w, c), of more than 32 pixels a side.
+      labels: Integers (n,).
+      key, num_epochs, batch_size, label_smoothing: As of `classification_accuracy`.
+
+    Returns:
+      Its variables, `params` and `batch_stats`, for `apply_resnet`.
+
+    Raises:
+      ValueError: For fewer images, or a smaller batch_size, than devices, or numbers out of range.
+    """
+    images, labels = Images(images), np.asarray(labels)
+    devices = jax.local_device_count()
+    batch_size = min(batch_size, len(images)) // devices * devices
+    if batch_size < 1 or num_epochs < 1 or not 0 <= label_smoothing < 1:
+        raise ValueError(
+            f"training needs an image for each of {devices} devices in a batch, num_epochs >= 1 and"
+            f" label_smoothing in [0, 1), got batches of {min(batch_size, len(images))}, "
+            f"{num_epochs} and {label_smoothing}."
+        )
+    optimizer = _optimizer(batch_size, len(images) // batch_size, num_epochs)
+    size = crop_size(*images.shape[1:3])
+    step = functools.partial(
+        _train_step, model=model, optimizer=optimizer, size=size, label_smoothing=label_smoothing
+    )
+    step = parallel(step, num_frozen=1)
+    init_key, batches_key = jax.random.split(key)
+    variables = model.lazy_init(init_key, jnp.zeros((1, size, size, images.shape[-1])))
+    state = replicate(State(**variables, opt_state=optimizer.init(variables["params"])))
+    batches = shuffled_batches(images, labels, batches_key, num_epochs, batch_size)
+    for batch_images, batch_labels, step_key in batches:
+        batch = {"image": batch_images, "label": batch_labels, "index": np.arange(batch_size)}
+        state, _ = step(state, shard(batch), step_key)
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+def apply_resnet(
+    model: ResNet50, variables: dict[str, Any], images: Sequence[np.ndarray], batch_size: int
+) -> np.ndarray:
+    """Returns the logits, (n, k), of the images' centres.
+
+    Args:
+      model, variables: As of `train_resnet`.
+      images: n of uint8 (h, w, c), of more than 32 pixels a side.
+      batch_size: Images at a time; it changes memory and speed, not the result.
+    """
+    return map_batches(
+        functools.partial(_logits, variables, model=model), batch_size, Images(images)
+    )
+
+
+def crop_size(height: int, width: int) -> int:
+    """Returns the side of the squares that the ResNet-50 sees: 224 of 256, a multiple of 32."""
+    side = min(height, width)
+    return 32 * max(min(round(side * 224 / 256 / 32), side // 32), 1)
+
+
+def random_crops(images: Array, keys: Array, size: int) -> Array:
+    """Returns random boxes of images, resized to squares, every other one mirrored.
+
+    A box has 8% to all of the image's area and a ratio of its sides of 3/4 to 4/3.
+
+    Args:
+      images: float, (n, h, w, c).
+      keys: (n,) typed PRNG keys.
+      size: side of the squares.
+
+    References:
+      Szegedy et al., "Going deeper with convolutions", 2015.
+    """
+    return jax.vmap(functools.partial(_random_crop, size=size))(images, keys)
+
+
+def _random_crop(image: Array, key: Array, *, size: int) -> Array:
+    area_key, ratio_key, offset_key, flip_key = jax.random.split(key, 4)
+    height_width = jnp.array(image.shape[:2], jnp.float32)
+    low, high = _AREAS
+    area = jax.random.uniform(area_key, (_ATTEMPTS,), minval=low, maxval=high)
+    low, high = np.log(_RATIOS)
+    log_ratio = jax.random.uniform(ratio_key, (_ATTEMPTS,), minval=low, maxval=high)
+    sides = jnp.sqrt(area * jnp.prod(height_width))[:, None] * jnp.exp(
+        0.5 * log_ratio[:, None] * jnp.array([[-1.0, 1.0]])
+    )
+    # The first that fits; without any, the first as far as it fits.
+    fits = jnp.all(sides <= height_width[None], axis=1)
+    box = jnp.minimum(sides[jnp.argmax(fits)], height_width)
+    offset = jax.random.uniform(offset_key, (2,)) * (height_width - box)
+    scale = size / box
+    crop = jax.image.scale_and_translate(
+        *(image, (size, size, image.shape[-1]), (0, 1), scale, -offset * scale, "linear")
+    )
+    return jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)
+
+
+def _to_float(images: Array) -> Array:
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+
+def _optimizer(batch_size: int, epoch: int, num_epochs: int) -> optax.GradientTransformation:
+    """Returns SGD for epochs of `epoch` steps."""
+    num_steps = epoch * num_epochs
+    warmup_steps = min(_WARMUP_EPOCHS * epoch, num_steps // 2)
+    rate = _LEARNING_RATE * batch_size / 256
+    return optax.chain(
+        # Not of scales and biases (Goyal et al., 2017).
+        optax.add_decayed_weights(
+            _WEIGHT_DECAY, lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+        ),
+        optax.sgd(create_schedule(rate, warmup_steps, num_steps, "cosine"), 0.9, nesterov=True),
+    )
+
+
+def _train_step(
+    state: State,
+    batch: dict[str, Array],
+    key: Array,
+    *,
+    model: ResNet50,
+    optimizer: optax.GradientTransformation,
+    size: int,
+    label_smoothing: float,
+) -> tuple[State, dict[str, Array]]:
+    """One step on this device's part of a batch; call under pmap over `AXIS`."""
+    # By the place in the whole batch, so that the devices' number changes nothing.
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch["index"])
+    images = random_crops(_to_float(batch["image"]), keys, size)
+    targets = jax.nn.one_hot(batch["label"], model.num_classes)
+    targets = optax.smooth_labels(targets, label_smoothing)
+
+    def loss_fn(params):
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits, updated = model.apply(variables, images, train=True, mutable="batch_stats")
+        return optax.softmax_cross_entropy(logits, targets).mean(), updated["batch_stats"]
+
+    (loss, batch_stats), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    gradients, loss = mean_over_devices((gradients, loss))
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), {"loss": loss}
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(variables: dict[str, Any], images: Array, *, model: ResNet50) -> Array:
+    size = crop_size(*images.shape[1:3])
+    top, left = ((side - size) // 2 for side in images.shape[1:3])
+    centre = images[:, top : top + size, left : left + size]
+    return model.apply(variables, _to_float(centre))

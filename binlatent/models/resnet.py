@@ -1,0 +1,93 @@
+"""The ResNet-50 that the classification accuracy score trains (He et al., 2016).
+
+It strides in the 3x3 convolution of a block (version 1.5), and the last scale of each block begins
+at 0 (Goyal et al., 2017). Layers have torchvision's names, `layer1.0.conv1` being `layer1_0/conv1`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Array = jax.Array
+
+_EXPANSION = 4  # of a block's last convolution over its width
+
+_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+class _Block(nn.Module):
+    """A bottleneck block: 1x1, 3x3 with the stride and 1x1 convolutions beside a shortcut."""
+
+    width: int
+    stride: int
+    dtype: Any
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        conv, norm = _layers(self.dtype, self.axis_name, train)
+        out = self.width * _EXPANSION
+        y = conv(self.width, (1, 1), name="conv1")(x)
+        y = nn.relu(norm(name="bn1")(y))
+        y = conv(self.width, (3, 3), self.stride, padding=1, name="conv2")(y)
+        y = nn.relu(norm(name="bn2")(y))
+        y = conv(out, (1, 1), name="conv3")(y)
+        y = norm(name="bn3", scale_init=nn.initializers.zeros)(y)
+        if self.stride > 1 or x.shape[-1] != out:
+            x = conv(out, (1, 1), self.stride, name="downsample_conv")(x)
+            x = norm(name="downsample_bn")(x)
+        return nn.relu(x + y)
+
+
+def _layers(dtype: Any, axis_name: str | None, train: bool) -> tuple[Any, Any]:
+    """Returns the convolution and the batch normalisation of all layers."""
+    conv = functools.partial(nn.Conv, use_bias=False, kernel_init=_he_normal, dtype=dtype)
+    norm = functools.partial(
+        nn.BatchNorm, not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name
+    )
+    return conv, norm
+
+
+class ResNet50(nn.Module):
+    """Maps images, of any number of channels, to class logits.
+
+    Attributes:
+      num_classes: of the logits.
+      dtype: of the computation; parameters, statistics and logits are float32.
+      axis_name: over which training averages the statistics of a batch: of pmap, or None.
+      stage_sizes: blocks of each stage; each stage after the first halves the grid and doubles
+        the width.
+      width: of the first convolution and of the first stage's blocks.
+    """
+
+    num_classes: int
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+    stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 64
+
+    @nn.compact
+    def __call__(self, images: Array, train: bool = False) -> Array:
+        """Returns the logits, (n, num_classes).
+
+        Args:
+          images: float in [-1, 1], (n, h, w, c) of any h and w; a 32nd of each is the last grid.
+          train: whether to normalise by the batch and to update `batch_stats`, a mutable
+            collection then, and not by what is stored there.
+        """
+        conv, norm = _layers(self.dtype, self.axis_name, train)
+        x = conv(self.width, (7, 7), 2, padding=3, name="conv1")(images)
+        x = nn.relu(norm(name="bn1")(x))
+        x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+        for stage, size in enumerate(self.stage_sizes):
+            for i in range(size):
+                stride = 2 if stage and not i else 1
+                x = _Block(
+                    *(self.width * 2**stage, stride, self.dtype, self.axis_name),
+                    name=f"layer{stage + 1}_{i}",
+                )(x, train)
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
+        return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name="fc")(x)
