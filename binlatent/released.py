@@ -17,9 +17,9 @@ from flax import traverse_util
 from binlatent import build
 from binlatent.diffusion import schedules
 from binlatent.errors import UserError
+from binlatent.state_dicts import State
 
 Config = ml_collections.ConfigDict
-State = dict[str, np.ndarray]
 
 # How the two differ in the order of a kernel's dimensions.
 _CONVOLUTION = (2, 3, 1, 0)  # theirs is (out, in, height, width)

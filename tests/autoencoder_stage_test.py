@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import traverse_util
 
-from binlatent import adversarial, build, convert
+from binlatent import adversarial, build, published
 from binlatent.models import bottleneck
 from binlatent.models.autoencoder import last_kernel
 from binlatent.stages import autoencoder as stage
@@ -172,7 +172,7 @@ def test_gradients_are_those_of_the_losses_as_written(config, adaptive):
 def test_perceptual_loss_is_a_term_of_the_gradient(config):
     config.autoencoder.loss.adversarial = 0.0
     config.autoencoder.loss.perceptual = 2.0
-    names = convert.vgg16(drawn.vgg16_state())
+    names = published.vgg16(drawn.vgg16_state())
     variables = {"params": traverse_util.unflatten_dict(names, sep="/")}
     parts = Parts(config, variables)
     model, _, lpips = parts.networks

@@ -1,6 +1,7 @@
 """Weights drawn by name, in PyTorch's layout, as the networks behind the goldens had them."""
 
 import zlib
+from pathlib import Path
 
 import numpy as np
 
@@ -13,16 +14,32 @@ _VGG16 = (
 )
 
 
+def tensor(name, shape):
+    """The tensor of a name: of variance 2 / inputs, or near 1 or 0 as batch norms have it."""
+    if not shape:
+        return np.zeros((), np.int64)  # num_batches_tracked
+    r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
+    if len(shape) > 1:
+        return r * np.float32(np.sqrt(2 / np.prod(shape[1:])))
+    if name.endswith("running_var"):
+        return 1 + 0.2 * abs(r)
+    return 1 + 0.1 * r if name.endswith(".weight") else 0.1 * r
+
+
 def vgg16_state():
     """A state dict of torchvision's VGG16, its classifier being one tensor only."""
     shapes = {"classifier.6.bias": (1000,)}
     for index, inputs, outputs in _VGG16:
         shapes[f"features.{index}.weight"] = (outputs, inputs, 3, 3)
         shapes[f"features.{index}.bias"] = (outputs,)
-    state = {}
-    for name, shape in shapes.items():
-        random = np.random.RandomState(zlib.crc32(name.encode()))
-        x = random.standard_normal(shape).astype(np.float32)
-        scale = 0.1 if len(shape) == 1 else np.sqrt(2 / np.prod(shape[1:]))
-        state[name] = (x * scale).astype(np.float32)
-    return state
+    return {name: tensor(name, shape) for name, shape in shapes.items()}
+
+
+def state(network):
+    """The state dict of a network of which tests/data has the shapes."""
+    path = Path(__file__).parent / "data" / f"{network}_state_dict_shapes.txt"
+    shapes = dict(line.split() for line in path.read_text().splitlines())
+    return {
+        name: tensor(name, () if shape == "scalar" else tuple(map(int, shape.split("x"))))
+        for name, shape in shapes.items()
+    }

@@ -1,59 +1,23 @@
 """FID's InceptionV3 and its resize, against the reference numbers of torch-fidelity's network."""
 
-import zlib
 from pathlib import Path
 
+import drawn
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
+from binlatent import published
 from binlatent.models import inception
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = np.load(DATA / "inception_v3_fid.npz", allow_pickle=False)
-BATCH_NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 
 
-def drawn(key, shape):
-    """The reference's tensor of a name, which is drawn from the name."""
-    r = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape).astype(np.float32)
-    if len(shape) > 1:
-        return r * np.float32(np.sqrt(2 / np.prod(shape[1:])))
-    if key.endswith("running_var"):
-        return 1 + 0.2 * abs(r)
-    return 1 + 0.1 * r if key.endswith("bn.weight") else 0.1 * r
-
-
-def put(tree, path, value):
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = value
-
-
-@pytest.fixture(scope="module")
-def variables():
-    """All of the reference's tensors, under the names that Flax has for them."""
-    variables = {"params": {}, "batch_stats": {}}
-    for line in (DATA / "inception_state_dict_shapes.txt").read_text().splitlines():
-        key, shape = line.split()
-        if shape == "scalar":
-            continue
-        value = drawn(key, tuple(map(int, shape.split("x"))))
-        *path, name = key.split(".")
-        if key == "fc.weight":
-            put(variables["params"], ["fc", "kernel"], value.T)
-        elif key == "fc.bias":
-            put(variables["params"], ["fc_bias"], value)
-        elif path[-1] == "conv":
-            put(variables["params"], [*path, "kernel"], value.transpose(2, 3, 1, 0))
-        else:
-            name = BATCH_NORM[name]
-            room = "batch_stats" if name in ("mean", "var") else "params"
-            put(variables[room], [*path, name], value)
-    return variables
-
-
-def test_features_and_logits(variables):
+def test_features_and_logits():
+    variables = published.inception(drawn.state("inception"))
+    variables = traverse_util.unflatten_dict(variables, sep="/")
     images = GOLDEN["images"].transpose(0, 2, 3, 1)
     model = inception.InceptionV3()
     shapes = jax.eval_shape(model.init, jax.random.key(0), images)

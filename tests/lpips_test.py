@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent import convert, weights
+from binlatent import published, weights
 from binlatent.errors import UserError
 from binlatent.models.lpips import LPIPS, MIN_SIZE, VGG16, unit_length
 
@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent / "data" / "lpips_vgg.npz"
 @pytest.fixture(scope="module")
 def vgg16_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "vgg16.npz"
-    weights.write(path, convert.vgg16(drawn.vgg16_state()))
+    weights.write(path, published.vgg16(drawn.vgg16_state()))
     return path
 
 

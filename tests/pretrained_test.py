@@ -16,7 +16,7 @@ import pytest
 import reference
 from PIL import Image
 
-from binlatent import build, checkpoint, convert, evaluate, masks, train
+from binlatent import build, checkpoint, convert, evaluate, masks, state_dicts, train
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 
@@ -319,7 +319,7 @@ def test_images_without_the_labels_of_a_prior_are_judged_without(converted, phot
 
 def test_the_command_reports_what_it_found_and_what_it_left(tmp_path, monkeypatch, capsys):
     state = reference.state("ae_c16")
-    monkeypatch.setattr(convert, "read_state_dict", lambda path: state)
+    monkeypatch.setattr(state_dicts, "read", lambda path: state)
     for name in ("binaryae_7.th", "binaryae_ema_7.th"):
         (tmp_path / name).touch()
     source, out = str(tmp_path / "binaryae_7.th"), str(tmp_path / "out")

