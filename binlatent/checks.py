@@ -157,7 +157,7 @@ def check_resumable(config: Config, trained: Config, stage: str) -> None:
 
 
 _COUNTS = (
-    *("log_every", "evaluate_every", "checkpoint_every", "keep_checkpoints"),
+    *("log_every", "preview_every", "checkpoint_every", "keep_checkpoints"),
     *("autoencoder.num_bits", "autoencoder.codebook_size", "autoencoder.codebook_width"),
     *("autoencoder.num_channels", "autoencoder.base_width"),
     *("autoencoder.patch", "autoencoder.embedding_width"),
@@ -168,6 +168,7 @@ _COUNTS = (
     *("prior.train.batch_size", "prior.train.num_steps"),
     *("sample.batch_size", "evaluate.num_images", "evaluate.num_samples"),
     *("evaluate.classifier_images", "evaluate.bound_draws"),
+    *("evaluate.cas_epochs", "evaluate.cas_batch_size"),
 )
 
 # More is a slip, or someone's config that would keep the machine busy for ever.
@@ -178,6 +179,13 @@ _AT_MOST = {
     "autoencoder.discriminator.num_layers": 100,
     "prior.num_layers": 200,
     "prior.num_timesteps": 1_000_000,
+}
+
+_CHOICES = {
+    "data.crop": ("centre", "random"),
+    "evaluate.network": ("inception", "efficientnet", "classifier"),
+    "evaluate.labels": ("balanced", "data"),
+    "on_nonfinite": ("stop", "skip"),
 }
 
 
@@ -213,13 +221,17 @@ def check(config: Config) -> None:
         "prior.vlb_weight",
         "autoencoder.decoder_depth",
         "autoencoder.num_blocks",
+        "evaluate.every",
         *weights,
     ):
         value = functools.reduce(operator.getitem, name.split("."), config)
         if not 0 <= value < math.inf:
             raise UserError(f"config.{name} must be at least 0, not {value}.")
-    if config.data.crop not in ("centre", "random"):
-        raise UserError(f'config.data.crop must be "centre" or "random", not {config.data.crop!r}.')
+    for name, choices in _CHOICES.items():
+        value = functools.reduce(operator.getitem, name.split("."), config)
+        if value not in choices:
+            shown = ", ".join(map(repr, choices[:-1]))
+            raise UserError(f"config.{name} must be {shown} or {choices[-1]!r}, not {value!r}.")
     augmented = config.data.flip or config.data.crop == "random"
     if augmented and (config.prior.cache_codes or config.prior.codes):
         raise UserError(
@@ -233,10 +245,6 @@ def check(config: Config) -> None:
         )
     if not 0 <= config.seed < 2**32:
         raise UserError(f"config.seed must be between 0 and 2**32 - 1, not {config.seed}.")
-    if config.on_nonfinite not in ("stop", "skip"):
-        raise UserError(
-            f'config.on_nonfinite must be "stop" or "skip", not {config.on_nonfinite!r}.'
-        )
     build.autoencoder(config)
     build.networks(config)
     T = build.denoiser(config).num_timesteps

@@ -47,6 +47,14 @@ def _summary_writer(directory: Path):
     return SummaryWriter(str(directory))
 
 
+def write_scalars(directory: Path, metrics: dict[str, float], step: int = 0) -> None:
+    """Writes metrics to TensorBoard alone, where TensorFlow is installed."""
+    writer = _summary_writer(directory)
+    if writer is not None:
+        writer.write_scalars(step, metrics)
+        writer.close()
+
+
 def _drop_torn_line(path: Path) -> None:
     """Ends a file at its last whole line: a kill or a full disk may have cut the one after it."""
     with path.open("rb+") as file:

@@ -22,12 +22,14 @@ from binlatent import (
     masks,
     outputs,
     processes,
+    quality,
     table4,
     train,
 )
 from binlatent.data.sources import read_image
 from binlatent.data.transforms import to_float
 from binlatent.errors import UserError
+from binlatent.evaluation import comparison
 from binlatent.pipeline import BinaryLatentDiffusion
 
 _TRAINING = ("all", "train_autoencoder", "train_prior", "table4")
@@ -51,7 +53,10 @@ flags.DEFINE_enum(
     "training images' codes, for the prior to learn from.",
 )
 flags.DEFINE_integer(
-    "num", None, "sample, reconstruct: how many images. inpaint, vary: how many results of each."
+    "num",
+    None,
+    "sample, reconstruct: how many images. inpaint, vary: how many results of each. evaluate with "
+    "--metrics: how many samples; default config.evaluate.num_samples.",
 )
 flags.DEFINE_integer("steps", None, "sample, inpaint, vary: reverse steps, 1 to T of training.")
 flags.DEFINE_float("temperature", None, "sample, inpaint, vary: tau > 0; less is less diverse.")
@@ -80,6 +85,19 @@ flags.DEFINE_multi_string(
 flags.DEFINE_float("strength", None, "vary: how far from the image, above 0 to 1. Default 0.5.")
 flags.DEFINE_integer("seed", 0, "sample, inpaint, vary: of the draw.")
 flags.DEFINE_string("out", None, "sample, reconstruct, inpaint, vary: the PNG file to write.")
+flags.DEFINE_list(
+    "metrics",
+    None,
+    f"evaluate: of {','.join(quality.METRICS)}, as docs/evaluation.md says; without it, what "
+    "report.json holds.",
+)
+flags.DEFINE_enum(
+    "keep",
+    "none",
+    quality.KEEP,
+    "evaluate with --metrics: keep the samples, as PNG files or in one .npz file as ADM's "
+    "evaluator reads.",
+)
 flags.DEFINE_string(
     "coordinator",
     None,
@@ -90,12 +108,16 @@ flags.DEFINE_integer("num_processes", None, "How many processes train together."
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
 _PROCESSES = ("coordinator", "num_processes", "process_id")
 
+_OPTIONS = ("steps", "temperature", "guidance")  # of config.sample that have flags of their own
+
 # The modes that a flag means something to.
-_DRAWN = ("all", "sample", "inpaint", "vary")
+_DRAWN = ("all", "sample", "inpaint", "vary", "evaluate")
 _MEANT_FOR = {
-    **dict.fromkeys(("steps", "temperature", "guidance", "label", "seed", "option"), _DRAWN),
+    **dict.fromkeys(("steps", "temperature", "guidance", "seed", "option"), _DRAWN),
+    "label": ("all", "sample", "inpaint", "vary"),
     "features": ("sample", "inpaint", "vary"),
     "num": (*_DRAWN, "reconstruct"),
+    **dict.fromkeys(("metrics", "keep"), ("evaluate",)),
     "image": ("inpaint", "vary"),
     "mask": ("inpaint",),
     "strength": ("vary",),
@@ -113,6 +135,10 @@ def _parse_flags(argv: list[str]) -> list[str]:
     for name, modes in _MEANT_FOR.items():
         if FLAGS[name].present and mode not in modes:
             command.bad_usage(f"--{name} is for --mode={' or '.join(modes)}")
+    if mode == "evaluate" and FLAGS.metrics is None:
+        for name in ("num", "keep", "seed", *_OPTIONS, "option"):
+            if FLAGS[name].present:
+                command.bad_usage(f"--{name} is for --mode=evaluate with --metrics")
     given = [FLAGS[name].present for name in _PROCESSES]
     if any(given):
         if not all(given):
@@ -185,7 +211,7 @@ def _masks(pipeline: BinaryLatentDiffusion, num: int) -> np.ndarray:
 
 def _options() -> dict[str, Any]:
     """Returns what the flags put in place of `config.sample`."""
-    options = {name: FLAGS[name].value for name in ("steps", "temperature", "guidance")}
+    options = {name: FLAGS[name].value for name in _OPTIONS}
     for option in FLAGS.option:
         name, equals, value = option.partition("=")
         if not equals:
@@ -223,6 +249,9 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         train.train_prior(config, workdir)
     if mode in ("train_autoencoder", "train_prior"):
         return
+    if FLAGS.metrics is not None:
+        _evaluate(workdir, config, options)
+        return
     if jax.process_index():
         return  # what is left is process 0's; the others wait for it as they exit
     pipeline = BinaryLatentDiffusion.from_workdir(workdir, config)
@@ -255,6 +284,21 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
     if mode == "all":
         key = build.key(FLAGS.seed, "trajectory")
         _write(workdir / "trajectory.png", outputs.trajectory(pipeline, key))
+
+
+def _evaluate(
+    workdir: Path, config: ml_collections.ConfigDict | None, options: dict[str, Any]
+) -> None:
+    pipeline = BinaryLatentDiffusion.from_workdir(workdir, config)
+    values, protocol = quality.run(
+        *(pipeline, workdir, FLAGS.metrics),
+        num=FLAGS.num,
+        seed=FLAGS.seed,
+        keep=FLAGS.keep,
+        **options,
+    )
+    if values:
+        log.info("%s\n\n%s", comparison.table(values), comparison.describe(protocol))
 
 
 def main(argv: list[str]) -> None:

@@ -17,7 +17,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from binlatent import build, checks, codes, evaluate, outputs, processes, weights
+from binlatent import build, checks, codes, evaluate, outputs, processes, quality, weights
 from binlatent.checkpoint import Checkpoints, as_config, exists
 from binlatent.data import loader
 from binlatent.data.sources import Source
@@ -54,6 +54,7 @@ class Stage(NamedTuple):
     encoder: str  # fingerprint of the frozen encoder, "" for stage 1
     evaluate: Callable[[Any], dict[str, float]]  # EMA parameters -> metrics
     preview: Callable[[Any], np.ndarray]  # EMA parameters -> a picture
+    judge: Callable[[Any], dict[str, float]] | None = None  # EMA parameters -> metrics of samples
 
 
 def with_classes(config: Config, source: Source) -> Config:
@@ -217,8 +218,22 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         encoder=encoder.encoder_fingerprint,
         evaluate=lambda params: evaluate.prior_metrics(pipeline(params), probs, labels),
         preview=lambda params: outputs.samples(pipeline(params), build.key(config.seed, "preview")),
+        judge=_judge(config, pipeline, workdir),
     )
     return stage, config
+
+
+def _judge(config: Config, pipeline: Callable, workdir: Path) -> Callable | None:
+    """Returns what measures the samples of a prior's parameters, if `config.evaluate` asks for it.
+
+    Raises:
+      UserError: for unknown metrics or missing weights, before any training.
+    """
+    if not config.evaluate.every:
+        return None
+    quality.check_while_training(config)
+    network = quality.network(config, workdir)
+    return lambda params: quality.while_training(pipeline(params), network, workdir)
 
 
 @contextmanager
@@ -421,10 +436,12 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     }
                     checkpoints.save(state, meta)
                     saved = step
-                if writes and not stopping and (last or step % config.evaluate_every == 0):
+                if writes and not stopping and (last or step % config.preview_every == 0):
                     params = jax.device_get(state.ema_params)
                     logbook.record(step, stage.evaluate(params))
                     logbook.picture(step, "preview", stage.preview(params))
+                if stage.judge and not stopping and step % config.evaluate.every == 0:
+                    logbook.record(step, stage.judge(jax.device_get(state.ema_params)))
                 if last:  # one may have come meanwhile; and no process leaves before the others
                     stopping = _signals(stop)()
                 if stopping:

@@ -47,7 +47,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.sample.guidance = 1.0
     config.sample.batch_size = 100
 
+    config.evaluate.network = "classifier"
+    config.evaluate.weights = ""
+    config.evaluate.cas_epochs = 12
+    config.evaluate.cas_batch_size = 128
+
     config.log_every = 50
-    config.evaluate_every = 1_000
+    config.preview_every = 1_000
     config.checkpoint_every = 500
     return config

@@ -138,7 +138,7 @@ def test_what_is_safe_may_change_on_the_way(stage):
         **{f"{name}.train.num_steps": 7 for name in ("autoencoder", "prior")},
         **{f"{name}.train.learning_rate": 1e-5 for name in ("autoencoder", "prior")},
         **{f"{name}.train.decay": "cosine" for name in ("autoencoder", "prior")},
-        **dict(log_every=1, evaluate_every=2, checkpoint_every=3, keep_checkpoints=4),
+        **dict(log_every=1, preview_every=2, checkpoint_every=3, keep_checkpoints=4),
         **{"on_nonfinite": "skip", "debug_nans": True, "sample.steps": 8, "data.path": "moved"},
     }
     checks.check_resumable(changed(overrides), default.get_config(), stage)

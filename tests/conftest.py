@@ -77,8 +77,10 @@ TINY = {
     "evaluate.num_images": 20,
     "evaluate.num_samples": 20,
     "evaluate.classifier_images": 40,
+    "evaluate.cas_epochs": 1,
+    "evaluate.cas_batch_size": 8,
     "log_every": 2,
-    "evaluate_every": 6,
+    "preview_every": 6,
     "checkpoint_every": 2,
 }
 

@@ -24,6 +24,8 @@ def test_features_and_logits():
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, dict(shapes))
     with jax.default_matmul_precision("highest"):
         outputs = jax.jit(model.apply)(variables, images)
+    spatial = outputs.pop("spatial")
+    assert spatial.shape == (len(images), 17 * 17 * 7)
     assert len(outputs) == 6
     for name, output in outputs.items():
         expected = GOLDEN[f"feat_{name}"]

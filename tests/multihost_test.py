@@ -138,7 +138,7 @@ def test_processes_of_different_configs_refuse_to_start(digits_dir, no_tensorflo
 
 def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, no_tensorflow, tmp_path):
     flags = ("--mode=train_autoencoder", "--config.autoencoder.train.num_steps=100000")
-    flags += ("--config.evaluate_every=100000", "--config.checkpoint_every=20")
+    flags += ("--config.preview_every=100000", "--config.checkpoint_every=20")
     folder = tmp_path / "run" / "autoencoder"
     saved = 0
     for victim in (1, 0):

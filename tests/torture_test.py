@@ -32,7 +32,7 @@ CHANGES = {
     "autoencoder.train.num_steps": 20 * KILLS,
     "log_every": 1,
     "checkpoint_every": EVERY,
-    "evaluate_every": 1_000_000,
+    "preview_every": 1_000_000,
 }
 
 

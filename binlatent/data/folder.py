@@ -84,6 +84,15 @@ def list_images(path: str, split: str, table: str = "") -> Listing:
     return _listing(images if split == "train" else _find(test), classes, "train/")
 
 
+def find_images(path: str) -> list[str]:
+    """Returns all images below a folder, sorted.
+
+    Raises:
+      UserError: if there are none.
+    """
+    return [image.file for image in _find(os.path.expanduser(path))]
+
+
 def _find(root: str) -> list[_Image]:
     """Returns the images below root, sorted; the first subfolder's name is the class."""
     files = _kept(root)

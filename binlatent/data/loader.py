@@ -1,7 +1,7 @@
 """The Grain pipeline: endless shuffled training batches, and one ordered pass to test."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -97,6 +97,18 @@ def test_batches(source: Source, batch_size: int) -> Iterator[tuple[Batch, np.nd
     )
     for start, batch in zip(range(0, padded, batch_size), dataset, strict=True):
         yield batch, (np.arange(start, start + batch_size) < total).astype(np.float32)
+
+
+def in_order(
+    count: int, read: Callable[[int], np.ndarray], batch_size: int
+) -> Iterator[np.ndarray]:
+    """Yields what `read` gives for 0, 1, ... to count - 1, stacked in batches, the last smaller.
+
+    Threads read ahead.
+    """
+    dataset = grain.MapDataset.range(count).map(read).batch(batch_size)
+    options = grain.ReadOptions(max(4, cores()), prefetch_buffer_size=4)
+    return iter(dataset.to_iter_dataset(options))
 
 
 def _to_arrays(batch: dict[str, Any]) -> Batch:

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -158,12 +158,25 @@ def read_image(
     Raises:
       UnreadableImage: if it cannot be read, calling it `what`.
     """
+    with _opened(file, what) as image:
+        return transforms.to_square(image, image_size, channels, position)
+
+
+def read_whole(file: str, what: str) -> np.ndarray:
+    """Returns an image as it is, of three channels, uint8 (h, w, 3); raises as `read_image`."""
+    with _opened(file, what) as image:
+        return np.asarray(transforms.to_channels(image, 3))
+
+
+@contextlib.contextmanager
+def _opened(file: str | BinaryIO, what: str) -> Iterator[Image.Image]:
+    """Opens an image; what is raised inside too says that it cannot be read."""
     if isinstance(file, str) and os.path.exists(file) and not os.path.isfile(file):
         # Of a pipe, reading would not end.
         raise UnreadableImage(f"cannot read the image {what}, replace or remove it: it is no file")
     try:
         with Image.open(file, formats=FORMATS) as image:
-            return transforms.to_square(image, image_size, channels, position)
+            yield image
     except FileNotFoundError as error:
         raise UnreadableImage(f"there is no image {what}") from error
     except UnidentifiedImageError as error:

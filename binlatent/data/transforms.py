@@ -9,8 +9,7 @@ def to_square(
 ) -> np.ndarray:
     """Turns an image of any mode upright, fits its shorter side and crops a square.
 
-    Transparency is composited on white, 16-bit values are scaled to 8 bits. An image that already
-    has the right size and mode keeps its values.
+    An image that already has the right size and mode keeps its values.
 
     Args:
       image: of any size and of any mode but "F".
@@ -20,6 +19,32 @@ def to_square(
 
     Returns:
       uint8 (image_size, image_size, channels).
+
+    Raises:
+      ValueError: as `to_channels`.
+    """
+    image = to_channels(image, channels)
+    width, height = image.size
+    if (width, height) != (image_size, image_size):
+        side = min(width, height)
+        left, top = int(position * (width - side)), int(position * (height - side))
+        # Resizes and crops in one, and widens the filter where it shrinks, against aliasing.
+        image = image.resize(
+            (image_size, image_size),
+            Image.Resampling.BICUBIC,
+            box=(left, top, left + side, top + side),
+        )
+    return np.asarray(image).reshape(image_size, image_size, channels)
+
+
+def to_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Turns an image of any mode upright, and into 8 bits of one or three channels.
+
+    Transparency is composited on white, 16-bit values are scaled to 8 bits.
+
+    Args:
+      image: of any mode but "F".
+      channels: 1 (luminance) or 3 (RGB).
 
     Raises:
       ValueError: for floating-point images (mode "F"), whose range is not known.
@@ -34,18 +59,7 @@ def to_square(
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    width, height = image.size
-    if (width, height) != (image_size, image_size):
-        side = min(width, height)
-        left, top = int(position * (width - side)), int(position * (height - side))
-        # Resizes and crops in one, and widens the filter where it shrinks, against aliasing.
-        image = image.resize(
-            (image_size, image_size),
-            Image.Resampling.BICUBIC,
-            box=(left, top, left + side, top + side),
-        )
-    return np.asarray(image).reshape(image_size, image_size, channels)
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

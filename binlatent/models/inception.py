@@ -150,7 +150,9 @@ class InceptionV3(nn.Module):
 
         Returns:
           `64`, `192`, `768` and `2048`, (n, that many), means over the grid at four depths;
-          `logits`, (n, 1008), and `logits_unbiased`, without the last bias, of the inception score.
+          `spatial`, (n, 17 * 17 * 7), of sFID (Nash et al., 2021), seven features of each place in
+          Mixed_6d; `logits`, (n, 1008), and `logits_unbiased`, without the last bias, of the
+          inception score.
         """
 
         def mean(x):
@@ -171,6 +173,9 @@ class InceptionV3(nn.Module):
         x = _Mixed6a(name="Mixed_6a")(x)
         for name, width in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):
             x = _Mixed6(width, name=f"Mixed_6{name}")(x)
+            if name == "d":
+                # The first of its first branch, `mixed_6/conv` in TensorFlow's graph.
+                features["spatial"] = x[..., :7].reshape(len(x), -1)
         features["768"] = mean(x)
         x = _Mixed7a(name="Mixed_7a")(x)
         for name in "bc":

@@ -1,0 +1,145 @@
+"""Compares two sets of images, with no model at all.
+
+python -m binlatent.evaluation --reference REAL --images GENERATED --metrics fid,kid,is,pr,dc
+
+Each set is a folder of images, an .npz file of images as ADM's evaluator reads (arr_0), or an .npz
+file of statistics (mu, sigma) as pytorch-fid, ADM and this command write. psnr, ssim and lpips
+compare the images of two folders in pairs, in sorted order.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from binlatent import command, logbook
+from binlatent.errors import UserError
+from binlatent.evaluation import comparison, exchange, features, pairs
+
+log = logging.getLogger("binlatent.evaluation")  # also as __main__
+
+NETWORKS = {"inception": features.inception, "efficientnet": features.efficientnet}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "binlatent.evaluation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    flag = parser.add_argument
+    flag("--reference", type=Path, metavar="PATH", help="the real images, or their statistics")
+    flag("--images", type=Path, metavar="PATH", help="those to judge")
+    flag(
+        "--metrics",
+        default="fid,kid,is,pr,dc",
+        help=f"of {','.join((*comparison.METRICS, *pairs.METRICS))}; default: %(default)s",
+    )
+    flag("--network", choices=NETWORKS, default="inception", help="default: %(default)s")
+    flag("--weights", type=Path, help="its .npz file; default: NETWORK.npz")
+    flag("--vgg16", type=Path, default=Path("vgg16.npz"), help="for lpips; default: %(default)s")
+    flag("--size", type=int, help="bring a folder's images to squares of so many pixels first")
+    flag(
+        "--batch_size", type=int, default=64, help="changes speed and memory; default: %(default)s"
+    )
+    flag("--out", type=Path, metavar="FILE", help=".json file of the metrics and their protocol")
+    flag("--tensorboard", type=Path, metavar="DIR", help="to write them to as well")
+    flag(
+        "--write_statistics",
+        type=Path,
+        metavar="FILE",
+        help="write the reference's statistics to an .npz file, to give as --reference later",
+    )
+    return parser
+
+
+def _feature_metrics(
+    names: list[str], flags: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns the metrics that compare features, and their protocol; writes statistics if asked."""
+    if flags.images is not None:
+        comparison.check_reference(flags.reference, names)
+    paths = {"reference": flags.reference, "images": flags.images}
+    for path in paths.values():
+        if path is not None and not path.exists():
+            raise UserError(f"There is no folder or .npz file {str(path)!r}.")
+    read = [path for path in paths.values() if path is not None]
+    network = None
+    if not all(exchange.holds_statistics(x) and not exchange.holds_images(x) for x in read):
+        network = NETWORKS[flags.network](flags.weights or f"{flags.network}.npz")
+    protocol: dict[str, Any] = {"network": network.protocol if network else "of the statistics"}
+    found: dict[str, Any] = dict.fromkeys(paths)
+    for name, path in paths.items():
+        if path is not None:
+            found[name], protocol[name] = comparison.load(
+                path, network, flags.batch_size, flags.size
+            )
+    if flags.write_statistics:
+        described = {**protocol["reference"], "network": protocol["network"]}
+        exchange.write_statistics(flags.write_statistics, found["reference"], described)
+        log.info("Wrote %s", flags.write_statistics)
+    if found["images"] is None:
+        return {}, protocol
+    # Statistics may come from a file that does not say by which network.
+    suffix = {"inception": "", "efficientnet": "_effnet"}[flags.network]
+    return comparison.compare(found["reference"], found["images"], names, suffix), protocol
+
+
+def _pair_metrics(
+    names: list[str], flags: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns the metrics that compare images in pairs, and their protocol."""
+    if flags.reference is None or flags.images is None:
+        raise UserError(f"{', '.join(names)} compare pairs: give --reference and --images.")
+    x, y = (exchange.open_images(path, flags.size) for path in (flags.reference, flags.images))
+    if x.count != y.count or x.protocol["size"] != y.protocol["size"]:
+        raise UserError(
+            f"{', '.join(names)} compare pairs, but there are {x.count} images of "
+            f"{x.protocol['size']} in {flags.reference} and {y.count} of {y.protocol['size']} in "
+            f"{flags.images}."
+        )
+    both = zip(x.batches(flags.batch_size), y.batches(flags.batch_size), strict=True)
+    values = pairs.pair_metrics(both, names, vgg16=flags.vgg16, batch_size=flags.batch_size)
+    return values, {"reference": x.protocol, "images": y.protocol, "pairs": "in sorted order"}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compares; a user's error is one sentence and exit code 1."""
+    parser = _parser()
+    flags = parser.parse_args(argv)
+    if flags.images is None and flags.write_statistics is None:
+        parser.error("give --images, or --reference and --write_statistics")
+    if flags.write_statistics is not None and flags.reference is None:
+        parser.error("--write_statistics needs --reference")
+    if flags.batch_size < 1 or (flags.size is not None and flags.size < 1):
+        parser.error("--batch_size and --size must be at least 1")
+    with command.reporting():
+        names = [name.strip() for name in flags.metrics.split(",") if name.strip()]
+        comparison.check_metrics(names, (*comparison.METRICS, *pairs.METRICS))
+        for path, suffix in ((flags.out, ".json"), (flags.write_statistics, ".npz")):
+            if path is not None and path.suffix != suffix:
+                raise UserError(f"{str(path)!r} must end in {suffix}.")
+        of_pairs = [name for name in names if name in pairs.METRICS]
+        of_features = [name for name in names if name not in of_pairs]
+        values, protocol = {}, {}
+        if of_features or flags.images is None:
+            values, protocol = _feature_metrics(of_features, flags)
+        if of_pairs and flags.images is not None:
+            more, by = _pair_metrics(of_pairs, flags)
+            values, protocol = values | more, protocol | by
+        if not values:
+            return
+        protocol |= {
+            "quantised": "uint8",
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "jax": jax.__version__,
+        }
+        print(f"{comparison.table(values)}\n\n{comparison.describe(protocol)}")
+        if flags.out:
+            comparison.write(flags.out, values, protocol)
+        if flags.tensorboard:
+            logbook.write_scalars(flags.tensorboard, values)
+
+
+if __name__ == "__main__":
+    main()

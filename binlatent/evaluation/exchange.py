@@ -1,0 +1,260 @@
+"""Sets of images, and statistics of their features, in files that evaluators exchange.
+
+An image set is a folder, or an .npz file as ADM's evaluator reads: `arr_0`, uint8 (n, h, w, 3), and
+perhaps `arr_1`, labels. Statistics are .npz files as those of ADM and pytorch-fid: `mu` and `sigma`
+of FID's features, perhaps `mu_s` and `sigma_s` of sFID's. Ours also hold `count`, `features`,
+`logits` and `protocol`, which others ignore.
+"""
+
+import hashlib
+import json
+import textwrap
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from binlatent import weights
+from binlatent.data import folder, loader, sources
+from binlatent.errors import UserError
+from binlatent.evaluation.features import Features, Gaussian
+
+_GAUSSIANS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+class Images(NamedTuple):
+    """A set of images.
+
+    Fields:
+      count: n.
+      batches: of a size, in order: uint8 (b, h, w, 1 or 3), all of one h and w.
+      protocol: which images these are, in words and numbers.
+    """
+
+    count: int
+    batches: Callable[[int], Iterator[np.ndarray]]
+    protocol: dict[str, Any]
+
+
+def open_images(path: Path, image_size: int | None = None) -> Images:
+    """Opens a folder of images, or an .npz file of them.
+
+    Args:
+      path: of either.
+      image_size: to which squares around the centre are brought; None for images of one size,
+        which stay as they are. Not for .npz files.
+
+    Raises:
+      UserError: if there is nothing, no image or, later, from the batches, one that cannot be read
+        or is of another size than the first.
+    """
+    if path.is_dir():
+        return _open_folder(path, image_size)
+    if not path.is_file():
+        raise UserError(f"There is no folder or .npz file {str(path)!r}.")
+    if image_size is not None:
+        raise UserError(f"--size is for folders: the images in {path} have one size.")
+    count, shape = _npz_header(path)
+    protocol = {
+        "images": str(path),
+        "fingerprint": f"{path.name} {path.stat().st_size}",
+        "count": count,
+        "size": f"{shape[0]}x{shape[1]}",
+        "transform": "none",
+    }
+    return Images(count, lambda batch_size: _npz_batches(path, batch_size), protocol)
+
+
+def _open_folder(path: Path, image_size: int | None) -> Images:
+    files = folder.find_images(str(path))
+    if image_size is None:
+        size = _size(files[0])
+        transform = "none"
+    else:
+        size = (image_size, image_size)
+        transform = "centre square, bicubic with antialiasing where its size is another"
+
+    def read(index: int) -> np.ndarray:
+        file = files[index]
+        if image_size is not None:
+            return sources.read_image(file, repr(file), image_size, 3)
+        image = sources.read_whole(file, repr(file))
+        if image.shape[:2] != size:
+            raise UserError(
+                f"The images in {path} have several sizes: {Path(files[0]).name} is "
+                f"{size[1]}x{size[0]}, {Path(file).name} {image.shape[1]}x{image.shape[0]}. Give "
+                "--size=N to bring all to squares of N pixels."
+            )
+        return image
+
+    names = "\n".join(str(Path(file).relative_to(path)) for file in files)
+    protocol = {
+        "images": str(path),
+        "fingerprint": hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:16],
+        "count": len(files),
+        "size": f"{size[0]}x{size[1]}",
+        "transform": transform,
+    }
+    return Images(len(files), lambda b: loader.in_order(len(files), read, b), protocol)
+
+
+def _size(file: str) -> tuple[int, int]:
+    return sources.read_whole(file, repr(file)).shape[:2]
+
+
+def _damaged(path: Path, error: Exception | str) -> UserError:
+    reason = textwrap.shorten(str(error), 200)
+    return UserError(
+        f"{path} is no .npz file of images (arr_0, uint8 (n, h, w, 3)) or of statistics (mu and "
+        f"sigma) as evaluators exchange them: {reason}."
+    )
+
+
+def _open_array(archive: zipfile.ZipFile, name: str) -> tuple[Any, tuple[int, ...], np.dtype]:
+    """Opens an array of an .npz file; returns the stream of its entries, its shape and type."""
+    stream = archive.open(f"{name}.npy")
+    version = np.lib.format.read_magic(stream)
+    read = np.lib.format.read_array_header_1_0
+    if version != (1, 0):
+        read = np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(stream)
+    if fortran:
+        raise ValueError(f"{name} is stored by columns")
+    return stream, shape, dtype
+
+
+def _npz_header(path: Path) -> tuple[int, tuple[int, int, int]]:
+    """Returns the number of images in an .npz file and their shape."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stream, shape, dtype = _open_array(archive, "arr_0")
+            stream.close()
+    except Exception as error:  # by where the damage is
+        raise _damaged(path, error) from error
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not all(shape):
+        raise _damaged(path, f"arr_0 is {dtype} {shape}")
+    return shape[0], shape[1:]
+
+
+def _npz_batches(path: Path, batch_size: int) -> Iterator[np.ndarray]:
+    """Yields the images of an .npz file, which may be larger than memory."""
+    count, shape = _npz_header(path)
+    size = int(np.prod(shape))
+    with zipfile.ZipFile(path) as archive:
+        stream, _, _ = _open_array(archive, "arr_0")
+        with stream:
+            for start in range(0, count, batch_size):
+                n = min(batch_size, count - start)
+                try:
+                    batch = np.frombuffer(stream.read(n * size), np.uint8).reshape(n, *shape)
+                except Exception as error:
+                    raise _damaged(path, f"it ends after {start} images, {error}") from error
+                yield batch
+
+
+def write_batch(
+    path: Path, images: Iterator[np.ndarray], count: int, labels: np.ndarray | None
+) -> None:
+    """Writes images as ADM's evaluator reads them, without holding all in memory.
+
+    Args:
+      path: of the .npz file.
+      images: parts uint8 (m, h, w, c) of `count` in all; grey ones become r = g = b.
+      count: n.
+      labels: (n,) integers, or None.
+    """
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    with zipfile.ZipFile(unfinished, "w", allowZip64=True) as archive:
+        stream = None
+        for part in images:
+            part = np.broadcast_to(part, (*part.shape[:-1], 3))
+            if stream is None:
+                stream = archive.open("arr_0.npy", "w", force_zip64=True)
+                header = {
+                    "descr": "|u1",
+                    "fortran_order": False,
+                    "shape": (count, *part.shape[1:]),
+                }
+                np.lib.format.write_array_header_1_0(stream, header)
+            stream.write(np.ascontiguousarray(part).tobytes())
+        stream.close()
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as stream:
+                np.lib.format.write_array(stream, np.asarray(labels, np.int64))
+    unfinished.replace(path)
+
+
+def holds_statistics(path: Path) -> bool:
+    """Tells whether a file is an .npz file with statistics, perhaps beside images."""
+    return "mu.npy" in _names(path)
+
+
+def holds_images(path: Path) -> bool:
+    """Tells whether a path is a folder, or an .npz file with images, perhaps beside statistics."""
+    return path.is_dir() or "arr_0.npy" in _names(path)
+
+
+def _names(path: Path) -> list[str]:
+    if not path.is_file() or not zipfile.is_zipfile(path):
+        return []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except zipfile.BadZipFile:
+        return []
+
+
+def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
+    """Reads statistics of features.
+
+    Args:
+      path: an .npz file of this module, of ADM or of pytorch-fid.
+
+    Returns:
+      The features, and the protocol they were made by: {} if the file has none.
+
+    Raises:
+      UserError: if it has no statistics, or those that cannot be.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = [name for name in file.files if name not in ("arr_0", "arr_1")]
+            arrays = {name: file[name] for name in names}
+    except FileNotFoundError:
+        raise UserError(f"There is no file {str(path)!r}.") from None
+    except Exception as error:  # by where the damage is
+        raise _damaged(path, error) from error
+    gaussians = {}
+    for name, (mean, covariance) in _GAUSSIANS.items():
+        if mean not in arrays and name != "pool":
+            continue
+        if mean not in arrays or covariance not in arrays:
+            raise _damaged(path, f"it lacks {mean} or {covariance}")
+        gaussian = Gaussian(*(np.asarray(arrays[key], np.float64) for key in (mean, covariance)))
+        d = gaussian.mean.size
+        if gaussian.mean.shape != (d,) or gaussian.covariance.shape != (d, d) or not d:
+            shapes = gaussian.mean.shape, gaussian.covariance.shape
+            raise _damaged(path, f"{mean} and {covariance} have the shapes {shapes}")
+        if not all(np.isfinite(x).all() for x in gaussian):
+            raise _damaged(path, f"{mean} or {covariance} is not finite")
+        gaussians[name] = gaussian
+    try:
+        protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
+        count = int(arrays.get("count", 0))
+    except (TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+    features = Features(count, gaussians, arrays.get("features"), arrays.get("logits"))
+    return features, protocol
+
+
+def write_statistics(path: Path, features: Features, protocol: dict[str, Any]) -> None:
+    """Writes statistics of features, as `read_statistics` and other evaluators read them."""
+    arrays = {"count": np.array(features.count), "protocol": np.array(json.dumps(protocol))}
+    for name, gaussian in features.gaussians.items():
+        arrays |= dict(zip(_GAUSSIANS[name], gaussian, strict=True))
+    optional = {"features": features.pool, "logits": features.logits}
+    arrays |= {name: array for name, array in optional.items() if array is not None}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights.write(path, arrays)

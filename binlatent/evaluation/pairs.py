@@ -1,0 +1,79 @@
+"""Metrics of pairs of images, an image and what was made of it (Table 4, and LPIPS)."""
+
+import functools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from binlatent import weights
+from binlatent.data.transforms import to_float
+from binlatent.errors import UserError
+from binlatent.evaluation import metrics
+from binlatent.models.lpips import LPIPS, MIN_SIZE
+from binlatent.programs import map_batches
+from binlatent.stages.state import replicate
+
+METRICS = ("psnr", "ssim", "lpips")
+
+
+@jax.jit
+def _lpips(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        return LPIPS().apply(variables, x, y)
+
+
+def lpips(variables: Any, x: np.ndarray, y: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns the LPIPS of each pair, float32 (n,).
+
+    Args:
+      variables: of VGG16, as of `weights.read_vgg16`.
+      x, y: uint8 (n, h, w, 1 or 3), h and w at least 16.
+      batch_size: pairs at a time.
+    """
+    distance = functools.partial(_lpips, replicate(variables))
+    return map_batches(distance, batch_size, to_float(x), to_float(y))
+
+
+def pair_metrics(
+    pairs: Iterable[tuple[np.ndarray, np.ndarray]],
+    names: Sequence[str],
+    *,
+    vgg16: str | Path = "",
+    batch_size: int = 16,
+) -> dict[str, float]:
+    """Returns means over all pairs, and standard deviations over them, of metrics in `METRICS`.
+
+    Args:
+      pairs: parts of the images and of what was made of them, uint8 (n, h, w, c) both.
+      names: of the metrics.
+      vgg16: the file of weights for LPIPS.
+      batch_size: pairs at a time for LPIPS.
+
+    Returns:
+      For example `psnr` and `psnr_std`, in dB; see `metrics.psnr`, `metrics.ssim` and `LPIPS`.
+
+    Raises:
+      UserError: if the images are too small for a metric, or LPIPS has no weights.
+    """
+    variables = weights.read_vgg16(vgg16) if "lpips" in names else None
+    values: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    for x, y in pairs:
+        smallest = {"ssim": 11, "lpips": MIN_SIZE}
+        for name in names:
+            if min(x.shape[1:3]) < smallest.get(name, 1):
+                raise UserError(
+                    f"{name} needs images of at least {smallest[name]} pixels a side, not "
+                    f"{x.shape[1]}x{x.shape[2]}: leave it out."
+                )
+            if name == "lpips":
+                values[name].append(lpips(variables, x, y, batch_size))
+            else:
+                values[name].append({"psnr": metrics.psnr, "ssim": metrics.ssim}[name](x, y))
+    results = {}
+    for name, parts in values.items():
+        joined = np.concatenate(parts).astype(np.float64)
+        results |= {name: float(np.mean(joined)), f"{name}_std": float(np.std(joined))}
+    return results

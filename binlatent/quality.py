@@ -1,0 +1,306 @@
+"""Judges a workdir's samples, drawn resumably, by the metrics of the literature.
+
+`--mode=evaluate --metrics=...` and `config.evaluate.every` run it. In `evaluation` of a workdir lie
+the statistics of the reference, a folder of features for each way to draw samples, and the results,
+a JSON file each, with the protocol that they were measured by.
+"""
+
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from flax import traverse_util
+
+from binlatent import build, checkpoint, evaluate, weights
+from binlatent.data import loader
+from binlatent.data.sources import Source
+from binlatent.data.transforms import to_float, to_uint8
+from binlatent.errors import UserError
+from binlatent.evaluation import cas, comparison, exchange, features, pairs
+from binlatent.evaluation.classifier import train_classifier
+from binlatent.evaluation.exchange import Images
+from binlatent.evaluation.features import Features, Network
+from binlatent.logbook import Logbook
+from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.samples import Samples, digest
+
+log = logging.getLogger(__name__)
+
+Config = ml_collections.ConfigDict
+
+METRICS = (*comparison.METRICS, "cas", *pairs.METRICS, "bound")
+KEEP = ("none", "png", "npz")
+
+
+def network(config: Config, workdir: Path) -> Network:
+    """Returns the network that `config.evaluate` names; a classifier is trained once a workdir.
+
+    Raises:
+      UserError: if its weights are not there, or the data has no classes.
+    """
+    name, path = config.evaluate.network, config.evaluate.weights
+    if name != "classifier":
+        return {"inception": features.inception, "efficientnet": features.efficientnet}[name](path)
+    return features.classifier(*_classifier(config, workdir / "evaluation"))
+
+
+def _classifier(config: Config, folder: Path) -> tuple[Any, int]:
+    """Returns a classifier's parameters, trained on the training images, and its classes.
+
+    Raises:
+      UserError: if the images have no classes.
+    """
+    source = evaluate.open_data(config, "train")
+    num_images = min(config.evaluate.classifier_images, len(source.examples))
+    if not source.num_classes:
+        raise UserError(
+            'config.evaluate.network = "classifier" needs images with classes: use "inception" or '
+            '"efficientnet".'
+        )
+    path = folder / f"classifier_{source.fingerprint}_{num_images}_{config.seed}.npz"
+    if not path.exists() and jax.process_index() == 0:
+        log.info("Training a classifier on %d real images", num_images)
+        images, labels = evaluate.load_images(source, num_images)
+        key = build.key(config.seed, "classifier")
+        params = jax.device_get(train_classifier(images, labels, source.num_classes, key))
+        weights.write(path, traverse_util.flatten_dict(params, sep="/"))
+    while not path.exists():  # all processes judge by the same; if one fails, this one is ended
+        time.sleep(0.5)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            params = traverse_util.unflatten_dict(dict(file.items()), sep="/")
+    except Exception as error:  # by where the damage is
+        raise UserError(f"{path} is damaged: delete it, and it is made anew.") from error
+    return params, source.num_classes
+
+
+def reference(config: Config, network: Network, workdir: Path) -> tuple[Features, dict[str, Any]]:
+    """Returns the features of the real images of `config.evaluate.reference`, and which these are.
+
+    They are kept in the workdir, under a name made of all that they depend on.
+    """
+    name = config.evaluate.reference
+    if name not in ("train", "test"):
+        return comparison.load(Path(name), network, config.sample.batch_size)
+    source = evaluate.open_data(config, name, workdir, keep=False)
+    protocol = {
+        "images": config.data.name,
+        "split": name,
+        "fingerprint": source.fingerprint,
+        "count": len(source.examples),
+        "size": "x".join(map(str, build.image_shape(config))),
+        "transform": "centre square, bicubic with antialiasing where its size is another",
+    }
+    path = workdir / "evaluation" / f"reference_{digest(protocol, network.protocol)}.npz"
+    if path.exists():
+        return exchange.read_statistics(path)[0], protocol
+    log.info("Judging %d real images", len(source.examples))
+    found = comparison.features_of(network, _images(source, protocol), config.sample.batch_size)
+    found = found._replace(logits=None)
+    exchange.write_statistics(path, found, {**protocol, "network": network.protocol})
+    return found, protocol
+
+
+def _images(source: Source, protocol: dict[str, Any]) -> Images:
+    def read(index: int) -> np.ndarray:
+        return source.examples[index]["image"]
+
+    count = len(source.examples)
+    return Images(count, lambda batch_size: loader.in_order(count, read, batch_size), protocol)
+
+
+def _classification_accuracy(config: Config, samples: Samples) -> dict[str, float]:
+    """Returns CAS: of a classifier of samples on real test images."""
+    test = evaluate.open_data(config, "test", keep=False)
+    images, labels = evaluate.load_images(test, len(test.examples))
+    return cas.classification_accuracy(
+        samples.images(),
+        samples.labels(),
+        images,
+        labels,
+        config.data.num_classes,
+        build.key(config.seed, "cas"),
+        num_epochs=config.evaluate.cas_epochs,
+        batch_size=config.evaluate.cas_batch_size,
+    )
+
+
+def check(config: Config, metrics: Sequence[str], num: int) -> None:
+    """Refuses metrics that there are not, or not for such a prior, before anything is drawn.
+
+    Raises:
+      UserError: naming the metric.
+    """
+    comparison.check_metrics(metrics, METRICS)
+    if "cas" in metrics and build.condition(config) != "class":
+        raise UserError("cas is for priors with classes: leave it out.")
+    if "cas" in metrics and num < config.data.num_classes:
+        raise UserError(
+            f"cas trains on samples of {config.data.num_classes} classes, so --num={num} is not "
+            "enough."
+        )
+    if "sfid" in metrics and config.evaluate.network != "inception":
+        raise UserError('sfid is of config.evaluate.network="inception" alone: leave it out.')
+    if "is" in metrics and num < 10:
+        raise UserError(f"is takes samples in ten parts, so --num={num} is not enough.")
+
+
+def check_while_training(config: Config) -> None:
+    """Refuses what `config.evaluate` asks for at each `every` steps, before any training.
+
+    Raises:
+      UserError: naming the metric.
+    """
+    comparison.check_metrics(config.evaluate.metrics, comparison.METRICS)
+    check(config, config.evaluate.metrics, config.evaluate.num_samples)
+
+
+def of_samples(
+    samples: Samples, config: Config, network: Network, workdir: Path, metrics: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns the metrics in `comparison.METRICS` of samples, and their protocol."""
+    known, protocol = None, {"samples": samples.protocol, "network": network.protocol}
+    if set(metrics) != {"is"}:
+        known, protocol["reference"] = reference(config, network, workdir)
+    values = comparison.compare(known, samples.features(), metrics, network.suffix)
+    return values, protocol
+
+
+def run(
+    pipeline: BinaryLatentDiffusion,
+    workdir: Path,
+    metrics: Sequence[str],
+    *,
+    num: int | None = None,
+    seed: int = 0,
+    keep: str = "none",
+    **options: Any,
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Measures a workdir and writes a JSON file and TensorBoard; goes on where it was interrupted.
+
+    Args:
+      pipeline: of the workdir.
+      workdir: for the results.
+      metrics: of `METRICS`.
+      num: of samples; `config.evaluate.num_samples` if None.
+      seed: of the samples.
+      keep: what to keep of them, as of `Samples`.
+      **options: of the sampler, in place of `config.sample`.
+
+    Returns:
+      The metrics by name, and the protocol; {} in all processes but the first.
+
+    Raises:
+      UserError: for an unknown metric, missing weights, or a workdir without a prior.
+    """
+    config = pipeline.config
+    num = config.evaluate.num_samples if num is None else num
+    check(config, metrics, num)
+    options = {name: value for name, value in options.items() if value is not None}
+    if "lpips" in metrics:
+        weights.read_vgg16(config.autoencoder.loss.vgg16)  # before any work
+    of_features = [name for name in metrics if name in comparison.METRICS]
+    of_pairs = [name for name in metrics if name in pairs.METRICS]
+    values: dict[str, float] = {}
+    protocol: dict[str, Any] = {}
+    first = jax.process_index() == 0
+    if of_features or "cas" in metrics:
+        if pipeline.prior_params is None:
+            raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
+        judge = network(config, workdir) if of_features else None
+        samples = Samples(
+            *(pipeline, judge, workdir / "evaluation", num),
+            seed=seed,
+            options=options,
+            keep=keep,
+            images="cas" in metrics,
+        )
+        if not first:
+            return {}, {}
+        protocol["samples"] = samples.protocol
+        if keep == "npz":
+            log.info("Wrote %s", samples.write_batch())
+        if of_features:
+            values, protocol = of_samples(samples, config, judge, workdir, of_features)
+        if "cas" in metrics:
+            values |= _classification_accuracy(config, samples)
+            protocol["cas"] = {
+                "epochs": config.evaluate.cas_epochs,
+                "batch_size": config.evaluate.cas_batch_size,
+            }
+    if not first:
+        return {}, {}
+    if of_pairs or "bound" in metrics:
+        more, protocol["test images"] = _of_test_images(pipeline, workdir, of_pairs, metrics)
+        values |= more
+    protocol["quantised"] = "uint8"
+    protocol["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    protocol["jax"] = jax.__version__
+    name = f"{digest(protocol)}.json"
+    comparison.write(workdir / "evaluation" / name, values, protocol)
+    step = _newest_step(workdir)
+    with Logbook(workdir, "evaluation", step, step) as logbook:
+        logbook.record(step, values)
+    return values, protocol
+
+
+def _newest_step(workdir: Path) -> int:
+    """Returns the step of the newest checkpoint of the last stage that there is, 0 without one."""
+    for stage in ("prior", "autoencoder"):
+        if checkpoint.exists(workdir, stage):
+            with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
+                return checkpoints.latest_step()
+    return 0
+
+
+def _of_test_images(
+    pipeline: BinaryLatentDiffusion, workdir: Path, of_pairs: Sequence[str], metrics: Sequence[str]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns the metrics of test images' reconstructions and codes, and which images these are."""
+    config = pipeline.config
+    source = evaluate.open_data(config, "test", workdir)
+    images, labels = evaluate.load_images(source, config.evaluate.num_images)
+    protocol = {
+        "images": config.data.name,
+        "split": "test",
+        "fingerprint": source.fingerprint,
+        "count": len(images),
+        "codes": "y > 0.5",
+    }
+    values: dict[str, float] = {}
+    if of_pairs:
+        size = config.sample.batch_size
+        parts = (images[i : i + size] for i in range(0, len(images), size))
+        both = ((part, to_uint8(pipeline.reconstruct(to_float(part)))) for part in parts)
+        vgg16 = config.autoencoder.loss.vgg16
+        values |= pairs.pair_metrics(both, of_pairs, vgg16=vgg16, batch_size=size)
+    if "bound" in metrics:
+        if pipeline.prior_params is None:
+            raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
+        known = evaluate.known_labels(config, source, labels)
+        probs = pipeline.encode_probs(to_float(images))
+        values |= evaluate.likelihood_metrics(pipeline, probs, known)
+        protocol["bound"] = f"codes drawn, {config.evaluate.bound_draws} draws of noise a step"
+    return values, protocol
+
+
+def while_training(
+    pipeline: BinaryLatentDiffusion, network: Network, workdir: Path
+) -> dict[str, float]:
+    """Returns `config.evaluate.metrics` of a prior that is being trained; {} but in process 0.
+
+    All processes take part in drawing `config.evaluate.num_samples`; nothing of them stays.
+    """
+    config = pipeline.config
+    samples = Samples(pipeline, network, workdir / "evaluation", config.evaluate.num_samples)
+    if jax.process_index():
+        return {}
+    values, _ = of_samples(samples, config, network, workdir, config.evaluate.metrics)
+    shutil.rmtree(samples.folder)
+    return values

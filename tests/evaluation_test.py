@@ -1,0 +1,145 @@
+"""`python -m binlatent.evaluation`: two sets of images, and no model."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from skimage import metrics as skimage_metrics
+
+from binlatent import weights
+from binlatent.evaluation import __main__ as evaluation
+from binlatent.evaluation import features, metrics
+
+
+@pytest.fixture(scope="module")
+def effnet(tmp_path_factory):
+    """Weights of EfficientNet-lite0, drawn."""
+    random, arrays = np.random.default_rng(0), {}
+    for name, like in weights.efficientnet_lite0_shapes().items():
+        x = random.normal(size=like.shape)
+        if len(like.shape) > 1:
+            x *= np.sqrt(2 / np.prod(like.shape[:-1]))
+        elif name.endswith(("scale", "var")):
+            x = 1 + 0.1 * np.abs(x)
+        else:
+            x *= 0.1
+        arrays[name] = x.astype(like.dtype)
+    path = tmp_path_factory.mktemp("weights") / "effnet.npz"
+    weights.write(path, arrays)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """A folder of pictures, a batch of the same ones brighter, and both as arrays."""
+    path = tmp_path_factory.mktemp("sets")
+    random = np.random.default_rng(1)
+    coarse = random.integers(0, 200, (24, 4, 4, 3), np.uint8)
+    real = coarse.repeat(8, axis=1).repeat(8, axis=2)
+    (path / "real" / "deeper").mkdir(parents=True)
+    for i, image in enumerate(real):
+        Image.fromarray(image).save(path / "real" / "deeper" / f"{i:03}.png")
+    generated = real + random.integers(0, 50, real.shape, np.uint8)
+    np.savez(path / "generated.npz", arr_0=generated)
+    return path, real, generated
+
+
+def run(capsys, *flags):
+    """Runs the command; returns its exit code, what it printed, and its errors."""
+    code = 0
+    try:
+        evaluation.main(list(map(str, flags)))
+    except SystemExit as stopped:
+        code = stopped.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_two_sets_their_statistics_and_the_protocol(capsys, sets, effnet, tmp_path):
+    path, real, generated = sets
+    network = ("--network=efficientnet", f"--weights={effnet}", "--batch_size=8")
+    code, out, err = run(
+        *(capsys, f"--reference={path / 'real'}", f"--images={path / 'generated.npz'}", *network),
+        "--metrics=fid,pr,dc,is,psnr,ssim",
+        f"--out={tmp_path / 'x.json'}",
+        f"--write_statistics={tmp_path / 'real.npz'}",
+    )
+    assert code == 0, err
+    result = json.loads((tmp_path / "x.json").read_text())
+    values, protocol = result["metrics"], result["protocol"]
+    judge = features.efficientnet(effnet)
+    a, b = (judge.apply(x, 8)["pool"] for x in (real, generated))
+    assert values["fd_effnet"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-6)
+    assert "FD-EffNet" in out and "FID" not in out
+    assert "24 reference images for 1280 features" in err
+    assert values["psnr"] == pytest.approx(
+        np.mean(
+            [
+                skimage_metrics.peak_signal_noise_ratio(*pair)
+                for pair in zip(real, generated, strict=True)
+            ]
+        ),
+        rel=1e-6,
+    )
+    assert protocol["reference"]["count"] == 24 and protocol["images"]["size"] == "32x32"
+    assert protocol["network"]["weights"] == weights.sha256(effnet)
+    # The written statistics take the place of the folder; then images need no reference images.
+    code, _, err = run(
+        *(capsys, f"--reference={tmp_path / 'real.npz'}", f"--images={path / 'generated.npz'}"),
+        *(*network, "--metrics=fid,pr", f"--out={tmp_path / 'y.json'}"),
+    )
+    assert code == 0, err
+    again = json.loads((tmp_path / "y.json").read_text())["metrics"]
+    for name in again:
+        assert again[name] == pytest.approx(values[name], rel=1e-9)
+    # And two of statistics need no network at all.
+    code, out, err = run(
+        *(capsys, f"--reference={tmp_path / 'real.npz'}", f"--images={tmp_path / 'real.npz'}"),
+        *("--network=efficientnet", "--weights=none", "--metrics=fid"),
+    )
+    assert code == 0, err
+    assert abs(float(out.split()[1])) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (("--reference={real}", "--images={real}"), "There is no file 'inception.npz'"),
+        (("--images={real}", "--metrics=fid"), "Give a reference"),
+        (("--reference={none}", "--images={real}"), "There is no folder or .npz file"),
+        (("--reference={real}", "--images={real}", "--metrics=fdi"), "There is no metric 'fdi'"),
+        (("--reference={real}", "--images={real}", "--out=x.txt"), "'x.txt' must end in .json"),
+        (("--reference={real}", "--images={batch}", "--metrics=psnr", "--size=8"), "--size is for"),
+        (("--reference={cut}", "--images={real}", "--metrics=psnr"), "cut.npz is no .npz file"),
+    ],
+)
+def test_errors_are_a_sentence(capsys, sets, tmp_path, flags, text):
+    path, _, _ = sets
+    (tmp_path / "cut.npz").write_bytes((path / "generated.npz").read_bytes()[:900])
+    places = {
+        "real": path / "real",
+        "batch": path / "generated.npz",
+        "none": tmp_path / "none",
+        "cut": tmp_path / "cut.npz",
+    }
+    code, out, err = run(capsys, *(flag.format(**places) for flag in flags))
+    assert code == 1 and not out
+    assert err.startswith("Error: ") and text in err and len(err.strip().splitlines()) == 1
+
+
+def test_pairs_need_as_many_images(capsys, sets, tmp_path):
+    path, real, _ = sets
+    np.savez(tmp_path / "fewer.npz", arr_0=real[:5])
+    code, _, err = run(
+        *(capsys, f"--reference={path / 'real'}", f"--images={tmp_path / 'fewer.npz'}"),
+        "--metrics=psnr",
+    )
+    assert code == 1 and "24 images of 32x32" in err and "5 of 32x32" in err
+
+
+def test_usage(capsys):
+    code, _, err = run(capsys, "--metrics=fid")
+    assert code == 2 and "give --images" in err
+    assert jax.device_count() == 4

@@ -1,0 +1,147 @@
+"""Sets of images and statistics in the files that evaluators exchange."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from binlatent.errors import UserError
+from binlatent.evaluation import exchange
+from binlatent.evaluation.features import Features, Gaussian
+
+
+def pictures(seed, n=5, size=(12, 16)):
+    return np.random.default_rng(seed).integers(0, 256, (n, *size, 3), np.uint8)
+
+
+def save(folder, images):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{i:03}.png")
+    return folder
+
+
+def joined(images, batch_size):
+    batches = list(images.batches(batch_size))
+    assert [len(batch) for batch in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    return np.concatenate(batches)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_folders_and_batches_hold_the_same_images(tmp_path, batch_size):
+    images = pictures(0)
+    folder = exchange.open_images(save(tmp_path / "images", images))
+    np.savez(tmp_path / "adm.npz", arr_0=images, arr_1=np.arange(5))
+    batch = exchange.open_images(tmp_path / "adm.npz")
+    for found in (folder, batch):
+        assert found.count == 5 and found.protocol["size"] == "12x16"
+        np.testing.assert_array_equal(joined(found, batch_size), images)
+
+
+def test_written_batches_are_what_numpy_reads(tmp_path):
+    images = pictures(1, 7)
+    parts = iter([images[:3], images[3:]])
+    exchange.write_batch(tmp_path / "x.npz", parts, 7, np.arange(7))
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as file:
+        np.testing.assert_array_equal(file["arr_0"], images)
+        np.testing.assert_array_equal(file["arr_1"], np.arange(7))
+    grey = images[..., :1]
+    exchange.write_batch(tmp_path / "grey.npz", iter([grey]), 7, None)
+    with np.load(tmp_path / "grey.npz", allow_pickle=False) as file:
+        assert file.files == ["arr_0"]
+        np.testing.assert_array_equal(file["arr_0"], np.repeat(grey, 3, axis=-1))
+
+
+def test_size_crops_squares(tmp_path):
+    images = pictures(2, 2, (12, 20))
+    found = exchange.open_images(save(tmp_path / "images", images), 12)
+    np.testing.assert_array_equal(joined(found, 2), images[:, :, 4:16])
+    assert "centre square" in found.protocol["transform"]
+
+
+def test_statistics_come_back(tmp_path):
+    random = np.random.default_rng(3)
+    pool, spatial = random.normal(size=(9, 4)), random.normal(size=(9, 6))
+    gaussians = {
+        name: Gaussian(x.mean(axis=0), np.cov(x.T))
+        for name, x in (("pool", pool), ("spatial", spatial))
+    }
+    path = tmp_path / "deep" / "statistics.npz"
+    exchange.write_statistics(path, Features(9, gaussians, pool, None), {"images": "here"})
+    with np.load(path, allow_pickle=False) as file:  # as pytorch-fid and ADM read it
+        np.testing.assert_array_equal(file["mu"], gaussians["pool"].mean)
+        np.testing.assert_array_equal(file["sigma_s"], gaussians["spatial"].covariance)
+    found, protocol = exchange.read_statistics(path)
+    assert found.count == 9 and found.logits is None and protocol == {"images": "here"}
+    np.testing.assert_array_equal(found.pool, pool)
+    np.testing.assert_array_equal(found.gaussians["spatial"].mean, gaussians["spatial"].mean)
+    assert exchange.holds_statistics(path) and not exchange.holds_images(path)
+
+
+def test_statistics_of_others(tmp_path):
+    np.savez(tmp_path / "fid.npz", mu=np.zeros(4), sigma=np.eye(4))
+    found, protocol = exchange.read_statistics(tmp_path / "fid.npz")
+    assert (found.count, found.pool, protocol) == (0, None, {})
+    assert list(found.gaussians) == ["pool"]
+
+
+@pytest.mark.parametrize(
+    ("arrays", "text"),
+    [
+        ({"sigma": np.eye(4)}, "lacks mu"),
+        ({"mu": np.zeros(3), "sigma": np.eye(4)}, "shapes"),
+        ({"mu": np.zeros(4), "sigma": np.full((4, 4), np.nan)}, "not finite"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(2)}, "lacks mu_s or sigma_s"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4), "protocol": np.array("{")}, "statistics"),
+    ],
+)
+def test_damaged_statistics(tmp_path, arrays, text):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(UserError, match=text):
+        exchange.read_statistics(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+    ("array", "text"),
+    [
+        (pictures(0).astype(np.float32), "float32"),
+        (pictures(0)[..., :2], "arr_0 is uint8"),
+        (pictures(0)[:0], "arr_0 is uint8"),
+        (pictures(0)[0], "arr_0 is uint8"),
+        (np.asfortranarray(pictures(0)), "by columns"),
+    ],
+)
+def test_batches_of_something_else(tmp_path, array, text):
+    np.savez(tmp_path / "x.npz", arr_0=array)
+    with pytest.raises(UserError, match=text):
+        exchange.open_images(tmp_path / "x.npz")
+
+
+def test_cut_batch(tmp_path):
+    np.savez(tmp_path / "x.npz", arr_0=pictures(0, 50))
+    content = bytearray((tmp_path / "x.npz").read_bytes())
+    content[5000] ^= 255  # in the images, which the archive's checksum then does not fit
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(UserError, match="ends after"):
+        list(exchange.open_images(tmp_path / "x.npz").batches(8))
+    (tmp_path / "y.npz").write_bytes(content[:3000])
+    with pytest.raises(UserError, match=r"y\.npz is no \.npz file"):
+        exchange.open_images(tmp_path / "y.npz")
+
+
+def test_several_sizes(tmp_path):
+    save(tmp_path, pictures(0))
+    Image.fromarray(pictures(1, 1, (9, 9))[0]).save(tmp_path / "zoo.png")
+    with pytest.raises(UserError, match=r"000\.png is 16x12, zoo\.png 9x9\. Give --size=N"):
+        list(exchange.open_images(tmp_path).batches(2))
+    assert joined(exchange.open_images(tmp_path, 8), 4).shape == (6, 8, 8, 3)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="no images in"):
+        exchange.open_images(tmp_path)
+    with pytest.raises(UserError, match="no folder or"):
+        exchange.open_images(tmp_path / "missing")
+    save(tmp_path, pictures(0))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"cannot read the image .*bad\.png"):
+        list(exchange.open_images(tmp_path).batches(2))

@@ -1,0 +1,177 @@
+"""A workdir's samples: drawn once, shard by shard, judged, and told with how."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from binlatent import build, checkpoint, evaluate, quality, samples, train
+from binlatent.data.transforms import to_uint8
+from binlatent.errors import UserError
+from binlatent.evaluation import classifier, comparison, metrics
+from binlatent.pipeline import BinaryLatentDiffusion
+
+
+@pytest.fixture
+def pipeline(tiny_config):
+    tiny_config.data.num_classes = 10
+    keys = jax.random.split(jax.random.key(0))
+    model = BinaryLatentDiffusion(
+        tiny_config,
+        build.init_autoencoder(tiny_config, keys[0]),
+        build.init_prior(tiny_config, keys[1]),
+    )
+    noise = iter(jax.random.split(jax.random.key(1), 1_000))
+    # Untrained, all samples would look alike.
+    for name in ("autoencoder_params", "prior_params"):
+        params = getattr(model, name)
+        moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), params)
+        setattr(model, name, moved)
+    return model
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    monkeypatch.setattr(samples, "_SHARD", 8)
+
+
+def draw(pipeline, folder, num=20, **more):
+    return samples.Samples(pipeline, None, folder, num, **{"images": True, **more})
+
+
+def test_samples_are_those_of_their_seed_and_class(pipeline, tmp_path, small_shards):
+    found = draw(pipeline, tmp_path, seed=3)
+    np.testing.assert_array_equal(found.labels(), np.arange(20) % 10)
+    images = found.images()
+    assert len(images) == 20
+    key = jax.random.fold_in(build.key(3, "evaluate"), 1)
+    expected = to_uint8(pipeline.sample(8, key, np.arange(8, 16) % 10))
+    np.testing.assert_array_equal(np.stack([images[i] for i in range(8, 16)]), expected)
+    assert found.protocol["labels"] == "balanced, 10 classes in turn"
+    assert found.protocol["steps"] == 4 and found.protocol["count"] == 20
+
+
+def test_only_what_is_missing_is_drawn(pipeline, tmp_path, small_shards, monkeypatch):
+    first = draw(pipeline, tmp_path)
+    before = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    assert len(before) == 6
+    drawn = []
+    sample = pipeline.sample
+    monkeypatch.setattr(
+        pipeline,
+        "sample",
+        lambda num, *rest, **more: drawn.append(num) or sample(num, *rest, **more),
+    )
+    (first.folder / "0000008_8.npz").unlink()  # as if killed before it
+    (first.folder / "0000016_4.npz.unfinished").touch()
+    second = draw(pipeline, tmp_path)
+    assert drawn == [8] and second.folder == first.folder
+    assert {name: (second.folder / name).read_bytes() for name in before} == before
+    # More of them: whole shards serve again. Other settings: other samples.
+    draw(pipeline, tmp_path, 24)
+    assert drawn == [8, 8]
+    assert draw(pipeline, tmp_path, 2, options={"temperature": 0.5}).folder != first.folder
+
+
+@pytest.mark.parametrize("keep", ["png", "npz"])
+def test_samples_are_kept(pipeline, tmp_path, small_shards, keep):
+    found = draw(pipeline, tmp_path, keep=keep, images=False)
+    images = found.images()
+    if keep == "png":
+        files = sorted((found.folder / "png").iterdir())
+        stored = [np.asarray(Image.open(file)) for file in files]
+        assert files[7].name == "0000007.png"
+        np.testing.assert_array_equal(np.stack(stored), np.concatenate(images.parts)[..., 0])
+        return
+    path = found.write_batch()
+    assert path.name == "samples_20x28x28x3.npz"
+    with np.load(path) as file:
+        np.testing.assert_array_equal(file["arr_0"][..., :1], np.concatenate(images.parts))
+        np.testing.assert_array_equal(file["arr_1"], np.arange(20) % 10)
+
+
+def test_labels_of_the_data(pipeline, tmp_path, small_shards):
+    pipeline.config.evaluate.labels = "data"
+    found = draw(pipeline, tmp_path, 40)
+    examples = evaluate.open_data(pipeline.config, "train").examples
+    order = np.random.default_rng(0).permutation(len(examples))
+    expected = [examples[int(i)]["label"] for i in order[:40]]
+    np.testing.assert_array_equal(found.labels(), expected)
+
+
+def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
+    names = ["fid", "kid", "is", "pr", "dc", "cas", "psnr", "ssim", "bound"]
+    values, protocol = quality.run(pipeline, tmp_path, names, num=30, temperature=0.7)
+    assert set(values) >= {
+        *("fd_classifier", "kd_classifier", "kd_classifier_std", "score_classifier"),
+        *("precision_classifier", "recall_classifier", "density_classifier"),
+        *("coverage_classifier", "cas_top1", "cas_top5", "psnr", "psnr_std", "ssim"),
+        *("bits_per_image", "bits_per_dim"),
+    }
+    assert "fid" not in values and all(np.isfinite(list(values.values())))
+    # The distance once more, by hand: all 4,500 training images, and the samples that were drawn.
+    found = samples.Samples(
+        pipeline, None, tmp_path / "x", 30, options={"temperature": 0.7}, images=True
+    )
+    params, _ = quality._classifier(pipeline.config, tmp_path / "evaluation")
+    train_images, _ = evaluate.load_images(evaluate.open_data(pipeline.config, "train"), 10_000)
+    _, a = classifier.apply_classifier(params, train_images, 10)[:2]
+    _, b = classifier.apply_classifier(params, np.concatenate(found.images().parts), 10)[:2]
+    assert values["fd_classifier"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-3)
+    assert protocol["reference"]["count"] == len(train_images)
+    assert protocol["samples"]["temperature"] == 0.7
+    assert len(protocol["network"]["weights"]) == 16
+    stored = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
+    assert stored == [{"metrics": values, "protocol": json.loads(json.dumps(protocol))}]
+    logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert logged[-1]["stage"] == "evaluation" and logged[-1]["psnr"] == values["psnr"]
+    # Neither the reference nor the samples are judged again.
+    monkeypatch.setattr(comparison, "features_of", None)
+    monkeypatch.setattr(pipeline, "sample", None)
+    again, _ = quality.run(pipeline, tmp_path, ["fid"], num=30, temperature=0.7)
+    assert again == {"fd_classifier": values["fd_classifier"]}
+
+
+@pytest.mark.parametrize(
+    ("names", "num", "text"),
+    [
+        (["fdi"], 20, "no metric 'fdi'"),
+        (["cas"], 5, "--num=5 is not enough"),
+        (["sfid"], 20, '"inception" alone'),
+        (["is"], 5, "--num=5 is not enough"),
+        (["lpips"], 20, "no file .* with VGG16's weights"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_first(pipeline, tmp_path, names, num, text):
+    with pytest.raises(UserError, match=text):
+        quality.run(pipeline, tmp_path, names, num=num)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_prior_or_the_data_has_not(pipeline, tmp_path):
+    pipeline.config.evaluate.network = "inception"
+    pipeline.config.evaluate.weights = str(tmp_path / "none.npz")
+    with pytest.raises(UserError, match=r"none\.npz"):
+        quality.run(pipeline, tmp_path, ["fid"])
+    pipeline.prior_params = None
+    with pytest.raises(UserError, match="has no prior yet"):
+        quality.run(pipeline, tmp_path, ["bound"])
+
+
+def test_metrics_while_training(tiny_config, tmp_path):
+    tiny_config.evaluate.every = 3
+    tiny_config.evaluate.metrics = ("fid", "pr")
+    train.train_autoencoder(tiny_config, tmp_path)
+    train.train_prior(tiny_config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    judged = {line["step"]: line for line in lines if "fd_classifier" in line}
+    assert list(judged) == [3, 6] and judged[3]["stage"] == "prior"
+    assert judged[3]["fd_classifier"] != judged[6]["fd_classifier"]
+    assert not list((tmp_path / "evaluation").glob("samples_*"))
+    # The last ones are those of the checkpoint's averaged weights.
+    model = BinaryLatentDiffusion.from_workdir(tmp_path)
+    values, _ = quality.run(model, tmp_path, ["fid"])
+    assert values["fd_classifier"] == pytest.approx(judged[6]["fd_classifier"], rel=1e-6)
+    assert checkpoint.exists(tmp_path, "prior")
