@@ -230,8 +230,8 @@ def check(config: Config) -> None:
     for name, choices in _CHOICES.items():
         value = functools.reduce(operator.getitem, name.split("."), config)
         if value not in choices:
-            shown = ", ".join(map(repr, choices[:-1]))
-            raise UserError(f"config.{name} must be {shown} or {choices[-1]!r}, not {value!r}.")
+            shown = ", ".join(f'"{x}"' for x in choices[:-1])
+            raise UserError(f'config.{name} must be {shown} or "{choices[-1]}", not {value!r}.')
     augmented = config.data.flip or config.data.crop == "random"
     if augmented and (config.prior.cache_codes or config.prior.codes):
         raise UserError(
