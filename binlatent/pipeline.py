@@ -312,7 +312,7 @@ class BinaryLatentDiffusion:
 
         Args:
           num: n, at least 1.
-          key: a typed PRNG key, `jax.random.key(seed)`.
+          key: a typed PRNG key, `jax.random.key(seed)`; or one a sample, (num,).
           label: a class, or n of them; of a prior of texts, the features of one, (e,) or (m, e), or
             of n; None for none.
           **options: in place of those in `config.sample`, whose names they have, among them

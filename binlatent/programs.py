@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from binlatent.diffusion import likelihood, sampling
+from binlatent.errors import UserError
 from binlatent.models.autoencoder import Autoencoder
 from binlatent.stages.prior import Denoiser
 from binlatent.stages.state import spread
@@ -126,9 +127,22 @@ def code_lengths(
     )
 
 
-def sample_keys(key: Array, num: int) -> Array:
-    """Returns a key for each of `num` samples, whatever batches they are drawn in."""
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(num))
+def sample_keys(key: Array, num: int, first: int = 0) -> Array:
+    """Returns a key for each of `num` samples, from the `first` on, whatever batches they are in.
+
+    Args:
+      key: a typed PRNG key of all; or already those of the samples, (num,), which come back.
+      num: how many.
+      first: number of the first.
+
+    Raises:
+      UserError: for another number of keys.
+    """
+    if key.shape == (num,):
+        return key
+    if key.shape:
+        raise UserError(f"Give one key, or one for each of {num} samples, not {key.shape}.")
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(first, first + num))
 
 
 def map_batches(function: Callable, batch_size: int, *arrays: Any) -> Any:

@@ -13,7 +13,7 @@ import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from binlatent import build, checkpoint, checks, evaluate, figures, weights
+from binlatent import build, checkpoint, checks, evaluate, figures, programs, weights
 from binlatent.data.transforms import to_uint8
 from binlatent.errors import UserError
 from binlatent.evaluation import exchange, features
@@ -22,7 +22,7 @@ from binlatent.pipeline import BinaryLatentDiffusion
 
 Config = ml_collections.ConfigDict
 
-_SHARD = 500  # samples drawn before their features are written
+_SHARD = 500  # samples drawn before their features are written, at most
 
 
 def digest(*content: Any) -> str:
@@ -55,7 +55,7 @@ class Samples:
           pipeline: with a prior.
           network: whose features are kept; None for none.
           folder: in which the folder of these samples lies.
-          num: how many samples.
+          num: how many samples; with a larger number they are the first.
           seed: of the draw.
           options: in place of `config.sample`.
           keep: "png" for a file each in `png`, "npz" for one file as ADM's evaluator reads, "none".
@@ -83,7 +83,8 @@ class Samples:
 
     def _parts(self) -> list[tuple[int, int, Path]]:
         """Returns first index, size and file of each shard."""
-        sizes = [(i, min(_SHARD, self._num - i)) for i in range(0, self._num, _SHARD)]
+        shard = min(_SHARD, -(-self._num // jax.process_count()))
+        sizes = [(i, min(shard, self._num - i)) for i in range(0, self._num, shard)]
         return [(i, size, self.folder / f"{i:07}_{size}.npz") for i, size in sizes]
 
     def _draw(self) -> None:
@@ -91,10 +92,9 @@ class Samples:
         key = build.key(self._seed, "evaluate")
         this, turns = jax.process_index(), jax.process_count()
         with tqdm(total=self._num, unit=" samples", disable=True if this else None) as progress:
-            for start, size, path in self._parts():
-                shard = start // _SHARD
+            for shard, (start, size, path) in enumerate(self._parts()):
                 if shard % turns == this and not self._is_whole(path):
-                    self._draw_shard(start, size, path, jax.random.fold_in(key, shard))
+                    self._draw_shard(start, size, path, programs.sample_keys(key, size, start))
                 progress.update(size)
         # If another process fails, this one is ended.
         while not this and not all(self._is_whole(path) for _, _, path in self._parts()):
@@ -103,9 +103,9 @@ class Samples:
     def _is_whole(self, path: Path) -> bool:
         return path.exists() and (not self._with_images or _images_of(path).exists())
 
-    def _draw_shard(self, start: int, size: int, path: Path, key: jax.Array) -> None:
+    def _draw_shard(self, start: int, size: int, path: Path, keys: jax.Array) -> None:
         labels = self._labels.take(start, size)
-        images = to_uint8(self._pipeline.sample(size, key, labels, **self._options))
+        images = to_uint8(self._pipeline.sample(size, keys, labels, **self._options))
         arrays = {} if labels is None or labels.ndim > 1 else {"labels": labels}
         if self._network is not None:
             batch_size = self._pipeline.config.sample.batch_size
@@ -159,7 +159,7 @@ def _images_of(path: Path) -> Path:
 
 
 class Stored:
-    """Images in .npy files of _SHARD each, by index."""
+    """Images in .npy files of equal numbers but for the last, by index."""
 
     def __init__(self, paths: Sequence[Path]):
         """Maps the files into memory."""
@@ -169,7 +169,7 @@ class Stored:
         return sum(map(len, self.parts))
 
     def __getitem__(self, index: int) -> np.ndarray:
-        shard, place = divmod(int(index), _SHARD)
+        shard, place = divmod(int(index), len(self.parts[0]))
         return self.parts[shard][place]
 
 

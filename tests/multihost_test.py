@@ -88,7 +88,7 @@ def restored(workdir, stage, config):
 def test_two_processes_end_with_the_parameters_of_one(
     digits_dir, tiny_config, no_tensorflow, tmp_path
 ):
-    with Pair(tmp_path, digits_dir, no_tensorflow) as pair:
+    with Pair(tmp_path, digits_dir, no_tensorflow, "--config.evaluate.every=6") as pair:
         assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
     train.train_autoencoder(tiny_config, tmp_path / "one")
     train.train_prior(tiny_config, tmp_path / "one")
@@ -118,6 +118,10 @@ def test_two_processes_end_with_the_parameters_of_one(
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == [2, 4, 6] * 2
     assert len([x for x in lines if "psnr" in x or "bce" in x]) == 2
+    # Both drew the samples that were judged, ten each.
+    (judged,) = [x["fd_classifier"] for x in lines if "fd_classifier" in x]
+    assert 0 < judged < np.inf
+    assert not list((tmp_path / "run" / "evaluation").glob("samples_*"))
     assert "prior 6/6" in pair.output(0) and "Wrote" in pair.output(0)
     assert "prior" not in pair.output(1) and "Wrote" not in pair.output(1)
     report = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -9,7 +9,7 @@ from binlatent import build, checks, figures, masks, outputs
 from binlatent.diffusion import bernoulli
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion, known_tokens
-from binlatent.programs import map_batches, sample_codes
+from binlatent.programs import map_batches, sample_codes, sample_keys
 
 
 def random_like(params, seed):
@@ -85,6 +85,14 @@ def test_the_same_key_gives_the_same_codes_whatever_the_batch_split(pipeline):
     np.testing.assert_array_equal(pipeline.sample_codes(5, jax.random.key(0), 1), codes[:5])
     pipeline.config.sample.batch_size = 3
     np.testing.assert_array_equal(pipeline.sample_codes(8, jax.random.key(0), 1), codes)
+
+
+def test_a_key_a_sample_gives_any_part_of_the_samples(pipeline):
+    key = jax.random.key(7)
+    keys = sample_keys(key, 3, first=2)
+    np.testing.assert_array_equal(pipeline.sample_codes(3, keys), pipeline.sample_codes(5, key)[2:])
+    with pytest.raises(UserError, match=r"one for each of 4 samples, not \(3,\)"):
+        pipeline.sample_codes(4, keys)
 
 
 def test_temperature_guidance_and_label_do_not_recompile(pipeline):
