@@ -185,7 +185,7 @@ def train_resnet(
     )
     step = parallel(step, num_frozen=1)
     init_key, batches_key = jax.random.split(key)
-    variables = model.lazy_init(init_key, jnp.zeros((1, size, size, images.shape[-1])))
+    variables = jax.jit(model.init)(init_key, jnp.zeros((1, size, size, images.shape[-1])))
     state = replicate(State(**variables, opt_state=optimizer.init(variables["params"])))
     batches = shuffled_batches(images, labels, batches_key, num_epochs, batch_size)
     for batch_images, batch_labels, step_key in batches:
