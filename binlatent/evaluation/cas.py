@@ -32,7 +32,7 @@ from binlatent.stages.state import (
 
 Array = jax.Array
 
-_SMALL = 64  # pixels a side up to which the digits' classifier is trained
+_SMALL = 64  # pixels of the shorter side up to which the digits' classifier is trained
 _LEARNING_RATE = 0.1  # for 256 images a step; in proportion for others
 _WARMUP_EPOCHS = 5
 _WEIGHT_DECAY = 1e-4
@@ -56,7 +56,8 @@ def classification_accuracy(
 ) -> dict[str, float]:
     """Classification accuracy score: of a network trained on samples, on real images.
 
-    Up to 64 pixels a side the network is the `Classifier` that judges digits, beyond a ResNet-50.
+    With sides of up to 64 pixels the network is the `Classifier` that judges digits, beyond that a
+    ResNet-50, on squares of 224 for images of 256.
     The same key gives the same result.
 
     Args:
@@ -99,7 +100,7 @@ def classification_accuracy(
             f"each class needs a sample to train on, but class {missing[0]} has none "
             f"({len(missing)} of {num_classes} classes have none): draw more samples."
         )
-    if max(real_images.shape[1:3]) <= _SMALL:
+    if min(real_images.shape[1:3]) <= _SMALL:
         params = train_classifier(samples, sample_labels, num_classes, key, num_epochs, batch_size)
         logits, _ = apply_classifier(params, images, num_classes, batch_size)
     else:
@@ -185,7 +186,7 @@ def train_resnet(
     )
     step = parallel(step, num_frozen=1)
     init_key, batches_key = jax.random.split(key)
-    variables = model.lazy_init(init_key, jnp.zeros((1, size, size, images.shape[-1])))
+    variables = jax.jit(model.init)(init_key, jnp.zeros((1, size, size, images.shape[-1])))
     state = replicate(State(**variables, opt_state=optimizer.init(variables["params"])))
     batches = shuffled_batches(images, labels, batches_key, num_epochs, batch_size)
     for batch_images, batch_labels, step_key in batches:
@@ -216,9 +217,9 @@ def crop_size(height: int, width: int) -> int:
 
 
 def random_crops(images: Array, keys: Array, size: int) -> Array:
-    """Returns random boxes of images, resized to squares, every other one mirrored.
+    """Returns random boxes of images, resized to squares and mirrored with probability 1/2.
 
-    A box has 8% to all of the image's area and a ratio of its sides of 3/4 to 4/3.
+    A box has 8% to all of the image's area, and its width is 3/4 to 4/3 of its height.
 
     Args:
       images: float, (n, h, w, c).
@@ -246,9 +247,8 @@ def _random_crop(image: Array, key: Array, *, size: int) -> Array:
     box = jnp.minimum(sides[jnp.argmax(fits)], height_width)
     offset = jax.random.uniform(offset_key, (2,)) * (height_width - box)
     scale = size / box
-    crop = jax.image.scale_and_translate(
-        *(image, (size, size, image.shape[-1]), (0, 1), scale, -offset * scale, "linear")
-    )
+    shape = (size, size, image.shape[-1])
+    crop = jax.image.scale_and_translate(image, shape, (0, 1), scale, -offset * scale, "linear")
     return jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)
 
 
