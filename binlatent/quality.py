@@ -7,12 +7,14 @@ a JSON file each, with the protocol that they were measured by.
 
 import logging
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import traverse_util
@@ -115,20 +117,39 @@ def _images(source: Source, protocol: dict[str, Any]) -> Images:
     return Images(count, lambda batch_size: loader.in_order(count, read, batch_size), protocol)
 
 
-def _classification_accuracy(config: Config, samples: Samples) -> dict[str, float]:
-    """Returns CAS: of a classifier of samples on real test images."""
-    test = evaluate.open_data(config, "test", keep=False)
-    images, labels = evaluate.load_images(test, len(test.examples))
-    return cas.classification_accuracy(
-        samples.images(),
-        samples.labels(),
-        images,
-        labels,
-        config.data.num_classes,
-        build.key(config.seed, "cas"),
-        num_epochs=config.evaluate.cas_epochs,
-        batch_size=config.evaluate.cas_batch_size,
-    )
+def _classification_accuracy(
+    config: Config, samples: Samples, folder: Path
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Returns CAS, of a classifier of samples on the real test images, and its protocol."""
+    source = evaluate.open_data(config, "test", keep=False)
+    count, labels = len(source.examples), []
+    with tempfile.NamedTemporaryFile(dir=folder, suffix=".npy") as file:
+        # They need not fit in memory.
+        images = np.lib.format.open_memmap(
+            file.name, "w+", np.uint8, (count, *build.image_shape(config))
+        )
+        for batch in loader.in_order(count, lambda i: source.examples[i], 64):
+            start = sum(map(len, labels))
+            images[start : start + len(batch["image"])] = batch["image"]
+            labels.append(batch["label"])
+        try:
+            values = cas.classification_accuracy(
+                *(samples.images(), samples.labels(), images, np.concatenate(labels)),
+                config.data.num_classes,
+                build.key(config.seed, "cas"),
+                num_epochs=config.evaluate.cas_epochs,
+                batch_size=config.evaluate.cas_batch_size,
+                dtype=jnp.dtype(config.dtype),
+            )
+        except ValueError as error:
+            raise UserError(f"CAS cannot be measured: {error}") from error
+    protocol = {
+        "epochs": config.evaluate.cas_epochs,
+        "batch_size": config.evaluate.cas_batch_size,
+        "test_images": count,
+        "seed": config.seed,
+    }
+    return values, protocol
 
 
 def check(config: Config, metrics: Sequence[str], num: int) -> None:
@@ -229,11 +250,10 @@ def run(
         if of_features:
             values, protocol = of_samples(samples, config, judge, workdir, of_features)
         if "cas" in metrics:
-            values |= _classification_accuracy(config, samples)
-            protocol["cas"] = {
-                "epochs": config.evaluate.cas_epochs,
-                "batch_size": config.evaluate.cas_batch_size,
-            }
+            more, protocol["cas"] = _classification_accuracy(
+                config, samples, workdir / "evaluation"
+            )
+            values |= more
     if not first:
         return {}, {}
     if of_pairs or "bound" in metrics:

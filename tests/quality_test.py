@@ -117,8 +117,8 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
     )
     params, _ = quality._classifier(pipeline.config, tmp_path / "evaluation")
     train_images, _ = evaluate.load_images(evaluate.open_data(pipeline.config, "train"), 10_000)
-    _, a = classifier.apply_classifier(params, train_images, 10)[:2]
-    _, b = classifier.apply_classifier(params, np.concatenate(found.images().parts), 10)[:2]
+    _, a = classifier.apply_classifier(params, train_images, 10)
+    _, b = classifier.apply_classifier(params, np.concatenate(found.images().parts), 10)
     assert values["fd_classifier"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-3)
     assert protocol["reference"]["count"] == len(train_images)
     assert protocol["samples"]["temperature"] == 0.7

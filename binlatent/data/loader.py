@@ -99,12 +99,10 @@ def test_batches(source: Source, batch_size: int) -> Iterator[tuple[Batch, np.nd
         yield batch, (np.arange(start, start + batch_size) < total).astype(np.float32)
 
 
-def in_order(
-    count: int, read: Callable[[int], np.ndarray], batch_size: int
-) -> Iterator[np.ndarray]:
-    """Yields what `read` gives for 0, 1, ... to count - 1, stacked in batches, the last smaller.
+def in_order(count: int, read: Callable[[int], Any], batch_size: int) -> Iterator[Any]:
+    """Yields what `read` gives for 0, 1, ... to count - 1, in batches, the last one smaller.
 
-    Threads read ahead.
+    Arrays, or dictionaries of them, are stacked. Threads read ahead.
     """
     dataset = grain.MapDataset.range(count).map(read).batch(batch_size)
     options = grain.ReadOptions(max(4, cores()), prefetch_buffer_size=4)
