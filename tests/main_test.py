@@ -63,6 +63,8 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         ((CONFIG, wd, "sample"), 2, "argument 'sample'"),
         ((CONFIG,), 2, "--workdir"),
         ((wd,), 2, "--mode=all needs --config"),
+        ((wd, "--mode=evaluate", "--num=5"), 2, "--mode=evaluate with --metrics"),
+        ((wd, "--mode=evaluate", "--metrics=fid", "--label=3"), 2, "--label is for --mode="),
         (("--config=configs/nothing.py", wd), 1, "no config file configs/nothing.py"),
         ((wd, "--mode=sample"), 1, "There is no workdir"),
         ((f"--workdir={empty}", "--mode=sample"), 1, "run --mode=train_autoencoder first"),
@@ -207,6 +209,20 @@ def test_evaluate_writes_the_report(workdir):
     np.testing.assert_allclose(
         report["prior"]["bits_per_image"], bits * report["prior"]["bits_per_dim"]
     )
+
+
+def test_evaluate_measures_what_is_asked_for(workdir, capsys):
+    call_main(
+        *(f"--workdir={workdir}", "--mode=evaluate", "--metrics=psnr,fid"),
+        *("--num=10", "--steps=2", "--keep=png"),
+    )
+    (path,) = (workdir / "evaluation").glob("*.json")
+    result = json.loads(path.read_text())
+    assert result["protocol"]["samples"]["steps"] == 2
+    assert len(list((workdir / "evaluation").glob("samples_*/png/*.png"))) == 10
+    shown = dict(line.split()[:2] for line in capsys.readouterr().err.splitlines() if line)
+    for title, name in (("PSNR", "psnr"), ("FD-classifier", "fd_classifier")):
+        assert float(shown[title]) == pytest.approx(result["metrics"][name], rel=1e-5)
 
 
 def test_a_config_for_another_model_is_refused(workdir, capsys):

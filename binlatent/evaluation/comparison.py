@@ -61,7 +61,8 @@ def features_of(network: Network, images: Images, batch_size: int) -> Features:
     def parts():
         nonlocal grey
         for batch in images.batches(batch_size):
-            grey += int(np.sum(np.all(batch == batch[..., :1], axis=(1, 2, 3))))
+            if batch.shape[-1] == 3:
+                grey += int(np.sum(np.all(batch == batch[..., :1], axis=(1, 2, 3))))
             yield network.apply(batch, batch_size)
 
     try:
