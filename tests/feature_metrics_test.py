@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from binlatent.evaluation import feature_metrics
+from binlatent.evaluation import feature_metrics, neighbours
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "feature_metrics.npz", allow_pickle=False)
 
@@ -43,31 +43,86 @@ def test_statistics_add_up_whatever_the_batches(batch):
     np.testing.assert_allclose(total.covariance, np.cov(features.T), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("block", [1, 2**25])
-def test_manifolds_are_those_of_brute_force(monkeypatch, block):
-    monkeypatch.setattr(feature_metrics, "_BLOCK", block)
-    real, generated, k = gaussian(0, 60, 3), gaussian(1, 40, 3, 1.3), 4
+def brute_force(real, generated, k_pr, k_dc):
+    def squared(a, b):
+        return np.array([np.sum(np.square(np.float64(x) - b), axis=1) for x in a])
 
-    def distance(x, y):
-        return np.linalg.norm(x - y)
+    def radii(a, k):
+        return np.sort(squared(a, a), axis=1)[:, k]
 
-    radii = {
-        name: [sorted(distance(x, y) for y in points)[k] for x in points]
-        for name, points in (("real", real), ("generated", generated))
+    between = squared(generated, real)
+    balls = between <= radii(real, k_dc)
+    return {
+        "precision": np.mean(np.any(between <= radii(real, k_pr), axis=1)),
+        "recall": np.mean(np.any(between <= radii(generated, k_pr)[:, None], axis=0)),
+        "density": np.sum(balls) / (k_dc * len(generated)),
+        "coverage": np.mean(np.any(balls, axis=0)),
     }
-    inside = np.array(
-        [[distance(y, x) <= r for x, r in zip(real, radii["real"], strict=True)] for y in generated]
-    )
-    back = [
-        any(distance(x, y) <= r for y, r in zip(generated, radii["generated"], strict=True))
-        for x in real
-    ]
-    assert feature_metrics.precision_recall(real, generated, k) == pytest.approx(
-        (inside.any(axis=1).mean(), np.mean(back))
-    )
-    assert feature_metrics.density_coverage(real, generated, k) == pytest.approx(
-        (inside.sum() / (k * 40), inside.any(axis=0).mean())
-    )
+
+
+def lattice(seed, n):
+    return np.random.default_rng(seed).integers(0, 3, (n, 4)).astype(np.float64)
+
+
+def modes(seed, n, d=5):
+    """Few, far from each other, of samples that float32 does not tell apart."""
+    centre = 1e3 * gaussian(7, 3, d)[np.random.default_rng(seed).integers(0, 3, n)]
+    return centre + gaussian(seed, n, d, 1e-3)
+
+
+SETS = {
+    "plain": (gaussian(0, 130, 3), gaussian(1, 90, 3, 1.3)),
+    "wide": (gaussian(0, 70, 300), gaussian(1, 80, 300)),
+    "float32": (gaussian(0, 70, 20).astype(np.float32), gaussian(1, 80, 20).astype(np.float32)),
+    "offset": (gaussian(0, 100, 4, mean=1e4), gaussian(1, 100, 4, mean=1e4)),
+    "tiny": (gaussian(0, 100, 4, 1e-160), gaussian(1, 100, 4, 1e-160)),
+    "tiny float32": tuple(gaussian(i, 90, 4, 1e-30).astype(np.float32) for i in (0, 1)),
+    "huge": (gaussian(0, 100, 4, 1e140), gaussian(1, 100, 4, 1e140)),
+    "copies": (gaussian(0, 50, 3)[np.arange(120) % 50], gaussian(0, 50, 3)[np.arange(60) % 30]),
+    "ties": (lattice(0, 150), lattice(1, 130)),
+    "collapsed": (gaussian(0, 90, 3), np.ones((70, 3))),
+    "collapsed to a real": (gaussian(0, 90, 3), gaussian(0, 90, 3)[:1] + np.zeros((70, 1))),
+    "all one": (np.ones((40, 2)), np.ones((30, 2))),
+    "modes": (modes(0, 120), modes(1, 140)),
+    "far apart": (gaussian(0, 90, 3), gaussian(1, 90, 3, 1e-4, 1e3)),
+    "outlier": (
+        np.concatenate([gaussian(0, 90, 3), 1e6 * np.ones((1, 3))]),
+        gaussian(1, 90, 3, 1e-5),
+    ),
+    "narrow in wide": (gaussian(0, 90, 300), gaussian(1, 90, 300, 0.1)),
+}
+
+
+@pytest.mark.parametrize("block", [1, 32, 4096])
+@pytest.mark.parametrize("name", SETS)
+def test_manifolds_are_exactly_those_of_brute_force(monkeypatch, name, block):
+    monkeypatch.setattr(neighbours, "_BLOCK", block)
+    real, generated = SETS[name]
+    if name == "tiny":  # whose squares vanish without a factor, as those of "huge" overflow
+        expected = brute_force(real * 2.0**500, generated * 2.0**500, 3, 5)
+    elif name == "huge":
+        expected = brute_force(real / 2.0**400, generated / 2.0**400, 3, 5)
+    else:
+        expected = brute_force(real, generated, 3, 5)
+    assert feature_metrics.manifold_metrics(real, generated) == expected
+    if block == 32:
+        expected = (
+            brute_force(generated / 2.0**400, real / 2.0**400, 4, 4)
+            if name == "huge"
+            else (
+                brute_force(generated * 2.0**500, real * 2.0**500, 4, 4)
+                if name == "tiny"
+                else brute_force(generated, real, 4, 4)
+            )
+        )
+        assert feature_metrics.precision_recall(generated, real, 4) == (
+            expected["precision"],
+            expected["recall"],
+        )
+        assert feature_metrics.density_coverage(generated, real, 4) == (
+            expected["density"],
+            expected["coverage"],
+        )
 
 
 def test_inception_score_is_one_without_and_k_with_all_information():
