@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from binlatent.evaluation import feature_metrics, neighbours
+from binlatent.evaluation import feature_metrics, metrics, neighbours
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "feature_metrics.npz", allow_pickle=False)
 
@@ -75,9 +75,7 @@ SETS = {
     "wide": (gaussian(0, 70, 300), gaussian(1, 80, 300)),
     "float32": (gaussian(0, 70, 20).astype(np.float32), gaussian(1, 80, 20).astype(np.float32)),
     "offset": (gaussian(0, 100, 4, mean=1e4), gaussian(1, 100, 4, mean=1e4)),
-    "tiny": (gaussian(0, 100, 4, 1e-160), gaussian(1, 100, 4, 1e-160)),
     "tiny float32": tuple(gaussian(i, 90, 4, 1e-30).astype(np.float32) for i in (0, 1)),
-    "huge": (gaussian(0, 100, 4, 1e140), gaussian(1, 100, 4, 1e140)),
     "copies": (gaussian(0, 50, 3)[np.arange(120) % 50], gaussian(0, 50, 3)[np.arange(60) % 30]),
     "ties": (lattice(0, 150), lattice(1, 130)),
     "collapsed": (gaussian(0, 90, 3), np.ones((70, 3))),
@@ -93,36 +91,43 @@ SETS = {
 }
 
 
-@pytest.mark.parametrize("block", [1, 32, 4096])
+@pytest.mark.parametrize("block", [32, 4096])
 @pytest.mark.parametrize("name", SETS)
 def test_manifolds_are_exactly_those_of_brute_force(monkeypatch, name, block):
     monkeypatch.setattr(neighbours, "_BLOCK", block)
     real, generated = SETS[name]
-    if name == "tiny":  # whose squares vanish without a factor, as those of "huge" overflow
-        expected = brute_force(real * 2.0**500, generated * 2.0**500, 3, 5)
-    elif name == "huge":
-        expected = brute_force(real / 2.0**400, generated / 2.0**400, 3, 5)
-    else:
-        expected = brute_force(real, generated, 3, 5)
-    assert feature_metrics.manifold_metrics(real, generated) == expected
-    if block == 32:
-        expected = (
-            brute_force(generated / 2.0**400, real / 2.0**400, 4, 4)
-            if name == "huge"
-            else (
-                brute_force(generated * 2.0**500, real * 2.0**500, 4, 4)
-                if name == "tiny"
-                else brute_force(generated, real, 4, 4)
-            )
-        )
-        assert feature_metrics.precision_recall(generated, real, 4) == (
-            expected["precision"],
-            expected["recall"],
-        )
-        assert feature_metrics.density_coverage(generated, real, 4) == (
-            expected["density"],
-            expected["coverage"],
-        )
+    assert feature_metrics.manifold_metrics(real, generated) == brute_force(real, generated, 3, 5)
+    assert feature_metrics.manifold_metrics(generated, real, 6, 2) == brute_force(
+        generated, real, 6, 2
+    )
+
+
+@pytest.mark.parametrize("exponent", [-530, 500])
+def test_manifolds_do_not_depend_on_the_scale(exponent):
+    real, generated = SETS["plain"]
+    expected = brute_force(real, generated, 4, 4)
+    scaled = real * 2.0**exponent, generated * 2.0**exponent
+    assert feature_metrics.precision_recall(*scaled, 4) == (
+        expected["precision"],
+        expected["recall"],
+    )
+    assert feature_metrics.density_coverage(*scaled, 4) == (
+        expected["density"],
+        expected["coverage"],
+    )
+
+
+@pytest.mark.parametrize(("n", "m"), [(20, 20), (20, 300), (300, 300)])
+def test_frechet_distance_of_singular_covariances_is_that_of_the_features(n, m):
+    # Wide: fewer samples than features. Flat: constant and repeated features.
+    for a, b in (
+        (gaussian(0, n, 60), gaussian(1, m, 60, 1.1)),
+        tuple(gaussian(i, k, 30) @ gaussian(2, 30, 60) for i, k in ((0, n), (1, m))),
+    ):
+        a[:, 0], b[:, 0], a[:, 1], b[:, 1] = 3.0, 3.0, a[:, 2], b[:, 2]
+        x, y = map(feature_metrics.Statistics.of, (a, b))
+        got = feature_metrics.gaussian_frechet_distance(x.mean, x.covariance, y.mean, y.covariance)
+        assert got == pytest.approx(metrics.frechet_distance(a, b), rel=1e-6)
 
 
 def test_inception_score_is_one_without_and_k_with_all_information():
