@@ -50,23 +50,21 @@ def scale_of(*sets: np.ndarray) -> float:
 def nearest(points: Points, k: int) -> np.ndarray:
     """Returns the squared distances to the k nearest, after 0 to itself; (n, k + 1), in order."""
     n = len(points.features)
-    best, limits = np.empty((n, k + 1)), np.empty(n)
-    for block in blocks(n, k + 1):
+    parts = blocks(n, k + 1)
+    limits = np.empty(n)  # at which distance there are k, be it of a sample's own block alone
+    for block in parts:
         part = points.part(block)
-        columns = np.argpartition(_lower_bounds(part.embedded, part.embedded), k, axis=1)[
-            :, : k + 1
-        ]
+        columns = np.argpartition(_lower_bounds(part.embedded, part.embedded), k, axis=1)
+        columns = columns[:, : k + 1]
         rows = np.repeat(np.arange(len(columns)), k + 1)
-        limits[block] = np.max(
-            squared_distances(part, part, rows, columns.ravel()).reshape(columns.shape), axis=1
-        )
-    best[:] = np.where(limits > 0, np.inf, 0.0)[:, None]
+        squared = squared_distances(part, part, rows, columns.ravel())
+        limits[block] = np.max(squared.reshape(columns.shape), axis=1)
+    best = np.repeat(np.where(limits > 0, np.inf, 0.0)[:, None], k + 1, axis=1)
 
     def limit(block):
         least = np.minimum(limits[block], best[block, k])
         return np.where(least > 0, least, -np.inf)  # none is nearer than copies are
 
-    parts = blocks(n, k + 1)
     for p, rows in enumerate(parts):
         for columns in parts[p:]:
             a, b = points.part(rows), points.part(columns)
@@ -129,7 +127,7 @@ def _error(d: int, dtype: type) -> tuple[float, float]:
     With a unit u of rounding, half of eps, it is 2 u (d + 2) of the sum of the product, 4 u of x
     and y, and less than what is left of the squares and of the distances in float64.
     """
-    # What is too small for float32 vanishes, wherefore the least.
+    # The least is of what is too small for float32, and vanishes.
     return 2 * (d + 8) * float(np.finfo(dtype).eps), 8 * d * float(np.finfo(np.float32).tiny)
 
 
