@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from binlatent.evaluation import feature_metrics, metrics, neighbours
+from binlatent.evaluation import distances, feature_metrics, metrics
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "feature_metrics.npz", allow_pickle=False)
 
@@ -94,7 +94,7 @@ SETS = {
 @pytest.mark.parametrize("block", [32, 4096])
 @pytest.mark.parametrize("name", SETS)
 def test_manifolds_are_exactly_those_of_brute_force(monkeypatch, name, block):
-    monkeypatch.setattr(neighbours, "_BLOCK", block)
+    monkeypatch.setattr(distances, "_BLOCK", block)
     real, generated = SETS[name]
     assert feature_metrics.manifold_metrics(real, generated) == brute_force(real, generated, 3, 5)
     assert feature_metrics.manifold_metrics(generated, real, 6, 2) == brute_force(

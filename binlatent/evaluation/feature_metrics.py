@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-from binlatent.evaluation import neighbours
+from binlatent.evaluation import distances
 
 
 class Statistics(NamedTuple):
@@ -35,7 +35,7 @@ class Statistics(NamedTuple):
         n, d = features.shape
         mean = np.mean(features, axis=0, dtype=np.float64) if n else np.zeros(d)
         scatter = np.zeros((d, d))
-        for block in neighbours.blocks(n):
+        for block in distances.blocks(n):
             centred = features[block] - mean
             scatter += centred.T @ centred
         return cls(n, mean, scatter)
@@ -216,25 +216,25 @@ def manifold_metrics(
     k = max(k_pr, k_dc)
     real, generated = _pair(real, generated, k + 1)
     means = [np.mean(x, axis=0, dtype=np.float64) for x in (real, generated)]
-    scale = neighbours.scale_of(real, generated)
+    scale = distances.scale_of(real, generated)
     # Each set about its own mean, and for the distances between them about the one between.
     near_real, near_generated = (
-        neighbours.nearest(neighbours.Points.of(x, mean, scale), k)
+        distances.nearest(distances.Points.of(x, mean, scale), k)
         for x, mean in zip((real, generated), means, strict=True)
     )
-    a, b = (neighbours.Points.of(x, (means[0] + means[1]) / 2, scale) for x in (generated, real))
+    a, b = (distances.Points.of(x, (means[0] + means[1]) / 2, scale) for x in (generated, real))
     precise, recalled, covered = (np.zeros(len(x), bool) for x in (generated, real, real))
     inside = 0
-    for rows in neighbours.blocks(len(generated)):
-        for columns in neighbours.blocks(len(real)):
+    for rows in distances.blocks(len(generated)):
+        for columns in distances.blocks(len(real)):
             radius_a, radius_b = near_generated[rows], near_real[columns]
-            i, j, lower, upper = neighbours.closer(
+            i, j, lower, upper = distances.closer(
                 a.part(rows), b.part(columns), radius_a[:, k_pr], radius_b[:, k]
             )
             radii = radius_b[j, k_pr], radius_a[i, k_pr], radius_b[j, k_dc]
             unsure = np.any([(lower <= r) & (r < upper) for r in radii], axis=0)
             squared = lower
-            squared[unsure] = neighbours.squared_distances(
+            squared[unsure] = distances.squared_distances(
                 a.part(rows), b.part(columns), i[unsure], j[unsure]
             )
             in_pr, in_generated, in_dc = (squared <= r for r in radii)
