@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from binlatent.evaluation import feature_metrics
+from binlatent.evaluation import distances, feature_metrics, metrics
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "feature_metrics.npz", allow_pickle=False)
 
@@ -43,31 +43,91 @@ def test_statistics_add_up_whatever_the_batches(batch):
     np.testing.assert_allclose(total.covariance, np.cov(features.T), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("block", [1, 2**25])
-def test_manifolds_are_those_of_brute_force(monkeypatch, block):
-    monkeypatch.setattr(feature_metrics, "_BLOCK", block)
-    real, generated, k = gaussian(0, 60, 3), gaussian(1, 40, 3, 1.3), 4
+def brute_force(real, generated, k_pr, k_dc):
+    def squared(a, b):
+        return np.array([np.sum(np.square(np.float64(x) - b), axis=1) for x in a])
 
-    def distance(x, y):
-        return np.linalg.norm(x - y)
+    def radii(a, k):
+        return np.sort(squared(a, a), axis=1)[:, k]
 
-    radii = {
-        name: [sorted(distance(x, y) for y in points)[k] for x in points]
-        for name, points in (("real", real), ("generated", generated))
+    between = squared(generated, real)
+    balls = between <= radii(real, k_dc)
+    return {
+        "precision": np.mean(np.any(between <= radii(real, k_pr), axis=1)),
+        "recall": np.mean(np.any(between <= radii(generated, k_pr)[:, None], axis=0)),
+        "density": np.sum(balls) / (k_dc * len(generated)),
+        "coverage": np.mean(np.any(balls, axis=0)),
     }
-    inside = np.array(
-        [[distance(y, x) <= r for x, r in zip(real, radii["real"], strict=True)] for y in generated]
+
+
+def lattice(seed, n):
+    return np.random.default_rng(seed).integers(0, 3, (n, 4)).astype(np.float64)
+
+
+def modes(seed, n, d=5):
+    """Few, far from each other, of samples that float32 does not tell apart."""
+    centre = 1e3 * gaussian(7, 3, d)[np.random.default_rng(seed).integers(0, 3, n)]
+    return centre + gaussian(seed, n, d, 1e-3)
+
+
+SETS = {
+    "plain": (gaussian(0, 130, 3), gaussian(1, 90, 3, 1.3)),
+    "wide": (gaussian(0, 70, 300), gaussian(1, 80, 300)),
+    "float32": (gaussian(0, 70, 20).astype(np.float32), gaussian(1, 80, 20).astype(np.float32)),
+    "offset": (gaussian(0, 100, 4, mean=1e4), gaussian(1, 100, 4, mean=1e4)),
+    "tiny float32": tuple(gaussian(i, 90, 4, 1e-30).astype(np.float32) for i in (0, 1)),
+    "copies": (gaussian(0, 50, 3)[np.arange(120) % 50], gaussian(0, 50, 3)[np.arange(60) % 30]),
+    "ties": (lattice(0, 150), lattice(1, 130)),
+    "collapsed": (gaussian(0, 90, 3), np.ones((70, 3))),
+    "collapsed to a real": (gaussian(0, 90, 3), gaussian(0, 90, 3)[:1] + np.zeros((70, 1))),
+    "all one": (np.ones((40, 2)), np.ones((30, 2))),
+    "modes": (modes(0, 120), modes(1, 140)),
+    "far apart": (gaussian(0, 90, 3), gaussian(1, 90, 3, 1e-4, 1e3)),
+    "outlier": (
+        np.concatenate([gaussian(0, 90, 3), 1e6 * np.ones((1, 3))]),
+        gaussian(1, 90, 3, 1e-5),
+    ),
+    "narrow in wide": (gaussian(0, 90, 300), gaussian(1, 90, 300, 0.1)),
+}
+
+
+@pytest.mark.parametrize("block", [32, 4096])
+@pytest.mark.parametrize("name", SETS)
+def test_manifolds_are_exactly_those_of_brute_force(monkeypatch, name, block):
+    monkeypatch.setattr(distances, "_BLOCK", block)
+    real, generated = SETS[name]
+    assert feature_metrics.manifold_metrics(real, generated) == brute_force(real, generated, 3, 5)
+    assert feature_metrics.manifold_metrics(generated, real, 6, 2) == brute_force(
+        generated, real, 6, 2
     )
-    back = [
-        any(distance(x, y) <= r for y, r in zip(generated, radii["generated"], strict=True))
-        for x in real
-    ]
-    assert feature_metrics.precision_recall(real, generated, k) == pytest.approx(
-        (inside.any(axis=1).mean(), np.mean(back))
+
+
+@pytest.mark.parametrize("exponent", [-530, 500])
+def test_manifolds_do_not_depend_on_the_scale(exponent):
+    real, generated = SETS["plain"]
+    expected = brute_force(real, generated, 4, 4)
+    scaled = real * 2.0**exponent, generated * 2.0**exponent
+    assert feature_metrics.precision_recall(*scaled, 4) == (
+        expected["precision"],
+        expected["recall"],
     )
-    assert feature_metrics.density_coverage(real, generated, k) == pytest.approx(
-        (inside.sum() / (k * 40), inside.any(axis=0).mean())
+    assert feature_metrics.density_coverage(*scaled, 4) == (
+        expected["density"],
+        expected["coverage"],
     )
+
+
+@pytest.mark.parametrize(("n", "m"), [(20, 20), (20, 300), (300, 300)])
+def test_frechet_distance_of_singular_covariances_is_that_of_the_features(n, m):
+    # Wide: fewer samples than features. Flat: constant and repeated features.
+    for a, b in (
+        (gaussian(0, n, 60), gaussian(1, m, 60, 1.1)),
+        tuple(gaussian(i, k, 30) @ gaussian(2, 30, 60) for i, k in ((0, n), (1, m))),
+    ):
+        a[:, 0], b[:, 0], a[:, 1], b[:, 1] = 3.0, 3.0, a[:, 2], b[:, 2]
+        x, y = map(feature_metrics.Statistics.of, (a, b))
+        got = feature_metrics.gaussian_frechet_distance(x.mean, x.covariance, y.mean, y.covariance)
+        assert got == pytest.approx(metrics.frechet_distance(a, b), rel=1e-6)
 
 
 def test_inception_score_is_one_without_and_k_with_all_information():

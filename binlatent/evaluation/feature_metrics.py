@@ -3,13 +3,12 @@
 Dimension legend: `n` samples, `d` feature width, `k` classes.
 """
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from scipy import special
 
-_BLOCK = 2**25  # entries of a matrix of distances at a time: 256 MiB
+from binlatent.evaluation import distances
 
 
 class Statistics(NamedTuple):
@@ -33,9 +32,13 @@ class Statistics(NamedTuple):
           ValueError: If the features are not finite or not two-dimensional.
         """
         features = _checked(features, "features")
-        mean = np.mean(features, axis=0) if len(features) else np.zeros(features.shape[1])
-        centred = features - mean
-        return cls(len(features), mean, centred.T @ centred)
+        n, d = features.shape
+        mean = np.mean(features, axis=0, dtype=np.float64) if n else np.zeros(d)
+        scatter = np.zeros((d, d))
+        for block in distances.blocks(n):
+            centred = features[block] - mean
+            scatter += centred.T @ centred
+        return cls(n, mean, scatter)
 
     def __add__(self, other: "Statistics") -> "Statistics":
         """Returns the statistics of both sets together (Chan, Golub and LeVeque, 1979)."""
@@ -89,9 +92,9 @@ def gaussian_frechet_distance(
         raise ValueError(
             f"means (d,) and covariances (d, d) of one width are needed, got {shapes}."
         )
-    # Tr sqrt(S_a S_b) is the sum of the singular values of sqrt(S_a) sqrt(S_b): symmetric roots
+    # With S = R R^T, Tr sqrt(S_a S_b) is the sum of the singular values of R_a^T R_b: roots of each
     # need no eigenvalue of a product, which rounding can make negative or complex.
-    trace_of_root = np.linalg.norm(_root(covariance_a) @ _root(covariance_b), "nuc")
+    trace_of_root = np.linalg.norm(_root(covariance_a).T @ _root(covariance_b), "nuc")
     distance = (
         np.sum(np.square(np.subtract(mean_a, mean_b, dtype=np.float64)))
         + np.trace(covariance_a)
@@ -102,8 +105,13 @@ def gaussian_frechet_distance(
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(np.asarray(covariance, np.float64))
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    """Returns R of R R^T = covariance, by Cholesky, and for singular ones by ten times the work."""
+    covariance = np.asarray(covariance, np.float64)
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(covariance)
+        return vectors * np.sqrt(np.maximum(values, 0.0))
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
@@ -123,12 +131,12 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
       Salimans et al., "Improved techniques for training GANs", 2016.
     """
     logits = _checked(logits, "logits", splits)
-    log_p = special.log_softmax(logits, axis=1)
-    scores = []
+    n, scores = len(logits), []
     for i in range(splits):
-        part = log_p[i * len(log_p) // splits : (i + 1) * len(log_p) // splits]
-        log_marginal = special.logsumexp(part, axis=0) - np.log(len(part))
-        scores.append(np.exp(np.mean(np.sum(np.exp(part) * (part - log_marginal), axis=1))))
+        part = logits[i * n // splits : (i + 1) * n // splits].astype(np.float64)
+        log_p = special.log_softmax(part, axis=1)
+        log_marginal = special.logsumexp(log_p, axis=0) - np.log(len(part))
+        scores.append(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_marginal), axis=1))))
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -161,84 +169,97 @@ def kernel_distance(
     features_a, features_b = _pair(features_a, features_b, max(subset_size, 2))
     random, m, values = np.random.RandomState(seed), subset_size, []
     for _ in range(num_subsets):
-        a, b = (x[random.choice(len(x), m, replace=False)] for x in (features_a, features_b))
-        k_aa, k_bb, k_ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+        a, b = (
+            x[random.choice(len(x), m, replace=False)].astype(np.float64)
+            for x in (features_a, features_b)
+        )
+        k_aa, k_bb, k_ab = (_cubic_kernel(x, y) for x, y in ((a, a), (b, b), (a, b)))
         within = np.sum(k_aa) - np.trace(k_aa) + np.sum(k_bb) - np.trace(k_bb)
         values.append(within / (m * (m - 1)) - 2 * np.mean(k_ab))
     return float(np.mean(values)), float(np.std(values))
 
 
-def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Shares of generated samples within the real ones' manifold, and of real within theirs.
+def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    kernel = x @ y.T
+    kernel /= x.shape[1]
+    kernel += 1
+    return kernel * kernel * kernel  # ten times faster than the power
+
+
+def manifold_metrics(
+    real: np.ndarray, generated: np.ndarray, k_pr: int = 3, k_dc: int = 5
+) -> dict[str, float]:
+    """Precision, recall, density and coverage, of one pass over the distances.
 
     A manifold is the union of balls around its samples, each up to its k-th nearest neighbour.
+    The numbers are those of distances in float64, whatever type the features have.
 
     Args:
-      real: (n, d), n > k.
-      generated: (m, d), m > k.
-      k: the neighbour.
+      real: (n, d), n more than either k.
+      generated: (m, d), m more than either k.
+      k_pr: the neighbour for precision and recall.
+      k_dc: the neighbour for density and coverage.
 
     Returns:
-      Precision and recall, in [0, 1].
+      `precision`: share of the generated within the real manifold, in [0, 1]. `recall`: share of
+      the real within the generated manifold, in [0, 1]. `density`: how many real balls a generated
+      sample lies in, in ks, at least 0, 1 for equal distributions. `coverage`: share of real balls
+      with any generated sample, in [0, 1].
 
     Raises:
       ValueError: If the features are not finite, of different widths or too few.
 
     References:
       Kynkaanniemi et al., "Improved precision and recall metric", 2019.
+      Naeem et al., "Reliable fidelity and diversity metrics for generative models", 2020.
     """
+    k = max(k_pr, k_dc)
     real, generated = _pair(real, generated, k + 1)
-    precision, recall = (
-        float(np.mean(np.concatenate([np.any(near, axis=1) for near in _within(a, b, k)])))
-        for a, b in ((generated, real), (real, generated))
+    means = [np.mean(x, axis=0, dtype=np.float64) for x in (real, generated)]
+    scale = distances.scale_of(real, generated)
+    # Each set about its own mean, and for the distances between them about the one between.
+    near_real, near_generated = (
+        distances.nearest(distances.Points.of(x, mean, scale), k)
+        for x, mean in zip((real, generated), means, strict=True)
     )
-    return precision, recall
+    a, b = (distances.Points.of(x, (means[0] + means[1]) / 2, scale) for x in (generated, real))
+    precise, recalled, covered = (np.zeros(len(x), bool) for x in (generated, real, real))
+    inside = 0
+    for rows in distances.blocks(len(generated)):
+        for columns in distances.blocks(len(real)):
+            radius_a, radius_b = near_generated[rows], near_real[columns]
+            i, j, lower, upper = distances.closer(
+                a.part(rows), b.part(columns), radius_a[:, k_pr], radius_b[:, k]
+            )
+            radii = radius_b[j, k_pr], radius_a[i, k_pr], radius_b[j, k_dc]
+            unsure = np.any([(lower <= r) & (r < upper) for r in radii], axis=0)
+            squared = lower
+            squared[unsure] = distances.squared_distances(
+                a.part(rows), b.part(columns), i[unsure], j[unsure]
+            )
+            in_pr, in_generated, in_dc = (squared <= r for r in radii)
+            precise[rows][i[in_pr]] = True
+            recalled[columns][j[in_generated]] = True
+            covered[columns][j[in_dc]] = True
+            inside += int(np.sum(in_dc))
+    return {
+        "precision": float(np.mean(precise)),
+        "recall": float(np.mean(recalled)),
+        "density": inside / (k_dc * len(generated)),
+        "coverage": float(np.mean(covered)),
+    }
+
+
+def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """Returns `manifold_metrics`' precision and recall alone, of the k-th neighbour."""
+    metrics = manifold_metrics(real, generated, k, k)
+    return metrics["precision"], metrics["recall"]
 
 
 def density_coverage(real: np.ndarray, generated: np.ndarray, k: int = 5) -> tuple[float, float]:
-    """How many real balls a generated sample lies in, in ks, and the share of balls with any.
-
-    Args:
-      real, generated, k: as of `precision_recall`.
-
-    Returns:
-      Density, at least 0, 1 for equal distributions, and coverage, in [0, 1].
-
-    Raises:
-      ValueError: As `precision_recall`.
-
-    References:
-      Naeem et al., "Reliable fidelity and diversity metrics for generative models", 2020.
-    """
-    real, generated = _pair(real, generated, k + 1)
-    inside, covered = 0, np.zeros(len(real), bool)
-    for near in _within(generated, real, k):
-        inside += int(np.sum(near))
-        covered |= np.any(near, axis=0)
-    return inside / (k * len(generated)), float(np.mean(covered))
-
-
-def _within(samples: np.ndarray, centres: np.ndarray, k: int) -> Iterator[np.ndarray]:
-    """Yields, for blocks of samples, in which centres' balls they lie: bool (block, n)."""
-    radii = np.concatenate(
-        # The nearest is the sample itself.
-        [np.partition(block, k, axis=1)[:, k] for block in _distances(centres, centres, same=True)]
-    )
-    for block in _distances(samples, centres):
-        yield block <= radii
-
-
-def _distances(a: np.ndarray, b: np.ndarray, same: bool = False) -> Iterator[np.ndarray]:
-    """Yields squared distances of blocks of a's rows to all of b's; `same`: exactly 0 to itself."""
-    size = max(_BLOCK // len(b), 1)
-    b_squared = np.sum(np.square(b), axis=1)
-    for start in range(0, len(a), size):
-        block = a[start : start + size]
-        squared = np.sum(np.square(block), axis=1)[:, None] + b_squared - 2 * block @ b.T
-        if same:
-            rows = np.arange(len(block))
-            squared[rows, start + rows] = 0.0
-        yield np.maximum(squared, 0.0)
+    """Returns `manifold_metrics`' density and coverage alone, of the k-th neighbour."""
+    metrics = manifold_metrics(real, generated, k, k)
+    return metrics["density"], metrics["coverage"]
 
 
 def _pair(a: np.ndarray, b: np.ndarray, at_least: int) -> tuple[np.ndarray, np.ndarray]:
@@ -249,7 +270,9 @@ def _pair(a: np.ndarray, b: np.ndarray, at_least: int) -> tuple[np.ndarray, np.n
 
 
 def _checked(features: np.ndarray, name: str, at_least: int = 0) -> np.ndarray:
-    features = np.asarray(features, np.float64)
+    features = np.asarray(features)
+    if features.dtype not in (np.float32, np.float64):
+        features = features.astype(np.float64)
     if features.ndim != 2 or features.shape[1] == 0:
         raise ValueError(f"{name} must have shape (n, d), got {features.shape}.")
     if len(features) < at_least:
