@@ -1,6 +1,7 @@
 """Nearest training images, against brute force, and what counts as memorised."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -25,10 +26,17 @@ def close_figures():
 @pytest.fixture
 def pipeline(tiny_config):
     tiny_config.data.num_classes = 10
+    tiny_config.sample.batch_size = 500  # 4,500 training images are judged
     key = jax.random.key(0)
     return BinaryLatentDiffusion(
         tiny_config, build.init_autoencoder(tiny_config, key), build.init_prior(tiny_config, key)
     )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """One for several tests: the classifier is trained and the images are judged once."""
+    return tmp_path_factory.mktemp("workdir")
 
 
 @pytest.fixture
@@ -80,10 +88,10 @@ def test_the_share_that_is_expected(count, expected):
     assert np.mean(shares) == pytest.approx(expected, rel=0.05)
 
 
-def test_samples_and_their_neighbours(pipeline, train_images, tmp_path):
-    found = neighbours.find(pipeline, tmp_path, num=3, seed=1)
+def test_samples_and_their_neighbours(pipeline, train_images, workdir):
+    found = neighbours.find(pipeline, workdir, num=3, seed=1)
     assert found.samples.shape == (3, 28, 28, 1) and found.images.shape == (3, 10, 28, 28, 1)
-    network = quality.network(pipeline.config, tmp_path)
+    network = quality.network(pipeline.config, workdir)
     train, samples = (network.apply(x, 500)["pool"] for x in (train_images, found.samples))
     expected = brute_force(samples, train)
     np.testing.assert_allclose(found.distances, np.sort(expected)[:, :10], rtol=1e-4)
@@ -101,11 +109,14 @@ def test_samples_and_their_neighbours(pipeline, train_images, tmp_path):
     json.dumps(protocol)
 
 
-def test_copies_of_training_images_are_told(pipeline, train_images, tmp_path, monkeypatch):
+def test_copies_of_training_images_are_told(pipeline, train_images, workdir, tmp_path, monkeypatch):
     # Of more images than features are kept: the copies are of those that are.
     monkeypatch.setattr(features, "MAX_KEPT", 100)
     kept = train_images[np.linspace(0, 4_499, 100).astype(int)]
     monkeypatch.setattr(pipeline, "sample", lambda num, *_, **__: to_float(kept[:num]))
+    for path in (workdir / "evaluation").glob("classifier_*"):
+        (tmp_path / "evaluation").mkdir()
+        shutil.copy(path, tmp_path / "evaluation")
     found = neighbours.find(pipeline, tmp_path, num=2)
     np.testing.assert_array_equal(found.images[:, 0], kept[:2])
     assert found.metrics["memorised"] == 1 and found.metrics["median"] < 1e-3
@@ -113,15 +124,15 @@ def test_copies_of_training_images_are_told(pipeline, train_images, tmp_path, mo
     assert "of 100 of 4,500 training images" in neighbours.figure(found).axes[0].get_title()
 
 
-def test_lpips_ranks_the_nearest_by_features(pipeline, train_images, tmp_path, monkeypatch):
+def test_lpips_ranks_the_nearest_by_features(pipeline, train_images, workdir, monkeypatch):
     def squared(variables, x, y, batch_size):
         assert variables == "VGG16"
         return np.mean((x.astype(np.float32) - y) ** 2, axis=(1, 2, 3))
 
     monkeypatch.setattr(weights, "read_vgg16", lambda path: "VGG16")
     monkeypatch.setattr(pairs, "lpips", squared)
-    found = neighbours.find(pipeline, tmp_path, num=2, by="lpips")
-    network = quality.network(pipeline.config, tmp_path)
+    found = neighbours.find(pipeline, workdir, num=2, by="lpips")
+    network = quality.network(pipeline.config, workdir)
     train, samples = (network.apply(x, 500)["pool"] for x in (train_images, found.samples))
     for i in range(2):
         candidates = train_images[np.argsort(brute_force(samples[i : i + 1], train)[0])[:100]]
@@ -131,7 +142,7 @@ def test_lpips_ranks_the_nearest_by_features(pipeline, train_images, tmp_path, m
     assert found.protocol["shown"]["neighbours"] == "LPIPS, of the 100 nearest by features"
 
 
-def test_the_command_draws_them_and_writes_how_many(pipeline, tmp_path, monkeypatch):
+def test_the_command_draws_them_and_writes_how_many(pipeline, workdir, monkeypatch):
     monkeypatch.setattr(
         plots.BinaryLatentDiffusion, "from_workdir", lambda workdir, prior: pipeline
     )
@@ -141,12 +152,12 @@ def test_the_command_draws_them_and_writes_how_many(pipeline, tmp_path, monkeypa
         "figure",
         lambda found, draw=neighbours.figure: drawn.append(draw(found)) or drawn[0],
     )
-    plots.main(["neighbours", f"--workdir={tmp_path}", "--num=3", "--seed=1"])
+    plots.main(["neighbours", f"--workdir={workdir}", "--num=3", "--seed=1"])
     grid, histogram = drawn[0].axes
     assert grid.images[0].get_array().shape[:2] == (3 * 30 + 2, 11 * 30 + 2)
     names = [label.get_text() for label in grid.get_xticklabels()]
     assert names == ["sample", *map(str, range(1, 11))]
-    stored = json.loads((tmp_path / "neighbours.json").read_text())
+    stored = json.loads((workdir / "neighbours.json").read_text())
     metrics, protocol = stored["metrics"], stored["protocol"]
     assert 0 <= metrics["memorised"] <= 1 and metrics["expected"] == pytest.approx(1 / 21)
     assert histogram.get_title().startswith(f"{metrics['memorised']:.1%} of samples")
@@ -156,7 +167,7 @@ def test_the_command_draws_them_and_writes_how_many(pipeline, tmp_path, monkeypa
         f"20 samples, median {metrics['median']:.3g}",
         f"20 held-out, median {metrics['median_held_out']:.3g}",
     ]
-    assert Image.open(tmp_path / "neighbours.png").size[0] > 1_000
+    assert Image.open(workdir / "neighbours.png").size[0] > 1_000
 
 
 def test_what_is_missing_is_said_first(pipeline, tmp_path):
