@@ -166,7 +166,7 @@ def find(
         "network": network.protocol,
         "training images": {**train_protocol, "searched": len(train.pool)},
         "held-out images": {**test_protocol, "used": len(spread)},
-        "shown": {"samples": num, "neighbours": lpips if by == "lpips" else "of features"},
+        "shown": {"samples": num, "neighbours": f"by {lpips}" if by == "lpips" else "by features"},
         "memorised": "share of samples nearer to a training image, in Euclidean distance of "
         "features, than the 1st percentile of held-out images",
         "quantised": "uint8",

@@ -98,7 +98,7 @@ def _of_samples(pipeline: BinaryLatentDiffusion, workdir: Path) -> list[dict[str
         parts = [protocol.get(name) for name in ("samples", "network", "reference")]
         rows.setdefault(json.dumps(parts, sort_keys=True), result)
     if not rows:
-        raise _no_results(workdir, older, "fid,is,pr" + ",cas" * _has_classes(pipeline))
+        raise _no_results(workdir, older, "fid,is,pr")
     for row in rows.values():
         for result in results:
             same = result["protocol"]["samples"] == row["protocol"]["samples"]

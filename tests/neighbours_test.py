@@ -139,7 +139,7 @@ def test_lpips_ranks_the_nearest_by_features(pipeline, train_images, workdir, mo
         by_pixels = squared("VGG16", np.stack([found.samples[i]] * 100), candidates, 1)
         np.testing.assert_allclose(found.distances[i], np.sort(by_pixels)[:10])
         np.testing.assert_array_equal(found.images[i, 0], candidates[np.argmin(by_pixels)])
-    assert found.protocol["shown"]["neighbours"] == "LPIPS, of the 100 nearest by features"
+    assert found.protocol["shown"]["neighbours"] == "by LPIPS, of the 100 nearest by features"
 
 
 def test_the_command_draws_them_and_writes_how_many(pipeline, workdir, monkeypatch):
@@ -161,7 +161,7 @@ def test_the_command_draws_them_and_writes_how_many(pipeline, workdir, monkeypat
     metrics, protocol = stored["metrics"], stored["protocol"]
     assert 0 <= metrics["memorised"] <= 1 and metrics["expected"] == pytest.approx(1 / 21)
     assert histogram.get_title().startswith(f"{metrics['memorised']:.1%} of samples")
-    assert "4,500 training images, of features" in grid.get_title()
+    assert "4,500 training images, by features" in grid.get_title()
     assert protocol["samples"]["seed"] == 1 and protocol["jax"] == jax.__version__
     assert [text.get_text() for text in histogram.get_legend().get_texts()] == [
         f"20 samples, median {metrics['median']:.3g}",
