@@ -1,16 +1,19 @@
-"""The paper's figures: `python -m binlatent.plots {schedules,temperature,steps,guidance}`."""
+"""The paper's figures and tables, a file each: `python -m binlatent.plots FIGURE --workdir=DIR`."""
 
 import argparse
 import logging
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import pyplot as plt
 
-from binlatent import build, command, evaluate, figures, outputs
+from binlatent import build, command, evaluate, figures, neighbours, outputs, tables
 from binlatent.data.transforms import to_uint8
 from binlatent.diffusion import schedules
 from binlatent.errors import UserError
+from binlatent.evaluation import comparison
 from binlatent.pipeline import BinaryLatentDiffusion
 
 log = logging.getLogger("binlatent.plots")  # also as __main__
@@ -129,32 +132,76 @@ _OF_A_WORKDIR = {
     "steps": steps_figure,
     "guidance": guidance_figure,
 }
+_TABLES = {"table1": tables.table1, "table4": tables.table4_row, "table6": tables.table6}
+# The flags that a figure or table takes beside --workdir and --out.
+_FLAGS = {
+    **dict.fromkeys(("schedules", "table1", "table4"), ()),
+    **dict.fromkeys(_OF_A_WORKDIR, ("seed",)),
+    "neighbours": ("seed", "num", "by"),
+    "table6": ("seed", "num", "steps"),
+}
+
+
+def _whole_number(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _whole_numbers(text: str) -> list[int]:
+    return list(map(_whole_number, text.split(",")))
+
+
+def _write(what: str, workdir: Path | None, out: Path, options: dict[str, Any]) -> None:
+    pipeline = None
+    if what != "schedules":
+        pipeline = BinaryLatentDiffusion.from_workdir(workdir, prior=what != "table4")
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
+    if what in _TABLES:
+        text, rows = _TABLES[what](pipeline, workdir, **options)
+        tables.write(out, text, rows)
+        sys.stdout.write(text)
+        return
+    if what == "neighbours":
+        found = neighbours.find(pipeline, workdir, **options)
+        comparison.write(out.with_suffix(".json"), found.metrics, found.protocol)
+        figure = neighbours.figure(found)
+    elif pipeline is None:
+        figure = schedules_figure()
+    else:
+        figure = _OF_A_WORKDIR[what](pipeline, **options)
+    figure.savefig(out, dpi=150)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draws one figure; a user's error is one sentence and exit code 1."""
+    """Draws one figure or writes one table; a user's error is one sentence and exit code 1."""
     parser = argparse.ArgumentParser("binlatent.plots", description=__doc__)
-    parser.add_argument("figure", choices=["schedules", *_OF_A_WORKDIR])
-    parser.add_argument("--workdir", type=Path, help="of a trained prior; not for schedules")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples")
-    parser.add_argument("--out", type=Path, help="PNG, PDF or SVG file; default WORKDIR/FIGURE.png")
+    flag = parser.add_argument
+    flag("figure", choices=_FLAGS)
+    flag("--workdir", type=Path, help="of a trained prior; not for schedules")
+    flag("--out", type=Path, help="PNG, PDF or SVG file, .md of a table; default in WORKDIR")
+    flag("--seed", type=int, help="of the samples; default 0")
+    flag("--num", type=_whole_number, help="of samples; neighbours shows 8, table6 times 100")
+    flag("--by", choices=neighbours.BY, help="what neighbours are nearest by; default features")
+    flag("--steps", type=_whole_numbers, help="of the sampler, for table6; default 16,64")
     flags = parser.parse_args(argv)
-    if flags.figure != "schedules" and flags.workdir is None:
-        parser.error(f"{flags.figure} needs --workdir")
+    what = flags.figure
+    given = {name: getattr(flags, name) for name in ("seed", "num", "by", "steps")}
+    options = {name: value for name, value in given.items() if value is not None}
+    for name in options:
+        if name not in _FLAGS[what]:
+            takers = [taker for taker, names in _FLAGS.items() if name in names]
+            parser.error(f"--{name} is for {', '.join(takers)}, not for {what}")
+    if what != "schedules" and flags.workdir is None:
+        parser.error(f"{what} needs --workdir")
     plt.switch_backend("agg")  # files only, no window
-    out = flags.out or (flags.workdir or Path()) / f"{flags.figure}.png"
+    suffixes = (".md",) if what in _TABLES else (".png", ".pdf", ".svg")
+    out = flags.out or (flags.workdir or Path()) / f"{what}{suffixes[0]}"
     with command.reporting():
-        if out.suffix.lower() not in (".png", ".pdf", ".svg"):
-            raise UserError(f"--out must end in .png, .pdf or .svg, not {out}.")
-        pipeline = None
-        if flags.figure != "schedules":
-            pipeline = BinaryLatentDiffusion.from_workdir(flags.workdir)
-        out.parent.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
-        if pipeline is None:
-            figure = schedules_figure()
-        else:
-            figure = _OF_A_WORKDIR[flags.figure](pipeline, flags.seed)
-        figure.savefig(out, dpi=150)
+        if out.suffix.lower() not in suffixes:
+            endings = " or ".join(", ".join(suffixes).rsplit(", ", 1))
+            raise UserError(f"--out must end in {endings}, not {out}.")
+        _write(what, flags.workdir, out, options)
         log.info("Wrote %s", out)
 
 

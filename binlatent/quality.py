@@ -83,17 +83,24 @@ def _classifier(config: Config, folder: Path) -> tuple[Any, int]:
 
 
 def reference(config: Config, network: Network, workdir: Path) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of the real images of `config.evaluate.reference`, and which these are.
-
-    They are kept in the workdir, under a name made of all that they depend on.
-    """
+    """Returns the features of the images of `config.evaluate.reference`, and which these are."""
     name = config.evaluate.reference
     if name not in ("train", "test"):
         return comparison.load(Path(name), network, config.sample.batch_size)
-    source = evaluate.open_data(config, name, workdir, keep=False)
+    return features_of_split(config, network, workdir, name)
+
+
+def features_of_split(
+    config: Config, network: Network, workdir: Path, split: str
+) -> tuple[Features, dict[str, Any]]:
+    """Returns the features of all images of a split, "train" or "test", and which these are.
+
+    They are kept in the workdir, under a name made of all that they depend on.
+    """
+    source = evaluate.open_data(config, split, workdir, keep=False)
     protocol = {
         "images": config.data.name,
-        "split": name,
+        "split": split,
         "fingerprint": source.fingerprint,
         "count": len(source.examples),
         "size": "x".join(map(str, build.image_shape(config))),
@@ -259,15 +266,19 @@ def run(
     if of_pairs or "bound" in metrics:
         more, protocol["test images"] = _of_test_images(pipeline, workdir, of_pairs, metrics)
         values |= more
-    protocol["quantised"] = "uint8"
-    protocol["device"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    protocol["jax"] = jax.__version__
+    protocol |= {"quantised": "uint8", **machine()}
     name = f"{digest(protocol)}.json"
     comparison.write(workdir / "evaluation" / name, values, protocol)
     step = _newest_step(workdir)
     with Logbook(workdir, "evaluation", step, step) as logbook:
         logbook.record(step, values)
     return values, protocol
+
+
+def machine() -> dict[str, str]:
+    """Returns the devices and the version of JAX, for a protocol."""
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"device": device, "jax": jax.__version__}
 
 
 def _newest_step(workdir: Path) -> int:
@@ -291,6 +302,7 @@ def _of_test_images(
         "split": "test",
         "fingerprint": source.fingerprint,
         "count": len(images),
+        "autoencoder": checkpoint.fingerprint(pipeline.autoencoder_params),
         "codes": "y > 0.5",
     }
     values: dict[str, float] = {}

@@ -44,7 +44,7 @@ def variants(config: Config) -> dict[str, Config]:
     return rows
 
 
-def _size(config: Config) -> str:
+def size(config: Config) -> str:
     """Returns h x w x codebook size, bits or channels, as the paper writes it."""
     section = config.autoencoder
     depth = {
@@ -56,7 +56,14 @@ def _size(config: Config) -> str:
     return f"{h}×{w}×{depth[section.bottleneck]}"
 
 
-_NAMES = {"vq": "VQ", "binary_as_vq": "Binary", "binary": "Binary", "real": "Real value"}
+def with_spread(metrics: dict[str, float], name: str, digits: int) -> str:
+    """Returns a mean ± its standard deviation, as the paper writes it, or "-" if there is none."""
+    if name not in metrics:
+        return "-"
+    return f"{metrics[name]:.{digits}f} ± {metrics[f'{name}_std']:.{digits}f}"
+
+
+NAMES = {"vq": "VQ", "binary_as_vq": "Binary", "binary": "Binary", "real": "Real value"}
 
 
 def _use(metrics: dict[str, float]) -> str:
@@ -80,9 +87,9 @@ def table(config: Config, results: dict[str, dict[str, float]]) -> str:
     for name, metrics in results.items():
         row = variants(config)[name]
         lines.append(
-            f"| {_NAMES[name]} | {_size(row)} | {metrics['bit_rate']:,.0f} "
-            f"| {metrics['psnr']:.2f} ± {metrics['psnr_std']:.2f} "
-            f"| {metrics['ssim']:.3f} ± {metrics['ssim_std']:.3f} | {_use(metrics)} |"
+            f"| {NAMES[name]} | {size(row)} | {metrics['bit_rate']:,.0f} "
+            f"| {with_spread(metrics, 'psnr', 2)} | {with_spread(metrics, 'ssim', 3)} "
+            f"| {_use(metrics)} |"
         )
     return "\n".join(lines) + "\n"
 

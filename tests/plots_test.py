@@ -80,6 +80,14 @@ def test_without_classes_the_bound_is_drawn_and_guidance_is_refused(tiny_config)
         (["portrait"], 2, "invalid choice"),
         (["schedules", "--out=x.txt"], 1, "must end in .png, .pdf or .svg"),
         (["steps", "--workdir=nowhere"], 1, "There is no workdir nowhere"),
+        (["table1"], 2, "needs --workdir"),
+        (["table4", "--workdir=nowhere"], 1, "There is no workdir nowhere"),
+        (["table6", "--workdir=x", "--out=x.png"], 1, "must end in .md"),
+        (["table6", "--workdir=x", "--by=lpips"], 2, "--by is for neighbours, not for table6"),
+        (["neighbours", "--workdir=x", "--num=0"], 2, "'0' is no whole number above 0"),
+        (["neighbours", "--workdir=x", "--by=eye"], 2, "invalid choice"),
+        (["neighbours", "--workdir=x", "--steps=4"], 2, "--steps is for table6"),
+        (["schedules", "--seed=1"], 2, "not for schedules"),
     ],
 )
 def test_wrong_flags_are_one_sentence(tmp_path, monkeypatch, capsys, flags, code, message):
