@@ -5,6 +5,7 @@ the statistics of the reference, a folder of features for each way to draw sampl
 a JSON file each, with the protocol that they were measured by.
 """
 
+import json
 import logging
 import shutil
 import tempfile
@@ -189,17 +190,6 @@ def check_while_training(config: Config) -> None:
     check(config, config.evaluate.metrics, config.evaluate.num_samples)
 
 
-def of_samples(
-    samples: Samples, config: Config, network: Network, workdir: Path, metrics: Sequence[str]
-) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns the metrics in `comparison.METRICS` of samples, and their protocol."""
-    known, protocol = None, {"samples": samples.protocol, "network": network.protocol}
-    if set(metrics) != {"is"}:
-        known, protocol["reference"] = reference(config, network, workdir)
-    values = comparison.compare(known, samples.features(), metrics, network.suffix)
-    return values, protocol
-
-
 def run(
     pipeline: BinaryLatentDiffusion,
     workdir: Path,
@@ -242,6 +232,9 @@ def run(
         if pipeline.prior_params is None:
             raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
         judge = network(config, workdir) if of_features else None
+        known = None
+        if of_features and set(of_features) != {"is"} and first:  # before hours of drawing
+            known, protocol["reference"] = reference(config, judge, workdir)
         samples = Samples(
             *(pipeline, judge, workdir / "evaluation", num),
             seed=seed,
@@ -255,7 +248,8 @@ def run(
         if keep == "npz":
             log.info("Wrote %s", samples.write_batch())
         if of_features:
-            values, protocol = of_samples(samples, config, judge, workdir, of_features)
+            protocol["network"] = judge.protocol
+            values = comparison.compare(known, samples.features(), of_features, judge.suffix)
         if "cas" in metrics:
             more, protocol["cas"] = _classification_accuracy(
                 config, samples, workdir / "evaluation"
@@ -267,12 +261,18 @@ def run(
         more, protocol["test images"] = _of_test_images(pipeline, workdir, of_pairs, metrics)
         values |= more
     protocol |= {"quantised": "uint8", **machine()}
-    name = f"{digest(protocol)}.json"
-    comparison.write(workdir / "evaluation" / name, values, protocol)
+    _write(workdir, values, protocol)
+    return values, protocol
+
+
+def _write(workdir: Path, values: dict[str, float], protocol: dict[str, Any]) -> None:
+    """Writes metrics to a file of all that were measured by the same protocol, and to the log."""
+    path = workdir / "evaluation" / f"{digest(protocol)}.json"
+    earlier = json.loads(path.read_text())["metrics"] if path.exists() else {}
+    comparison.write(path, earlier | values, protocol)
     step = _newest_step(workdir)
     with Logbook(workdir, "evaluation", step, step) as logbook:
         logbook.record(step, values)
-    return values, protocol
 
 
 def machine() -> dict[str, str]:
@@ -312,27 +312,37 @@ def _of_test_images(
         both = ((part, to_uint8(pipeline.reconstruct(to_float(part)))) for part in parts)
         vgg16 = config.autoencoder.loss.vgg16
         values |= pairs.pair_metrics(both, of_pairs, vgg16=vgg16, batch_size=size)
+        if "lpips" in of_pairs:
+            protocol["lpips"] = f"VGG16, {weights.sha256(vgg16)}"
     if "bound" in metrics:
         if pipeline.prior_params is None:
             raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
         known = evaluate.known_labels(config, source, labels)
         probs = pipeline.encode_probs(to_float(images))
         values |= evaluate.likelihood_metrics(pipeline, probs, known)
-        protocol["bound"] = f"codes drawn, {config.evaluate.bound_draws} draws of noise a step"
+        draws = f"codes drawn, {config.evaluate.bound_draws} draws of noise a step"
+        protocol["bound"] = f"{draws}, prior {checkpoint.fingerprint(pipeline.prior_params)}"
     return values, protocol
 
 
 def while_training(
-    pipeline: BinaryLatentDiffusion, network: Network, workdir: Path
+    pipeline: BinaryLatentDiffusion, network: Network, known: Features | None, workdir: Path
 ) -> dict[str, float]:
     """Returns `config.evaluate.metrics` of a prior that is being trained; {} but in process 0.
 
     All processes take part in drawing `config.evaluate.num_samples`; nothing of them stays.
+
+    Args:
+      pipeline: of the averaged weights.
+      network: that judges.
+      known: of the reference; needed in process 0 alone.
+      workdir: for the samples' features meanwhile.
     """
     config = pipeline.config
     samples = Samples(pipeline, network, workdir / "evaluation", config.evaluate.num_samples)
     if jax.process_index():
         return {}
-    values, _ = of_samples(samples, config, network, workdir, config.evaluate.metrics)
+    metrics = config.evaluate.metrics
+    values = comparison.compare(known, samples.features(), metrics, network.suffix)
     shutil.rmtree(samples.folder)
     return values

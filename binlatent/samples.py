@@ -63,7 +63,7 @@ class Samples:
         """
         self._pipeline, self._network, self._num = pipeline, network, num
         self._seed, self._options, self._keep = seed, options or {}, keep
-        self._with_images = images or keep != "none"
+        self._with_images = images or keep == "npz"
         config = pipeline.config
         settings = checks.sample_settings(config, self._options).to_dict()
         del settings["batch_size"]
@@ -93,15 +93,23 @@ class Samples:
         this, turns = jax.process_index(), jax.process_count()
         with tqdm(total=self._num, unit=" samples", disable=True if this else None) as progress:
             for shard, (start, size, path) in enumerate(self._parts()):
-                if shard % turns == this and not self._is_whole(path):
+                if shard % turns == this and not self._is_whole(start, size, path):
                     self._draw_shard(start, size, path, programs.sample_keys(key, size, start))
                 progress.update(size)
         # If another process fails, this one is ended.
-        while not this and not all(self._is_whole(path) for _, _, path in self._parts()):
+        while not this and not all(self._is_whole(*part) for part in self._parts()):
             time.sleep(0.5)
 
-    def _is_whole(self, path: Path) -> bool:
-        return path.exists() and (not self._with_images or _images_of(path).exists())
+    def _is_whole(self, start: int, size: int, path: Path) -> bool:
+        needed = [path]
+        if self._with_images:
+            needed.append(_images_of(path))
+        if self._keep == "png":
+            needed += [self._png(i) for i in range(start, start + size)]
+        return all(file.exists() for file in needed)
+
+    def _png(self, index: int) -> Path:
+        return self.folder / "png" / f"{index:07}.png"
 
     def _draw_shard(self, start: int, size: int, path: Path, keys: jax.Array) -> None:
         labels = self._labels.take(start, size)
@@ -112,7 +120,7 @@ class Samples:
             arrays |= self._network.apply(images, batch_size)
         if self._keep == "png":
             for i, image in enumerate(images, start):
-                figures.save_png(self.folder / "png" / f"{i:07}.png", image, min_side=1)
+                figures.save_png(self._png(i), image, min_side=1)
         if self._with_images:
             unfinished = path.with_name(f"{path.stem}.unfinished.npy")
             np.save(unfinished, images)

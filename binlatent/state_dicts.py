@@ -1,5 +1,6 @@
 """PyTorch's files of tensors by name: the one place that needs PyTorch."""
 
+import codecs
 import io
 import logging
 import os
@@ -51,6 +52,40 @@ def read(path: str | Path) -> State:
         name: (value.float() if value.is_floating_point() else value).detach().numpy()
         for name, value in state.items()
     }
+
+
+def read_cache(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """Returns what torch-fidelity keeps: a tensor of features, or mean and covariance by name.
+
+    Runs no code that the file may hold.
+
+    Raises:
+      UserError: if PyTorch is missing, or the file holds anything else.
+    """
+    torch = import_torch()
+    rebuild = np.zeros(1).__reduce__()[0]  # of an array, wherever this NumPy has it
+    allowed = [
+        *((rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+        *(np.ndarray, np.dtype, codecs.encode, np.dtypes.Float32DType, np.dtypes.Float64DType),
+    ]
+    try:
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, torch.Tensor):
+            return content.detach().numpy()
+        return {str(name): np.asarray(content[name], np.float64) for name in ("mu", "sigma")}
+    except OSError:
+        raise
+    except Exception as error:  # of a dozen types, by how the file is damaged
+        raise UserError(
+            f"{path} is none of torch-fidelity's caches, a tensor of features or mu and sigma."
+        ) from error
+
+
+def write_cache(path: Path, mean: np.ndarray, covariance: np.ndarray) -> None:
+    """Writes a mean and a covariance as torch-fidelity keeps them."""
+    torch = import_torch()
+    torch.save({"mu": mean.astype(np.float32), "sigma": covariance.astype(np.float64)}, path)
 
 
 def _unpacked(path: str | Path) -> str | Path | BinaryIO:

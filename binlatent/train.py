@@ -227,13 +227,15 @@ def _judge(config: Config, pipeline: Callable, workdir: Path) -> Callable | None
     """Returns what measures the samples of a prior's parameters, if `config.evaluate` asks for it.
 
     Raises:
-      UserError: for unknown metrics or missing weights, before any training.
+      UserError: for unknown metrics, missing weights or no reference, before any training.
     """
     if not config.evaluate.every:
         return None
     quality.check_while_training(config)
     network = quality.network(config, workdir)
-    return lambda params: quality.while_training(pipeline(params), network, workdir)
+    first = jax.process_index() == 0
+    known = quality.reference(config, network, workdir)[0] if first else None
+    return lambda params: quality.while_training(pipeline(params), network, known, workdir)
 
 
 @contextmanager

@@ -91,6 +91,8 @@ def test_statistics_of_others(tmp_path):
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, "shapes"),
         ({"mu": np.zeros(4), "sigma": np.full((4, 4), np.nan)}, "not finite"),
         ({"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(2)}, "lacks mu_s or sigma_s"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [-0.5, 1.0]])}, "not symmetric"),
+        ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "could not convert"),
         ({"mu": np.zeros(4), "sigma": np.eye(4), "protocol": np.array("{")}, "statistics"),
     ],
 )
@@ -145,3 +147,36 @@ def test_nothing_there(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read the image .*bad\.png"):
         list(exchange.open_images(tmp_path).batches(2))
+
+
+def test_caches_of_torch_fidelity(tmp_path):
+    torch = pytest.importorskip("torch")
+    pool = np.random.default_rng(4).normal(size=(9, 4)).astype(np.float32)
+    torch.save(torch.from_numpy(pool), tmp_path / "x-inception-v3-compat-features-2048.pt")
+    found, _ = exchange.read_statistics(tmp_path / "x-inception-v3-compat-features-2048.pt")
+    np.testing.assert_array_equal(found.pool, pool)
+    np.testing.assert_allclose(found.gaussians["pool"].covariance, np.cov(pool.T.astype(float)))
+    assert found.count == 9
+    exchange.write_statistics(tmp_path / "stat.pt", found, {})
+    theirs = torch.load(tmp_path / "stat.pt", weights_only=False)
+    assert (theirs["mu"].dtype, theirs["sigma"].dtype) == (np.float32, np.float64)
+    again, _ = exchange.read_statistics(tmp_path / "stat.pt")
+    assert again.count == 0 and again.pool is None
+    covariances = (x.gaussians["pool"].covariance for x in (again, found))
+    np.testing.assert_array_equal(*covariances)
+
+
+def test_other_files_of_torch_are_refused_and_not_run(tmp_path):
+    torch = pytest.importorskip("torch")
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "touched"), "w"))
+
+    torch.save({"mu": Hostile(), "sigma": 1}, tmp_path / "x.pt")
+    (tmp_path / "y.pt").write_bytes(b"nothing")
+    torch.save({"mean": torch.zeros(3)}, tmp_path / "z.pt")
+    for name in "xyz":
+        with pytest.raises(UserError, match="none of torch-fidelity's caches"):
+            exchange.read_statistics(tmp_path / f"{name}.pt")
+    assert not (tmp_path / "touched").exists()

@@ -13,6 +13,8 @@ from binlatent.errors import UserError
 from binlatent.evaluation import classifier, comparison, metrics
 from binlatent.pipeline import BinaryLatentDiffusion
 
+PR = ("precision_classifier", "recall_classifier")
+
 
 @pytest.fixture
 def pipeline(tiny_config):
@@ -77,7 +79,7 @@ def test_only_what_is_missing_is_drawn(pipeline, tmp_path, small_shards, monkeyp
 
 @pytest.mark.parametrize("keep", ["png", "npz"])
 def test_samples_are_kept(pipeline, tmp_path, small_shards, keep):
-    found = draw(pipeline, tmp_path, keep=keep, images=False)
+    found = draw(pipeline, tmp_path, keep=keep, images=keep == "png")
     images = found.images()
     if keep == "png":
         files = sorted((found.folder / "png").iterdir())
@@ -132,6 +134,12 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "sample", None)
     again, _ = quality.run(pipeline, tmp_path, ["fid"], num=30, temperature=0.7)
     assert again == {"fd_classifier": values["fd_classifier"]}
+    # Metrics of one protocol are in one file.
+    quality.run(pipeline, tmp_path, ["pr"], num=30, temperature=0.7)
+    stored = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
+    expected = {name: values[name] for name in ("fd_classifier", *PR)}
+    assert sorted(len(x["metrics"]) for x in stored) == [3, len(values)]
+    assert expected in [x["metrics"] for x in stored]
 
 
 @pytest.mark.parametrize(

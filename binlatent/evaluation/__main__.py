@@ -3,8 +3,9 @@
 python -m binlatent.evaluation --reference REAL --images GENERATED --metrics fid,kid,is,pr,dc
 
 Each set is a folder of images, an .npz file of images as ADM's evaluator reads (arr_0), or an .npz
-file of statistics (mu, sigma) as pytorch-fid, ADM and this command write. psnr, ssim and lpips
-compare the images of two folders in pairs, in sorted order.
+file of statistics (mu, sigma) as pytorch-fid, ADM and this command write, or a .pt file of
+torch-fidelity's cache. psnr, ssim and lpips compare the images of two folders in pairs, in sorted
+order.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import Any
 
 import jax
 
-from binlatent import command, logbook
+from binlatent import command, logbook, weights
 from binlatent.errors import UserError
 from binlatent.evaluation import comparison, exchange, features, pairs
 
@@ -48,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
         "--write_statistics",
         type=Path,
         metavar="FILE",
-        help="write the reference's statistics to an .npz file, to give as --reference later",
+        help="write the reference's statistics to an .npz file, to give as --reference later, or "
+        "to a .pt file of torch-fidelity",
     )
     return parser
 
@@ -100,7 +102,10 @@ def _pair_metrics(
         )
     both = zip(x.batches(flags.batch_size), y.batches(flags.batch_size), strict=True)
     values = pairs.pair_metrics(both, names, vgg16=flags.vgg16, batch_size=flags.batch_size)
-    return values, {"reference": x.protocol, "images": y.protocol, "pairs": "in sorted order"}
+    protocol = {"reference": x.protocol, "images": y.protocol, "pairs": "in sorted order"}
+    if "lpips" in names:
+        protocol["lpips"] = f"VGG16, {weights.sha256(flags.vgg16)}"
+    return values, protocol
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -116,9 +121,9 @@ def main(argv: list[str] | None = None) -> None:
     with command.reporting():
         names = [name.strip() for name in flags.metrics.split(",") if name.strip()]
         comparison.check_metrics(names, (*comparison.METRICS, *pairs.METRICS))
-        for path, suffix in ((flags.out, ".json"), (flags.write_statistics, ".npz")):
-            if path is not None and path.suffix != suffix:
-                raise UserError(f"{str(path)!r} must end in {suffix}.")
+        for path, suffixes in ((flags.out, (".json",)), (flags.write_statistics, (".npz", ".pt"))):
+            if path is not None and path.suffix not in suffixes:
+                raise UserError(f"{str(path)!r} must end in {' or '.join(suffixes)}.")
         of_pairs = [name for name in names if name in pairs.METRICS]
         of_features = [name for name in names if name not in of_pairs]
         values, protocol = {}, {}

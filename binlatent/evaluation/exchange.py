@@ -3,7 +3,8 @@
 An image set is a folder, or an .npz file as ADM's evaluator reads: `arr_0`, uint8 (n, h, w, 3), and
 perhaps `arr_1`, labels. Statistics are .npz files as those of ADM and pytorch-fid: `mu` and `sigma`
 of FID's features, perhaps `mu_s` and `sigma_s` of sFID's. Ours also hold `count`, `features`,
-`logits` and `protocol`, which others ignore.
+`logits` and `protocol`, which others ignore. Caches of torch-fidelity, .pt files of features or of
+`mu` and `sigma`, are read and written too, where PyTorch is installed.
 """
 
 import hashlib
@@ -16,9 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from binlatent import weights
+from binlatent import state_dicts, weights
 from binlatent.data import folder, loader, sources
 from binlatent.errors import UserError
+from binlatent.evaluation.feature_metrics import Statistics
 from binlatent.evaluation.features import Features, Gaussian
 
 _GAUSSIANS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -187,8 +189,8 @@ def write_batch(
 
 
 def holds_statistics(path: Path) -> bool:
-    """Tells whether a file is an .npz file with statistics, perhaps beside images."""
-    return "mu.npy" in _names(path)
+    """Tells whether a file holds statistics or features, perhaps beside images."""
+    return path.suffix == ".pt" or "mu.npy" in _names(path)
 
 
 def holds_images(path: Path) -> bool:
@@ -210,7 +212,7 @@ def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
     """Reads statistics of features.
 
     Args:
-      path: an .npz file of this module, of ADM or of pytorch-fid.
+      path: an .npz file of this module, of ADM or of pytorch-fid, or a .pt file of torch-fidelity.
 
     Returns:
       The features, and the protocol they were made by: {} if the file has none.
@@ -218,6 +220,8 @@ def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
     Raises:
       UserError: if it has no statistics, or those that cannot be.
     """
+    if path.suffix == ".pt":
+        return _read_cache(path), {}
     try:
         with np.load(path, allow_pickle=False) as file:
             names = [name for name in file.files if name not in ("arr_0", "arr_1")]
@@ -228,18 +232,8 @@ def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
         raise _damaged(path, error) from error
     gaussians = {}
     for name, (mean, covariance) in _GAUSSIANS.items():
-        if mean not in arrays and name != "pool":
-            continue
-        if mean not in arrays or covariance not in arrays:
-            raise _damaged(path, f"it lacks {mean} or {covariance}")
-        gaussian = Gaussian(*(np.asarray(arrays[key], np.float64) for key in (mean, covariance)))
-        d = gaussian.mean.size
-        if gaussian.mean.shape != (d,) or gaussian.covariance.shape != (d, d) or not d:
-            shapes = gaussian.mean.shape, gaussian.covariance.shape
-            raise _damaged(path, f"{mean} and {covariance} have the shapes {shapes}")
-        if not all(np.isfinite(x).all() for x in gaussian):
-            raise _damaged(path, f"{mean} or {covariance} is not finite")
-        gaussians[name] = gaussian
+        if name == "pool" or mean in arrays:
+            gaussians[name] = _gaussian(path, arrays, mean, covariance)
     try:
         protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
         count = int(arrays.get("count", 0))
@@ -249,12 +243,53 @@ def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
     return features, protocol
 
 
+def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> Gaussian:
+    """Returns two arrays of a file as a Gaussian, if they are one."""
+    if mean not in arrays or covariance not in arrays:
+        raise _damaged(path, f"it lacks {mean} or {covariance}")
+    try:
+        gaussian = Gaussian(*(np.asarray(arrays[key], np.float64) for key in (mean, covariance)))
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    d = gaussian.mean.size
+    if gaussian.mean.shape != (d,) or gaussian.covariance.shape != (d, d) or not d:
+        shapes = gaussian.mean.shape, gaussian.covariance.shape
+        raise _damaged(path, f"{mean} and {covariance} have the shapes {shapes}")
+    if not all(np.isfinite(x).all() for x in gaussian):
+        raise _damaged(path, f"{mean} or {covariance} is not finite")
+    if not np.allclose(gaussian.covariance, gaussian.covariance.T, rtol=1e-3, atol=1e-6):
+        raise _damaged(path, f"{covariance} is not symmetric")
+    return gaussian
+
+
+def _read_cache(path: Path) -> Features:
+    """Returns what a .pt file of torch-fidelity holds."""
+    content = state_dicts.read_cache(path)
+    if isinstance(content, dict):
+        return Features(0, {"pool": _gaussian(path, content, "mu", "sigma")})
+    try:
+        found = Statistics.of(content)
+        gaussians = {"pool": Gaussian(found.mean, found.covariance)}
+    except ValueError as error:
+        raise _damaged(path, error) from error
+    return Features(found.count, gaussians, content)
+
+
 def write_statistics(path: Path, features: Features, protocol: dict[str, Any]) -> None:
-    """Writes statistics of features, as `read_statistics` and other evaluators read them."""
+    """Writes statistics of features, as `read_statistics` and other evaluators read them.
+
+    Args:
+      path: of an .npz file, or of a .pt file of torch-fidelity, which holds FID's alone.
+      features: to write.
+      protocol: how they came about.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pt":
+        state_dicts.write_cache(path, *features.gaussians["pool"])
+        return
     arrays = {"count": np.array(features.count), "protocol": np.array(json.dumps(protocol))}
     for name, gaussian in features.gaussians.items():
         arrays |= dict(zip(_GAUSSIANS[name], gaussian, strict=True))
     optional = {"features": features.pool, "logits": features.logits}
     arrays |= {name: array for name, array in optional.items() if array is not None}
-    path.parent.mkdir(parents=True, exist_ok=True)
     weights.write(path, arrays)
