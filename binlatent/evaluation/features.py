@@ -89,8 +89,11 @@ def _outputs(model: Any, variables: Any, names: dict[str, str]) -> Callable:
 
 def inception(path: str | Path) -> Network:
     """Returns FID's network, with the weights of a file; see `weights.read_inception`."""
-    names = {"pool": "2048", "logits": "logits_unbiased", "spatial": "spatial"}
-    apply = _outputs(InceptionV3(), weights.read_inception(path), names)
+    variables = weights.read_inception(path)
+    names, logits = {"pool": "2048", "spatial": "spatial"}, "fc" in variables["params"]
+    if logits:
+        names["logits"] = "logits_unbiased"
+    apply = _outputs(InceptionV3(logits), variables, names)
     protocol = {
         "network": "InceptionV3 of 2015, as FID's",
         "resize": "299x299, TensorFlow 1's bilinear",
@@ -134,13 +137,12 @@ def kept(count: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, MAX_KEPT)).astype(int)
 
 
-def collect(parts: Iterable[dict[str, np.ndarray]], count: int, *, logits: bool = True) -> Features:
+def collect(parts: Iterable[dict[str, np.ndarray]], count: int) -> Features:
     """Adds up the features of a set of images, part by part.
 
     Args:
       parts: of `Network.apply`, in order.
       count: of images in all parts together, for those to be kept to be spread.
-      logits: whether to keep these too.
 
     Raises:
       ValueError: If features are not finite, or the parts are not `count` together.
@@ -148,7 +150,8 @@ def collect(parts: Iterable[dict[str, np.ndarray]], count: int, *, logits: bool 
     wanted, start = kept(count), 0
     statistics: dict[str, Statistics] = {}
     waiting: dict[str, list[np.ndarray]] = {}
-    pool, kept_logits = [], []
+    pool: list[np.ndarray] = []
+    logits: list[np.ndarray] = []
 
     def add() -> None:
         for name, rows in waiting.items():
@@ -160,8 +163,8 @@ def collect(parts: Iterable[dict[str, np.ndarray]], count: int, *, logits: bool 
         size = len(part["pool"])
         first, end = np.searchsorted(wanted, (start, start + size))
         pool.append(part["pool"][wanted[first:end] - start])
-        if logits:
-            kept_logits.append(part["logits"])
+        if "logits" in part:
+            logits.append(part["logits"])
         for name in ("pool", "spatial"):
             if name in part:
                 waiting.setdefault(name, []).append(part[name])
@@ -176,5 +179,5 @@ def collect(parts: Iterable[dict[str, np.ndarray]], count: int, *, logits: bool 
         for name, x in statistics.items()
     }
     return Features(
-        count, gaussians, np.concatenate(pool), np.concatenate(kept_logits) if logits else None
+        count, gaussians, np.concatenate(pool), np.concatenate(logits) if logits else None
     )

@@ -139,7 +139,13 @@ class _Mixed7(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Features of images at four depths, and logits."""
+    """Features of images at four depths, and logits.
+
+    Fields:
+      logits: whether to return them, which needs their parameters.
+    """
+
+    logits: bool = True
 
     @nn.compact
     def __call__(self, images: Array) -> dict[str, Array]:
@@ -151,8 +157,8 @@ class InceptionV3(nn.Module):
         Returns:
           `64`, `192`, `768` and `2048`, (n, that many), means over the grid at four depths;
           `spatial`, (n, 17 * 17 * 7), of sFID (Nash et al., 2021), seven features of each place in
-          Mixed_6d; `logits`, (n, 1008), and `logits_unbiased`, without the last bias, of the
-          inception score.
+          Mixed_6d; and, if asked for, `logits`, (n, 1008), and `logits_unbiased`, without the last
+          bias, of the inception score.
         """
 
         def mean(x):
@@ -181,6 +187,8 @@ class InceptionV3(nn.Module):
         for name in "bc":
             x = _Mixed7(name == "c", name=f"Mixed_7{name}")(x)
         features["2048"] = mean(x)
+        if not self.logits:
+            return features
         unbiased = nn.Dense(1008, use_bias=False, name="fc")(features["2048"])
         bias = self.param("fc_bias", nn.initializers.zeros, (1008,))
         return {**features, "logits_unbiased": unbiased, "logits": unbiased + bias[None]}
