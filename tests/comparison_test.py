@@ -2,6 +2,7 @@
 
 import logging
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from binlatent.errors import UserError
 from binlatent.evaluation import comparison, exchange, features
 from binlatent.evaluation.features import Features, Gaussian, Network
+from binlatent.programs import map_batches
 
 
 def means(images, batch_size):
@@ -64,6 +66,33 @@ def test_statistics_agree_to_1e_9_whatever_the_batches():
     for gaussian in found[:2]:
         np.testing.assert_allclose(gaussian.mean, found[2].mean, rtol=1e-9)
         np.testing.assert_allclose(gaussian.covariance, found[2].covariance, rtol=1e-9, atol=1e-9)
+
+
+def test_batches_spread_over_four_devices_change_nothing():
+    """The last batch is filled up, and every batch split over the devices; nothing of it shows."""
+    array = images(5, 150)
+
+    @jax.jit
+    def sums(batch):  # exact in float32, whatever the batch
+        x = batch.astype(jnp.float32)
+        return {"pool": x.sum(axis=2).reshape(len(x), -1), "logits": x[:, 0, 0]}
+
+    def apply(batch, batch_size):
+        return map_batches(sums, batch_size, batch)
+
+    assert jax.device_count() == 4
+    network = Network("inception", "", apply, {})
+    found = [comparison.features_of(network, image_set(array), size) for size in (7, 64, 150)]
+    expected = array.astype(np.float64).sum(axis=2).reshape(150, -1)
+    for x in found:
+        np.testing.assert_array_equal(x.pool, expected)
+        mean, covariance = x.gaussians["pool"]
+        np.testing.assert_allclose(mean, expected.mean(axis=0), rtol=1e-9)
+        np.testing.assert_allclose(covariance, np.cov(expected.T), rtol=1e-9, atol=1e-6)
+    other = drawn(0, 200, 24)
+    values = [comparison.compare(other, x, ["fid", "pr"]) for x in found]
+    for value in values[:2]:
+        assert value == pytest.approx(values[2], rel=1e-9)
 
 
 def test_kept_features_are_spread(monkeypatch):
