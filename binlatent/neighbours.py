@@ -87,16 +87,20 @@ def memorised(of_samples: np.ndarray, of_held_out: np.ndarray) -> dict[str, floa
       of_held_out: the same of images that were not trained on, (m,).
 
     Returns:
-      `memorised`, the share of samples nearer than `threshold`, the 1st percentile of held-out
-      images: 1 of copies. `expected`, the share if both are of one distribution: 0.01, and of fewer
-      than 99 held-out images, of which the nearest is the threshold, 1 / (m + 1). Both medians.
+      `memorised`, the share of samples as near as `threshold`, the 1st percentile of held-out
+      images, or nearer: 1 of copies. `expected`, the share if both are of one distribution: 0.01,
+      or more where several held-out images are as near, as copies in both splits are; of fewer than
+      99 held-out images, of which the nearest is the threshold, 1 / (m + 1). `copies`, the share of
+      samples at distance 0, and `copies_held_out`. Both medians.
     """
     # Of several definitions, that below which a draw of the same distribution lies with 0.01.
     threshold = np.quantile(of_held_out, _SHARE, method="weibull")
     return {
-        "memorised": float(np.mean(of_samples < threshold)),
-        "expected": max(_SHARE, 1 / (len(of_held_out) + 1)),
+        "memorised": float(np.mean(of_samples <= threshold)),
+        "expected": max(_SHARE, np.sum(of_held_out <= threshold) / (len(of_held_out) + 1)),
         "threshold": float(threshold),
+        "copies": float(np.mean(of_samples == 0)),
+        "copies_held_out": float(np.mean(of_held_out == 0)),
         "median": float(np.median(of_samples)),
         "median_held_out": float(np.median(of_held_out)),
     }

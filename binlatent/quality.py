@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from binlatent import build, checkpoint, evaluate, weights
-from binlatent.data import loader
+from binlatent.data import loader, sources
 from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float, to_uint8
 from binlatent.errors import UserError
@@ -47,7 +47,8 @@ def network(config: Config, workdir: Path) -> Network:
     Raises:
       UserError: if its weights are not there, or the data has no classes.
     """
-    name, path = config.evaluate.network, config.evaluate.weights
+    name = config.evaluate.network
+    path = config.evaluate.weights or f"{name}.npz"
     if name != "classifier":
         return {"inception": features.inception, "efficientnet": features.efficientnet}[name](path)
     return features.classifier(*_classifier(config, workdir / "evaluation"))
@@ -66,7 +67,9 @@ def _classifier(config: Config, folder: Path) -> tuple[Any, int]:
             'config.evaluate.network = "classifier" needs images with classes: use "inception" or '
             '"efficientnet".'
         )
-    path = folder / f"classifier_{source.fingerprint}_{num_images}_{config.seed}.npz"
+    shape, stamp = build.image_shape(config), sources.stamp(source.files)
+    name = digest(source.fingerprint, stamp, shape, num_images, config.seed)
+    path = folder / f"classifier_{name}.npz"
     if not path.exists() and jax.process_index() == 0:
         log.info("Training a classifier on %d real images", num_images)
         images, labels = evaluate.load_images(source, num_images)
@@ -84,11 +87,16 @@ def _classifier(config: Config, folder: Path) -> tuple[Any, int]:
 
 
 def reference(config: Config, network: Network, workdir: Path) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of the images of `config.evaluate.reference`, and which these are."""
+    """Returns the features of the real images of `config.evaluate.reference`, and which these are.
+
+    Those of a split are kept in the workdir, under a name made of all that they depend on.
+    """
     name = config.evaluate.reference
-    if name not in ("train", "test"):
-        return comparison.load(Path(name), network, config.sample.batch_size)
-    return features_of_split(config, network, workdir, name)
+    if name in ("train", "test"):
+        return features_of_split(config, network, workdir, name)
+    known, protocol = comparison.load(Path(name), network, config.sample.batch_size)
+    protocol.pop("network", None)
+    return known, protocol
 
 
 def features_of_split(
@@ -107,14 +115,31 @@ def features_of_split(
         "size": "x".join(map(str, build.image_shape(config))),
         "transform": "centre square, bicubic with antialiasing where its size is another",
     }
-    path = workdir / "evaluation" / f"reference_{digest(protocol, network.protocol)}.npz"
+    name = f"reference_{digest(protocol, sources.stamp(source.files), network.protocol)}.npz"
+    path = workdir / "evaluation" / name
     if path.exists():
-        return exchange.read_statistics(path)[0], protocol
+        try:
+            found, stored = exchange.read_statistics(path)
+            del stored["network"]
+            return found, stored
+        except (UserError, KeyError):
+            log.warning("%s is damaged: it is made anew.", path)
     log.info("Judging %d real images", len(source.examples))
-    found = comparison.features_of(network, _images(source, protocol), config.sample.batch_size)
+    images = _images(source, protocol)
+    found, protocol = comparison.features_of(network, images, config.sample.batch_size)
     found = found._replace(logits=None)
     exchange.write_statistics(path, found, {**protocol, "network": network.protocol})
     return found, protocol
+
+
+def check_reference(known: Features, metrics: Sequence[str], network: Network) -> None:
+    """Refuses, before any drawing, a reference that the samples cannot be compared with.
+
+    Raises:
+      UserError: saying what is missing.
+    """
+    comparison.check_known(known, [name for name in metrics if name != "is"])
+    comparison.check_widths(known, network.width)
 
 
 def _images(source: Source, protocol: dict[str, Any]) -> Images:
@@ -168,16 +193,18 @@ def check(config: Config, metrics: Sequence[str], num: int) -> None:
     """
     comparison.check_metrics(metrics, METRICS)
     if "cas" in metrics and build.condition(config) != "class":
-        raise UserError("cas is for priors with classes: leave it out.")
+        raise UserError("The metric cas is for priors with classes: leave it out.")
     if "cas" in metrics and num < config.data.num_classes:
         raise UserError(
-            f"cas trains on samples of {config.data.num_classes} classes, so --num={num} is not "
-            "enough."
+            f"The metric cas trains on samples of {config.data.num_classes} classes, so "
+            f"--num={num} is not enough."
         )
     if "sfid" in metrics and config.evaluate.network != "inception":
-        raise UserError('sfid is of config.evaluate.network="inception" alone: leave it out.')
+        raise UserError(
+            'The metric sfid is of config.evaluate.network="inception" alone: leave it out.'
+        )
     if "is" in metrics and num < 10:
-        raise UserError(f"is takes samples in ten parts, so --num={num} is not enough.")
+        raise UserError(f"The metric is takes samples in ten parts, so --num={num} is not enough.")
 
 
 def check_while_training(config: Config) -> None:
@@ -235,6 +262,7 @@ def run(
         known = None
         if of_features and set(of_features) != {"is"} and first:  # before hours of drawing
             known, protocol["reference"] = reference(config, judge, workdir)
+            check_reference(known, of_features, judge)
         samples = Samples(
             *(pipeline, judge, workdir / "evaluation", num),
             seed=seed,
@@ -249,7 +277,9 @@ def run(
             log.info("Wrote %s", samples.write_batch())
         if of_features:
             protocol["network"] = judge.protocol
-            values = comparison.compare(known, samples.features(), of_features, judge.suffix)
+            drawn = samples.features()
+            protocol["metrics"] = comparison.settings(known, drawn, of_features)
+            values = comparison.compare(known, drawn, of_features, judge.suffix)
         if "cas" in metrics:
             more, protocol["cas"] = _classification_accuracy(
                 config, samples, workdir / "evaluation"
@@ -266,10 +296,19 @@ def run(
 
 
 def _write(workdir: Path, values: dict[str, float], protocol: dict[str, Any]) -> None:
-    """Writes metrics to a file of all that were measured by the same protocol, and to the log."""
-    path = workdir / "evaluation" / f"{digest(protocol)}.json"
-    earlier = json.loads(path.read_text())["metrics"] if path.exists() else {}
-    comparison.write(path, earlier | values, protocol)
+    """Writes metrics to a file of all that were measured by the same protocol, and to the log.
+
+    What a metric settles for itself, under `metrics`, does not make it another protocol.
+    """
+    common = {name: value for name, value in protocol.items() if name != "metrics"}
+    path = workdir / "evaluation" / f"{digest(common)}.json"
+    try:
+        earlier = json.loads(path.read_text())
+        earlier, settled = earlier["metrics"], earlier["protocol"].get("metrics", {})
+    except (FileNotFoundError, ValueError, KeyError):  # none, or cut by a kill
+        earlier, settled = {}, {}
+    together = common | {"metrics": settled | protocol.get("metrics", {})}
+    comparison.write(path, earlier | values, together)
     step = _newest_step(workdir)
     with Logbook(workdir, "evaluation", step, step) as logbook:
         logbook.record(step, values)
@@ -320,7 +359,7 @@ def _of_test_images(
         known = evaluate.known_labels(config, source, labels)
         probs = pipeline.encode_probs(to_float(images))
         values |= evaluate.likelihood_metrics(pipeline, probs, known)
-        draws = f"codes drawn, {config.evaluate.bound_draws} draws of noise a step"
+        draws = f"codes drawn, {config.evaluate.bound_draws} draws of noise a step, {config.dtype}"
         protocol["bound"] = f"{draws}, prior {checkpoint.fingerprint(pipeline.prior_params)}"
     return values, protocol
 

@@ -132,8 +132,8 @@ class Samples:
 
         def parts() -> Iterator[dict[str, np.ndarray]]:
             for _, _, path in self._parts():
-                with np.load(path, allow_pickle=False) as file:
-                    yield {name: file[name] for name in file.files if name != "labels"}
+                stored = _read(path)
+                yield {name: x for name, x in stored.items() if name != "labels"}
 
         try:
             return features.collect(parts(), self._num)
@@ -142,11 +142,7 @@ class Samples:
 
     def labels(self) -> np.ndarray:
         """Returns the class of each sample, (num,)."""
-        parts = []
-        for _, _, path in self._parts():
-            with np.load(path, allow_pickle=False) as file:
-                parts.append(file["labels"])
-        return np.concatenate(parts)
+        return np.concatenate([_read(path)["labels"] for _, _, path in self._parts()])
 
     def images(self) -> "Stored":
         """Returns the samples, which lie on disk."""
@@ -160,6 +156,14 @@ class Samples:
         labels = self.labels() if self._pipeline.num_classes else None
         exchange.write_batch(path, iter(images.parts), self._num, labels)
         return path
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file.items())
+    except Exception as error:  # by where the damage is
+        raise UserError(f"{path} is damaged: delete it, and it is drawn anew.") from error
 
 
 def _images_of(path: Path) -> Path:
@@ -193,8 +197,10 @@ class _Labels:
         elif condition == "class" and config.evaluate.labels == "balanced":
             self.protocol = f"balanced, {self._num_classes} classes in turn"
         else:
-            self.protocol = "those of training images, in a random order"
-            self._examples = evaluate.open_data(config, "train", keep=False).examples
+            source = evaluate.open_data(config, "train", keep=False)
+            order = "those of training images in a random order"
+            self.protocol = f"{order}, {source.fingerprint}"
+            self._examples = source.examples
             self._order = np.random.default_rng(seed).permutation(len(self._examples))
 
     def take(self, start: int, size: int) -> np.ndarray | None:

@@ -121,9 +121,9 @@ def _settings(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _shown(name: str, metrics: dict[str, float]) -> str:
-    if name not in metrics:
+    value = metrics.get(name)
+    if value is None:  # also of a number that was not finite
         return "-"
-    value = metrics[name]
     if name.startswith("cas"):
         return f"{value:.2%}"
     if name.startswith(("precision", "recall")):
@@ -191,12 +191,17 @@ def table4_row(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, lis
     Raises:
       UserError: if there are no results with PSNR.
     """
-    results = [result for result in _results(workdir) if "psnr" in result["metrics"]]
+    results = [x for x in _results(workdir) if {"psnr", "ssim", "lpips"} & x["metrics"].keys()]
     current = checkpoint.fingerprint(pipeline.autoencoder_params)
     own = [x for x in results if x["protocol"]["test images"].get("autoencoder") == current]
     if not own:
         raise _no_results(workdir, bool(results), "psnr,ssim")
-    metrics, config = own[0]["metrics"], pipeline.config
+    # Of the most images; what was measured of the same ones is added.
+    best = max(own, key=lambda x: x["protocol"]["test images"]["count"])
+    count = best["protocol"]["test images"]["count"]
+    same = [x["metrics"] for x in own if x["protocol"]["test images"]["count"] == count]
+    metrics = dict(pair for x in reversed(same) for pair in x.items())
+    config = pipeline.config
     section = config.autoencoder
     h, w, _ = build.code_shape(config)
     depth = {
@@ -205,17 +210,18 @@ def table4_row(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, lis
         "real": 32 * section.num_channels,
     }
     bits = h * w * depth[section.bottleneck]
-    titles = ["method", "size", "bits an image", "PSNR", "SSIM", "LPIPS"]
+    titles = ["method", "size", "bits an image", "images", "PSNR", "SSIM", "LPIPS"]
     row = [
         table4.NAMES[section.bottleneck],
         table4.size(config),
         f"{bits:,.0f}",
+        f"{count:,}",
         *(
             table4.with_spread(metrics, name, digits)
             for name, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3))
         ),
     ]
-    return markdown(titles, [row]), [{**own[0], "size": row[1], "bits": bits}]
+    return markdown(titles, [row]), [{**best, "metrics": metrics, "size": row[1], "bits": bits}]
 
 
 def table6(

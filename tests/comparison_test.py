@@ -1,5 +1,6 @@
 """Comparing two sets of images: what is computed, what it is called, and what is refused."""
 
+import hashlib
 import logging
 
 import jax
@@ -20,7 +21,7 @@ def means(images, batch_size):
     return {"pool": pool, "logits": pool / 100, "spatial": x.reshape(len(x), -1)[:, :5]}
 
 
-NETWORK = Network("inception", "", means, {"network": "means"})
+NETWORK = Network("inception", "", 6, means, {"name": "inception", "network": "means"})
 
 
 def images(seed, n=40, shape=(8, 8, 3)):
@@ -43,7 +44,8 @@ def drawn(seed, n=40, d=4, shift=0.0, **more):
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
 def test_features_do_not_depend_on_the_batches(batch_size):
     array = images(0)
-    found = comparison.features_of(NETWORK, image_set(array), batch_size)
+    found, protocol = comparison.features_of(NETWORK, image_set(array), batch_size)
+    assert protocol["pixels"] == hashlib.sha256(array.tobytes()).hexdigest()[:16]
     x = array.astype(np.float64)
     expected = np.concatenate([x.mean(axis=(1, 2)), x.std(axis=(1, 2))], axis=1)
     np.testing.assert_allclose(found.pool, expected, rtol=1e-5)
@@ -81,8 +83,8 @@ def test_batches_spread_over_four_devices_change_nothing():
         return map_batches(sums, batch_size, batch)
 
     assert jax.device_count() == 4
-    network = Network("inception", "", apply, {})
-    found = [comparison.features_of(network, image_set(array), size) for size in (7, 64, 150)]
+    network = Network("inception", "", 24, apply, {})
+    found = [comparison.features_of(network, image_set(array), size)[0] for size in (7, 64, 150)]
     expected = array.astype(np.float64).sum(axis=2).reshape(150, -1)
     for x in found:
         np.testing.assert_array_equal(x.pool, expected)
@@ -136,7 +138,7 @@ def test_inception_score_of_sure_and_unsure_classes():
 def test_other_networks_have_other_names():
     logits = np.zeros((40, 3), np.float32)
     values = comparison.compare(
-        drawn(0), drawn(1, logits=logits), ["fid", "kid", "is", "pr"], "_effnet"
+        drawn(0, 50), drawn(1, logits=logits), ["fid", "kid", "is", "pr"], "_effnet"
     )
     assert list(values) == [
         *("fd_effnet", "kd_effnet", "kd_effnet_std", "score_effnet", "score_effnet_std"),
@@ -144,6 +146,20 @@ def test_other_networks_have_other_names():
     ]
     table = comparison.table(values)
     assert "FD-EffNet" in table and "FID" not in table
+
+
+def test_kid_of_all_samples_is_computed_once():
+    values = comparison.compare(drawn(0), drawn(1), ["kid"])
+    x, y = (drawn(seed).pool.astype(np.float64) for seed in (0, 1))
+    within = [
+        (np.sum(k) - np.trace(k)) / (40 * 39) for k in ((z @ z.T / 4 + 1) ** 3 for z in (x, y))
+    ]
+    assert values == {"kid": pytest.approx(sum(within) - 2 * np.mean((x @ y.T / 4 + 1) ** 3))}
+    several = comparison.compare(drawn(0), drawn(1, 60), ["kid"])
+    assert list(several) == ["kid", "kid_std"]
+    told = comparison.settings(drawn(0), drawn(1, 60), ["kid", "pr", "fid"])
+    assert told["kid"].startswith("100 subsets of 40 by seed 2020 of 40 real and 60 generated")
+    assert list(told) == ["kid", "pr"]
 
 
 def test_grey_images_are_counted(caplog):
@@ -171,11 +187,11 @@ def test_too_few_images_for_the_features(caplog):
         (drawn(0), drawn(1), [], "No metric is asked for"),
         (None, drawn(1), ["fid"], "Give a reference"),
         (drawn(0), drawn(1, d=5), ["fid"], "features of 4 numbers and the images of 5"),
-        (drawn(0), drawn(1), ["sfid"], "sfid needs statistics"),
-        (drawn(0), drawn(1)._replace(pool=None), ["kid"], "of the images only statistics"),
+        (drawn(0), drawn(1), ["sfid"], "sfid needs statistics of Inception's spatial"),
+        (drawn(0), drawn(1)._replace(pool=None), ["kid"], "of the set of images only statistics"),
         (drawn(0)._replace(pool=None), drawn(1), ["pr"], "of the reference only statistics"),
-        (drawn(0), drawn(1, d=5), ["pr"], "different networks"),
-        (drawn(0, 5), drawn(1), ["pr"], "at least 6 images"),
+        (drawn(0), drawn(1, d=5), ["pr"], "different networks, make both"),
+        (drawn(0, 5), drawn(1), ["pr"], "at least 6 images of each, and the reference has 5"),
         (None, drawn(1), ["is"], "at least 10 generated images"),
     ],
 )
@@ -188,7 +204,7 @@ def test_features_that_are_not_finite():
     def broken(images, batch_size):
         return {name: x + jnp.nan for name, x in means(images, batch_size).items()}
 
-    with pytest.raises(UserError, match=r"there: .*must be finite"):
+    with pytest.raises(UserError, match=r"The images in there cannot be judged: .*must be finite"):
         comparison.features_of(NETWORK._replace(apply=broken), image_set(images(0)), 16)
 
 
@@ -205,4 +221,7 @@ def test_statistics_beside_images(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=array, mu=np.ones(6), sigma=np.eye(6))
     found, protocol = comparison.load(tmp_path / "x.npz", NETWORK, 16)
     np.testing.assert_array_equal(found.gaussians["pool"].mean, np.ones(6))
-    assert found.pool.shape == (40, 6) and protocol["statistics"] == "as stored in the file"
+    assert found.pool.shape == (40, 6) and protocol["statistics"] == str(tmp_path / "x.npz")
+    # They are Inception's: another network's are computed.
+    found, protocol = comparison.load(tmp_path / "x.npz", NETWORK._replace(width=5), 16)
+    assert np.any(found.gaussians["pool"].mean != 1) and "statistics" not in protocol

@@ -10,7 +10,7 @@ from skimage import metrics as skimage_metrics
 
 from binlatent import weights
 from binlatent.evaluation import __main__ as evaluation
-from binlatent.evaluation import features, metrics
+from binlatent.evaluation import exchange, features, metrics
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +94,23 @@ def test_two_sets_their_statistics_and_the_protocol(capsys, sets, effnet, tmp_pa
     again = json.loads((tmp_path / "y.json").read_text())["metrics"]
     for name in again:
         assert again[name] == pytest.approx(values[name], rel=1e-9)
-    # And two of statistics need no network at all.
-    code, out, err = run(
-        *(capsys, f"--reference={tmp_path / 'real.npz'}", f"--images={tmp_path / 'real.npz'}"),
-        *("--network=efficientnet", "--weights=none", "--metrics=fid"),
-    )
+    # And two of statistics need no network at all, and are called what they are.
+    two = [f"--reference={tmp_path / 'real.npz'}", f"--images={tmp_path / 'real.npz'}"]
+    code, out, err = run(capsys, *two, "--metrics=fid")
     assert code == 0, err
-    assert abs(float(out.split()[1])) < 1e-3
+    assert out.startswith("FD-EffNet ") and abs(float(out.split()[1])) < 1e-3
+    code, _, err = run(capsys, *two, "--metrics=fid", "--network=inception")
+    assert code == 1 and "of the network 'efficientnet': leave --network out" in err
+    # Those of other weights, or that do not say what they are, are not compared with them.
+    known, made_by = exchange.read_statistics(tmp_path / "real.npz")
+    made_by["network"]["weights"] = "other"
+    exchange.write_statistics(tmp_path / "other.npz", known, made_by)
+    code, _, err = run(capsys, two[0], f"--images={tmp_path / 'other.npz'}", "--metrics=fid")
+    assert code == 1 and "of different networks or weights" in err
+    np.savez(tmp_path / "bare.npz", mu=known.gaussians["pool"].mean, sigma=np.eye(1280))
+    bare = f"={tmp_path / 'bare.npz'}"
+    code, _, err = run(capsys, f"--reference{bare}", f"--images{bare}", "--metrics=fid")
+    assert code == 1 and "of 1280 features, and the network inception has 2048" in err
 
 
 @pytest.mark.parametrize(
@@ -137,6 +147,30 @@ def test_pairs_need_as_many_images(capsys, sets, tmp_path):
         "--metrics=psnr",
     )
     assert code == 1 and "24 images of 32x32" in err and "5 of 32x32" in err
+
+
+def test_identical_grey_and_differently_named_pairs(capsys, tmp_path):
+    grey = np.random.default_rng(2).integers(0, 200, (3, 16, 16, 1), np.uint8)
+    np.savez(tmp_path / "grey.npz", arr_0=grey)
+    colour = np.repeat(grey, 3, axis=-1)
+    colour[1:] += 10
+    np.savez(tmp_path / "colour.npz", arr_0=colour)
+    pair = (f"--reference={tmp_path / 'grey.npz'}", f"--images={tmp_path / 'colour.npz'}")
+    code, out, err = run(capsys, *pair, "--metrics=psnr", f"--out={tmp_path / 'x.json'}")
+    assert code == 0 and "1 of 3 pairs are identical: their psnr is infinite" in err
+    values = json.loads((tmp_path / "x.json").read_text())["metrics"]
+    assert values["psnr"] == pytest.approx(20 * np.log10(255 / 10)) and values["psnr_std"] < 1e-9
+    same = f"--images={tmp_path / 'grey.npz'}"
+    code, _, _ = run(capsys, pair[0], same, "--metrics=psnr", f"--out={tmp_path / 'x.json'}")
+    assert code == 0
+    assert json.loads((tmp_path / "x.json").read_text())["metrics"] == {"psnr": None}
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.fromarray(colour[i]).save(tmp_path / name / f"{name if i else ''}{i}.png")
+    folders = (f"--reference={tmp_path / 'a'}", f"--images={tmp_path / 'b'}")
+    code, _, err = run(capsys, *folders, "--metrics=ssim")
+    assert code == 0 and "so that a1 goes with b1, for example" in err
 
 
 def test_usage(capsys):

@@ -92,7 +92,11 @@ def test_statistics_of_others(tmp_path):
         ({"mu": np.zeros(4), "sigma": np.full((4, 4), np.nan)}, "not finite"),
         ({"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(2)}, "lacks mu_s or sigma_s"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [-0.5, 1.0]])}, "not symmetric"),
-        ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "could not convert"),
+        ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "mu is <U1"),
+        ({"mu": np.zeros(2) * 1j, "sigma": np.eye(2)}, "mu is complex128"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "negative variances"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "features": np.zeros((3, 4))}, "another width"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "logits": np.zeros(3)}, "logits is float64"),
         ({"mu": np.zeros(4), "sigma": np.eye(4), "protocol": np.array("{")}, "statistics"),
     ],
 )

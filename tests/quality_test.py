@@ -127,6 +127,7 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
     assert len(protocol["network"]["weights"]) == 16
     stored = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
     assert stored == [{"metrics": values, "protocol": json.loads(json.dumps(protocol))}]
+    assert list(protocol["metrics"]) == ["kid", "pr", "dc", "is"]
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["stage"] == "evaluation" and logged[-1]["psnr"] == values["psnr"]
     # Neither the reference nor the samples are judged again.
@@ -140,6 +141,55 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
     expected = {name: values[name] for name in ("fd_classifier", *PR)}
     assert sorted(len(x["metrics"]) for x in stored) == [3, len(values)]
     assert expected in [x["metrics"] for x in stored]
+
+
+def test_changed_images_are_judged_again(pipeline, tmp_path):
+    """Under the same names: what was kept of the reference is not taken for theirs."""
+    folder = tmp_path / "images"
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in range(10):
+            (folder / split / str(label)).mkdir(parents=True)
+            for i in range(4):
+                image = random.integers(0, 256, (28, 28), np.uint8)
+                Image.fromarray(image).save(folder / split / str(label) / f"{i}.png")
+    pipeline.config.data.name, pipeline.config.data.path = "folder", str(folder)
+    first, protocol = quality.run(pipeline, tmp_path, ["fid"])
+    assert quality.run(pipeline, tmp_path, ["fid"])[0] == first
+    for file in folder.rglob("*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(file)) // 2).save(file)
+    second, changed = quality.run(pipeline, tmp_path, ["fid"])
+    assert second["fd_classifier"] != first["fd_classifier"]
+    assert changed["reference"]["fingerprint"] == protocol["reference"]["fingerprint"]
+    assert changed["reference"]["pixels"] != protocol["reference"]["pixels"]
+
+
+def test_damaged_files_of_before(pipeline, tmp_path):
+    first, _ = quality.run(pipeline, tmp_path, ["fid"])
+    folder = tmp_path / "evaluation"
+    for pattern in ("reference_*.npz", "*.json"):
+        (path,) = folder.glob(pattern)
+        path.write_bytes(path.read_bytes()[:100])
+    assert quality.run(pipeline, tmp_path, ["fid"])[0] == pytest.approx(first)
+    (path,) = folder.glob("samples_*/*.npz")
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"\.npz is damaged: delete it, and it is drawn anew"):
+        quality.run(pipeline, tmp_path, ["fid"])
+
+
+def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "sample", None)
+    path = tmp_path / "x.npz"
+    pipeline.config.evaluate.reference = str(path)
+    np.savez(path, mu=np.zeros(128), sigma=np.eye(128))
+    with pytest.raises(UserError, match="of the reference only statistics are known"):
+        quality.run(pipeline, tmp_path, ["kid"])
+    np.savez(path, mu=np.zeros(9), sigma=np.eye(9))
+    with pytest.raises(UserError, match="features of 9 numbers and the images of 128"):
+        quality.run(pipeline, tmp_path, ["fid"])
+    np.savez(path, arr_0=np.zeros((20, 28, 28, 3), np.uint8))
+    with pytest.raises(UserError, match="classifier is of images of 1 channel, and these have 3"):
+        quality.run(pipeline, tmp_path, ["fid"])
 
 
 @pytest.mark.parametrize(

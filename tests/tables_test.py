@@ -92,22 +92,25 @@ def test_table1_names_the_distance_and_tells_rows_apart(pipeline, tmp_path):
     assert shown == [("0", "10.5", "0.500", "-"), ("1", "11.5", "0.500", "-"), ("1", "-", "-", "3")]
 
 
-def test_table4_is_of_the_newest_result_of_the_autoencoder(pipeline, tmp_path):
+def test_table4_is_of_the_most_images_of_the_autoencoder(pipeline, tmp_path):
     own = {"autoencoder": checkpoint.fingerprint(pipeline.autoencoder_params)}
     old = {"psnr": 9.0, "psnr_std": 1.0, "ssim": 0.5, "ssim_std": 0.1, "lpips": 1.0, "lpips_std": 1}
     new = {"psnr": 24.021, "psnr_std": 2.11, "ssim": 0.75, "ssim_std": 0.06}
-    write(tmp_path, 2, old, **{"test images": own})
-    write(tmp_path, 1, new, **{"test images": own})
-    write(tmp_path, 0, old, **{"test images": {"autoencoder": "another"}})
+    more = {"ssim": 0.3, "ssim_std": 0.1, "lpips": 0.2, "lpips_std": 0.02}
+    write(tmp_path, 3, more, **{"test images": own | {"count": 500}})
+    write(tmp_path, 2, new, **{"test images": own | {"count": 500}})
+    write(tmp_path, 1, old, **{"test images": own | {"count": 20}})
+    write(tmp_path, 0, old, **{"test images": {"autoencoder": "another", "count": 500}})
     text, (row,) = tables.table4_row(pipeline, tmp_path)
     # 28 pixels in patches of 7 are 4 x 4 tokens, of 8 bits in the tiny config.
     assert cells(text) == [
         {
             **{"method": "Binary", "size": "4×4×8", "bits an image": "128"},
-            **{"PSNR": "24.02 ± 2.11", "SSIM": "0.750 ± 0.060", "LPIPS": "-"},
+            **{"images": "500", "PSNR": "24.02 ± 2.11"},
+            **{"SSIM": "0.750 ± 0.060", "LPIPS": "0.200 ± 0.020"},
         }
     ]
-    assert row["metrics"] == new and row["bits"] == 128
+    assert row["metrics"] == more | new and row["bits"] == 128
     for bottleneck, bits in (("vq", 16 * 10), ("real", 32 * 16 * 6)):
         pipeline.config.autoencoder.bottleneck = bottleneck
         pipeline.config.autoencoder.codebook_size = 1_024

@@ -85,12 +85,19 @@ def list_images(path: str, split: str, table: str = "") -> Listing:
 
 
 def find_images(path: str) -> list[str]:
-    """Returns all images below a folder, sorted.
+    """Returns all images below a folder, sorted; writes nothing there.
 
     Raises:
       UserError: if there are none.
     """
-    return [image.file for image in _find(os.path.expanduser(path))]
+    files, _ = _walk(path)
+    if not files:
+        raise _no_images(path)
+    return sorted(os.path.join(path, file) for file in files)
+
+
+def _no_images(root: str) -> UserError:
+    return UserError(f"there are no images in {root!r} (looked for {', '.join(EXTENSIONS)})")
 
 
 def _find(root: str) -> list[_Image]:
@@ -104,7 +111,7 @@ def _find(root: str) -> list[_Image]:
         name, separator, _ = file.partition(os.sep)
         found.append(_Image(name if separator else "", os.path.join(root, file)))
     if not found:
-        raise UserError(f"there are no images in {root!r} (looked for {', '.join(EXTENSIONS)})")
+        raise _no_images(root)
     return sorted(found, key=lambda image: image.file)
 
 

@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -36,6 +36,15 @@ Image.init()  # for Pillow to know all of them by name
 _KEPT_BYTES = 2**28
 
 
+def stamp(files: Sequence[str]) -> str:
+    """Returns 16 hexadecimal digits that change with the files: with their sizes or times."""
+    digest = hashlib.sha256()
+    for file in files:
+        status = os.stat(file)
+        digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 class Examples(Protocol):
     """Random access to examples, from several threads."""
 
@@ -51,6 +60,7 @@ class Source:
     examples: Examples  # of images: {'image': uint8 (h, w, c), 'label': int or float array}
     num_classes: int  # 0: unlabelled, and every label is 0
     fingerprint: str = ""  # tells which images with which labels these are, by their names
+    files: tuple[str, ...] = ()  # that they lie in, where these can be changed
 
 
 def open_source(
@@ -101,13 +111,13 @@ def open_source(
             f"not size {image_size} and {channels} channels"
         )
     if name == "folder":
-        count, num_classes, read, names = _open_folder(path, split, table, texts)
+        count, num_classes, read, names, files = _open_folder(path, split, table, texts)
     elif texts or table:
         raise UserError(f"data.table and data.texts are for data.name=folder, not {name!r}")
     elif name == "lmdb":
-        count, num_classes, read, names = _open_lmdb(os.path.expanduser(path), split)
+        count, num_classes, read, names, files = _open_lmdb(os.path.expanduser(path), split)
     else:
-        count, num_classes, read, names = _open_tfds(name, os.path.expanduser(path), split)
+        count, num_classes, read, names, files = _open_tfds(name, os.path.expanduser(path), split)
 
     def read_example(index: int, position: float) -> dict[str, Any]:
         file, what, label = read(index)
@@ -116,11 +126,14 @@ def open_source(
     keep = keep and count * image_size**2 * channels <= _KEPT_BYTES and not texts
     images = Images(count, read_example, keep)
     fingerprint = hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    return Source(Tolerant(images, max_broken, bad_files), num_classes, fingerprint)
+    examples = Tolerant(images, max_broken, bad_files)
+    return Source(examples, num_classes, fingerprint, tuple(files))
 
 
 # Gives an encoded image, its name for messages, and its label.
 _Read = Callable[[int], tuple[str | BinaryIO, str, int | np.ndarray]]
+# How many there are, their classes, how to read one, their names, and the files they lie in.
+_Opened = tuple[int, int, _Read, str, Sequence[str]]
 
 
 class Images:
@@ -191,7 +204,7 @@ def _opened(file: str | BinaryIO, what: str) -> Iterator[Image.Image]:
         ) from error
 
 
-def _open_folder(path: str, split: str, table: str, texts: bool) -> tuple[int, int, _Read, str]:
+def _open_folder(path: str, split: str, table: str, texts: bool) -> _Opened:
     listing = folder.list_images(path, split, table)
     root = len(os.path.join(os.path.expanduser(path), ""))
     rows = zip(listing.files, listing.labels, listing.texts, strict=True)
@@ -202,7 +215,7 @@ def _open_folder(path: str, split: str, table: str, texts: bool) -> tuple[int, i
             file = listing.files[index]
             return file, repr(file), listing.labels[index]
 
-        return len(listing.files), listing.num_classes, read, names
+        return len(listing.files), listing.num_classes, read, names, listing.files
 
     shape = _read_features(listing.texts[0]).shape
 
@@ -216,7 +229,7 @@ def _open_folder(path: str, split: str, table: str, texts: bool) -> tuple[int, i
             )
         return file, repr(file), features
 
-    return len(listing.files), 0, read_with_text, names
+    return len(listing.files), 0, read_with_text, names, listing.files
 
 
 def _read_features(file: str) -> np.ndarray:
@@ -235,7 +248,7 @@ def _read_features(file: str) -> np.ndarray:
     return features.astype(np.float32)
 
 
-def _open_lmdb(path: str, split: str) -> tuple[int, int, _Read, str]:
+def _open_lmdb(path: str, split: str) -> _Opened:
     """Opens images in LMDB, as LSUN has them: *train*lmdb/ and *val*lmdb/, or one for both."""
     try:
         import lmdb
@@ -276,7 +289,7 @@ def _open_lmdb(path: str, split: str) -> tuple[int, int, _Read, str]:
             image = transaction.get(keys[index])
         return io.BytesIO(image), f"{keys[index]!r} of {path!r}", 0
 
-    return len(keys), 0, read, "\n".join(map(repr, keys))
+    return len(keys), 0, read, "\n".join(map(repr, keys)), [os.path.join(path, "data.mdb")]
 
 
 @functools.cache  # one process may not open the same one twice
@@ -286,7 +299,7 @@ def _lmdb_environment(path: str) -> Any:
     return lmdb.open(path, readonly=True, lock=False, readahead=False)
 
 
-def _open_tfds(name: str, data_dir: str, split: str) -> tuple[int, int, _Read, str]:
+def _open_tfds(name: str, data_dir: str, split: str) -> _Opened:
     try:
         import tensorflow_datasets as tfds
     except ModuleNotFoundError as error:
@@ -327,7 +340,7 @@ def _open_tfds(name: str, data_dir: str, split: str) -> tuple[int, int, _Read, s
         return io.BytesIO(record["image"]), f"{index} of {name!r}, {tfds_split}", label
 
     names = f"{builder.info.full_name} {tfds_split} {len(records)}"
-    return len(records), num_classes, read, names
+    return len(records), num_classes, read, names, ()  # what is prepared does not change
 
 
 def _tfds_split(name: str, splits: list[str], split: str) -> str:

@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         default="fid,kid,is,pr,dc",
         help=f"of {','.join((*comparison.METRICS, *pairs.METRICS))}; default: %(default)s",
     )
-    flag("--network", choices=NETWORKS, default="inception", help="default: %(default)s")
+    flag("--network", choices=NETWORKS, help="default: inception, or that of the statistics")
     flag("--weights", type=Path, help="its .npz file; default: NETWORK.npz")
     flag("--vgg16", type=Path, default=Path("vgg16.npz"), help="for lpips; default: %(default)s")
     flag("--size", type=int, help="bring a folder's images to squares of so many pixels first")
@@ -68,23 +68,66 @@ def _feature_metrics(
     read = [path for path in paths.values() if path is not None]
     network = None
     if not all(exchange.holds_statistics(x) and not exchange.holds_images(x) for x in read):
-        network = NETWORKS[flags.network](flags.weights or f"{flags.network}.npz")
-    protocol: dict[str, Any] = {"network": network.protocol if network else "of the statistics"}
+        name = flags.network or "inception"
+        network = NETWORKS[name](flags.weights or f"{name}.npz")
+        if "sfid" in names and name != "inception":
+            raise UserError("The metric sfid is of --network=inception alone: leave it out.")
+    protocol: dict[str, Any] = {}
     found: dict[str, Any] = dict.fromkeys(paths)
     for name, path in paths.items():
         if path is not None:
             found[name], protocol[name] = comparison.load(
                 path, network, flags.batch_size, flags.size
             )
+            if name == "reference" and flags.images is not None:  # before the images are read
+                comparison.check_known(found[name], [x for x in names if x != "is"])
+    name, protocol["network"] = _network(network, protocol, found, flags.network)
     if flags.write_statistics:
         described = {**protocol["reference"], "network": protocol["network"]}
         exchange.write_statistics(flags.write_statistics, found["reference"], described)
         log.info("Wrote %s", flags.write_statistics)
     if found["images"] is None:
         return {}, protocol
-    # Statistics may come from a file that does not say by which network.
-    suffix = {"inception": "", "efficientnet": "_effnet"}[flags.network]
+    sizes = {protocol[x].get("size") for x in found if "size" in protocol.get(x, ())}
+    if len(sizes) > 1:
+        log.warning("The two sets have images of different sizes, %s.", " and ".join(sizes))
+    protocol["metrics"] = comparison.settings(found["reference"], found["images"], names)
+    suffix = features.SUFFIXES[name]
     return comparison.compare(found["reference"], found["images"], names, suffix), protocol
+
+
+def _network(
+    network: features.Network | None,
+    protocol: dict[str, Any],
+    found: dict[str, features.Features | None],
+    asked: str | None,
+) -> tuple[str, Any]:
+    """Returns the name of the network that all features are of, and what is known of it.
+
+    Takes it out of the protocols of the two sets.
+
+    Raises:
+      UserError: if they are of different networks, or it is not known which.
+    """
+    known = [x.pop("network") for x in protocol.values() if "network" in x]
+    if network is not None:
+        known.append(network.protocol)
+    if any(x != known[0] for x in known):
+        raise UserError(
+            f"The two statistics are of different networks or weights, {known[0]} and {known[1]}: "
+            "make both with one."
+        )
+    name = known[0].get("name") if known else asked or "inception"
+    if name not in features.SUFFIXES or (asked and asked != name):
+        raise UserError(f"The statistics are of the network {name!r}: leave --network out.")
+    for x in found.values():
+        width = x.gaussians["pool"].mean.size if x is not None else features.WIDTHS.get(name)
+        if name in features.WIDTHS and width != features.WIDTHS[name]:
+            raise UserError(
+                f"The statistics are of {width} features, and the network {name} has "
+                f"{features.WIDTHS[name]}: name theirs by --network."
+            )
+    return name, known[0] if known else f"{name}, as the file of statistics does not say"
 
 
 def _pair_metrics(
@@ -100,6 +143,9 @@ def _pair_metrics(
             f"{x.protocol['size']} in {flags.reference} and {y.count} of {y.protocol['size']} in "
             f"{flags.images}."
         )
+    if x.names and y.names and x.names != y.names:
+        pair = next(pair for pair in zip(x.names, y.names, strict=True) if pair[0] != pair[1])
+        log.warning("Pairs are in sorted order, so that %s goes with %s, for example.", *pair)
     both = zip(x.batches(flags.batch_size), y.batches(flags.batch_size), strict=True)
     values = pairs.pair_metrics(both, names, vgg16=flags.vgg16, batch_size=flags.batch_size)
     protocol = {"reference": x.protocol, "images": y.protocol, "pairs": "in sorted order"}
@@ -124,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         for path, suffixes in ((flags.out, (".json",)), (flags.write_statistics, (".npz", ".pt"))):
             if path is not None and path.suffix not in suffixes:
                 raise UserError(f"{str(path)!r} must end in {' or '.join(suffixes)}.")
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
         of_pairs = [name for name in names if name in pairs.METRICS]
         of_features = [name for name in names if name not in of_pairs]
         values, protocol = {}, {}

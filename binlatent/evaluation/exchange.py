@@ -7,7 +7,6 @@ of FID's features, perhaps `mu_s` and `sigma_s` of sFID's. Ours also hold `count
 `mu` and `sigma`, are read and written too, where PyTorch is installed.
 """
 
-import hashlib
 import json
 import textwrap
 import zipfile
@@ -33,11 +32,13 @@ class Images(NamedTuple):
       count: n.
       batches: of a size, in order: uint8 (b, h, w, 1 or 3), all of one h and w.
       protocol: which images these are, in words and numbers.
+      names: of the files, without their endings, relative to the folder; None if they have none.
     """
 
     count: int
     batches: Callable[[int], Iterator[np.ndarray]]
     protocol: dict[str, Any]
+    names: list[str] | None = None
 
 
 def open_images(path: Path, image_size: int | None = None) -> Images:
@@ -61,7 +62,6 @@ def open_images(path: Path, image_size: int | None = None) -> Images:
     count, shape = _npz_header(path)
     protocol = {
         "images": str(path),
-        "fingerprint": f"{path.name} {path.stat().st_size}",
         "count": count,
         "size": f"{shape[0]}x{shape[1]}",
         "transform": "none",
@@ -91,15 +91,14 @@ def _open_folder(path: Path, image_size: int | None) -> Images:
             )
         return image
 
-    names = "\n".join(str(Path(file).relative_to(path)) for file in files)
+    names = [str(Path(file).relative_to(path).with_suffix("")) for file in files]
     protocol = {
         "images": str(path),
-        "fingerprint": hashlib.sha256(names.encode("utf-8", "surrogatepass")).hexdigest()[:16],
         "count": len(files),
         "size": f"{size[0]}x{size[1]}",
         "transform": transform,
     }
-    return Images(len(files), lambda b: loader.in_order(len(files), read, b), protocol)
+    return Images(len(files), lambda b: loader.in_order(len(files), read, b), protocol, names)
 
 
 def _size(file: str) -> tuple[int, int]:
@@ -239,18 +238,23 @@ def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
         count = int(arrays.get("count", 0))
     except (TypeError, ValueError) as error:
         raise _damaged(path, error) from error
-    features = Features(count, gaussians, arrays.get("features"), arrays.get("logits"))
-    return features, protocol
+    pool, logits = arrays.get("features"), arrays.get("logits")
+    for name, array in (("features", pool), ("logits", logits)):
+        if array is not None and (array.dtype.kind != "f" or array.ndim != 2):
+            raise _damaged(path, f"{name} is {array.dtype} {array.shape}")
+    if pool is not None and pool.shape[1] != gaussians["pool"].mean.size:
+        raise _damaged(path, f"features has the shape {pool.shape}, mu another width")
+    return Features(count, gaussians, pool, logits), protocol
 
 
 def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> Gaussian:
     """Returns two arrays of a file as a Gaussian, if they are one."""
     if mean not in arrays or covariance not in arrays:
         raise _damaged(path, f"it lacks {mean} or {covariance}")
-    try:
-        gaussian = Gaussian(*(np.asarray(arrays[key], np.float64) for key in (mean, covariance)))
-    except ValueError as error:
-        raise _damaged(path, error) from error
+    for key in (mean, covariance):
+        if arrays[key].dtype.kind not in "fiu":
+            raise _damaged(path, f"{key} is {arrays[key].dtype}")
+    gaussian = Gaussian(*(np.asarray(arrays[key], np.float64) for key in (mean, covariance)))
     d = gaussian.mean.size
     if gaussian.mean.shape != (d,) or gaussian.covariance.shape != (d, d) or not d:
         shapes = gaussian.mean.shape, gaussian.covariance.shape
@@ -259,6 +263,8 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: 
         raise _damaged(path, f"{mean} or {covariance} is not finite")
     if not np.allclose(gaussian.covariance, gaussian.covariance.T, rtol=1e-3, atol=1e-6):
         raise _damaged(path, f"{covariance} is not symmetric")
+    if np.any(np.diag(gaussian.covariance) < 0):
+        raise _damaged(path, f"{covariance} has negative variances")
     return gaussian
 
 

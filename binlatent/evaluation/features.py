@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from binlatent import checkpoint, weights
+from binlatent.errors import UserError
 from binlatent.evaluation.classifier import apply_classifier
 from binlatent.evaluation.feature_metrics import Statistics
 from binlatent.models.efficientnet import EfficientNetLite0
@@ -22,6 +23,9 @@ from binlatent.stages.state import replicate
 # Features kept beside their statistics: precision, recall and kernels compare samples.
 MAX_KEPT = 50_000
 
+SUFFIXES = {"inception": "", "efficientnet": "_effnet", "classifier": "_classifier"}
+WIDTHS = {"inception": 2048, "efficientnet": 1280}
+
 _AT_ONCE = 1_024  # rows of features that are added to the statistics
 
 
@@ -31,13 +35,15 @@ class Network(NamedTuple):
     Fields:
       name: "inception", "efficientnet" or "classifier".
       suffix: of the metrics' names, "" for those of the literature, which are Inception's.
+      width: d, of its features.
       apply: maps uint8 images (n, h, w, 1 or 3), in batches of a size that are spread over this
         process's devices, to `pool` (n, d), `logits` (n, k) and, of Inception alone, `spatial`.
-      protocol: what it is, in words: weights, resize, precision.
+      protocol: what it is, in words: its name, weights, resize, precision.
     """
 
     name: str
     suffix: str
+    width: int
     apply: Callable[[np.ndarray, int], dict[str, np.ndarray]]
     protocol: dict[str, str]
 
@@ -95,12 +101,13 @@ def inception(path: str | Path) -> Network:
         names["logits"] = "logits_unbiased"
     apply = _outputs(InceptionV3(logits), variables, names)
     protocol = {
+        "name": "inception",
         "network": "InceptionV3 of 2015, as FID's",
         "resize": "299x299, TensorFlow 1's bilinear",
         "precision": "float32",
         "weights": weights.sha256(path),
     }
-    return Network("inception", "", apply, protocol)
+    return Network("inception", SUFFIXES["inception"], WIDTHS["inception"], apply, protocol)
 
 
 def efficientnet(path: str | Path) -> Network:
@@ -108,28 +115,40 @@ def efficientnet(path: str | Path) -> Network:
     names = {"pool": "features", "logits": "logits"}
     apply = _outputs(EfficientNetLite0(), weights.read_efficientnet_lite0(path), names)
     protocol = {
+        "name": "efficientnet",
         "network": "EfficientNet-lite0 of ImageNet",
         "resize": "224x224, antialiased",
         "precision": "float32",
         "weights": weights.sha256(path),
     }
-    return Network("efficientnet", "_effnet", apply, protocol)
+    return Network(
+        "efficientnet", SUFFIXES["efficientnet"], WIDTHS["efficientnet"], apply, protocol
+    )
 
 
 def classifier(params: Any, num_classes: int) -> Network:
     """Returns a classifier of the data's own classes, as of `classifier.train_classifier`."""
+    channels, width = params["Conv_0"]["kernel"].shape[2], params["Dense_0"]["kernel"].shape[0]
 
     def apply(images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
+        if images.shape[-1] == 1:
+            images = np.broadcast_to(images, (*images.shape[:-1], channels))
+        if images.shape[-1] != channels:
+            raise UserError(
+                f"The classifier is of images of {channels} channel, and these have "
+                f"{images.shape[-1]}: compare with images of the data, or by another network."
+            )
         logits, pool = apply_classifier(params, images, num_classes, batch_size)
         return {"pool": pool, "logits": logits}
 
     protocol = {
+        "name": "classifier",
         "network": "a small classifier of the training images",
         "resize": "none",
         "precision": "float32, the device's default of products",
         "weights": checkpoint.fingerprint(params),
     }
-    return Network("classifier", "_classifier", apply, protocol)
+    return Network("classifier", SUFFIXES["classifier"], width, apply, protocol)
 
 
 def kept(count: int) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Metrics of pairs of images, an image and what was made of it (Table 4, and LPIPS)."""
 
 import functools
+import logging
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from binlatent.evaluation import metrics
 from binlatent.models.lpips import LPIPS, MIN_SIZE
 from binlatent.programs import map_batches
 from binlatent.stages.state import replicate
+
+log = logging.getLogger(__name__)
 
 METRICS = ("psnr", "ssim", "lpips")
 
@@ -58,15 +62,22 @@ def pair_metrics(
     Raises:
       UserError: if the images are too small for a metric, or LPIPS has no weights.
     """
+    if "lpips" in names and not Path(vgg16).is_file():
+        raise UserError(
+            f"There is no file {str(vgg16)!r} with VGG16's weights for the metric lpips: leave it "
+            "out, or make one by `python -m binlatent.convert vgg16`."
+        )
     variables = weights.read_vgg16(vgg16) if "lpips" in names else None
     values: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for x, y in pairs:
+        if x.shape[-1] != y.shape[-1]:  # grey is r = g = b
+            x, y = (np.broadcast_to(z, (*z.shape[:-1], 3)) for z in (x, y))
         smallest = {"ssim": 11, "lpips": MIN_SIZE}
         for name in names:
             if min(x.shape[1:3]) < smallest.get(name, 1):
                 raise UserError(
-                    f"{name} needs images of at least {smallest[name]} pixels a side, not "
-                    f"{x.shape[1]}x{x.shape[2]}: leave it out."
+                    f"The metric {name} needs images of at least {smallest[name]} pixels a side, "
+                    f"not {x.shape[1]}x{x.shape[2]}: leave it out."
                 )
             if name == "lpips":
                 values[name].append(lpips(variables, x, y, batch_size))
@@ -75,5 +86,15 @@ def pair_metrics(
     results = {}
     for name, parts in values.items():
         joined = np.concatenate(parts).astype(np.float64)
+        finite = np.isfinite(joined)
+        if not finite.all():  # PSNR's
+            log.warning(
+                "%d of %d pairs are identical: their %s is infinite, and left out of the mean.",
+                *(np.sum(~finite), len(joined), name),
+            )
+            if not finite.any():
+                results[name] = math.inf
+                continue
+            joined = joined[finite]
         results |= {name: float(np.mean(joined)), f"{name}_std": float(np.std(joined))}
     return results
