@@ -79,7 +79,7 @@ def _classifier(config: Config, folder: Path) -> tuple[Any, int]:
     while not path.exists():  # all processes judge by the same; if one fails, this one is ended
         time.sleep(0.5)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             params = traverse_util.unflatten_dict(dict(file.items()), sep="/")
     except Exception as error:  # by where the damage is
         raise UserError(f"{path} is damaged: delete it, and it is made anew.") from error

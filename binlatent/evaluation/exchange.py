@@ -222,7 +222,7 @@ def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
     if path.suffix == ".pt":
         return _read_cache(path), {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             names = [name for name in file.files if name not in ("arr_0", "arr_1")]
             arrays = {name: file[name] for name in names}
     except FileNotFoundError:
