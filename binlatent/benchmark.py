@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,16 +207,14 @@ def speeds(
     batch_sizes: list[int],
     steps: list[int],
     **options: Any,
-) -> list[dict]:
-    """Returns a row of `speed.measure` for each batch size and, of `sample`, number of steps."""
-    rows = []
+) -> Iterator[dict]:
+    """Yields a row of `speed.measure` for each batch size and, of `sample`, number of steps."""
     for batch_size in batch_sizes:
         for num_steps in (steps if name == "sample" else []) or [config.sample.steps]:
             config = copy.deepcopy(config)
             config.sample.steps = num_steps
             log.info("Measuring %s at batch size %d", name, batch_size)
-            rows.append(speed.measure(name, config, batch_size, **options))
-    return rows
+            yield speed.measure(name, config, batch_size, **options)
 
 
 def define_flags() -> None:
@@ -249,20 +248,23 @@ def main(argv: list[str]) -> None:
         _check_numbers(name, config)
         checks.check(config)
         if name == "data":
-            rows = [data_speed(config, size) for size in FLAGS.batch_size]
+            measured = (data_speed(config, size) for size in FLAGS.batch_size)
         elif name == "memory":
-            rows = memory(config, FLAGS.batch_size, device_to_compile_for(FLAGS.topology))
+            measured = memory(config, FLAGS.batch_size, device_to_compile_for(FLAGS.topology))
         else:
             # What was compiled by an earlier run would not say how long it takes.
             jax.config.update("jax_enable_compilation_cache", False)
             peak = FLAGS.peak_tflops and 1e12 * FLAGS.peak_tflops
             batch_sizes, repeats = FLAGS.batch_size, FLAGS.repeats
-            rows = speeds(name, config, batch_sizes, FLAGS.steps, repeats=repeats, peak=peak)
+            measured = speeds(name, config, batch_sizes, FLAGS.steps, repeats=repeats, peak=peak)
+        rows = []
+        for row in measured:
+            rows.append(row)
+            if FLAGS.out:  # at once, as the next may be cut off
+                with Path(FLAGS.out).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
         as_table = {"data": data_table, "memory": table}.get(name, speed.table)
         as_json = "".join(json.dumps(row) + "\n" for row in rows)
-        if FLAGS.out:
-            with Path(FLAGS.out).open("a") as file:
-                file.write(as_json)
         sys.stdout.write(as_json if FLAGS.json else as_table(rows))
 
 

@@ -152,15 +152,15 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["program"],
             row["size"],
             row["batch_size"],
-            _cell(row["steps"], "d"),
-            _cell(row["guidance"], "g"),
+            "-" if row["steps"] is None else row["steps"],
+            "-" if row["guidance"] is None else f"{row['guidance']:g}",
             row["dtype"],
-            f"{median:.4g} ({least:.4g} to {most:.4g})",
-            f"{row['images_per_second']:.4g}",
-            f"{row['flops'] / 1e12:.4g}",
-            _cell(row["xla_flops"], ".4g", 1e-12),
-            f"{row['flops_per_second'] / 1e12:.4g}",
-            _cell(row["mfu"], ".1%"),
+            f"{_number(median)} ({_number(least)} to {_number(most)})",
+            _number(row["images_per_second"]),
+            _number(row["flops"] / 1e12),
+            "-" if row["xla_flops"] is None else _number(row["xla_flops"] / 1e12),
+            _number(row["flops_per_second"] / 1e12),
+            "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
             f"{row['memory_bytes'] / 2**30:.2f} GiB",
             f"{row['compile_seconds']:.1f} s",
         ]
@@ -172,5 +172,5 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(value: float | None, format: str, scale: float = 1) -> str:
-    return "-" if value is None else f"{value * scale:{format}}"
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"
