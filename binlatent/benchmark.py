@@ -1,16 +1,21 @@
-"""What training costs: `python -m binlatent.benchmark memory|data --config=configs/X.py`.
+"""What the networks cost: `python -m binlatent.benchmark NAME --config=configs/X.py`.
 
-`data` reads the config's training images as training does, and says how many a second.
-`memory` compiles the autoencoder's training step and its decoder, without running them, and says
-what memory the compiled programs ask for. With --topology the programs are compiled for TPUs that
-need not be there (`pip install libtpu`).
+`train_autoencoder`, `train_prior`, `sample`, `decode`, `encode` and `network` (the prior's, once)
+run the compiled programs with random weights, no data and no workdir, and say how fast they are;
+see docs/performance.md. `data` reads the config's training images as training does, and says how
+many a second. `memory` compiles the autoencoder's training step and its decoder, without running
+them, and says what memory the compiled programs ask for. With --topology they are compiled for
+TPUs that need not be there (`pip install libtpu`).
 """
 
+import copy
 import functools
 import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +26,7 @@ from absl import app, flags
 from flax import traverse_util
 from ml_collections import config_flags
 
-from binlatent import build, checks, command, evaluate, weights
+from binlatent import build, checks, command, evaluate, speed, weights, workloads
 from binlatent.data import loader
 from binlatent.errors import UserError
 from binlatent.stages.state import AXIS
@@ -196,38 +201,85 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def speeds(
+    name: str,
+    config: ml_collections.ConfigDict,
+    batch_sizes: list[int],
+    steps: list[int],
+    **options: Any,
+) -> Iterator[dict]:
+    """Yields a row of `speed.measure` for each batch size and, of `sample`, number of steps."""
+    for batch_size in batch_sizes:
+        for num_steps in (steps if name == "sample" else []) or [config.sample.steps]:
+            config = copy.deepcopy(config)
+            config.sample.steps = num_steps
+            log.info("Measuring %s at batch size %d", name, batch_size)
+            yield speed.measure(name, config, batch_size, **options)
+
+
 def define_flags() -> None:
     """Defines the command's flags; not on import, as `binlatent.main` has a --config too."""
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
     flags.DEFINE_multi_integer("batch_size", [1], "Images a device; may be repeated.")
+    flags.DEFINE_multi_integer("steps", [], "Of sample; may be repeated; config.sample.steps.")
+    flags.DEFINE_integer("repeats", 10, "Measurements, of which the median counts.")
+    flags.DEFINE_float(
+        "peak_tflops", None, "What the device can reach, in place of what is known of it."
+    )
     flags.DEFINE_string(
         "topology", None, "TPUs to compile for, such as v5p:2x2x1; JAX's own device if not given."
     )
     flags.DEFINE_bool("json", False, "One line of JSON a row in place of a table.")
+    flags.DEFINE_string("out", None, "File to append the lines of JSON to.")
 
 
 def main(argv: list[str]) -> None:
     """Prints a table; a user's error is one sentence and exit code 1."""
     with command.reporting():
-        if argv[1:] not in (["memory"], ["data"]):
-            raise UserError(f"Name what to measure: memory or data, not {' '.join(argv[1:])!r}.")
-        if FLAGS.config is None:
+        names = ["memory", "data", *workloads.PROGRAMS]
+        if len(argv) != 2 or argv[1] not in names:
+            raise UserError(
+                f"Name what to measure: {', '.join(names[:-1])} or {names[-1]}, not "
+                f"{' '.join(argv[1:])!r}."
+            )
+        name, config = argv[1], FLAGS.config
+        if config is None:
             raise UserError("Name a config, for example --config=configs/churches256.py.")
-        parts = FLAGS.config.autoencoder.train.accumulate
-        for size in FLAGS.batch_size:
-            if size < 1 or size % parts:
-                raise UserError(
-                    f"--batch_size must be at least 1 and a multiple of accumulate, {parts}, "
-                    f"not {size}."
-                )
-        checks.check(FLAGS.config)
-        if argv[1] == "data":
-            rows = [data_speed(FLAGS.config, size) for size in FLAGS.batch_size]
+        _check_numbers(name, config)
+        checks.check(config)
+        if name == "data":
+            measured = (data_speed(config, size) for size in FLAGS.batch_size)
+        elif name == "memory":
+            measured = memory(config, FLAGS.batch_size, device_to_compile_for(FLAGS.topology))
         else:
-            rows = memory(FLAGS.config, FLAGS.batch_size, device_to_compile_for(FLAGS.topology))
-        as_table = {"data": data_table, "memory": table}[argv[1]]
-        lines = "".join(json.dumps(row) + "\n" for row in rows) if FLAGS.json else as_table(rows)
-        sys.stdout.write(lines)
+            # What was compiled by an earlier run would not say how long it takes.
+            jax.config.update("jax_enable_compilation_cache", False)
+            peak = FLAGS.peak_tflops and 1e12 * FLAGS.peak_tflops
+            batch_sizes, repeats = FLAGS.batch_size, FLAGS.repeats
+            measured = speeds(name, config, batch_sizes, FLAGS.steps, repeats=repeats, peak=peak)
+        rows = []
+        for row in measured:
+            rows.append(row)
+            if FLAGS.out:  # at once, as the next may be cut off
+                with Path(FLAGS.out).open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+        as_table = {"data": data_table, "memory": table}.get(name, speed.table)
+        as_json = "".join(json.dumps(row) + "\n" for row in rows)
+        sys.stdout.write(as_json if FLAGS.json else as_table(rows))
+
+
+def _check_numbers(name: str, config: ml_collections.ConfigDict) -> None:
+    """Refuses numbers on the command line that cannot be, before anything is compiled."""
+    in_parts = name in ("memory", "train_autoencoder")
+    parts = config.autoencoder.train.accumulate if in_parts else 1
+    for size in FLAGS.batch_size:
+        if size < 1 or size % parts:
+            multiple = f" and a multiple of accumulate, {parts}" if parts > 1 else ""
+            raise UserError(f"--batch_size must be at least 1{multiple}, not {size}.")
+    if FLAGS.repeats < 1:
+        raise UserError(f"--repeats must be at least 1, not {FLAGS.repeats}.")
+    if FLAGS.peak_tflops is not None and not FLAGS.peak_tflops > 0:
+        raise UserError(f"--peak_tflops must be above 0, not {FLAGS.peak_tflops}.")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """What a compiled program asks for, against what can be counted."""
 
+import json
+import logging
 import subprocess
 import sys
 import time
@@ -8,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from binlatent import benchmark, build, evaluate
+from binlatent import benchmark, build, evaluate, speed, workloads
 from binlatent.data import loader
 from binlatent.data.sources import Source
 from binlatent.errors import UserError
@@ -69,3 +71,97 @@ def test_data_speed_is_that_of_the_examples(tiny_config, monkeypatch):
     row = benchmark.data_speed(tiny_config, 5, seconds=2.0)
     assert row["cores"] == 8 and 300 < row["images_per_second"] <= 1.1 * 800
     assert benchmark.data_table([row]).splitlines()[2].startswith("| digits | 28 | 5 | 8 | ")
+
+
+@pytest.mark.slow
+def test_every_program_is_measured(tiny_config):
+    config = tiny_config
+    config.data.num_classes = 10
+    for name in workloads.PROGRAMS:
+        row = speed.measure(name, config, 2, repeats=2, peak=1e12)
+        assert 0 < row["seconds_min"] <= row["seconds"] <= row["seconds_max"]
+        # Two images on each of four devices.
+        assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
+        assert row["mfu"] == pytest.approx(row["flops"] / row["seconds"] / 1e12)
+        assert row["memory_bytes"] > 0 and row["memory_from"] == "compiler"
+        assert row["compile_seconds"] > 0 and row["device"] == "cpu" and row["devices"] == 4
+        # XLA counts Adam, norms and activations as well: at these widths that is a lot.
+        assert 0.2 < row["flops"] / row["xla_flops"] <= 1, name
+        assert (row["steps"], row["guidance"]) == ((4, 1.0) if name == "sample" else (None, None))
+
+
+def test_each_batch_size_and_number_of_steps_is_a_row(tiny_config, monkeypatch):
+    def measure(name, config, batch_size, repeats):
+        return name, batch_size, config.sample.steps, repeats
+
+    monkeypatch.setattr(speed, "measure", measure)
+    rows = list(benchmark.speeds("sample", tiny_config, [1, 2], [3, 5], repeats=7))
+    assert rows == [("sample", n, steps, 7) for n in (1, 2) for steps in (3, 5)]
+    rows = list(benchmark.speeds("sample", tiny_config, [1, 2], [], repeats=7))
+    assert rows == [("sample", n, 4, 7) for n in (1, 2)]
+    assert len(list(benchmark.speeds("decode", tiny_config, [1, 2], [3, 5], repeats=7))) == 2
+
+
+def test_sampling_is_measured_as_the_pipeline_compiles_it(tiny_config, caplog):
+    with pytest.raises(UserError, match="Set --config.data.num_classes"):
+        workloads.sample(tiny_config, 8, 2)
+    tiny_config.data.num_classes = 10
+    work = workloads.sample(tiny_config, 8, 2)
+    jax.config.update("jax_log_compiles", True)
+    with caplog.at_level(logging.WARNING):
+        images = work.call()
+    jax.config.update("jax_log_compiles", False)
+    assert images.shape == (8, 28, 28, 1) and np.ptp(images) > 0
+    assert "sample_codes" not in caplog.text and "decode_codes" not in caplog.text
+    # Where some steps take one pass and some two, XLA's count says nothing.
+    tiny_config.sample.guidance_shape = "linear"
+    assert workloads.sample(tiny_config, 8, 2).xla_flops is None
+
+
+def test_the_median_of_calls_that_take_what_they_take():
+    calls = []
+
+    def call():
+        calls.append(0.2 if len(calls) in (0, 3) else 0.06)
+        time.sleep(calls[-1])
+
+    times = speed.seconds_a_call(call, repeats=3)
+    # The first is of a warm-up; two fit into a tenth of a second.
+    assert len(calls) == 2 + 2 * 3
+    assert np.allclose(times, [0.13, 0.06, 0.06], atol=0.02)
+
+
+def test_peaks_and_the_table():
+    assert speed.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert speed.peak_flops("NVIDIA H100 80GB HBM3", "float32") == 494.7e12
+    jax.config.update("jax_default_matmul_precision", "highest")
+    assert speed.peak_flops("NVIDIA H100 80GB HBM3", "float32") == 66.9e12
+    jax.config.update("jax_default_matmul_precision", None)
+    assert speed.peak_flops("cpu", "float32") is None
+    row = {"program": "sample", "size": "24x512, 256 tokens", "batch_size": 4, "steps": 16}
+    row |= {"guidance": 0.0, "dtype": "bfloat16", "repeats": 10, "memory_bytes": 2**30}
+    row |= {"seconds": 0.02, "seconds_min": 0.01, "seconds_max": 12.3, "images_per_second": 200.0}
+    row |= {"flops": 10**12, "xla_flops": None, "flops_per_second": 5e13, "mfu": 0.05}
+    row |= {"compile_seconds": 3.21, "device": "NVIDIA H200", "devices": 1, "jax": "0.10.2"}
+    lines = speed.table([row | {"driver": "570.86"}]).splitlines()
+    assert len({line.count("|") for line in lines[:3]}) == 1
+    assert lines[2] == (
+        "| sample | 24x512, 256 tokens | 4 | 16 | 0 | bfloat16 | 20 (10 to 12,300) | 200 | 1 | - "
+        "| 50 | 5.0% | 1.00 GiB | 3.2 s |"
+    )
+    assert lines[-1] == "1 x NVIDIA H200, JAX 0.10.2, driver 570.86"
+
+
+def test_the_command_measures_and_writes_json(tmp_path):
+    command = [sys.executable, "-m", "binlatent.benchmark", "decode", "--config=configs/digits.py"]
+    out = tmp_path / "rows.jsonl"
+    flags = ["--batch_size=1", "--batch_size=2", "--repeats=1", "--peak_tflops=0.1"]
+    flags += ["--config.autoencoder.base_width=32", f"--out={out}"]
+    result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["program"], row["batch_size"], row["peak_flops"]) for row in rows] == [
+        ("decode", 1, 1e11),
+        ("decode", 2, 1e11),
+    ]
+    assert result.stdout == speed.table(rows)

@@ -1,0 +1,304 @@
+"""The programs that are measured, with random weights: what to call, and what it multiplies."""
+
+import copy
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+from flax import traverse_util
+
+from binlatent import build, checks, flops, programs, weights
+from binlatent.diffusion import schedules
+from binlatent.errors import UserError
+from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.stages import prior as prior_stage
+from binlatent.stages.state import parallel, replicate, shard, spread
+
+Config = ml_collections.ConfigDict
+
+TEXT_TOKENS = 77  # of a text to attend to, as of CLIP
+
+
+class Program(NamedTuple):
+    """A compiled program.
+
+    Fields:
+      compiled: takes the arguments that are not static.
+      seconds: that tracing and compiling took.
+    """
+
+    compiled: jax.stages.Compiled
+    seconds: float
+
+    @property
+    def flops(self) -> float:
+        """Returns the FLOPs on one device, as XLA counts them; the body of a loop once."""
+        return self.compiled.cost_analysis()["flops"]
+
+    @property
+    def memory(self) -> int:
+        """Returns the bytes that it asks for on one device."""
+        stats = self.compiled.memory_analysis()
+        own = stats.output_size_in_bytes - stats.alias_size_in_bytes  # not in an argument's place
+        return stats.argument_size_in_bytes + stats.temp_size_in_bytes + own
+
+
+def _compile(function: Any, *arguments: Any, **statics: Any) -> Program:
+    start = time.perf_counter()
+    compiled = function.lower(*arguments, **statics).compile()
+    return Program(compiled, time.perf_counter() - start)
+
+
+class Work(NamedTuple):
+    """What is measured.
+
+    Fields:
+      call: makes one step, or one batch, and returns what to wait for.
+      programs: that it runs.
+      flops: of a call on one device, by `binlatent.flops`.
+      xla_flops: as XLA counts them, None where it cannot tell.
+      size: of the network, for people.
+    """
+
+    call: Callable[[], Any]
+    programs: list[Program]
+    flops: int
+    xla_flops: float | None
+    size: str
+
+
+def _images(config: Config, num: int) -> np.ndarray:
+    shape = (num, *build.image_shape(config))
+    return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+
+
+def _bits(config: Config, num: int) -> np.ndarray:
+    shape = (num, *build.code_shape(config))
+    return np.random.default_rng(0).integers(0, 2, shape).astype(np.float32)
+
+
+def _labels(config: Config, num: int) -> np.ndarray | None:
+    """Returns labels of the prior's condition, None if it has none."""
+    condition, e = build.condition(config), config.prior.text_width
+    shapes = {"text_token": (num, e), "text_cross": (num, TEXT_TOKENS, e)}
+    rng = np.random.default_rng(0)
+    if condition in shapes:
+        return rng.standard_normal(shapes[condition]).astype(np.float32)
+    if condition == "none":
+        return None
+    return rng.integers(0, config.data.num_classes, num, dtype=np.int32)
+
+
+def _check_prior(config: Config) -> None:
+    checks.check_bits(config)
+    if config.prior.condition == "class" and config.data.num_classes == -1:
+        raise UserError(
+            "Set --config.data.num_classes, 0 for no classes: to measure a prior, no data is "
+            "opened that could tell."
+        )
+
+
+def _autoencoder_size(config: Config) -> str:
+    height, width, _ = build.image_shape(config)
+    return f"{height}x{width}"
+
+
+def _prior_size(config: Config) -> str:
+    height, width, _ = build.code_shape(config)
+    return f"{config.prior.num_layers}x{config.prior.width}, {height * width} tokens"
+
+
+def _train(state: Any, batch: Any, frozen: Any, step: Callable) -> tuple[Callable, Program]:
+    """Returns what takes a step from where the last one ended, and its program."""
+    state, batch, frozen = replicate(state), shard(batch), replicate(frozen)
+    program = _compile(parallel(step, num_frozen=1), state, batch, frozen)
+
+    def call():
+        nonlocal state
+        state, metrics = program.compiled(state, batch, frozen)
+        return metrics
+
+    return call, program
+
+
+def train_autoencoder(config: Config, num: int, on_device: int) -> Work:
+    """Training's step of stage 1 with its discriminator, whenever that starts."""
+    networks = build.networks(config)
+    lpips_params = {}
+    if networks.lpips:
+        rng = np.random.default_rng(0)
+        drawn = {
+            name: 0.02 * rng.standard_normal(like.shape, np.float32)
+            for name, like in weights.vgg16_shapes().items()
+        }
+        lpips_params = {"params": traverse_util.unflatten_dict(drawn, sep="/")}
+    call, program = _train(
+        build.init_autoencoder_state(config),
+        {"image": _images(config, num)},
+        lpips_params,
+        build.autoencoder_step(config, networks),
+    )
+    per_image = flops.train_autoencoder(
+        networks,
+        build.image_shape(config),
+        build.code_shape(config),
+        r1=bool(config.autoencoder.loss.r1),
+    )
+    parts = config.autoencoder.train.accumulate
+    return Work(
+        call, [program], on_device * per_image, parts * program.flops, _autoencoder_size(config)
+    )
+
+
+def train_prior(config: Config, num: int, on_device: int) -> Work:
+    """Training's step of stage 2, with the encoder unless the config caches codes."""
+    _check_prior(config)
+    model, denoiser = build.autoencoder(config), build.denoiser(config)
+    step = functools.partial(
+        prior_stage.train_step,
+        encode=functools.partial(model.apply, method="probs"),
+        denoiser=denoiser,
+        objective=build.prior_objective(config),
+        optimizer=build.optimizer(config.prior.train),
+        ema_decay=config.prior.train.ema_decay,
+    )
+    labels = _labels(config, num)
+    batch = {"label": np.zeros(num, np.int32) if labels is None else labels}
+    code_shape, image_shape = build.code_shape(config), build.image_shape(config)
+    per_image = 3 * flops.transformer(denoiser.network, code_shape, True, TEXT_TOKENS)
+    frozen = None
+    if config.prior.cache_codes or config.prior.codes:
+        batch["probs"] = (255 * _bits(config, num)).astype(np.uint8)
+    else:
+        batch["image"] = _images(config, num)
+        frozen = build.init_autoencoder(config, jax.random.key(0))
+        per_image += flops.encode(model, image_shape, code_shape)
+    call, program = _train(build.init_prior_state(config), batch, frozen, step)
+    return Work(call, [program], on_device * per_image, program.flops, _prior_size(config))
+
+
+def decode(config: Config, num: int, on_device: int) -> Work:
+    """Codes to images, both in the device's memory."""
+    model = build.autoencoder(config)
+    params = replicate(build.init_autoencoder(config, jax.random.key(0)))
+    codes = spread(_bits(config, num))
+    program = _compile(programs.decode_codes, params, codes, model=model)
+    return Work(
+        lambda: program.compiled(params, codes),
+        [program],
+        on_device * flops.decode(model, build.code_shape(config)),
+        program.flops,
+        _autoencoder_size(config),
+    )
+
+
+def encode(config: Config, num: int, on_device: int) -> Work:
+    """Images to deterministic codes, both in the device's memory."""
+    model = build.autoencoder(config)
+    params = replicate(build.init_autoencoder(config, jax.random.key(0)))
+    images = spread(_images(config, num))
+    program = _compile(programs.encode, params, images, model=model)
+    return Work(
+        lambda: program.compiled(params, images),
+        [program],
+        on_device * flops.encode(model, build.image_shape(config), build.code_shape(config)),
+        program.flops,
+        _autoencoder_size(config),
+    )
+
+
+def network(config: Config, num: int, on_device: int) -> Work:
+    """The prior's network once, with labels if it knows any."""
+    _check_prior(config)
+    denoiser, labels = build.denoiser(config), _labels(config, num)
+    params = replicate(build.init_prior(config, jax.random.key(0)))
+    codes, times, labels = spread([_bits(config, num), np.ones(num, np.float32), labels])
+    program = _compile(jax.jit(denoiser.output), params, codes, times, labels)
+    per_image = flops.transformer(denoiser.network, build.code_shape(config), True, TEXT_TOKENS)
+    return Work(
+        lambda: program.compiled(params, codes, times, labels),
+        [program],
+        on_device * per_image,
+        program.flops,
+        _prior_size(config),
+    )
+
+
+def sample(config: Config, num: int, on_device: int) -> Work:
+    """The pipeline's own call, from the key to images in the host's memory."""
+    _check_prior(config)
+    config = copy.deepcopy(config)
+    config.sample.batch_size = num
+    settings, labels = checks.sample_settings(config), _labels(config, num)
+    model, denoiser = build.autoencoder(config), build.denoiser(config)
+    try:
+        times = schedules.visited_times(
+            settings.steps, denoiser.num_timesteps, continuous=denoiser.continuous
+        )
+    except ValueError as error:
+        raise UserError(f"{error}.") from error
+    guidance = checks.guidance_weights(settings, times, denoiser.num_timesteps)
+    if labels is None:
+        guidance = np.zeros_like(guidance)
+    pipeline = BinaryLatentDiffusion(
+        config,
+        build.init_autoencoder(config, jax.random.key(0)),
+        build.init_prior(config, jax.random.key(1)),
+    )
+    start = np.full((num, *pipeline.code_shape), 0.5, np.float32)
+    # As the pipeline calls them, so that it finds them compiled.
+    sampler = _compile(
+        programs.sample_codes,
+        pipeline.prior_params,
+        *spread([programs.sample_keys(jax.random.key(0), num), labels, start]),
+        None,
+        times,
+        guidance,
+        float(settings.temperature),
+        float(settings.corrector_size),
+        denoiser=denoiser,
+        pair=settings.pair,
+        threshold_last=settings.threshold_last,
+        corrector_steps=settings.corrector_steps,
+        return_trajectory=False,
+    )
+    decoder = _compile(
+        programs.decode_codes, pipeline.autoencoder_params, spread(start), model=model
+    )
+    keys = iter(range(10**9))
+
+    def call():
+        return pipeline.sample(num, jax.random.key(next(keys)), labels)
+
+    per_image = flops.sample(
+        denoiser.network,
+        pipeline.code_shape,
+        labels is not None,
+        guidance,
+        settings.corrector_steps,
+        TEXT_TOKENS,
+    ) + flops.decode(model, pipeline.code_shape)
+    # Of a condition XLA counts the dearer branch, whichever is taken.
+    exact = not settings.corrector_steps and (labels is None or bool(np.all(guidance)))
+    return Work(
+        call,
+        [sampler, decoder],
+        on_device * per_image,
+        settings.steps * sampler.flops + decoder.flops if exact else None,
+        _prior_size(config),
+    )
+
+
+# Each takes the config, the images of all devices together and those of one.
+PROGRAMS = {
+    "train_autoencoder": train_autoencoder,
+    "train_prior": train_prior,
+    "sample": sample,
+    "decode": decode,
+    "encode": encode,
+    "network": network,
+}
