@@ -220,7 +220,8 @@ def test_evaluate_measures_what_is_asked_for(workdir, capsys):
     result = json.loads(path.read_text())
     assert result["protocol"]["samples"]["steps"] == 2
     assert len(list((workdir / "evaluation").glob("samples_*/png/*.png"))) == 10
-    shown = dict(line.split()[:2] for line in capsys.readouterr().err.splitlines() if line)
+    words = (line.split() for line in capsys.readouterr().err.splitlines())
+    shown = {line[0]: line[1] for line in words if len(line) > 1}
     for title, name in (("PSNR", "psnr"), ("FD-classifier", "fd_classifier")):
         assert float(shown[title]) == pytest.approx(result["metrics"][name], rel=1e-5)
 
