@@ -83,6 +83,7 @@ def test_two_sets_their_statistics_and_the_protocol(capsys, sets, effnet, tmp_pa
         ),
         rel=1e-6,
     )
+    assert len(protocol["reference"]["pixels"]) == 16  # as the features are of them
     assert protocol["reference"]["count"] == 24 and protocol["images"]["size"] == "32x32"
     assert protocol["network"]["weights"] == weights.sha256(effnet)
     # The written statistics take the place of the folder; then images need no reference images.

@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
             values, protocol = _feature_metrics(of_features, flags)
         if of_pairs and flags.images is not None:
             more, by = _pair_metrics(of_pairs, flags)
-            values, protocol = values | more, protocol | by
+            values, protocol = values | more, by | protocol
         if not values:
             return
         protocol |= {
