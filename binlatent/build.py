@@ -297,6 +297,18 @@ def prior_objective(config: Config) -> prior_stage.Objective:
     )
 
 
+def prior_step(config: Config) -> Callable:
+    """Returns the training step of stage 2 with everything but its state and batch filled in."""
+    return functools.partial(
+        prior_stage.train_step,
+        encode=functools.partial(autoencoder(config).apply, method="probs"),
+        denoiser=denoiser(config),
+        objective=prior_objective(config),
+        optimizer=optimizer(config.prior.train),
+        ema_decay=config.prior.train.ema_decay,
+    )
+
+
 def init_autoencoder(config: Config, key: jax.Array) -> dict:
     """Returns fresh parameters of the autoencoder."""
     return autoencoder(config).lazy_init(key, _shape(*image_shape(config)))

@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 
 from binlatent import build, evaluate, figures, quality, weights
 from binlatent.errors import UserError
-from binlatent.evaluation import features, pairs
+from binlatent.evaluation import comparison, features, pairs
 from binlatent.models.lpips import MIN_SIZE
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.samples import Samples
@@ -171,10 +171,10 @@ def find(
         "training images": {**train_protocol, "searched": len(train.pool)},
         "held-out images": {**test_protocol, "used": len(spread)},
         "shown": {"samples": num, "neighbours": f"by {lpips}" if by == "lpips" else "by features"},
-        "memorised": "share of samples nearer to a training image, in Euclidean distance of "
-        "features, than the 1st percentile of held-out images",
+        "memorised": "share of samples as near to a training image, in Euclidean distance of "
+        "features, as the 1st percentile of held-out images",
         "quantised": "uint8",
-        **quality.machine(),
+        **comparison.machine(),
     }
     return Neighbours(
         samples,

@@ -47,11 +47,9 @@ def network(config: Config, workdir: Path) -> Network:
     Raises:
       UserError: if its weights are not there, or the data has no classes.
     """
-    name = config.evaluate.network
-    path = config.evaluate.weights or f"{name}.npz"
-    if name != "classifier":
-        return {"inception": features.inception, "efficientnet": features.efficientnet}[name](path)
-    return features.classifier(*_classifier(config, workdir / "evaluation"))
+    if config.evaluate.network == "classifier":
+        return features.classifier(*_classifier(config, workdir / "evaluation"))
+    return features.published(config.evaluate.network, config.evaluate.weights)
 
 
 def _classifier(config: Config, folder: Path) -> tuple[Any, int]:
@@ -138,7 +136,7 @@ def check_reference(known: Features, metrics: Sequence[str], network: Network) -
     Raises:
       UserError: saying what is missing.
     """
-    comparison.check_known(known, [name for name in metrics if name != "is"])
+    comparison.check_known(known, metrics)
     comparison.check_widths(known, network.width)
 
 
@@ -258,8 +256,10 @@ def run(
     if of_features or "cas" in metrics:
         if pipeline.prior_params is None:
             raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
-        judge = network(config, workdir) if of_features else None
-        known = None
+        judge = known = None
+        if of_features:
+            judge = network(config, workdir)
+            comparison.check_network(judge, of_features)
         if of_features and set(of_features) != {"is"} and first:  # before hours of drawing
             known, protocol["reference"] = reference(config, judge, workdir)
             check_reference(known, of_features, judge)
@@ -290,7 +290,7 @@ def run(
     if of_pairs or "bound" in metrics:
         more, protocol["test images"] = _of_test_images(pipeline, workdir, of_pairs, metrics)
         values |= more
-    protocol |= {"quantised": "uint8", **machine()}
+    protocol |= {"quantised": "uint8", **comparison.machine()}
     _write(workdir, values, protocol)
     return values, protocol
 
@@ -312,12 +312,6 @@ def _write(workdir: Path, values: dict[str, float], protocol: dict[str, Any]) ->
     step = _newest_step(workdir)
     with Logbook(workdir, "evaluation", step, step) as logbook:
         logbook.record(step, values)
-
-
-def machine() -> dict[str, str]:
-    """Returns the devices and the version of JAX, for a protocol."""
-    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-    return {"device": device, "jax": jax.__version__}
 
 
 def _newest_step(workdir: Path) -> int:

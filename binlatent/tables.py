@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from binlatent import build, checkpoint, checks, quality, table4
+from binlatent import build, checkpoint, checks, table4
 from binlatent.errors import UserError
 from binlatent.evaluation import comparison
 from binlatent.pipeline import BinaryLatentDiffusion
@@ -263,7 +263,7 @@ def table6(
         raise UserError(f"The prior was trained with {T} timesteps: give --steps of at most {T}.")
     settings = checks.sample_settings(config).to_dict()
     kept = ("temperature", "guidance", "pair", "threshold_last", "corrector_steps")
-    machine, devices = quality.machine(), jax.local_device_count()
+    machine, devices = comparison.machine(), jax.local_device_count()
     protocol = {
         "samples": num,
         "batch": "1" if devices == 1 else f"1 a device, the same sample on all {devices}",

@@ -23,9 +23,9 @@ from binlatent.data import loader
 from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float
 from binlatent.errors import UserError
+from binlatent.evaluation import comparison
 from binlatent.logbook import Logbook
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.stages import prior as prior_stage
 from binlatent.stages.state import (
     TrainState,
     largest,
@@ -193,16 +193,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     evaluate.known_labels(config, source, np.asarray(source.examples[0]["label"])[None])
     test = evaluate.open_data(config, "test", workdir)
     cached = "probs" in source.examples[0]
-    model, denoiser = build.autoencoder(config), build.denoiser(config)
-    step = functools.partial(
-        prior_stage.train_step,
-        encode=functools.partial(model.apply, method="probs"),
-        denoiser=denoiser,
-        objective=build.prior_objective(config),
-        optimizer=build.optimizer(config.prior.train),
-        ema_decay=config.prior.train.ema_decay,
-    )
-    step = _parallel(config, step)
+    step = _parallel(config, build.prior_step(config))
     encoder_params = None if cached else replicate(encoder.autoencoder_params)
     images, labels = evaluate.load_images(test, config.evaluate.num_images)
     labels = evaluate.known_labels(config, test, labels)
@@ -233,6 +224,7 @@ def _judge(config: Config, pipeline: Callable, workdir: Path) -> Callable | None
         return None
     quality.check_while_training(config)
     network = quality.network(config, workdir)
+    comparison.check_network(network, config.evaluate.metrics)
     first = jax.process_index() == 0
     known = quality.reference(config, network, workdir)[0] if first else None
     if first:

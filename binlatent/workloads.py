@@ -1,7 +1,6 @@
 """The programs that are measured, with random weights: what to call, and what it multiplies."""
 
 import copy
-import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +14,6 @@ from binlatent import build, checks, flops, programs, weights
 from binlatent.diffusion import schedules
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.stages import prior as prior_stage
 from binlatent.stages.state import parallel, replicate, shard, spread
 
 Config = ml_collections.ConfigDict
@@ -158,14 +156,7 @@ def train_prior(config: Config, num: int, on_device: int) -> Work:
     """Training's step of stage 2, with the encoder unless the config caches codes."""
     _check_prior(config)
     model, denoiser = build.autoencoder(config), build.denoiser(config)
-    step = functools.partial(
-        prior_stage.train_step,
-        encode=functools.partial(model.apply, method="probs"),
-        denoiser=denoiser,
-        objective=build.prior_objective(config),
-        optimizer=build.optimizer(config.prior.train),
-        ema_decay=config.prior.train.ema_decay,
-    )
+    step = build.prior_step(config)
     labels = _labels(config, num)
     batch = {"label": np.zeros(num, np.int32) if labels is None else labels}
     code_shape, image_shape = build.code_shape(config), build.image_shape(config)

@@ -21,7 +21,7 @@ def means(images, batch_size):
     return {"pool": pool, "logits": pool / 100, "spatial": x.reshape(len(x), -1)[:, :5]}
 
 
-NETWORK = Network("inception", "", 6, means, {"name": "inception", "network": "means"})
+NETWORK = Network("inception", 6, means, {"name": "inception", "network": "means"})
 
 
 def images(seed, n=40, shape=(8, 8, 3)):
@@ -83,7 +83,7 @@ def test_batches_spread_over_four_devices_change_nothing():
         return map_batches(sums, batch_size, batch)
 
     assert jax.device_count() == 4
-    network = Network("inception", "", 24, apply, {})
+    network = Network("inception", 24, apply, {})
     found = [comparison.features_of(network, image_set(array), size)[0] for size in (7, 64, 150)]
     expected = array.astype(np.float64).sum(axis=2).reshape(150, -1)
     for x in found:
@@ -198,6 +198,14 @@ def test_too_few_images_for_the_features(caplog):
 def test_what_cannot_be_compared(reference, generated, names, text):
     with pytest.raises(UserError, match=text):
         comparison.compare(reference, generated, names)
+
+
+def test_what_a_network_has_not_is_refused_first():
+    with pytest.raises(UserError, match="needs logits, which these weights of Inception lack"):
+        comparison.check_network(NETWORK._replace(logits=False), ["fid", "is"])
+    with pytest.raises(UserError, match="sfid is of the network inception alone"):
+        comparison.check_network(NETWORK._replace(name="efficientnet"), ["sfid"])
+    comparison.check_network(NETWORK, comparison.METRICS)
 
 
 def test_features_that_are_not_finite():

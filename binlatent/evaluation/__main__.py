@@ -13,15 +13,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from binlatent import command, logbook, weights
 from binlatent.errors import UserError
 from binlatent.evaluation import comparison, exchange, features, pairs
 
 log = logging.getLogger("binlatent.evaluation")  # also as __main__
-
-NETWORKS = {"inception": features.inception, "efficientnet": features.efficientnet}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
         default="fid,kid,is,pr,dc",
         help=f"of {','.join((*comparison.METRICS, *pairs.METRICS))}; default: %(default)s",
     )
-    flag("--network", choices=NETWORKS, help="default: inception, or that of the statistics")
+    flag("--network", choices=features.WIDTHS, help="default: inception, or that of the statistics")
     flag("--weights", type=Path, help="its .npz file; default: NETWORK.npz")
     flag("--vgg16", type=Path, default=Path("vgg16.npz"), help="for lpips; default: %(default)s")
     flag("--size", type=int, help="bring a folder's images to squares of so many pixels first")
@@ -68,10 +64,8 @@ def _feature_metrics(
     read = [path for path in paths.values() if path is not None]
     network = None
     if not all(exchange.holds_statistics(x) and not exchange.holds_images(x) for x in read):
-        name = flags.network or "inception"
-        network = NETWORKS[name](flags.weights or f"{name}.npz")
-        if "sfid" in names and name != "inception":
-            raise UserError("The metric sfid is of --network=inception alone: leave it out.")
+        network = features.published(flags.network or "inception", flags.weights or "")
+        comparison.check_network(network, names)
     protocol: dict[str, Any] = {}
     found: dict[str, Any] = dict.fromkeys(paths)
     for name, path in paths.items():
@@ -80,7 +74,7 @@ def _feature_metrics(
                 path, network, flags.batch_size, flags.size
             )
             if name == "reference" and flags.images is not None:  # before the images are read
-                comparison.check_known(found[name], [x for x in names if x != "is"])
+                comparison.check_known(found[name], names)
     name, protocol["network"] = _network(network, protocol, found, flags.network)
     if flags.write_statistics:
         described = {**protocol["reference"], "network": protocol["network"]}
@@ -182,11 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             values, protocol = values | more, by | protocol
         if not values:
             return
-        protocol |= {
-            "quantised": "uint8",
-            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-            "jax": jax.__version__,
-        }
+        protocol |= {"quantised": "uint8", **comparison.machine()}
         print(f"{comparison.table(values)}\n\n{comparison.describe(protocol)}")
         if flags.out:
             comparison.write(flags.out, values, protocol)

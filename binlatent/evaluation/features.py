@@ -34,18 +34,23 @@ class Network(NamedTuple):
 
     Fields:
       name: "inception", "efficientnet" or "classifier".
-      suffix: of the metrics' names, "" for those of the literature, which are Inception's.
       width: d, of its features.
       apply: maps uint8 images (n, h, w, 1 or 3), in batches of a size that are spread over this
         process's devices, to `pool` (n, d), `logits` (n, k) and, of Inception alone, `spatial`.
       protocol: what it is, in words: its name, weights, resize, precision.
+      logits: whether it has any.
     """
 
     name: str
-    suffix: str
     width: int
     apply: Callable[[np.ndarray, int], dict[str, np.ndarray]]
     protocol: dict[str, str]
+    logits: bool = True
+
+    @property
+    def suffix(self) -> str:
+        """Of the metrics' names; "" for those of the literature, which are Inception's."""
+        return SUFFIXES[self.name]
 
 
 class Gaussian(NamedTuple):
@@ -107,7 +112,7 @@ def inception(path: str | Path) -> Network:
         "precision": "float32",
         "weights": weights.sha256(path),
     }
-    return Network("inception", SUFFIXES["inception"], WIDTHS["inception"], apply, protocol)
+    return Network("inception", WIDTHS["inception"], apply, protocol, logits)
 
 
 def efficientnet(path: str | Path) -> Network:
@@ -121,9 +126,12 @@ def efficientnet(path: str | Path) -> Network:
         "precision": "float32",
         "weights": weights.sha256(path),
     }
-    return Network(
-        "efficientnet", SUFFIXES["efficientnet"], WIDTHS["efficientnet"], apply, protocol
-    )
+    return Network("efficientnet", WIDTHS["efficientnet"], apply, protocol)
+
+
+def published(name: str, path: str | Path = "") -> Network:
+    """Returns "inception" or "efficientnet", by default with the weights in NAME.npz."""
+    return {"inception": inception, "efficientnet": efficientnet}[name](path or f"{name}.npz")
 
 
 def classifier(params: Any, num_classes: int) -> Network:
@@ -148,7 +156,7 @@ def classifier(params: Any, num_classes: int) -> Network:
         "precision": "float32, the device's default of products",
         "weights": checkpoint.fingerprint(params),
     }
-    return Network("classifier", SUFFIXES["classifier"], width, apply, protocol)
+    return Network("classifier", width, apply, protocol)
 
 
 def kept(count: int) -> np.ndarray:
