@@ -269,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     config = digits.get_config()
     config.data.path = flags.data
     config.prior.train.num_steps = flags.num_steps or config.prior.train.num_steps
+    command.prepare_jax()
     with command.reporting():
         train.train_autoencoder(config, flags.workdir)
         results = measure(config, flags.workdir, flags.seeds, flags.variants)

@@ -235,6 +235,7 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     """Prints a table; a user's error is one sentence and exit code 1."""
+    command.prepare_jax()
     with command.reporting():
         names = ["memory", "data", *workloads.PROGRAMS]
         if len(argv) != 2 or argv[1] not in names:

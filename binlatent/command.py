@@ -1,14 +1,17 @@
 """What the commands have in common: their log, and how they report what went wrong."""
 
 import logging
+import os
 import re
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
 from absl import flags
 
 from binlatent.errors import UserError
@@ -38,6 +41,33 @@ def parse_flags(argv: list[str]) -> list[str]:
             error = error.args[0]
         message = "--config has no key " + " ".join(error.args[0].split())
     bad_usage(message)
+
+
+# Of XLA's two sets of kernels for CPUs, Eigen's: faster than YNNPACK's, its choice, where many
+# operations follow one another (docs/performance.md has the numbers). Tried with these versions of
+# JAX; one that does not know the flag would end the process.
+_CPU_KERNELS = "--xla_cpu_experimental_ynn_fusion_type="
+_KNOWN_IN = ((0, 10), (0, 12))
+
+
+def prepare_jax() -> None:
+    """Chooses kernels for CPUs, and makes JAX keep what it compiles, for the next start.
+
+    That is in `~/.cache/binlatent`, which may be deleted. XLA_FLAGS and JAX's own settings, if the
+    user gave some, stay as they are. To be called before JAX looks for devices.
+    """
+    given = os.environ.get("XLA_FLAGS", "")
+    if _CPU_KERNELS not in given and _KNOWN_IN[0] <= jax.__version_info__ < _KNOWN_IN[1]:
+        os.environ["XLA_FLAGS"] = f"{_CPU_KERNELS} {given}"  # the last of a flag's values counts
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        try:
+            (home / "binlatent" / "compiled").mkdir(parents=True, exist_ok=True)
+        except OSError:
+            return  # nobody's home, as in some containers: every start compiles
+        jax.config.update("jax_compilation_cache_dir", str(home / "binlatent" / "compiled"))
+        # The many small programs before the first step take as long as the few large ones.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @contextmanager

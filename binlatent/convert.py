@@ -362,6 +362,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs one command; a user's error is one sentence and exit code 1."""
     options = vars(_parser().parse_args(argv))
     name, out = options.pop("command"), options.pop("out")
+    command.prepare_jax()
     with command.reporting():
         if name == "export":
             state_dicts.import_torch()

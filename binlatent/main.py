@@ -304,6 +304,7 @@ def _evaluate(
 def main(argv: list[str]) -> None:
     """Dispatches on --mode; a user's error is one sentence and exit code 1."""
     del argv
+    command.prepare_jax()
     with processes.together(), command.reporting():
         processes.join(*(FLAGS[name].value for name in _PROCESSES))
         # Of several processes, one that ends alone is better seen to fail.

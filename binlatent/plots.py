@@ -197,6 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     plt.switch_backend("agg")  # files only, no window
     suffixes = (".md",) if what in _TABLES else (".png", ".pdf", ".svg")
     out = flags.out or (flags.workdir or Path()) / f"{what}{suffixes[0]}"
+    command.prepare_jax()
     with command.reporting():
         if out.suffix.lower() not in suffixes:
             endings = " or ".join(", ".join(suffixes).rsplit(", ", 1))

@@ -11,12 +11,15 @@ def pytest_configure():
     """Sets up JAX before a test module imports it."""
     # Tests, pytest's own workers and the processes that tests start share what they compile.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp())
-    os.environ["JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # Most of the tests' time is the compiler's: without its optimisations it takes half of it.
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+    from binlatent import command
+
+    command.prepare_jax()  # the kernels that users get
 
 
 # The longest first, so that no process is left alone with one at the end.

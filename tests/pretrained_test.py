@@ -4,6 +4,7 @@ The state dicts are those of tests/reference.py, which needs no PyTorch; the las
 reads PyTorch's files where it is installed.
 """
 
+import copy
 import functools
 import importlib
 import shutil
@@ -57,6 +58,18 @@ def test_a_converted_autoencoder_gives_the_reference_numbers(any_autoencoder):
         probs, decoded = model.encode_probs(io["image"]), model.decode(io["code"])
     np.testing.assert_allclose(probs, io["probs"], atol=2e-5)
     np.testing.assert_allclose(decoded, np.clip(io["decoded"], -1, 1), atol=2e-5)
+
+
+def test_bfloat16_draws_from_the_same_distribution(converted):
+    exact = BinaryLatentDiffusion.from_workdir(converted("prior_class"))
+    config = copy.deepcopy(exact.config)
+    config.dtype = "bfloat16"
+    half = BinaryLatentDiffusion(config, exact.autoencoder_params, exact.prior_params)
+    both = (exact, half)
+    codes, others = (x.sample_codes(20, jax.random.key(0), 3, steps=8) for x in both)
+    assert 0 < np.mean(codes != others) < 0.05  # the uniforms are the same
+    lengths = [x.code_lengths(codes, jax.random.key(1), 3) for x in both]
+    assert np.mean(lengths[1]) == pytest.approx(np.mean(lengths[0]), rel=0.005)
 
 
 def label_of(name):

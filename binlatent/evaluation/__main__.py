@@ -158,6 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--write_statistics needs --reference")
     if flags.batch_size < 1 or (flags.size is not None and flags.size < 1):
         parser.error("--batch_size and --size must be at least 1")
+    command.prepare_jax()
     with command.reporting():
         names = [name.strip() for name in flags.metrics.split(",") if name.strip()]
         comparison.check_metrics(names, (*comparison.METRICS, *pairs.METRICS))
