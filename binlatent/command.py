@@ -44,8 +44,8 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 # Of XLA's two sets of kernels for CPUs, Eigen's: faster than YNNPACK's, its choice, where many
-# operations follow one another (docs/performance.md has the numbers). Tried with these versions of
-# JAX; one that does not know the flag would end the process.
+# operations follow one another (docs/performance.md has the numbers). Tried with JAX 0.10 and 0.11;
+# one that does not know the flag would end the process.
 _CPU_KERNELS = "--xla_cpu_experimental_ynn_fusion_type="
 _KNOWN_IN = ((0, 10), (0, 12))
 
@@ -53,21 +53,36 @@ _KNOWN_IN = ((0, 10), (0, 12))
 def prepare_jax() -> None:
     """Chooses kernels for CPUs, and makes JAX keep what it compiles, for the next start.
 
-    That is in `~/.cache/binlatent`, which may be deleted. XLA_FLAGS and JAX's own settings, if the
-    user gave some, stay as they are. To be called before JAX looks for devices.
+    That is in `binlatent/compiled` of XDG_CACHE_HOME or `~/.cache`, and may be deleted. XLA_FLAGS
+    and JAX's own settings, if the user gave some, stay as they are. To be called before JAX looks
+    for devices.
     """
-    given = os.environ.get("XLA_FLAGS", "")
-    if _CPU_KERNELS not in given and _KNOWN_IN[0] <= jax.__version_info__ < _KNOWN_IN[1]:
-        os.environ["XLA_FLAGS"] = f"{_CPU_KERNELS} {given}"  # the last of a flag's values counts
-    if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        try:
-            (home / "binlatent" / "compiled").mkdir(parents=True, exist_ok=True)
-        except OSError:
+    given = os.environ.get("XLA_FLAGS", "").strip()
+    is_file = bool(given) and not given.startswith("-")  # XLA then reads its flags there
+    known = _KNOWN_IN[0] <= jax.__version_info__ < _KNOWN_IN[1]
+    if known and not is_file and _CPU_KERNELS not in given:
+        os.environ["XLA_FLAGS"] = f"{_CPU_KERNELS} {given}".strip()
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        folder = _cache_folder()
+        if folder is None:
             return  # nobody's home, as in some containers: every start compiles
-        jax.config.update("jax_compilation_cache_dir", str(home / "binlatent" / "compiled"))
-        # The many small programs before the first step take as long as the few large ones.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            # The many small programs before the first step take as long as the few large ones.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _cache_folder() -> Path | None:
+    """Returns a folder that can be written, or None."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        # As XDG says, a relative path is as good as none.
+        home = home if home.is_absolute() else Path.home() / ".cache"
+        folder = home / "binlatent" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return None
+    return folder if os.access(folder, os.W_OK) else None
 
 
 @contextmanager

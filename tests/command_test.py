@@ -51,9 +51,9 @@ def test_ctrl_c_waits_until_writing_has_ended():
     signal.signal(signal.SIGINT, previous)
 
 
-def _prepared(script, **environment):
-    """Runs lines after `prepare_jax` in a process with an environment of its own."""
-    script = f"import jax\nfrom binlatent import command\ncommand.prepare_jax()\n{script}"
+def _prepared(script, before="", **environment):
+    """Runs lines after `prepare_jax`, and some before, in a process with its own environment."""
+    script = f"import jax\nfrom binlatent import command\n{before}\ncommand.prepare_jax()\n{script}"
     unset = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "XLA_FLAGS")
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     command_line = [sys.executable, "-W", "error", "-c", script]
@@ -79,14 +79,50 @@ print(found.count("/jax/compilation_cache/cache_hits"))
     assert int(_prepared(hits, XDG_CACHE_HOME=str(tmp_path))[0]) == len(files)
 
 
-def test_the_users_own_cache_and_flags_stay(tmp_path):
-    own = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"), "XDG_CACHE_HOME": str(tmp_path)}
-    devices = "--xla_force_host_platform_device_count=3"
-    shown = _prepared(f"{_COMPILE}; print(jax.device_count())", XLA_FLAGS=devices, **own)
-    assert shown == ["3"]
+def test_the_users_own_settings_stay(tmp_path):
+    own = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.0",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=3",
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    assert _prepared(f"{_COMPILE}; print(jax.device_count())", **own) == ["3"]
+    assert list((tmp_path / "own").glob("*-cache"))
     assert not (tmp_path / "binlatent").exists()
+    del own["JAX_COMPILATION_CACHE_DIR"]
+    own["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "7.0"
+    name = "jax.config.jax_persistent_cache_min_compile_time_secs"
+    assert _prepared(f"print({name})", **own) == ["7.0"]
 
 
-def test_a_home_that_cannot_be_written_is_no_error(tmp_path):
+def test_the_users_own_kernels_and_file_of_flags_stay(tmp_path):
+    show = "import os; print(os.environ['XLA_FLAGS'])"
+    flag = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
+    assert _prepared(show, XLA_FLAGS=flag, XDG_CACHE_HOME=str(tmp_path)) == [flag]
+    assert _prepared(show, XLA_FLAGS="flags.txt", XDG_CACHE_HOME=str(tmp_path)) == ["flags.txt"]
+
+
+def test_without_a_cache_no_folder_is_made(tmp_path):
+    off = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XDG_CACHE_HOME": str(tmp_path)}
+    assert _prepared(f"print({_COMPILE})", **off) == ["2"]
+    assert not list(tmp_path.iterdir())
+
+
+_NO_HOME = """
+import pathlib
+def home():
+    raise RuntimeError("Could not determine home directory.")
+pathlib.Path.home = home
+"""
+
+
+@pytest.mark.parametrize(
+    "home, before",
+    [("file", ""), ("folder", "import os; os.access = lambda *_: False"), ("", _NO_HOME)],
+    ids=["file", "read only", "none"],
+)
+def test_a_home_that_cannot_be_written_is_no_error(tmp_path, home, before):
     (tmp_path / "file").write_text("no folder")
-    assert _prepared(f"print({_COMPILE})", XDG_CACHE_HOME=str(tmp_path / "file")) == ["2"]
+    home = str(tmp_path / home) if home else "relative"
+    shown = f"print({_COMPILE}, jax.config.jax_compilation_cache_dir)"
+    assert _prepared(shown, before, XDG_CACHE_HOME=home) == ["2", "None"]

@@ -7,6 +7,7 @@ import pytest
 import reference
 
 from binlatent import released
+from binlatent.models import transformer
 from binlatent.models.transformer import Transformer, sine_positions_2d
 
 
@@ -121,3 +122,37 @@ def test_positions_are_sines_of_row_and_column():
     expected = np.concatenate([f(x * frequencies) for x in (column, row) for f in (np.sin, np.cos)])
     np.testing.assert_allclose(positions[row * 5 + column], expected, atol=1e-6)
     assert len(np.unique(positions.round(4), axis=0)) == 15  # no two positions alike
+
+
+@pytest.mark.parametrize("keys", [1, 2, 9, 18, 257])
+def test_attention_on_cpus_is_the_average_by_softmax(keys):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, m, 3, 4)) for m in (5, keys, keys))
+    mask = rng.uniform(size=(2, 1, 1, keys)) < 0.5
+    mask[..., 0] = True
+
+    def exact(mask):
+        scores = np.einsum("nqhd,nkhd->nhqk", q, k) / np.sqrt(4) + np.where(mask, 0, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return np.einsum("nhqk,nkhd->nqhd", weights / weights.sum(-1, keepdims=True), v)
+
+    for given, expected in ((mask, exact(mask)), (None, exact(True))):
+        for dtype, atol in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.05)):
+            arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
+            y = transformer._attend_on_cpu(*arrays, given)
+            assert y.dtype == dtype
+            np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=atol)
+
+
+def test_attention_on_cpus_has_the_gradient_of_jaxs():
+    rng = np.random.default_rng(0)
+    q, k, v, g = (rng.standard_normal((2, 17, 3, 4)).astype(np.float32) for _ in range(4))
+    mask = np.arange(17)[None, None, None] < np.array([17, 9])[:, None, None, None]
+
+    def gradients(attend):
+        return jax.grad(lambda *x: jnp.sum(attend(*x, mask=mask) * g), argnums=(0, 1, 2))(q, k, v)
+
+    with jax.default_matmul_precision("highest"):
+        both = gradients(transformer._attend_on_cpu), gradients(jax.nn.dot_product_attention)
+    for ours, theirs in zip(*both, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)

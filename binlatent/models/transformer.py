@@ -83,18 +83,19 @@ def _attend_on_cpu(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
     Here the heads come before the tokens in all products, as they have to; the sum of the weights
     divides what they average, l numbers a head and not l^2; and rows are summed by a product and
-    compared by halves: XLA's own reductions along them are not vectorised.
+    compared by halves: XLA's own reductions along them are not vectorised. Sums are in float32.
     """
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    dtype = v.dtype
     q, k, v = (y.swapaxes(1, 2) for y in (q * np.float32(q.shape[-1] ** -0.5), k, v))
-    scores = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
+    scores = product(q, k.swapaxes(2, 3))
     if mask is not None:
-        scores = jnp.where(mask, scores, -jnp.inf)
-    weights = jnp.exp(scores - _largest(jax.lax.stop_gradient(scores))).astype(v.dtype)
-    total = jnp.matmul(
-        weights.reshape(-1, weights.shape[-1]), jnp.ones_like(weights, shape=weights.shape[-1:])
-    )
-    y = jnp.matmul(weights, v) / total.reshape(*weights.shape[:-1], 1)
-    return y.swapaxes(1, 2)
+        scores = jnp.where(mask, scores, np.finfo(np.float32).min)
+    weights = jnp.exp(scores - _largest(jax.lax.stop_gradient(scores))).astype(dtype)
+    keys = weights.shape[-1]
+    total = product(weights.reshape(-1, keys), jnp.ones(keys, dtype))
+    y = product(weights, v) / total.reshape(*weights.shape[:-1], 1)
+    return y.astype(dtype).swapaxes(1, 2)
 
 
 def _largest(x: Array) -> Array:

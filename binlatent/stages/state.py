@@ -191,8 +191,6 @@ def step_key(state: TrainState) -> Array:
 
 def mean_over_devices(tree: Any) -> Any:
     """Averages over the devices; call under pmap over `AXIS`."""
-    if jax.lax.axis_size(AXIS) == 1:
-        return tree  # XLA's CPU backend would copy it
     return jax.lax.pmean(tree, AXIS)
 
 
