@@ -1,4 +1,4 @@
-"""What the commands have in common: their log, and how they report what went wrong."""
+"""What the commands have in common: JAX's settings, their log, how they report what went wrong."""
 
 import logging
 import os

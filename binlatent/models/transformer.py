@@ -79,7 +79,7 @@ def _attend(q: Array, k: Array, v: Array, n: int, num_heads: int, mask: Array | 
 
 
 def _attend_on_cpu(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """As `jax.nn.dot_product_attention`, which takes twice as long in XLA's CPU backend.
+    """As `jax.nn.dot_product_attention`, whose forward pass takes XLA twice as long on CPUs.
 
     Here the heads come before the tokens in all products, as they have to; the sum of the weights
     divides what they average, l numbers a head and not l^2; and rows are summed by a product and
