@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import jax
 import numpy as np
@@ -111,11 +111,15 @@ def check_same(what: str, value: str) -> None:
     # Over all devices, as the steps are: this connects them while all processes are here together,
     # and gloo, between CPUs, would wait for no more than 30 seconds for one that comes later.
     gather = functools.partial(jax.lax.all_gather, axis_name="device")
+    gather = jax.pmap(gather, axis_name="device", out_axes=None)
     copies = np.tile(digest, (jax.local_device_count(), 1))
-    gathered = jax.pmap(gather, axis_name="device", out_axes=None)(copies)
-    digests = np.asarray(gathered)[:: jax.local_device_count()]
+    digests = np.asarray(gather(copies))[:: jax.local_device_count()]
     different = np.flatnonzero((digests != digests[0]).any(axis=1))
     if len(different):
+        # The first to leave cuts the connections, so it waits until all have read what they got:
+        # none can be through with this before the last has begun it. To fail here is to be late.
+        with suppress(jax.errors.JaxRuntimeError):
+            np.asarray(gather(copies))
         names = ", ".join(map(str, different))
         raise UserError(
             f"The processes disagree on {what}: {names} of {len(digests)} differ from process 0. "
