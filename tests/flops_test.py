@@ -121,7 +121,7 @@ def test_a_training_step_within_one_percent(tiny_config, r1):
     state = jax.eval_shape(functools.partial(build.init_autoencoder_state, config))
     vgg16 = {"params": traverse_util.unflatten_dict(weights.vgg16_shapes(), sep="/")}
     # A device of one, as a vmapped axis.
-    on_one = jax.vmap(step, axis_name="batch", in_axes=(None, 0, None), out_axes=None)
+    on_one = jax.vmap(step, axis_name="batch", in_axes=(None, 0, None))
     counted = by_xla(on_one, state, {"image": array(1, 16, 32, 32, 1)}, vgg16)
     ours = 16 * flops.train_autoencoder(networks, (32, 32, 1), build.code_shape(config), bool(r1))
     assert 0.99 < ours / counted <= 1
@@ -139,7 +139,7 @@ def test_the_priors_training_step_within_three_percent(tiny_config):
         optimizer=build.optimizer(config.prior.train),
         ema_decay=0.9,
     )
-    on_one = jax.vmap(step, axis_name="batch", in_axes=(None, 0, None), out_axes=None)
+    on_one = jax.vmap(step, axis_name="batch", in_axes=(None, 0, None))
     batch = {"probs": array(1, num, *build.code_shape(config), dtype=jnp.uint8)}
     batch["label"] = array(1, num, dtype=jnp.int32)
     state = jax.eval_shape(functools.partial(build.init_prior_state, config))

@@ -219,6 +219,16 @@ def test_warmup_and_cosine_decay_follow_their_closed_form():
         state_lib.create_optimizer(0.1, 2, 10, "linear", 1.0)
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (63,), (64,), (513,), (7, 8191), (3, 5, 7, 11, 13)])
+def test_the_global_norm_in_float64(shape):
+    rng = np.random.default_rng(0)
+    tree = {"a": rng.standard_normal(shape, np.float32), "b": np.full((100,), 0.5, np.float32)}
+    exact = np.sqrt(sum(np.sum(np.square(x.astype(np.float64))) for x in tree.values()))
+    np.testing.assert_allclose(jax.jit(state_lib.global_norm)(tree), exact, rtol=1e-6)
+    tree["b"][77] = np.nan
+    assert np.isnan(state_lib.global_norm(tree))
+
+
 def test_gradients_are_clipped_by_their_global_norm():
     optimizer = state_lib.create_optimizer(0.1, 0, 10, "constant", 1.0)
     params = {"a": jnp.zeros(2)}

@@ -310,8 +310,8 @@ def _update_discriminator(
     params = optax.apply_updates(old["params"], updates)
     new = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
     return state.replace(discriminator=new), {
-        "discriminator_grad_norm": optax.tree.norm(gradient),
-        "discriminator_param_norm": optax.tree.norm(params),
+        "discriminator_grad_norm": state_lib.global_norm(gradient),
+        "discriminator_param_norm": state_lib.global_norm(params),
     }
 
 
