@@ -73,7 +73,13 @@ def _attend(q: Array, k: Array, v: Array, n: int, num_heads: int, mask: Array | 
     q, k, v = (y.reshape(heads) for y in (q, k, v))
     mask = None if mask is None else mask[:, None, None]
     attend = functools.partial(jax.nn.dot_product_attention, mask=mask)
-    attend_on_cpu = functools.partial(_attend_on_cpu, mask=mask)
+
+    def attend_on_cpu(*qkv: Array) -> Array:
+        # Eigen gives a head's products to one core: two halves of the heads go side by side.
+        parts = 1 + (num_heads % 2 == 0)
+        halves = zip(*(jnp.split(y, parts, axis=2) for y in qkv), strict=True)
+        return jnp.concatenate([_attend_on_cpu(*half, mask=mask) for half in halves], axis=2)
+
     y = jax.lax.platform_dependent(q, k, v, cpu=attend_on_cpu, default=attend)
     return y.reshape(-1, heads[2] * heads[3])
 
