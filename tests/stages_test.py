@@ -219,7 +219,7 @@ def test_warmup_and_cosine_decay_follow_their_closed_form():
         state_lib.create_optimizer(0.1, 2, 10, "linear", 1.0)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (63,), (64,), (513,), (7, 8191), (3, 5, 7, 11, 13)])
+@pytest.mark.parametrize("shape", [(), (1,), (63,), (64,), (7, 8191), (3, 5, 7, 11, 17)])
 def test_the_global_norm_in_float64(shape):
     rng = np.random.default_rng(0)
     tree = {"a": rng.standard_normal(shape, np.float32), "b": np.full((100,), 0.5, np.float32)}

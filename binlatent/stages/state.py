@@ -110,7 +110,7 @@ def _global_norm_on_cpu(tree: Any) -> Array:
     total = jnp.zeros(())
     for x in jax.tree.leaves(tree):
         x = jnp.square(x.ravel())
-        while x.size >= 64:
+        while x.size >= 2**14:
             rest = x.size % 8
             total += jnp.sum(x[x.size - rest :])
             x = sum(jnp.split(x[: x.size - rest], 8))
