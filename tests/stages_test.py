@@ -219,14 +219,17 @@ def test_warmup_and_cosine_decay_follow_their_closed_form():
         state_lib.create_optimizer(0.1, 2, 10, "linear", 1.0)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (63,), (64,), (7, 8191), (3, 5, 7, 11, 17)])
-def test_the_global_norm_in_float64(shape):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(), (0,), (2**14 - 1,), (2**14,), (7, 8191), (3, 5, 7, 11, 17)])
+def test_the_global_norm_in_float64(shape, dtype):
     rng = np.random.default_rng(0)
-    tree = {"a": rng.standard_normal(shape, np.float32), "b": np.full((100,), 0.5, np.float32)}
-    exact = np.sqrt(sum(np.sum(np.square(x.astype(np.float64))) for x in tree.values()))
-    np.testing.assert_allclose(jax.jit(state_lib.global_norm)(tree), exact, rtol=1e-6)
-    tree["b"][77] = np.nan
-    assert np.isnan(state_lib.global_norm(tree))
+    tree = {"a": jnp.asarray(rng.standard_normal(shape), dtype), "b": jnp.full((9,), 0.5, dtype)}
+    exact = np.sqrt(sum(np.sum(np.square(np.asarray(x, np.float64))) for x in tree.values()))
+    norm = jax.jit(state_lib.global_norm)
+    np.testing.assert_allclose(norm(tree), exact, rtol=1e-6)
+    for place in range(0, tree["a"].size, 5003):
+        broken = tree["a"].ravel().at[-1 - place].set(jnp.nan)
+        assert np.isnan(norm(tree | {"a": broken.reshape(shape)}))
 
 
 def test_gradients_are_clipped_by_their_global_norm():

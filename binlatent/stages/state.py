@@ -93,16 +93,18 @@ def create_optimizer(
     def clip(gradients: Any, _: Any) -> Any:
         # As `optax.clip_by_global_norm`, whose division XLA would write to memory, and its norm.
         scale = jnp.minimum(1, max_grad_norm / global_norm(gradients))
-        return jax.tree.map(lambda x: scale * x, gradients)
+        return jax.tree.map(lambda x: (scale * x).astype(x.dtype), gradients)
 
     return optax.chain(optax.stateless(clip), optax.adam(schedule))
 
 
 def global_norm(tree: Any) -> Array:
-    """Returns the 2-norm of all numbers of a tree of float arrays, as `optax.tree.norm`.
+    """Returns the 2-norm of all numbers of a tree of float arrays, in float32.
 
-    XLA sums an array on CPUs one number after the other: to add its eighths takes a tenth of that.
+    On CPUs by the eighths of large arrays, which is vectorised: XLA's own sums with Eigen's kernels
+    are not.
     """
+    tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
     return jax.lax.platform_dependent(tree, cpu=_global_norm_on_cpu, default=optax.tree.norm)
 
 
