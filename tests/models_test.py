@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from flax import linen as nn
 
 from binlatent import released
 from binlatent.models import transformer
@@ -156,3 +157,28 @@ def test_attention_on_cpus_has_the_gradient_of_jaxs():
         both = gradients(transformer._attend_on_cpu), gradients(jax.nn.dot_product_attention)
     for ours, theirs in zip(*both, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_product_with_a_gradient_of_its_own_is_that_of_nn_dense(dtype):
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((5, 16)), rng.standard_normal((5, 3))
+    rows = {"kernel": rng.standard_normal((16, 3)), "bias": rng.standard_normal(3)}
+    dense = nn.Dense(3, dtype=dtype, dot_general=transformer._dot_general)
+
+    def apply(params, x):
+        return dense.apply({"params": params}, x.astype(dtype))
+
+    params = jax.tree.map(lambda y: jnp.asarray(y, jnp.float32), rows)
+    y, transpose = jax.vjp(jax.jit(apply), params, jnp.asarray(x, jnp.float32))
+    gradients, dx = transpose(jnp.asarray(dy, dtype))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 0.1, "atol": 0.1}
+    np.testing.assert_allclose(y.astype(np.float32), x @ rows["kernel"] + rows["bias"], **tolerance)
+    np.testing.assert_allclose(dx, dy @ rows["kernel"].T, **tolerance)
+    np.testing.assert_allclose(gradients["kernel"], x.T @ dy, **tolerance)
+    assert y.dtype == dtype
+    # Forward mode, as of Jacobians: along x itself the product changes by itself.
+    _, change = jax.jvp(
+        lambda x: apply(params, x), (jnp.asarray(x, jnp.float32),), (x.astype(np.float32),)
+    )
+    np.testing.assert_allclose(change.astype(np.float32), x @ rows["kernel"], **tolerance)
