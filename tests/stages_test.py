@@ -241,6 +241,13 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(moments[0], moments[1], rtol=1e-5)  # both of norm 1, same direction
 
 
+def test_clipping_keeps_the_type_of_each_gradient():
+    optimizer = state_lib.create_optimizer(0.1, 0, 10, "constant", 1.0)
+    gradients = {"a": jnp.full(3, 100, jnp.bfloat16), "b": jnp.full(2, 100.0)}
+    updates, _ = optimizer.update(gradients, optimizer.init(gradients), gradients)
+    assert {name: x.dtype for name, x in updates.items()} == {"a": jnp.bfloat16, "b": jnp.float32}
+
+
 def test_label_dropout_is_per_sample_at_its_rate():
     noise = prior_stage.draw_noise(jax.random.key(0), (20_000, 1, 1, 1), 64, label_dropout=0.1)
     np.testing.assert_allclose(np.mean(noise.unlabelled), 0.1, atol=0.01)

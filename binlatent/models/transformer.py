@@ -121,7 +121,7 @@ def _gelu(x: Array) -> Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any) -> Array:
-    """`jax.lax.dot_general` of rows and a kernel, for `nn.Dense`, with a gradient of its own."""
+    """x @ kernel of two matrices, for `nn.Dense`, with a gradient of its own."""
     return jax.lax.dot_general(x, kernel, dimensions, precision)
 
 

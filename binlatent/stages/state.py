@@ -109,7 +109,7 @@ def global_norm(tree: Any) -> Array:
 
 
 def _global_norm_on_cpu(tree: Any) -> Array:
-    total = jnp.zeros(())
+    total = jnp.zeros((), jnp.float32)
     for x in jax.tree.leaves(tree):
         x = jnp.square(x.ravel())
         while x.size >= 2**14:
