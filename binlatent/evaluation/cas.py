@@ -189,9 +189,12 @@ def train_resnet(
     variables = jax.jit(model.init)(init_key, jnp.zeros((1, size, size, images.shape[-1])))
     state = replicate(State(**variables, opt_state=optimizer.init(variables["params"])))
     batches = shuffled_batches(images, labels, batches_key, num_epochs, batch_size)
+    metrics = {}
     for batch_images, batch_labels, step_key in batches:
         batch = {"image": batch_images, "label": batch_labels, "index": np.arange(batch_size)}
-        state, _ = step(state, shard(batch), step_key)
+        # The devices keep what is queued in memory, and JAX's fake ones stand still at 32 steps.
+        jax.block_until_ready(metrics)
+        state, metrics = step(state, shard(batch), step_key)
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
