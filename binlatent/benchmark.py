@@ -271,8 +271,8 @@ def main(argv: list[str]) -> None:
 
 def _check_numbers(name: str, config: ml_collections.ConfigDict) -> None:
     """Refuses numbers on the command line that cannot be, before anything is compiled."""
-    in_parts = name in ("memory", "train_autoencoder")
-    parts = config.autoencoder.train.accumulate if in_parts else 1
+    stages = {"memory": "autoencoder", "train_autoencoder": "autoencoder", "train_prior": "prior"}
+    parts = config[stages[name]].train.accumulate if name in stages else 1
     for size in FLAGS.batch_size:
         if size < 1 or size % parts:
             multiple = f" and a multiple of accumulate, {parts}" if parts > 1 else ""

@@ -306,6 +306,7 @@ def prior_step(config: Config) -> Callable:
         objective=prior_objective(config),
         optimizer=optimizer(config.prior.train),
         ema_decay=config.prior.train.ema_decay,
+        accumulate=config.prior.train.accumulate,
     )
 
 

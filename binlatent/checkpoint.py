@@ -52,15 +52,27 @@ def exists(workdir: Path, stage: str) -> bool:
     return (workdir / stage).is_dir() and bool(ocp.utils.checkpoint_steps(workdir / stage))
 
 
+# Keys that are younger than some checkpoints, and the value that does as was done before.
+_LATER = {"prior.train.accumulate": 1}
+
+
 def as_config(content: dict[str, Any]) -> ml_collections.ConfigDict:
-    """Returns a config out of JSON, which has lists for tuples."""
+    """Returns a config out of JSON, which has lists for tuples and may lack later keys."""
 
     def with_tuples(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: with_tuples(entry) for key, entry in value.items()}
         return tuple(value) if isinstance(value, list) else value
 
-    return ml_collections.ConfigDict(with_tuples(content))
+    content = with_tuples(content)
+    for name, value in _LATER.items():
+        *sections, key = name.split(".")
+        section = content
+        for one in sections:
+            section = section.get(one) if isinstance(section, dict) else None
+        if isinstance(section, dict):  # otherwise `checks.check_stored` says what is wrong
+            section.setdefault(key, value)
+    return ml_collections.ConfigDict(content)
 
 
 def on_first_device(like: Any) -> Any:

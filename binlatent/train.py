@@ -76,13 +76,13 @@ def with_classes(config: Config, source: Source) -> Config:
     return config
 
 
-def _check_batch(train: Config, accumulate: int = 1) -> None:
+def _check_batch(train: Config) -> None:
     """Refuses a batch that the devices, and the parts in which each takes its share, cannot split.
 
     Raises:
       UserError: with the numbers.
     """
-    devices = jax.device_count()
+    devices, accumulate = jax.device_count(), train.accumulate
     if train.batch_size % (devices * accumulate):
         parts = f" times {accumulate} parts (accumulate)" if accumulate > 1 else ""
         raise UserError(
@@ -116,7 +116,7 @@ def setup_autoencoder(config: Config, workdir: Path | None = None) -> tuple[Stag
     """
     checks.check(config)
     section, networks = config.autoencoder, build.networks(config)
-    _check_batch(section.train, section.train.accumulate)
+    _check_batch(section.train)
     lpips_params = weights.read_vgg16(section.loss.vgg16) if networks.lpips else {}
     source, test = (evaluate.open_data(config, split, workdir) for split in ("train", "test"))
     config = with_classes(config, source)

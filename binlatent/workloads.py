@@ -169,7 +169,8 @@ def train_prior(config: Config, num: int, on_device: int) -> Work:
         frozen = build.init_autoencoder(config, jax.random.key(0))
         per_image += flops.encode(model, image_shape, code_shape)
     call, program = _train(build.init_prior_state(config), batch, frozen, step)
-    return Work(call, [program], on_device * per_image, program.flops, _prior_size(config))
+    parts = config.prior.train.accumulate
+    return Work(call, [program], on_device * per_image, parts * program.flops, _prior_size(config))
 
 
 def decode(config: Config, num: int, on_device: int) -> Work:

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from binlatent import checks, train
+from binlatent import checkpoint, checks, train
 from binlatent.errors import UserError
 from configs import default
 
@@ -36,7 +36,8 @@ def test_the_defaults_are_accepted():
         ({"autoencoder.num_bits": 0}, "autoencoder.num_bits must be at least 1, not 0"),
         ({"autoencoder.codebook_size": 0}, "codebook_size must be at least 1"),
         ({"autoencoder.patch": 0}, "patch must be at least 1"),
-        ({"autoencoder.train.accumulate": 0}, "accumulate must be at least 1"),
+        ({"autoencoder.train.accumulate": 0}, "autoencoder.train.accumulate must be at least 1"),
+        ({"prior.train.accumulate": 0}, "prior.train.accumulate must be at least 1"),
         ({"autoencoder.multipliers": ()}, r"multipliers must have at least one entry"),
         ({"autoencoder.multipliers": (1, 0)}, r"each at least 1, not \(1, 0\)"),
         ({"autoencoder.base_width": 48}, "multiples of the 32 groups of a norm, not 48"),
@@ -83,12 +84,14 @@ def test_is_refused(overrides, sentence):
 
 
 @pytest.mark.parametrize("accumulate, batch_size", [(1, 6), (3, 8), (4, 8)])
-def test_a_batch_must_split_over_devices_and_parts(tiny_config, accumulate, batch_size):
-    tiny_config.autoencoder.train.update(accumulate=accumulate, batch_size=batch_size)
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_a_batch_must_split(tiny_config, tmp_path, stage, accumulate, batch_size):
+    tiny_config[stage].train.update(accumulate=accumulate, batch_size=batch_size)
     parts = "" if accumulate == 1 else f" times {accumulate} parts"
     sentence = f"{batch_size}, must be a multiple of the number of devices, {jax.device_count()}"
+    setup = {"autoencoder": train.setup_autoencoder, "prior": train.setup_prior}[stage]
     with pytest.raises(UserError, match=sentence + parts):
-        train.setup_autoencoder(tiny_config)
+        setup(tiny_config, tmp_path)
 
 
 def test_the_perceptual_loss_asks_for_its_file_before_any_work(tiny_config, tmp_path):
@@ -159,6 +162,14 @@ def test_weights_of_losses_may_change_on_the_way():
     overrides["autoencoder.codebook_size"] = 7  # which bits do not have
     checks.check_resumable(changed(overrides), default.get_config(), "autoencoder")
     checks.check_resumable(changed(overrides), default.get_config(), "prior")
+
+
+def test_a_checkpoint_from_before_a_key_of_training_can_be_used():
+    content = default.get_config().to_dict()
+    del content["prior"]["train"]["accumulate"]
+    config = checkpoint.as_config(content)
+    checks.check_stored(config, "runs/x/prior")
+    assert config.prior.train.accumulate == 1
 
 
 def test_a_checkpoint_of_another_version_is_said_to_be_one():

@@ -73,6 +73,7 @@ TINY = {
     "prior.num_heads": 2,
     "prior.num_timesteps": 8,
     "prior.train.batch_size": 8,
+    "prior.train.accumulate": 2,
     "prior.train.num_steps": 6,
     "prior.train.warmup_steps": 2,
     "sample.steps": 4,

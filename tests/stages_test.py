@@ -101,6 +101,18 @@ def test_one_and_four_devices_make_the_same_update(config, stage):
     assert max(jax.tree.leaves(moved)) > 1e-4  # and the update is not nothing
 
 
+@pytest.mark.parametrize("num_devices, accumulate", [(1, 4), (2, 2)])
+def test_parts_of_a_batch_make_the_prior_the_same_update(config, num_devices, accumulate):
+    parts = prior_parts(config, optax.sgd(0.5))
+    whole, whole_metrics = run_updates(parts, num_devices)
+    state, batch, noise, update = parts
+    update = functools.partial(update, accumulate=accumulate)
+    params, metrics = run_updates((state, batch, noise, update), num_devices)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), params, whole)
+    for name in whole_metrics:
+        np.testing.assert_allclose(metrics[name], whole_metrics[name], rtol=1e-4)
+
+
 def test_autoencoder_gradient_is_that_of_the_whole_batch(config):
     # The mean over devices of the gradients equals jax.grad of the loss on the global batch.
     state, batch, noise, update = autoencoder_parts(config)

@@ -255,11 +255,24 @@ def update(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    accumulate: int = 1,
 ) -> tuple[state_lib.TrainState, dict[str, Array]]:
-    """Takes one step on a device's share of a batch with the noise given; under pmap."""
-    batch_loss = functools.partial(loss, denoiser, objective)
-    gradients, metrics = jax.grad(batch_loss, has_aux=True)(
-        state.params, batch["probs"], batch["label"], noise
+    """Takes one step on a device's share of a batch with the noise given; under pmap.
+
+    Args:
+      state: replicated.
+      batch: {"probs": (n, h, w, c) in [0, 1], "label": (n,)}.
+      noise: of `draw_noise`.
+      denoiser, objective: of the prior.
+      optimizer, ema_decay: of `state.apply_gradients`.
+      accumulate: in how many parts the share is taken, one after the other, which divides n.
+    """
+    gradients_of = jax.grad(functools.partial(loss, denoiser, objective), has_aux=True)
+    _, (gradients, metrics) = state_lib.accumulate(
+        lambda _, part: ((), gradients_of(state.params, *part)),
+        (),
+        (batch["probs"], batch["label"], noise),
+        accumulate,
     )
     return state_lib.apply_gradients(
         state, gradients, metrics, optimizer=optimizer, ema_decay=ema_decay
