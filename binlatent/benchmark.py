@@ -246,8 +246,8 @@ def main(argv: list[str]) -> None:
         name, config = argv[1], FLAGS.config
         if config is None:
             raise UserError("Name a config, for example --config=configs/churches256.py.")
-        _check_numbers(name, config)
         checks.check(config)
+        _check_numbers(name, config)
         if name == "data":
             measured = (data_speed(config, size) for size in FLAGS.batch_size)
         elif name == "memory":
@@ -275,7 +275,8 @@ def _check_numbers(name: str, config: ml_collections.ConfigDict) -> None:
     parts = config[stages[name]].train.accumulate if name in stages else 1
     for size in FLAGS.batch_size:
         if size < 1 or size % parts:
-            multiple = f" and a multiple of accumulate, {parts}" if parts > 1 else ""
+            key = f"--config.{stages.get(name)}.train.accumulate"
+            multiple = f" and a multiple of {key}, {parts}" if parts > 1 else ""
             raise UserError(f"--batch_size must be at least 1{multiple}, not {size}.")
     if FLAGS.repeats < 1:
         raise UserError(f"--repeats must be at least 1, not {FLAGS.repeats}.")

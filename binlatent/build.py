@@ -306,7 +306,8 @@ def prior_step(config: Config) -> Callable:
         objective=prior_objective(config),
         optimizer=optimizer(config.prior.train),
         ema_decay=config.prior.train.ema_decay,
-        accumulate=config.prior.train.accumulate,
+        # Inside a loop JAX could not name the operation that made a NaN.
+        accumulate=1 if config.debug_nans else config.prior.train.accumulate,
     )
 
 

@@ -52,7 +52,7 @@ def exists(workdir: Path, stage: str) -> bool:
     return (workdir / stage).is_dir() and bool(ocp.utils.checkpoint_steps(workdir / stage))
 
 
-# Keys that are younger than some checkpoints, and the value that does as was done before.
+# Keys that are younger than some checkpoints, and the value that keeps the old behaviour.
 _LATER = {"prior.train.accumulate": 1}
 
 

@@ -236,6 +236,7 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         checks.sample_settings(config, options)  # before any training
     if mode in ("all", "train_prior"):
         checks.check_bits(config)  # before any training
+        train.check_batch(config, "prior")
     if mode == "table4":
         log.info("%s", table4.run(config, workdir))
         return

@@ -76,18 +76,18 @@ def with_classes(config: Config, source: Source) -> Config:
     return config
 
 
-def _check_batch(train: Config) -> None:
+def check_batch(config: Config, stage: str) -> None:
     """Refuses a batch that the devices, and the parts in which each takes its share, cannot split.
 
     Raises:
       UserError: with the numbers.
     """
-    devices, accumulate = jax.device_count(), train.accumulate
-    if train.batch_size % (devices * accumulate):
-        parts = f" times {accumulate} parts (accumulate)" if accumulate > 1 else ""
+    devices, train = jax.device_count(), config[stage].train
+    if train.batch_size % (devices * train.accumulate):
+        parts = f", each in {train.accumulate} parts (accumulate)" if train.accumulate > 1 else ""
         raise UserError(
-            f"The batch size, {train.batch_size}, must be a multiple of the number of devices, "
-            f"{devices}{parts}."
+            f"config.{stage}.train.batch_size, {train.batch_size}, must be a multiple of "
+            f"{devices * train.accumulate}: {devices} devices{parts}."
         )
 
 
@@ -116,7 +116,7 @@ def setup_autoencoder(config: Config, workdir: Path | None = None) -> tuple[Stag
     """
     checks.check(config)
     section, networks = config.autoencoder, build.networks(config)
-    _check_batch(section.train)
+    check_batch(config, "autoencoder")
     lpips_params = weights.read_vgg16(section.loss.vgg16) if networks.lpips else {}
     source, test = (evaluate.open_data(config, split, workdir) for split in ("train", "test"))
     config = with_classes(config, source)
@@ -183,7 +183,7 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
     """Returns stage 2 at its first step, on the codes of the workdir's autoencoder; the config."""
     checks.check(config)
     checks.check_bits(config)
-    _check_batch(config.prior.train)
+    check_batch(config, "prior")
     encoder, source, config = _open_codes_or_images(config, workdir)
     if build.condition(config).startswith("text") and not config.data.texts:
         raise UserError(

@@ -24,8 +24,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.autoencoder.loss.perceptual = 0.0
     config.autoencoder.loss.adversarial = 0.0
     config.autoencoder.train.batch_size = 64
-    config.autoencoder.train.num_steps = 1_500
-    config.autoencoder.train.learning_rate = 2e-3
+    config.autoencoder.train.num_steps = 1_000
+    config.autoencoder.train.learning_rate = 6e-3
     config.autoencoder.train.warmup_steps = 100
     config.autoencoder.train.decay = "cosine"
     config.autoencoder.train.ema_decay = 0.99
@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.cache_codes = True
     config.prior.train.batch_size = 128
     config.prior.train.accumulate = 4  # on a CPU quicker than all at once
-    config.prior.train.num_steps = 2_000
+    config.prior.train.num_steps = 1_750
     config.prior.train.learning_rate = 4e-3
     config.prior.train.warmup_steps = 100
     config.prior.train.decay = "cosine"

@@ -53,6 +53,9 @@ def test_the_command_prints_a_table():
     rows = [line.split("|")[1:4] for line in result.stdout.splitlines()[2:]]
     cells = [[cell.strip() for cell in row] for row in rows]
     assert cells == [["train", "28", "2"], ["decode", "28", "2"]]
+    flags = [flags[0], "--config.prior.train.accumulate=0"]
+    result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1 and "prior.train.accumulate must be at least 1" in result.stderr
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "Name a config" in result.stderr
 

@@ -87,8 +87,9 @@ def test_is_refused(overrides, sentence):
 @pytest.mark.parametrize("stage", ["autoencoder", "prior"])
 def test_a_batch_must_split(tiny_config, tmp_path, stage, accumulate, batch_size):
     tiny_config[stage].train.update(accumulate=accumulate, batch_size=batch_size)
-    parts = "" if accumulate == 1 else f" times {accumulate} parts"
-    sentence = f"{batch_size}, must be a multiple of the number of devices, {jax.device_count()}"
+    devices = jax.device_count()
+    parts = "" if accumulate == 1 else f", each in {accumulate} parts"
+    sentence = f"{batch_size}, must be a multiple of {accumulate * devices}: {devices} devices"
     setup = {"autoencoder": train.setup_autoencoder, "prior": train.setup_prior}[stage]
     with pytest.raises(UserError, match=sentence + parts):
         setup(tiny_config, tmp_path)

@@ -71,6 +71,7 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         ((CONFIG, wd, "--config.data.name=digitz"), 1, "digits"),
         ((CONFIG, wd, folder, f"--config.data.path={empty}"), 1, "no image"),
         ((CONFIG, wd, folder, f"--config.data.path={empty}/no"), 1, "no"),
+        ((CONFIG, wd, "--config.prior.train.accumulate=3"), 1, "each in 3 parts (accumulate)"),
         ((CONFIG, wd, "--config.dtype=float64"), 1, "float32 or bfloat16, not 'float64'"),
         ((CONFIG, wd, "--config.data.image_size=30"), 1, "image_size is 30"),
         ((CONFIG, wd, "--config.checkpoint_every=0"), 1, "checkpoint_every must be at least 1"),

@@ -113,6 +113,13 @@ def test_parts_of_a_batch_make_the_prior_the_same_update(config, num_devices, ac
         np.testing.assert_allclose(metrics[name], whole_metrics[name], rtol=1e-4)
 
 
+def test_to_find_a_nan_the_prior_takes_its_batch_whole(config):
+    config.prior.train.accumulate = 4
+    assert build.prior_step(config).keywords["accumulate"] == 4
+    config.debug_nans = True
+    assert build.prior_step(config).keywords["accumulate"] == 1
+
+
 def test_autoencoder_gradient_is_that_of_the_whole_batch(config):
     # The mean over devices of the gradients equals jax.grad of the loss on the global batch.
     state, batch, noise, update = autoencoder_parts(config)

@@ -192,7 +192,7 @@ def train_resnet(
     metrics = {}
     for batch_images, batch_labels, step_key in batches:
         batch = {"image": batch_images, "label": batch_labels, "index": np.arange(batch_size)}
-        # The devices keep what is queued in memory, and JAX's fake ones stand still at 32 steps.
+        # Batches wait in the devices' memory, and with more than 32 JAX's fake devices stand still.
         jax.block_until_ready(metrics)
         state, metrics = step(state, shard(batch), step_key)
     return {"params": state.params, "batch_stats": state.batch_stats}
