@@ -387,12 +387,6 @@ def test_loaded_images_are_spread_over_the_source():
     assert images[:, 0, 0, 0].tolist() == [0, 9, 19, 29] and labels.tolist() == [0, 0, 1, 2]
 
 
-def test_batch_size_must_divide_over_the_devices(tiny_config, tmp_path):
-    tiny_config.autoencoder.train.batch_size = 6
-    with pytest.raises(UserError, match="The batch size, 6, must be a multiple.*4"):
-        train.train_autoencoder(tiny_config, tmp_path)
-
-
 def test_number_of_classes_must_be_that_of_the_data(tiny_config):
     source = Source(examples=[], num_classes=10)
     assert train.with_classes(tiny_config, source).data.num_classes == 10
