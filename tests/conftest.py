@@ -1,5 +1,6 @@
 """Four fake devices, strict rank promotion, real digits prepared once, one tiny config."""
 
+import gc
 import os
 import subprocess
 import tempfile
@@ -30,6 +31,19 @@ def pytest_collection_modifyitems(items):
     names = [f"{name}_test" for name in LONGEST]
     order = {name: number for number, name in enumerate(names)}
     items.sort(key=lambda item: order.get(item.path.stem, len(names)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """Frees a file's compiled programs: with all of them a process has too many memory maps.
+
+    Linux allows it 65,530 (vm.max_map_count); beyond them, the compiler dies with SIGSEGV.
+    """
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
