@@ -37,7 +37,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.cache_codes = True
     config.prior.train.batch_size = 128
     config.prior.train.accumulate = 4  # on a CPU quicker than all at once
-    config.prior.train.num_steps = 1_750
+    config.prior.train.num_steps = 1_650
     config.prior.train.learning_rate = 4e-3
     config.prior.train.warmup_steps = 100
     config.prior.train.decay = "cosine"
