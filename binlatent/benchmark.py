@@ -26,7 +26,7 @@ from absl import app, flags
 from flax import traverse_util
 from ml_collections import config_flags
 
-from binlatent import build, checks, command, evaluate, speed, weights, workloads
+from binlatent import build, checks, command, evaluate, machine, speed, weights, workloads
 from binlatent.data import loader
 from binlatent.errors import UserError
 from binlatent.stages.state import AXIS
@@ -148,7 +148,7 @@ def data_speed(
         "data": config.data.name,
         "image_size": config.data.image_size,
         "batch_size": batch_size,
-        "cores": loader.cores(),
+        "cores": machine.cores(),
         "images_per_second": batch_size / float(np.median([np.mean(part) for part in tenths])),
     }
 
@@ -272,7 +272,7 @@ def main(argv: list[str]) -> None:
 def _check_numbers(name: str, config: ml_collections.ConfigDict) -> None:
     """Refuses numbers on the command line that cannot be, before anything is compiled."""
     stages = {"memory": "autoencoder", "train_autoencoder": "autoencoder", "train_prior": "prior"}
-    parts = config[stages[name]].train.accumulate if name in stages else 1
+    parts = max(config[stages[name]].train.accumulate, 1) if name in stages else 1
     for size in FLAGS.batch_size:
         if size < 1 or size % parts:
             key = f"--config.{stages.get(name)}.train.accumulate"

@@ -163,7 +163,7 @@ _COUNTS = (
     *("autoencoder.patch", "autoencoder.embedding_width"),
     *("autoencoder.discriminator.width", "autoencoder.discriminator.num_layers"),
     *("autoencoder.train.batch_size", "autoencoder.train.num_steps"),
-    *("autoencoder.train.accumulate", "prior.train.accumulate"),
+    "autoencoder.train.accumulate",
     *("prior.num_heads", "prior.num_timesteps", "prior.text_width"),
     *("prior.train.batch_size", "prior.train.num_steps"),
     *("sample.batch_size", "evaluate.num_images", "evaluate.num_samples"),
@@ -219,6 +219,7 @@ def check(config: Config) -> None:
     weights = [f"autoencoder.loss.{name}" for name in build.LOSS_WEIGHTS]
     for name in (
         "prior.vlb_weight",
+        "prior.train.accumulate",
         "autoencoder.decoder_depth",
         "autoencoder.num_blocks",
         "evaluate.every",

@@ -83,11 +83,12 @@ def check_batch(config: Config, stage: str) -> None:
       UserError: with the numbers.
     """
     devices, train = jax.device_count(), config[stage].train
-    if train.batch_size % (devices * train.accumulate):
-        parts = f", each in {train.accumulate} parts (accumulate)" if train.accumulate > 1 else ""
+    num = max(train.accumulate, 1)
+    if train.batch_size % (devices * num):
+        parts = f", each in {num} parts (accumulate)" if num > 1 else ""
         raise UserError(
             f"config.{stage}.train.batch_size, {train.batch_size}, must be a multiple of "
-            f"{devices * train.accumulate}: {devices} devices{parts}."
+            f"{devices * num}: {devices} devices{parts}."
         )
 
 

@@ -14,6 +14,7 @@ from binlatent import build, checks, flops, programs, weights
 from binlatent.diffusion import schedules
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.stages.prior import parts_for_caches
 from binlatent.stages.state import parallel, replicate, shard, spread
 
 Config = ml_collections.ConfigDict
@@ -169,7 +170,8 @@ def train_prior(config: Config, num: int, on_device: int) -> Work:
         frozen = build.init_autoencoder(config, jax.random.key(0))
         per_image += flops.encode(model, image_shape, code_shape)
     call, program = _train(build.init_prior_state(config), batch, frozen, step)
-    parts = config.prior.train.accumulate
+    h, w, _ = code_shape
+    parts = config.prior.train.accumulate or parts_for_caches(on_device, h * w)
     # XLA counts a loop once; the encoder, before the parts, is not in it.
     xla_flops = None if parts > 1 and "image" in batch else parts * program.flops
     return Work(call, [program], on_device * per_image, xla_flops, _prior_size(config))

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from binlatent import benchmark, build, evaluate, speed, workloads
-from binlatent.data import loader
+from binlatent import benchmark, build, evaluate, machine, speed, workloads
 from binlatent.data.sources import Source
 from binlatent.errors import UserError
 
@@ -53,9 +52,10 @@ def test_the_command_prints_a_table():
     rows = [line.split("|")[1:4] for line in result.stdout.splitlines()[2:]]
     cells = [[cell.strip() for cell in row] for row in rows]
     assert cells == [["train", "28", "2"], ["decode", "28", "2"]]
-    flags = [flags[0], "--config.prior.train.accumulate=0"]
+    flags = [flags[0], "--config.autoencoder.train.accumulate=0"]
     result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1 and "prior.train.accumulate must be at least 1" in result.stderr
+    assert result.returncode == 1
+    assert "autoencoder.train.accumulate must be at least 1" in result.stderr
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 1 and "Name a config" in result.stderr
 
@@ -70,7 +70,7 @@ def test_data_speed_is_that_of_the_examples(tiny_config, monkeypatch):
             return {"image": np.zeros((28, 28, 1), np.uint8), "label": 0}
 
     monkeypatch.setattr(evaluate, "open_data", lambda config, split, keep: Source(Slow(), 0))
-    monkeypatch.setattr(loader, "cores", lambda: 8)
+    monkeypatch.setattr(machine, "cores", lambda: 8)
     row = benchmark.data_speed(tiny_config, 5, seconds=2.0)
     assert row["cores"] == 8 and 300 < row["images_per_second"] <= 1.1 * 800
     assert benchmark.data_table([row]).splitlines()[2].startswith("| digits | 28 | 5 | 8 | ")

@@ -37,7 +37,7 @@ def test_the_defaults_are_accepted():
         ({"autoencoder.codebook_size": 0}, "codebook_size must be at least 1"),
         ({"autoencoder.patch": 0}, "patch must be at least 1"),
         ({"autoencoder.train.accumulate": 0}, "autoencoder.train.accumulate must be at least 1"),
-        ({"prior.train.accumulate": 0}, "prior.train.accumulate must be at least 1"),
+        ({"prior.train.accumulate": -1}, "prior.train.accumulate must be at least 0, not -1"),
         ({"autoencoder.multipliers": ()}, r"multipliers must have at least one entry"),
         ({"autoencoder.multipliers": (1, 0)}, r"each at least 1, not \(1, 0\)"),
         ({"autoencoder.base_width": 48}, "multiples of the 32 groups of a norm, not 48"),

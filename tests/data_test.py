@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from binlatent import machine
 from binlatent.data import folder, loader, sources, transforms
 from binlatent.errors import UserError
 
@@ -41,6 +42,11 @@ def run_python(code, *args, hidden=(), returncode=0):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == returncode, result.stderr
     return result.stdout
+
+
+def test_cores_where_the_system_knows_no_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
+    assert machine.cores() == os.cpu_count()
 
 
 def write_images(path, values, size=4):

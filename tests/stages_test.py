@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import chain
 import jax
@@ -10,11 +11,12 @@ import numpy as np
 import optax
 import pytest
 
-from binlatent import build, programs
+from binlatent import build, machine, programs
 from binlatent.diffusion import bernoulli, targets
 from binlatent.stages import autoencoder as autoencoder_stage
 from binlatent.stages import prior as prior_stage
 from binlatent.stages import state as state_lib
+from configs import default
 
 N = 8
 
@@ -111,6 +113,44 @@ def test_parts_of_a_batch_make_the_prior_the_same_update(config, num_devices, ac
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), params, whole)
     for name in whole_metrics:
         np.testing.assert_allclose(metrics[name], whole_metrics[name], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "cores, images, tokens, parts",
+    [
+        (2, 8, 256, 2),  # of 4 x 256 tokens = 2 x 512
+        (2, 128, 16, 2),  # 64 x 16 = 2 x 512
+        (2, 24, 100, 2),  # 12 x 100 >= 1,024 > 8 x 100
+        (2, 7, 256, 1),  # 7 is prime
+        (2, 7, 1024, 7),
+        (2, 1, 4096, 1),
+        (2, 8, 16, 1),  # too few for a second part
+        (4, 128, 16, 1),  # 4 x 512 = all of them
+        (1, 8, 256, 4),
+    ],
+)
+def test_a_part_of_a_batch_leaves_each_core_512_tokens(monkeypatch, cores, images, tokens, parts):
+    monkeypatch.setattr(machine, "cores", lambda: cores)
+    assert prior_stage.parts_for_caches(images, tokens) == parts
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert prior_stage.parts_for_caches(images, tokens) == 1
+
+
+def test_the_priors_batch_is_in_parts_if_the_machine_likes_it(config, monkeypatch):
+    config.prior.train.accumulate = default.get_config().prior.train.accumulate
+    monkeypatch.setattr(machine, "cores", lambda: 1)
+    step = on_devices(build.prior_step(config), 1)
+    state = build.init_prior_state(config)
+
+    def loops(images):
+        shape = (1, images, *build.code_shape(config))
+        batch = {"probs": jnp.zeros(shape), "label": jnp.zeros((1, images), jnp.int32)}
+        traced = jax.make_jaxpr(lambda *arguments: step(*arguments, None))(state, batch)
+        return re.findall(r"scan\[.*?length=(\d+)", str(traced), re.DOTALL)
+
+    assert build.code_shape(config)[:2] == (4, 4)
+    assert loops(32) == []  # 512 tokens
+    assert loops(160) == ["5"]  # 32 images each
 
 
 def test_to_find_a_nan_the_prior_takes_its_batch_whole(config):

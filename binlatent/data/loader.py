@@ -1,12 +1,12 @@
 """The Grain pipeline: endless shuffled training batches, and one ordered pass to test."""
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
 
+from binlatent import machine
 from binlatent.data import transforms
 from binlatent.data.sources import Source
 
@@ -66,13 +66,8 @@ def train_batches(
         dataset = dataset[index::count]
     dataset = dataset.map(_to_arrays)
     if num_threads is None:
-        num_threads = max(4, cores())
+        num_threads = max(4, machine.cores())
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))
-
-
-def cores() -> int:
-    """Returns how many cores this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def test_batches(source: Source, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -105,7 +100,7 @@ def in_order(count: int, read: Callable[[int], Any], batch_size: int) -> Iterato
     Arrays, or dictionaries of them, are stacked. Threads read ahead.
     """
     dataset = grain.MapDataset.range(count).map(read).batch(batch_size)
-    options = grain.ReadOptions(max(4, cores()), prefetch_buffer_size=4)
+    options = grain.ReadOptions(max(4, machine.cores()), prefetch_buffer_size=4)
     return iter(dataset.to_iter_dataset(options))
 
 

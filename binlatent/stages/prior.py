@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from binlatent import machine
 from binlatent.diffusion import bernoulli, losses, schedules, targets
 from binlatent.models.transformer import Transformer
 from binlatent.stages import state as state_lib
@@ -246,6 +247,24 @@ def loss(
     return total, {"loss": total, **metrics, "flip_accuracy": jnp.mean(right)}
 
 
+def parts_for_caches(images: int, tokens: int) -> int:
+    """Returns in how many parts this machine takes a batch fastest, without changing the update.
+
+    On a CPU as many as leave each core 512 tokens: what fewer leave behind for the gradient comes
+    back from the caches, but adding up the gradients of more parts takes longer than that saves.
+    Elsewhere one.
+
+    Args:
+      images: of the batch.
+      tokens: of an image.
+    """
+    if jax.default_backend() != "cpu":
+        return 1
+    least = 512 * machine.cores()
+    divisors = (num for num in range(1, images + 1) if images % num == 0)
+    return max(num for num in divisors if num == 1 or images // num * tokens >= least)
+
+
 def update(
     state: state_lib.TrainState,
     batch: Batch,
@@ -265,14 +284,16 @@ def update(
       noise: of `draw_noise`.
       denoiser, objective: of the prior.
       optimizer, ema_decay: of `state.apply_gradients`.
-      accumulate: in how many parts the share is taken, one after the other, which divides n.
+      accumulate: in how many parts the share is taken, one after the other, which divides n; 0
+        for those of `parts_for_caches`.
     """
+    n, h, w, _ = batch["probs"].shape
     gradients_of = jax.grad(functools.partial(loss, denoiser, objective), has_aux=True)
     _, (gradients, metrics) = state_lib.accumulate(
         lambda _, part: ((), gradients_of(state.params, *part)),
         (),
         (batch["probs"], batch["label"], noise),
-        accumulate,
+        accumulate or parts_for_caches(n, h * w),
     )
     return state_lib.apply_gradients(
         state, gradients, metrics, optimizer=optimizer, ema_decay=ema_decay
