@@ -1,5 +1,7 @@
 """The transformer agrees with the authors'; its invariances and precision."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -157,6 +159,43 @@ def test_attention_on_cpus_has_the_gradient_of_jaxs():
         both = gradients(transformer._attend_on_cpu), gradients(jax.nn.dot_product_attention)
     for ours, theirs in zip(*both, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_attention_is_to_the_first_keys_alone(monkeypatch, platform):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, **ways: ways[platform](*x))
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 5, 3, 4)) for _ in range(3))
+    rows = [jnp.asarray(x.reshape(10, 12), jnp.float32) for x in (q, k, v)]
+    y = transformer._attend(*rows, 2, 3, jnp.array([5, 3])).reshape(2, 5, 3, 4)
+    for i, num_keys in enumerate((5, 3)):
+        weights = np.exp(np.einsum("qhd,khd->hqk", q[i], k[i, :num_keys]) / np.sqrt(4))
+        weights /= weights.sum(-1, keepdims=True)
+        expected = np.einsum("hqk,khd->qhd", weights, v[i, :num_keys])
+        np.testing.assert_allclose(y[i], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "backend, capability, dtype, keys, width, fits",
+    [
+        ("gpu", "9.0", jnp.bfloat16, 257, 64, True),
+        ("gpu", "8.0", jnp.float16, 64, 128, True),
+        ("gpu", "10.3", jnp.bfloat16, 257, 64, True),
+        ("gpu", "7.5", jnp.bfloat16, 257, 64, False),
+        ("gpu", "gfx942", jnp.bfloat16, 257, 64, False),
+        ("gpu", "9.0", jnp.float32, 257, 64, False),
+        ("gpu", "9.0", jnp.bfloat16, 18, 64, False),
+        ("gpu", "9.0", jnp.bfloat16, 257, 36, False),
+        ("gpu", "9.0", jnp.bfloat16, 257, 256, False),
+        ("tpu", "9.0", jnp.bfloat16, 257, 64, False),
+        ("cpu", "9.0", jnp.bfloat16, 257, 64, False),
+    ],
+)
+def test_cudnn_attends_where_it_can(monkeypatch, backend, capability, dtype, keys, width, fits):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert transformer._cudnn_attends(jax.ShapeDtypeStruct((2, keys, 8, width), dtype)) == fits
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -67,14 +67,20 @@ class TimeEmbedding(nn.Module):
         return nn.Dense(self.width, dtype=self.dtype, name="linear")(nn.swish(x))
 
 
-def _attend(q: Array, k: Array, v: Array, n: int, num_heads: int, mask: Array | None) -> Array:
-    """Returns rows (n tokens, d) of attention; mask is bool (n, keys), what may be attended to."""
+def _attend(q: Array, k: Array, v: Array, n: int, num_heads: int, num_keys: Array | None) -> Array:
+    """Returns rows (n tokens, d) of attention, to the first num_keys, int (n,), None for all."""
     heads = (n, -1, num_heads, q.shape[-1] // num_heads)
     q, k, v = (y.reshape(heads) for y in (q, k, v))
-    mask = None if mask is None else mask[:, None, None]
-    attend = functools.partial(jax.nn.dot_product_attention, mask=mask)
+    attend = functools.partial(
+        jax.nn.dot_product_attention,
+        key_value_seq_lengths=num_keys,
+        implementation="cudnn" if _cudnn_attends(k) else None,
+    )
 
     def attend_on_cpu(*qkv: Array) -> Array:
+        mask = None
+        if num_keys is not None:
+            mask = (jnp.arange(k.shape[1])[None] < num_keys[:, None])[:, None, None]
         # Eigen gives a head's products to one core: two halves of the heads go side by side.
         parts = 1 + (num_heads % 2 == 0)
         halves = zip(*(jnp.split(y, parts, axis=2) for y in qkv), strict=True)
@@ -82,6 +88,21 @@ def _attend(q: Array, k: Array, v: Array, n: int, num_heads: int, mask: Array | 
 
     y = jax.lax.platform_dependent(q, k, v, cpu=attend_on_cpu, default=attend)
     return y.reshape(-1, heads[2] * heads[3])
+
+
+def _cudnn_attends(k: Array) -> bool:
+    """Tells whether cuDNN shall attend to keys (n, keys, heads, width of a head).
+
+    It never writes a head's l x l weights to memory, which is half of all that a training step
+    moves with XLA's attention. It wants one of NVIDIA's GPUs since Ampere and numbers of 16 bits;
+    to few keys there is nothing to win.
+    """
+    if jax.default_backend() != "gpu" or k.dtype.itemsize != 2:
+        return False
+    major = str(jax.local_devices()[0].compute_capability).split(".")[0]
+    if not major.isdigit() or int(major) < 8:  # AMD's are named otherwise
+        return False
+    return k.shape[1] >= 64 and k.shape[-1] % 8 == 0 and k.shape[-1] <= 128
 
 
 def _attend_on_cpu(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -145,11 +166,11 @@ class SelfAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, n: int, mask: Array | None) -> Array:
-        """The mask is bool (n, tokens), what may be attended to; None for all."""
+    def __call__(self, x: Array, n: int, num_keys: Array | None) -> Array:
+        """To the first num_keys tokens, int (n,); None for all."""
         d = x.shape[-1]
         qkv = nn.Dense(3 * d, dtype=self.dtype, name="qkv")(x)
-        y = _attend(*jnp.split(qkv, 3, axis=-1), n, self.num_heads, mask)
+        y = _attend(*jnp.split(qkv, 3, axis=-1), n, self.num_heads, num_keys)
         return nn.Dense(d, dtype=self.dtype, name="proj")(y)
 
 
@@ -188,7 +209,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, n: int, mask: Array | None, text: Array | None, given: Array | None
+        self, x: Array, n: int, num_keys: Array | None, text: Array | None, given: Array | None
     ) -> Array:
         """Maps (n tokens, d) to the same shape; the others as of the two kinds of attention."""
         d, dtype = x.shape[-1], self.dtype
@@ -198,7 +219,7 @@ class Block(nn.Module):
             return gamma.astype(dtype)[None] * y
 
         attention = SelfAttention(self.num_heads, dtype, name="attn")
-        x = x + scaled("gamma_1", attention(_norm(dtype, "ln1")(x), n, mask))
+        x = x + scaled("gamma_1", attention(_norm(dtype, "ln1")(x), n, num_keys))
         if self.text_width:
             attention = CrossAttention(self.num_heads, self.text_width, dtype, name="cross")
             x = x + scaled("gamma_1_5", attention(_norm(dtype, "ln1_5")(x), n, text, given))
@@ -251,17 +272,17 @@ class Transformer(nn.Module):
         time_token = TimeEmbedding(self.width, self.dtype, name="time_step_embedding")(time)
         tokens = [x, time_token[:, None]]
         text = label if self.condition == "text_cross" else None
-        mask = None
+        num_keys = None
         if self.condition in ("class", "text_token") and label is not None:
             tokens.append(self._embed_label(label)[:, None])
             if given is not None:
-                mask = given[:, None] | (jnp.arange(h * w + 2) < h * w + 1)[None]
+                num_keys = h * w + 1 + given.astype(jnp.int32)
         x = jnp.concatenate(tokens, axis=1).reshape(-1, self.width)
 
         text_width = self.text_width if self.condition == "text_cross" else 0
         for i in range(self.num_layers):
             block = Block(self.num_heads, text_width, self.dtype, name=f"blocks_{i}")
-            x = block(x, n, mask, text, given)
+            x = block(x, n, num_keys, text, given)
         x = x.reshape(n, -1, self.width)[:, : h * w].reshape(n * h * w, self.width)
         x = _norm(jnp.float32, "ln_f")(x)
         # Zero: with the evidence form the untrained network is then right about every bit's own
