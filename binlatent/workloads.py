@@ -171,7 +171,7 @@ def train_prior(config: Config, num: int, on_device: int) -> Work:
         per_image += flops.encode(model, image_shape, code_shape)
     call, program = _train(build.init_prior_state(config), batch, frozen, step)
     h, w, _ = code_shape
-    parts = config.prior.train.accumulate or parts_for_caches(on_device, h * w)
+    parts = step.keywords["accumulate"] or parts_for_caches(on_device, h * w)
     # XLA counts a loop once; the encoder, before the parts, is not in it.
     xla_flops = None if parts > 1 and "image" in batch else parts * program.flops
     return Work(call, [program], on_device * per_image, xla_flops, _prior_size(config))

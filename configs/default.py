@@ -103,7 +103,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     prior.train.decay = "constant"
     prior.train.max_grad_norm = 1.0
     prior.train.ema_decay = 0.9999
-    prior.train.accumulate = 0  # parts of a batch, one after the other; 0: what is fastest here
+    prior.train.accumulate = 0  # parts of a batch, one after the other; 0: by the cores
 
     config.sample = sample = ml_collections.ConfigDict()
     sample.steps = 64

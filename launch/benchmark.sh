@@ -4,8 +4,25 @@
 # Writes performance.jsonl, a line a row, and performance.md, the table, into OUT (`benchmark` if not
 # set). Arguments go to every call of binlatent.benchmark, for example --repeats=5.
 # Ends after 8 minutes at the latest, with the rows that it has by then; the most wanted come first.
-# Tried: tiny networks, on a CPU. Not tried yet: a GPU.
-source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# Tried: tiny networks, on a CPU (JAX_PLATFORMS=cpu); compiling for an H100 without one. Not tried
+# yet: a GPU.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# Installs nothing and makes no virtual environment: a GPU's machine often comes with its JAX.
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
+  source .venv/bin/activate
+fi
+python3 - <<'EOF'
+import sys
+
+try:
+    import binlatent.benchmark
+    import jax
+except ImportError as error:
+    sys.exit(f'{error}: pip install -e . "jax[cuda13]"')
+if jax.default_backend() != "gpu" and jax.config.jax_platforms != "cpu":
+    sys.exit('JAX sees no GPU here: pip install -U "jax[cuda13]", and see what nvidia-smi says.')
+EOF
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # one, of however many there are
 out=${OUT:-benchmark}
 mkdir -p "$out"
@@ -18,7 +35,7 @@ measure() {
     echo "Left out, as the 8 minutes are over." >&2
     return
   fi
-  timeout $((470 - SECONDS)) python -m binlatent.benchmark "$@" "${options[@]}" > /dev/null ||
+  timeout $((470 - SECONDS)) python3 -m binlatent.benchmark "$@" "${options[@]}" > /dev/null ||
     echo "Failed or cut off; the table goes on without it." >&2
 }
 
@@ -45,7 +62,7 @@ measure network "${imagenet[@]}" --batch_size=64
 measure network "${ffhq[@]}" --batch_size=1 --batch_size=16
 measure network "${imagenet512[@]}" --batch_size=16
 
-python - "$out" <<'EOF'
+python3 - "$out" <<'EOF'
 import json
 import sys
 from pathlib import Path
@@ -54,6 +71,8 @@ from binlatent import speed
 
 out = Path(sys.argv[1])
 rows = [json.loads(line) for line in (out / "performance.jsonl").read_text().splitlines()]
+if not rows:
+    sys.exit("No row was measured; what went wrong is above.")
 (out / "performance.md").write_text(speed.table(rows))
 EOF
 cat "$out/performance.md"

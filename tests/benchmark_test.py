@@ -30,6 +30,10 @@ def test_arguments_are_the_state_and_the_images(tiny_config):
     twice = benchmark.train_step_memory(config, 16, jax.devices()[0])
     assert row["temporary"] < twice["temporary"] < 3 * row["temporary"]
     assert 1.8 < twice["flops"] / row["flops"] < 2.1
+    config.autoencoder.train.accumulate = 2  # half the memory, the same work
+    parts = benchmark.train_step_memory(config, 16, jax.devices()[0])
+    assert parts["temporary"] < twice["temporary"]
+    assert 0.9 < parts["flops"] / twice["flops"] < 1.2
 
 
 def test_decoding_counts_its_multiplications(tiny_config):

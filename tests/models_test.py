@@ -198,6 +198,29 @@ def test_cudnn_attends_where_it_can(monkeypatch, backend, capability, dtype, key
     assert transformer._cudnn_attends(jax.ShapeDtypeStruct((2, keys, 8, width), dtype)) == fits
 
 
+@pytest.mark.parametrize("queries, keys", [(5, 5), (5, 8), (4, 7)])
+def test_attention_of_odd_numbers_is_not_changed_by_what_makes_them_even(queries, keys):
+    rng = np.random.default_rng(0)
+    q, g = (rng.standard_normal((2, queries, 3, 4)).astype(np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((2, keys, 3, 4)).astype(np.float32) for _ in range(2))
+
+    def with_gradients(attend, num_keys):
+        y, transpose = jax.vjp(lambda *x: attend(*x, num_keys), q, k, v)
+        return y, *transpose(g)
+
+    def exact(q, k, v, num_keys):
+        mask = None if num_keys is None else jnp.arange(keys)[None] < num_keys[:, None]
+        return transformer._attend_on_cpu(q, k, v, None if mask is None else mask[:, None, None])
+
+    def evenly(q, k, v, num_keys):
+        return transformer._attend_evenly(q, k, v, num_keys, None)
+
+    for num_keys in (None, jnp.array([keys, 3])):
+        both = with_gradients(evenly, num_keys), with_gradients(exact, num_keys)
+        for ours, expected in zip(*both, strict=True):
+            np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_product_with_a_gradient_of_its_own_is_that_of_nn_dense(dtype):
     rng = np.random.default_rng(0)

@@ -71,11 +71,11 @@ def _attend(q: Array, k: Array, v: Array, n: int, num_heads: int, num_keys: Arra
     """Returns rows (n tokens, d) of attention, to the first num_keys, int (n,), None for all."""
     heads = (n, -1, num_heads, q.shape[-1] // num_heads)
     q, k, v = (y.reshape(heads) for y in (q, k, v))
-    attend = functools.partial(
-        jax.nn.dot_product_attention,
-        key_value_seq_lengths=num_keys,
-        implementation="cudnn" if _cudnn_attends(k) else None,
-    )
+
+    def attend(*qkv: Array) -> Array:
+        if _cudnn_attends(k):
+            return _attend_evenly(*qkv, num_keys, "cudnn")
+        return jax.nn.dot_product_attention(*qkv, key_value_seq_lengths=num_keys)
 
     def attend_on_cpu(*qkv: Array) -> Array:
         mask = None
@@ -103,6 +103,20 @@ def _cudnn_attends(k: Array) -> bool:
     if not major.isdigit() or int(major) < 8:  # AMD's are named otherwise
         return False
     return k.shape[1] >= 64 and k.shape[-1] % 8 == 0 and k.shape[-1] <= 128
+
+
+def _attend_evenly(
+    q: Array, k: Array, v: Array, num_keys: Array | None, implementation: str | None
+) -> Array:
+    """As `jax.nn.dot_product_attention`, which wants even numbers of tokens of cuDNN's gradient."""
+    n, queries = q.shape[:2]
+    if num_keys is None and k.shape[1] % 2:
+        num_keys = jnp.full(n, k.shape[1], jnp.int32)
+    q, k, v = (jnp.pad(y, ((0, 0), (0, y.shape[1] % 2), (0, 0), (0, 0))) for y in (q, k, v))
+    y = jax.nn.dot_product_attention(
+        q, k, v, key_value_seq_lengths=num_keys, implementation=implementation
+    )
+    return y[:, :queries]
 
 
 def _attend_on_cpu(q: Array, k: Array, v: Array, mask: Array | None) -> Array:

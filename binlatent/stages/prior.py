@@ -248,7 +248,7 @@ def loss(
 
 
 def parts_for_caches(images: int, tokens: int) -> int:
-    """Returns in how many parts this machine takes a batch fastest, without changing the update.
+    """Returns in how many parts this machine takes a batch; the update is the same up to rounding.
 
     On a CPU as many as leave each core 512 tokens: what fewer leave behind for the gradient comes
     back from the caches, but adding up the gradients of more parts takes longer than that saves.
