@@ -199,26 +199,29 @@ def test_cudnn_attends_where_it_can(monkeypatch, backend, capability, dtype, key
 
 
 @pytest.mark.parametrize("queries, keys", [(5, 5), (5, 8), (4, 7)])
-def test_attention_of_odd_numbers_is_not_changed_by_what_makes_them_even(queries, keys):
+def test_attention_by_cudnn_is_asked_for_evenly_and_changes_nothing(monkeypatch, queries, keys):
     rng = np.random.default_rng(0)
-    q, g = (rng.standard_normal((2, queries, 3, 4)).astype(np.float32) for _ in range(2))
-    k, v = (rng.standard_normal((2, keys, 3, 4)).astype(np.float32) for _ in range(2))
+    q, g = (rng.standard_normal((2 * queries, 12)).astype(np.float32) for _ in range(2))
+    k, v = (rng.standard_normal((2 * keys, 12)).astype(np.float32) for _ in range(2))
+    attend, asked = jax.nn.dot_product_attention, []
 
-    def with_gradients(attend, num_keys):
-        y, transpose = jax.vjp(lambda *x: attend(*x, num_keys), q, k, v)
+    def without_a_gpu(q, k, v, implementation, **lengths):
+        asked.append((implementation, q.shape[1] % 2, k.shape[1] % 2))
+        return attend(q, k, v, **lengths)
+
+    def with_gradients(num_keys):
+        y, transpose = jax.vjp(lambda *x: transformer._attend(*x, 2, 3, num_keys), q, k, v)
         return y, *transpose(g)
 
-    def exact(q, k, v, num_keys):
-        mask = None if num_keys is None else jnp.arange(keys)[None] < num_keys[:, None]
-        return transformer._attend_on_cpu(q, k, v, None if mask is None else mask[:, None, None])
-
-    def evenly(q, k, v, num_keys):
-        return transformer._attend_evenly(q, k, v, num_keys, None)
-
-    for num_keys in (None, jnp.array([keys, 3])):
-        both = with_gradients(evenly, num_keys), with_gradients(exact, num_keys)
-        for ours, expected in zip(*both, strict=True):
-            np.testing.assert_allclose(ours, expected, atol=1e-5)
+    both = (None, jnp.array([keys, 3]))
+    expected = [with_gradients(num_keys) for num_keys in both]
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, default, **_: default(*x))
+    monkeypatch.setattr(jax.nn, "dot_product_attention", without_a_gpu)
+    monkeypatch.setattr(transformer, "_cudnn_attends", lambda k: True)
+    for num_keys, ours in zip(both, expected, strict=True):
+        for y, by_cudnn in zip(ours, with_gradients(num_keys), strict=True):
+            np.testing.assert_allclose(by_cudnn, y, atol=1e-5)
+    assert set(asked) == {("cudnn", 0, 0)}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
