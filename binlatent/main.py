@@ -23,6 +23,7 @@ from binlatent import (
     outputs,
     processes,
     quality,
+    setups,
     table4,
     train,
 )
@@ -236,12 +237,12 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         checks.sample_settings(config, options)  # before any training
     if mode in ("all", "train_prior"):
         checks.check_bits(config)  # before any training
-        train.check_batch(config, "prior")
+        setups.check_batch(config, "prior")
     if mode == "table4":
         log.info("%s", table4.run(config, workdir))
         return
     if mode == "encode":
-        folder = train.encode(config, workdir)
+        folder = setups.encode(config, workdir)
         log.info("The codes are in %s", folder)
         return
     if mode in ("all", "train_autoencoder"):

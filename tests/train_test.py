@@ -14,7 +14,7 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-from binlatent import codes, evaluate, train
+from binlatent import codes, evaluate, setups, train
 from binlatent.checkpoint import Checkpoints
 from binlatent.data import loader
 from binlatent.data.sources import Source
@@ -124,7 +124,7 @@ def test_a_finished_stage_is_not_trained_again(trained, digits_dir, no_tensorflo
 
 def restored(workdir, stage, config):
     """The whole state of a stage's newest checkpoint."""
-    setup = {"autoencoder": train.setup_autoencoder, "prior": train.setup_prior}[stage]
+    setup = {"autoencoder": setups.setup_autoencoder, "prior": setups.setup_prior}[stage]
     parts, _ = setup(config) if stage == "autoencoder" else setup(config, workdir)
     parts.batches.close()
     with Checkpoints(workdir / stage) as checkpoints:
@@ -227,7 +227,7 @@ class Poisoned:
 
 
 def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(tiny_config, tmp_path):
-    stage, config = train.setup_autoencoder(tiny_config)
+    stage, config = setups.setup_autoencoder(tiny_config)
     stage = stage._replace(batches=Poisoned(stage.batches, 5))
     sentence = (
         r"is nan at step 5; the last finite metrics: step 4, .*loss [\d.]+.*checkpoint of step 4"
@@ -241,7 +241,7 @@ def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(tiny
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_and_counted_on_demand(tiny_config, tmp_path, caplog):
     tiny_config.on_nonfinite = "skip"
-    stage, config = train.setup_autoencoder(tiny_config)
+    stage, config = setups.setup_autoencoder(tiny_config)
     stage = stage._replace(batches=Poisoned(stage.batches, 2, 3, 4))
     state = train.run(stage, config, tmp_path)
     written = {x["step"]: x for x in lines(tmp_path) if "skipped" in x}
@@ -263,7 +263,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_on_demand(tiny_config,
 @pytest.mark.slow
 def test_debug_nans_names_the_operation_and_its_line(tiny_config, tmp_path):
     tiny_config.debug_nans = True
-    stage, config = train.setup_autoencoder(tiny_config)
+    stage, config = setups.setup_autoencoder(tiny_config)
     stage = stage._replace(batches=Poisoned(stage.batches, 3))
     with pytest.raises(FloatingPointError, match=r"\(nan\) encountered in reshape") as error:
         train.run(stage, config, tmp_path)
@@ -353,7 +353,7 @@ def test_resuming_with_another_model_names_the_difference(trained, tiny_config):
 
 
 def test_resuming_with_more_steps_goes_on(trained, tiny_config, tmp_path, caplog):
-    stage, config = train.setup_autoencoder(tiny_config)
+    stage, config = setups.setup_autoencoder(tiny_config)
     train.run(stage, config, tmp_path)
     tiny_config.autoencoder.train.num_steps = 8
     tiny_config.seed = 5
@@ -389,12 +389,12 @@ def test_loaded_images_are_spread_over_the_source():
 
 def test_number_of_classes_must_be_that_of_the_data(tiny_config):
     source = Source(examples=[], num_classes=10)
-    assert train.with_classes(tiny_config, source).data.num_classes == 10
+    assert setups.with_classes(tiny_config, source).data.num_classes == 10
     tiny_config.data.num_classes = 0
-    assert train.with_classes(tiny_config, source).data.num_classes == 0
+    assert setups.with_classes(tiny_config, source).data.num_classes == 0
     tiny_config.data.num_classes = 7
     with pytest.raises(UserError, match="is 7, but the data has 10 classes"):
-        train.with_classes(tiny_config, source)
+        setups.with_classes(tiny_config, source)
 
 
 def test_codes_are_the_encoders_probabilities(trained, tiny_config, tmp_path, monkeypatch):
@@ -489,7 +489,7 @@ def test_the_prior_learns_from_codes_that_lie_elsewhere(trained, tiny_config, tm
     config = tiny_config
     config.prior.cache_codes = False
     config.prior.train.num_steps = 2
-    folder = train.encode(config, workdir)
+    folder = setups.encode(config, workdir)
     elsewhere = shutil.move(folder, tmp_path / "elsewhere")
     config.prior.codes = str(elsewhere)
     state = train.train_prior(config, workdir)
