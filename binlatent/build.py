@@ -277,6 +277,7 @@ def denoiser(config: Config) -> prior_stage.Denoiser:
         num_classes=config.data.num_classes,
         text_width=section.text_width,
         dtype=_dtype(config),
+        cudnn=section.cudnn,
     )
     return prior_stage.Denoiser(
         network,

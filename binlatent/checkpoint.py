@@ -53,7 +53,7 @@ def exists(workdir: Path, stage: str) -> bool:
 
 
 # Keys that are younger than some checkpoints, and the value that keeps the old behaviour.
-_LATER = {"prior.train.accumulate": 1}
+_LATER = {"prior.train.accumulate": 1, "prior.cudnn": True}
 
 
 def as_config(content: dict[str, Any]) -> ml_collections.ConfigDict:

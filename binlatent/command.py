@@ -43,10 +43,12 @@ def parse_flags(argv: list[str]) -> list[str]:
     bad_usage(message)
 
 
-# Of XLA's two sets of kernels for CPUs, Eigen's: faster than YNNPACK's, its choice, where many
-# operations follow one another (docs/performance.md has the numbers). Tried with JAX 0.10 and 0.11;
-# one that does not know the flag would end the process.
-_CPU_KERNELS = "--xla_cpu_experimental_ynn_fusion_type="
+# Of XLA's two sets of kernels for CPUs, YNNPACK's for products of matrices, which are no slower
+# than Eigen's and far quicker where a matrix comes transposed, and Eigen's or XLA's own for all
+# else (docs/performance.md has the numbers). JAX 0.10 and 0.11 know the flag and this value; one
+# that does not would end the process.
+_CPU_KERNELS = "--xla_cpu_experimental_ynn_fusion_type"
+_PRODUCTS_ALONE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 _KNOWN_IN = ((0, 10), (0, 12))
 
 
@@ -61,7 +63,7 @@ def prepare_jax() -> None:
     is_file = bool(given) and not given.startswith("-")  # XLA then reads its flags there
     known = _KNOWN_IN[0] <= jax.__version_info__ < _KNOWN_IN[1]
     if known and not is_file and _CPU_KERNELS not in given:
-        os.environ["XLA_FLAGS"] = f"{_CPU_KERNELS} {given}".strip()
+        os.environ["XLA_FLAGS"] = f"{_CPU_KERNELS}={_PRODUCTS_ALONE} {given}".strip()
     if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
         folder = _cache_folder()
         if folder is None:

@@ -80,6 +80,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     prior.width = 512
     prior.num_layers = 24
     prior.num_heads = 8
+    prior.cudnn = True  # it attends, in 16 bits on NVIDIA's GPUs since Ampere; False: XLA
     prior.condition = "class"  # if the data has any; or "text_token", "text_cross"
     prior.text_width = 768  # of a text's features, as of CLIP ViT-L/14
     prior.num_timesteps = 64

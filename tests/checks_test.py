@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from binlatent import checkpoint, checks, train
+from binlatent import checkpoint, checks, setups
 from binlatent.errors import UserError
 from configs import default
 
@@ -90,7 +90,7 @@ def test_a_batch_must_split(tiny_config, tmp_path, stage, accumulate, batch_size
     devices = jax.device_count()
     parts = "" if accumulate == 1 else f", each in {accumulate} parts"
     sentence = f"{batch_size}, must be a multiple of {accumulate * devices}: {devices} devices"
-    setup = {"autoencoder": train.setup_autoencoder, "prior": train.setup_prior}[stage]
+    setup = {"autoencoder": setups.setup_autoencoder, "prior": setups.setup_prior}[stage]
     with pytest.raises(UserError, match=sentence + parts):
         setup(tiny_config, tmp_path)
 
@@ -100,7 +100,7 @@ def test_the_perceptual_loss_asks_for_its_file_before_any_work(tiny_config, tmp_
     tiny_config.autoencoder.loss.perceptual = 1.0
     tiny_config.autoencoder.loss.vgg16 = str(tmp_path / "vgg16.npz")
     with pytest.raises(UserError) as error:
-        train.setup_autoencoder(tiny_config)
+        setups.setup_autoencoder(tiny_config)
     for part in (
         str(tmp_path / "vgg16.npz"),
         "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -113,7 +113,7 @@ def test_the_perceptual_loss_asks_for_its_file_before_any_work(tiny_config, tmp_
 def test_a_prior_is_over_bits(tiny_config, tmp_path):
     tiny_config.autoencoder.bottleneck = "vq"
     with pytest.raises(UserError, match="The prior is over bits.*not 'vq'"):
-        train.setup_prior(tiny_config, tmp_path)
+        setups.setup_prior(tiny_config, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -167,10 +167,10 @@ def test_weights_of_losses_may_change_on_the_way():
 
 def test_a_checkpoint_from_before_a_key_of_training_can_be_used():
     content = default.get_config().to_dict()
-    del content["prior"]["train"]["accumulate"]
+    del content["prior"]["train"]["accumulate"], content["prior"]["cudnn"]
     config = checkpoint.as_config(content)
     checks.check_stored(config, "runs/x/prior")
-    assert config.prior.train.accumulate == 1
+    assert config.prior.train.accumulate == 1 and config.prior.cudnn is True
 
 
 def test_a_checkpoint_of_another_version_is_said_to_be_one():

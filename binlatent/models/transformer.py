@@ -12,6 +12,7 @@ token, or attends to a learned one in place of the text's.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -67,13 +68,15 @@ class TimeEmbedding(nn.Module):
         return nn.Dense(self.width, dtype=self.dtype, name="linear")(nn.swish(x))
 
 
-def _attend(q: Array, k: Array, v: Array, n: int, num_heads: int, num_keys: Array | None) -> Array:
+def _attend(
+    q: Array, k: Array, v: Array, n: int, num_heads: int, num_keys: Array | None, cudnn: bool
+) -> Array:
     """Returns rows (n tokens, d) of attention, to the first num_keys, int (n,), None for all."""
     heads = (n, -1, num_heads, q.shape[-1] // num_heads)
     q, k, v = (y.reshape(heads) for y in (q, k, v))
 
     def attend(*qkv: Array) -> Array:
-        if _cudnn_attends(k):
+        if cudnn and _cudnn_attends(k):
             return _attend_by_cudnn(*qkv, num_keys)
         return jax.nn.dot_product_attention(*qkv, key_value_seq_lengths=num_keys)
 
@@ -81,10 +84,9 @@ def _attend(q: Array, k: Array, v: Array, n: int, num_heads: int, num_keys: Arra
         mask = None
         if num_keys is not None:
             mask = (jnp.arange(k.shape[1])[None] < num_keys[:, None])[:, None, None]
-        # Eigen gives a head's products to one core: two halves of the heads go side by side.
-        parts = 1 + (num_heads % 2 == 0)
-        halves = zip(*(jnp.split(y, parts, axis=2) for y in qkv), strict=True)
-        return jnp.concatenate([_attend_on_cpu(*half, mask=mask) for half in halves], axis=2)
+        # A few heads at a time: their weights fit into the caches, and parts go side by side.
+        parts = zip(*(jnp.split(y, math.gcd(num_heads, 4), axis=2) for y in qkv), strict=True)
+        return jnp.concatenate([_attend_on_cpu(*part, mask=mask) for part in parts], axis=2)
 
     y = jax.lax.platform_dependent(q, k, v, cpu=attend_on_cpu, default=attend)
     return y.reshape(-1, heads[2] * heads[3])
@@ -161,37 +163,19 @@ def _gelu(x: Array) -> Array:
     return (y * (0.5 + 0.5 * jax.lax.erf(y * np.float32(0.5**0.5)))).astype(x.dtype)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any) -> Array:
-    """x @ kernel of two matrices, for `nn.Dense`, with a gradient of its own."""
-    return jax.lax.dot_general(x, kernel, dimensions, precision)
-
-
-@_dot_general.defjvp
-def _dot_general_jvp(dimensions: Any, precision: Any, primals: Any, tangents: Any) -> Any:
-    (x, kernel), (dx, dkernel) = primals, tangents
-    # The gradient of x is a product with the transposed kernel, which Eigen reads slowly where it
-    # is tall: a copy first, which XLA would undo without the barrier, is up to 1.5 times as fast.
-    transposed = jax.lax.platform_dependent(
-        kernel, cpu=lambda k: jax.lax.optimization_barrier(k.T), default=jnp.transpose
-    )
-    y = jax.lax.dot_general(x, kernel, dimensions, precision)
-    dy = jax.lax.dot_general(dx, transposed, (((1,), (1,)), ((), ())), precision)
-    return y, dy + jax.lax.dot_general(x, dkernel, dimensions, precision)
-
-
 class SelfAttention(nn.Module):
     """Attention within each of n images: rows (n tokens, d) to the same shape."""
 
     num_heads: int
     dtype: Any = jnp.float32
+    cudnn: bool = True
 
     @nn.compact
     def __call__(self, x: Array, n: int, num_keys: Array | None) -> Array:
         """To the first num_keys tokens, int (n,); None for all."""
         d = x.shape[-1]
         qkv = nn.Dense(3 * d, dtype=self.dtype, name="qkv")(x)
-        y = _attend(*jnp.split(qkv, 3, axis=-1), n, self.num_heads, num_keys)
+        y = _attend(*jnp.split(qkv, 3, axis=-1), n, self.num_heads, num_keys, self.cudnn)
         return nn.Dense(d, dtype=self.dtype, name="proj")(y)
 
 
@@ -201,6 +185,7 @@ class CrossAttention(nn.Module):
     num_heads: int
     text_width: int
     dtype: Any = jnp.float32
+    cudnn: bool = True
 
     @nn.compact
     def __call__(self, x: Array, n: int, text: Array | None, given: Array | None) -> Array:
@@ -213,7 +198,7 @@ class CrossAttention(nn.Module):
             text = jnp.where(given[:, None, None], text, null[None])
         q = nn.Dense(d, dtype=self.dtype, name="query")(x)
         kv = nn.Dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
-        y = _attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, None)
+        y = _attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, None, self.cudnn)
         return nn.Dense(d, dtype=self.dtype, name="proj")(y)
 
 
@@ -227,6 +212,7 @@ class Block(nn.Module):
     num_heads: int
     text_width: int = 0
     dtype: Any = jnp.float32
+    cudnn: bool = True
 
     @nn.compact
     def __call__(
@@ -239,13 +225,15 @@ class Block(nn.Module):
             gamma = self.param(name, nn.initializers.ones, (d,))
             return gamma.astype(dtype)[None] * y
 
-        attention = SelfAttention(self.num_heads, dtype, name="attn")
+        attention = SelfAttention(self.num_heads, dtype, self.cudnn, name="attn")
         x = x + scaled("gamma_1", attention(_norm(dtype, "ln1")(x), n, num_keys))
         if self.text_width:
-            attention = CrossAttention(self.num_heads, self.text_width, dtype, name="cross")
+            attention = CrossAttention(
+                self.num_heads, self.text_width, dtype, self.cudnn, name="cross"
+            )
             x = x + scaled("gamma_1_5", attention(_norm(dtype, "ln1_5")(x), n, text, given))
         y = nn.Dense(4 * d, dtype=dtype, name="mlp_0")(_norm(dtype, "ln2")(x))
-        y = nn.Dense(d, dtype=dtype, dot_general=_dot_general, name="mlp_2")(_gelu(y))
+        y = nn.Dense(d, dtype=dtype, name="mlp_2")(_gelu(y))
         return x + scaled("gamma_2", y)
 
 
@@ -258,6 +246,7 @@ class Transformer(nn.Module):
       condition: of `CONDITIONS`, or "none".
       num_classes: of the condition "class".
       text_width: e, of a text condition.
+      cudnn: whether cuDNN attends where it can, see `_cudnn_attends`.
     """
 
     width: int
@@ -267,6 +256,7 @@ class Transformer(nn.Module):
     num_classes: int = 0
     text_width: int = 0
     dtype: Any = jnp.float32
+    cudnn: bool = True
 
     @nn.compact
     def __call__(
@@ -302,7 +292,7 @@ class Transformer(nn.Module):
 
         text_width = self.text_width if self.condition == "text_cross" else 0
         for i in range(self.num_layers):
-            block = Block(self.num_heads, text_width, self.dtype, name=f"blocks_{i}")
+            block = Block(self.num_heads, text_width, self.dtype, self.cudnn, name=f"blocks_{i}")
             x = block(x, n, num_keys, text, given)
         x = x.reshape(n, -1, self.width)[:, : h * w].reshape(n * h * w, self.width)
         x = _norm(jnp.float32, "ln_f")(x)
