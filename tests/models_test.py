@@ -160,6 +160,28 @@ def test_attention_on_cpus_has_the_gradient_of_jaxs():
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_products_are_those_of_nn_dense(dtype):
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.standard_normal((16, 3)), "bias": rng.standard_normal(3)}
+    params = jax.tree.map(lambda y: jnp.asarray(y, jnp.float32), params)
+    x, dy = (jnp.asarray(rng.standard_normal((5, width)), dtype) for width in (16, 3))
+    y, transpose = jax.vjp(
+        lambda *x: transformer._dense(3, dtype=dtype).apply({"params": x[0]}, x[1]), params, x
+    )
+    gradients, dx = transpose(dy)
+    assert y.dtype == dx.dtype == dtype
+    kernel, x, dy = (np.asarray(y, np.float64) for y in (params["kernel"], x, dy))
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.05
+    for ours, expected in (
+        (y, x @ kernel + np.asarray(params["bias"])),
+        (dx, dy @ kernel.T),
+        (gradients["kernel"], x.T @ dy),
+        (gradients["bias"], dy.sum(0)),
+    ):
+        np.testing.assert_allclose(np.asarray(ours, np.float64), expected, tolerance, tolerance)
+
+
 @pytest.mark.parametrize("platform", ["cpu", "default"])
 def test_attention_is_to_the_first_keys_alone(monkeypatch, platform):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, **ways: ways[platform](*x))

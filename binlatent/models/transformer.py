@@ -163,6 +163,25 @@ def _gelu(x: Array) -> Array:
     return (y * (0.5 + 0.5 * jax.lax.erf(y * np.float32(0.5**0.5)))).astype(x.dtype)
 
 
+def _dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any) -> Array:
+    """As `jax.lax.dot_general`, on CPUs with sums in float32.
+
+    Numbers of 16 bits then go to the processor's own products of these, if it has them: XLA's
+    kernels do not round the sums.
+    """
+    product = functools.partial(
+        jax.lax.dot_general, dimension_numbers=dimensions, precision=precision
+    )
+
+    def with_float32_sums(x: Array, kernel: Array) -> Array:
+        return product(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, kernel, cpu=with_float32_sums, default=product)
+
+
+_dense = functools.partial(nn.Dense, dot_general=_dot_general)
+
+
 class SelfAttention(nn.Module):
     """Attention within each of n images: rows (n tokens, d) to the same shape."""
 
@@ -174,9 +193,9 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Array, n: int, num_keys: Array | None) -> Array:
         """To the first num_keys tokens, int (n,); None for all."""
         d = x.shape[-1]
-        qkv = nn.Dense(3 * d, dtype=self.dtype, name="qkv")(x)
+        qkv = _dense(3 * d, dtype=self.dtype, name="qkv")(x)
         y = _attend(*jnp.split(qkv, 3, axis=-1), n, self.num_heads, num_keys, self.cudnn)
-        return nn.Dense(d, dtype=self.dtype, name="proj")(y)
+        return _dense(d, dtype=self.dtype, name="proj")(y)
 
 
 class CrossAttention(nn.Module):
@@ -196,10 +215,10 @@ class CrossAttention(nn.Module):
             text = jnp.broadcast_to(null, (n, 1, self.text_width))
         elif given is not None:  # m times the same token is as good as one
             text = jnp.where(given[:, None, None], text, null[None])
-        q = nn.Dense(d, dtype=self.dtype, name="query")(x)
-        kv = nn.Dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
+        q = _dense(d, dtype=self.dtype, name="query")(x)
+        kv = _dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
         y = _attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, None, self.cudnn)
-        return nn.Dense(d, dtype=self.dtype, name="proj")(y)
+        return _dense(d, dtype=self.dtype, name="proj")(y)
 
 
 class Block(nn.Module):
@@ -232,8 +251,8 @@ class Block(nn.Module):
                 self.num_heads, self.text_width, dtype, self.cudnn, name="cross"
             )
             x = x + scaled("gamma_1_5", attention(_norm(dtype, "ln1_5")(x), n, text, given))
-        y = nn.Dense(4 * d, dtype=dtype, name="mlp_0")(_norm(dtype, "ln2")(x))
-        y = nn.Dense(d, dtype=dtype, name="mlp_2")(_gelu(y))
+        y = _dense(4 * d, dtype=dtype, name="mlp_0")(_norm(dtype, "ln2")(x))
+        y = _dense(d, dtype=dtype, name="mlp_2")(_gelu(y))
         return x + scaled("gamma_2", y)
 
 
