@@ -43,10 +43,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     bad_usage(message)
 
 
-# Of XLA's two sets of kernels for CPUs, YNNPACK's for products of matrices, which are no slower
-# than Eigen's and far quicker where a matrix comes transposed, and Eigen's or XLA's own for all
-# else (docs/performance.md has the numbers). JAX 0.10 and 0.11 know the flag and this value; one
-# that does not would end the process.
+# Of XLA's two sets of kernels for CPUs, YNNPACK's for products of matrices, which take transposed
+# ones as they are, and Eigen's or XLA's own for all else (docs/performance.md has the numbers).
+# JAX 0.10 and 0.11 know the flag and this value; one that does not would end the process.
 _CPU_KERNELS = "--xla_cpu_experimental_ynn_fusion_type"
 _PRODUCTS_ALONE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 _KNOWN_IN = ((0, 10), (0, 12))

@@ -307,8 +307,8 @@ class BinaryLatentDiffusion:
     def sample_codes(self, num: int, key: Array, label: Any = None, **options: Any) -> np.ndarray:
         """Returns `num` new codes, float32 in {0, 1}, (num, h, w, c).
 
-        The same key gives the same codes, whatever the batch size, and a smaller `num` the first
-        of them.
+        The same key gives the same codes, whatever the batch size (but for rounding), and a
+        smaller `num` the first of them.
 
         Args:
           num: n, at least 1.

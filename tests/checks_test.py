@@ -95,6 +95,13 @@ def test_a_batch_must_split(tiny_config, tmp_path, stage, accumulate, batch_size
         setup(tiny_config, tmp_path)
 
 
+def test_a_batch_must_split_on_one_device_too(tiny_config, monkeypatch):
+    tiny_config.prior.train.update(accumulate=3, batch_size=8)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"8, must be a multiple of 3: 1 device, each in 3 parts"):
+        setups.check_batch(tiny_config, "prior")
+
+
 def test_the_perceptual_loss_asks_for_its_file_before_any_work(tiny_config, tmp_path):
     tiny_config.data.path = "there is no such folder, and it is not looked for"
     tiny_config.autoencoder.loss.perceptual = 1.0

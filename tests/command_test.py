@@ -99,6 +99,9 @@ def test_the_users_own_kernels_and_file_of_flags_stay(tmp_path):
     show = "import os; print(os.environ['XLA_FLAGS'])"
     flag = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
     assert _prepared(show, XLA_FLAGS=flag, XDG_CACHE_HOME=str(tmp_path)) == [flag]
+    name = flag.split("=")[0]
+    ours = f"{name}=LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+    assert _prepared(show, XDG_CACHE_HOME=str(tmp_path)) == [ours]
     assert _prepared(show, XLA_FLAGS="flags.txt", XDG_CACHE_HOME=str(tmp_path)) == ["flags.txt"]
 
 

@@ -182,13 +182,24 @@ def test_products_are_those_of_nn_dense(dtype):
         np.testing.assert_allclose(np.asarray(ours, np.float64), expected, tolerance, tolerance)
 
 
+@pytest.mark.parametrize("platform, summed", [("cpu", "f32"), ("cuda", "bf16"), ("tpu", "bf16")])
+def test_products_of_16_bits_are_summed_in_float32_on_cpus_alone(platform, summed):
+    x, kernel = jnp.ones((5, 16), jnp.bfloat16), jnp.ones((16, 3), jnp.bfloat16)
+    product = jax.jit(transformer._dot_general, static_argnums=(2, 3))
+    traced = product.trace(x, kernel, (((1,), (0,)), ((), ())), None)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    (line,) = (line for line in text.splitlines() if "stablehlo.dot_general" in line)
+    assert line.split("->")[1].strip().startswith(f"tensor<5x3x{summed}>")
+
+
+@pytest.mark.parametrize("heads", [3, 4])
 @pytest.mark.parametrize("platform", ["cpu", "default"])
-def test_attention_is_to_the_first_keys_alone(monkeypatch, platform):
+def test_attention_is_to_the_first_keys_alone(monkeypatch, platform, heads):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, **ways: ways[platform](*x))
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((2, 5, 3, 4)) for _ in range(3))
-    rows = [jnp.asarray(x.reshape(10, 12), jnp.float32) for x in (q, k, v)]
-    y = transformer._attend(*rows, 2, 3, jnp.array([5, 3]), cudnn=True).reshape(2, 5, 3, 4)
+    q, k, v = (rng.standard_normal((2, 5, heads, 4)) for _ in range(3))
+    rows = [jnp.asarray(x.reshape(10, -1), jnp.float32) for x in (q, k, v)]
+    y = transformer._attend(*rows, 2, heads, jnp.array([5, 3]), cudnn=True).reshape(q.shape)
     for i, num_keys in enumerate((5, 3)):
         weights = np.exp(np.einsum("qhd,khd->hqk", q[i], k[i, :num_keys]) / np.sqrt(4))
         weights /= weights.sum(-1, keepdims=True)

@@ -48,9 +48,10 @@ def test_samples_are_those_of_their_seed_and_class(pipeline, tmp_path, small_sha
     np.testing.assert_array_equal(found.labels(), np.arange(20) % 10)
     images = found.images()
     assert len(images) == 20
-    # Whatever the shards.
+    # Whatever the shards, but for rounding: kernels add up otherwise for another batch size.
     expected = to_uint8(pipeline.sample(20, build.key(3, "evaluate"), np.arange(20) % 10))
-    np.testing.assert_array_equal(np.stack([images[i] for i in range(20)]), expected)
+    difference = np.stack([images[i] for i in range(20)]).astype(int) - expected
+    assert np.abs(difference).max() <= 1 and np.mean(difference != 0) < 0.001
     assert found.protocol["labels"] == "balanced, 10 classes in turn"
     assert found.protocol["steps"] == 4 and found.protocol["count"] == 20
 

@@ -13,6 +13,7 @@ import pytest
 
 from binlatent import build, machine, programs
 from binlatent.diffusion import bernoulli, targets
+from binlatent.models import transformer
 from binlatent.stages import autoencoder as autoencoder_stage
 from binlatent.stages import prior as prior_stage
 from binlatent.stages import state as state_lib
@@ -341,6 +342,19 @@ def test_stratified_times_have_one_in_each_part_and_a_less_noisy_mean():
     # And each of the batch's places has all times in turn.
     places = np.stack([draw(key, stratified=True) for key in keys])
     assert np.ptp(places, axis=0).max() > 3
+
+
+@pytest.mark.parametrize("condition, kinds", [("class", 1), ("text_cross", 2)])
+def test_the_config_keeps_all_attention_from_cudnn(config, monkeypatch, condition, kinds):
+    config.prior.condition = condition
+    asked = []
+    monkeypatch.setattr(transformer, "_cudnn_attends", lambda k: asked.append(k))
+    for config.prior.cudnn in (False, True):
+        assert not asked
+        network = build.denoiser(config).network
+        z_t, time = jnp.zeros((2, *build.code_shape(config))), jnp.zeros(2)
+        jax.eval_shape(network.init, jax.random.key(0), z_t, time)
+    assert len(asked) == kinds * config.prior.num_layers
 
 
 def test_dropped_labels_reach_the_network_as_unlabelled(config):

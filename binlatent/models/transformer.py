@@ -167,7 +167,7 @@ def _dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any) -> Ar
     """As `jax.lax.dot_general`, on CPUs with sums in float32.
 
     Numbers of 16 bits then go to the processor's own products of these, if it has them: XLA's
-    kernels do not round the sums.
+    kernels do not round the sums. The products of the gradient are of float32.
     """
     product = functools.partial(
         jax.lax.dot_general, dimension_numbers=dimensions, precision=precision
