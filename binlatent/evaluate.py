@@ -1,6 +1,7 @@
 """The numbers of a run: what each stage reports while it trains, and report.json at its end."""
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -152,12 +153,11 @@ def prior_metrics(
     denoiser = build.denoiser(pipeline.config)
     probs = np.concatenate([probs] * _BCE_DRAWS)
     labels = None if labels is None else np.concatenate([labels] * _BCE_DRAWS)
-    batch_keys = iter(jax.random.split(build.key(0, "bce"), len(probs)))
+    key, batches = build.key(0, "bce"), itertools.count()
 
     def losses(probs, labels):
-        return prior.eval_step(
-            pipeline.prior_params, probs, labels, next(batch_keys), denoiser=denoiser
-        )
+        batch_key = jax.random.fold_in(key, next(batches))
+        return prior.eval_step(pipeline.prior_params, probs, labels, batch_key, denoiser=denoiser)
 
     batch_size = pipeline.config.sample.batch_size
     return {"bce": float(np.mean(map_batches(losses, batch_size, probs, labels)))}

@@ -81,13 +81,14 @@ def check_batch(config: Config, stage: str) -> None:
         )
 
 
-def _batches(source: Source, train: Config, config: Config):
+def _batches(source: Source, train: Config, config: Config, num_threads: int | None = None):
     """Returns this process's share of the global batches."""
     processes.check_same("the number of training images", str(len(source.examples)))
     return loader.train_batches(
         source,
         train.batch_size // jax.process_count(),
         config.seed,
+        num_threads,
         shard=(jax.process_index(), jax.process_count()),
         random_crop=config.data.crop == "random",
         random_flip=config.data.flip,
@@ -194,7 +195,8 @@ def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
         train=config.prior.train,
         state=build.init_prior_state(config),
         step=lambda state, batch, _: step(state, batch, encoder_params),
-        batches=_batches(source, config.prior.train, config),
+        # Python alone reads codes, one at a time: several threads take twice as long, and from JAX.
+        batches=_batches(source, config.prior.train, config, num_threads=1 if cached else None),
         source=source.fingerprint,
         encoder=encoder.encoder_fingerprint,
         evaluate=lambda params: evaluate.prior_metrics(pipeline(params), probs, labels),

@@ -683,6 +683,13 @@ def test_the_seed_alone_fixes_the_order(counted):
     assert take(loader.train_batches(counted, 5, seed=4), 12) != first
 
 
+def test_every_thread_of_a_large_machine_is_used(counted, monkeypatch, caplog):
+    monkeypatch.setattr(machine, "cores", lambda: 16)
+    next(loader.train_batches(counted, 5, seed=0))
+    next(loader.in_order(10, counted.examples.__getitem__, 5))
+    assert "num_threads" not in caplog.text  # Grain warns when fewer batches are held ready
+
+
 def test_training_resumes_at_the_next_batch(counted):
     batches = loader.train_batches(counted, 5, seed=0)
     take(batches, 7)

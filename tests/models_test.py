@@ -242,6 +242,7 @@ def test_attention_by_cudnn_is_asked_for_evenly_and_changes_nothing(monkeypatch,
         return attend(q, k, v, **lengths)
 
     def with_gradients(num_keys, cudnn=True):
+        transformer._attend_by_heads.clear_cache()  # it may have been traced without these
         y, transpose = jax.vjp(lambda *x: transformer._attend(*x, 2, 3, num_keys, cudnn), q, k, v)
         return y, *transpose(g)
 
@@ -257,3 +258,4 @@ def test_attention_by_cudnn_is_asked_for_evenly_and_changes_nothing(monkeypatch,
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     for y, by_xla in zip(expected[0], with_gradients(None, cudnn=False), strict=True):
         np.testing.assert_allclose(by_xla, y, atol=1e-5)
+    transformer._attend_by_heads.clear_cache()  # nor shall others have been traced with these

@@ -35,7 +35,7 @@ def train_batches(
       seed: of the shuffling, 0 to 2**32 - 1.
       num_threads: threads that prepare batches ahead, a core each if None, and at least 4; 0
         prepares each batch when it is asked for.
-      prefetch: batches held ready; 0 with num_threads 0.
+      prefetch: batches held ready, and at least one a thread; 0 with num_threads 0.
       shard: (index, count) of this host, which gets its run of each batch of all hosts, so that
         these are the same however many hosts there are; the state is of any of them.
       random_crop: crop the squares anywhere along the longer side, not in the centre.
@@ -67,7 +67,8 @@ def train_batches(
     dataset = dataset.map(_to_arrays)
     if num_threads is None:
         num_threads = max(4, machine.cores())
-    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads, prefetch)))
+    options = grain.ReadOptions(num_threads, max(prefetch, num_threads))
+    return iter(dataset.to_iter_dataset(options))
 
 
 def test_batches(source: Source, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -100,7 +101,8 @@ def in_order(count: int, read: Callable[[int], Any], batch_size: int) -> Iterato
     Arrays, or dictionaries of them, are stacked. Threads read ahead.
     """
     dataset = grain.MapDataset.range(count).map(read).batch(batch_size)
-    options = grain.ReadOptions(max(4, machine.cores()), prefetch_buffer_size=4)
+    num_threads = max(4, machine.cores())
+    options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
     return iter(dataset.to_iter_dataset(options))
 
 

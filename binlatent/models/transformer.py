@@ -74,9 +74,15 @@ def _attend(
     """Returns rows (n tokens, d) of attention, to the first num_keys, int (n,), None for all."""
     heads = (n, -1, num_heads, q.shape[-1] // num_heads)
     q, k, v = (y.reshape(heads) for y in (q, k, v))
+    y = _attend_by_heads(q, k, v, num_keys, cudnn and _cudnn_attends(k))
+    return y.reshape(-1, heads[2] * heads[3])
 
+
+# Compiled with what calls it, but traced once for all blocks: it takes longer than the rest of one.
+@functools.partial(jax.jit, static_argnames="cudnn")
+def _attend_by_heads(q: Array, k: Array, v: Array, num_keys: Array | None, cudnn: bool) -> Array:
     def attend(*qkv: Array) -> Array:
-        if cudnn and _cudnn_attends(k):
+        if cudnn:
             return _attend_by_cudnn(*qkv, num_keys)
         return jax.nn.dot_product_attention(*qkv, key_value_seq_lengths=num_keys)
 
@@ -85,11 +91,10 @@ def _attend(
         if num_keys is not None:
             mask = (jnp.arange(k.shape[1])[None] < num_keys[:, None])[:, None, None]
         # A few heads at a time: their weights fit into the caches, and parts go side by side.
-        parts = zip(*(jnp.split(y, math.gcd(num_heads, 4), axis=2) for y in qkv), strict=True)
+        parts = zip(*(jnp.split(y, math.gcd(k.shape[2], 4), axis=2) for y in qkv), strict=True)
         return jnp.concatenate([_attend_on_cpu(*part, mask=mask) for part in parts], axis=2)
 
-    y = jax.lax.platform_dependent(q, k, v, cpu=attend_on_cpu, default=attend)
-    return y.reshape(-1, heads[2] * heads[3])
+    return jax.lax.platform_dependent(q, k, v, cpu=attend_on_cpu, default=attend)
 
 
 def _cudnn_attends(k: Array) -> bool:
@@ -176,6 +181,8 @@ def _dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any) -> Ar
     def with_float32_sums(x: Array, kernel: Array) -> Array:
         return product(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
+    if x.dtype == jnp.float32:  # no other product anywhere, and soon traced
+        return product(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=with_float32_sums, default=product)
 
 
