@@ -250,6 +250,8 @@ def main(argv: list[str]) -> None:
             raise UserError("Name a config, for example --config=configs/churches256.py.")
         checks.check(config)
         _check_numbers(name, config)
+        if FLAGS.out:
+            _append(FLAGS.out, "")  # not to find out after the measurement
         if name == "data":
             measured = (data_speed(config, size) for size in FLAGS.batch_size)
         elif name == "memory":
@@ -264,15 +266,27 @@ def main(argv: list[str]) -> None:
         for row in measured:
             rows.append(row)
             if FLAGS.out:  # at once, as the next may be cut off
-                with Path(FLAGS.out).open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                _append(FLAGS.out, json.dumps(row) + "\n")
         as_table = {"data": data_table, "memory": table}.get(name, speed.table)
         as_json = "".join(json.dumps(row) + "\n" for row in rows)
         sys.stdout.write(as_json if FLAGS.json else as_table(rows))
 
 
+def _append(path: str, text: str) -> None:
+    try:
+        with Path(path).open("a") as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(
+            f"Cannot write --out={path} ({error.strerror}): name a file in a folder that is there."
+        ) from error
+
+
 def _check_numbers(name: str, config: ml_collections.ConfigDict) -> None:
     """Refuses numbers on the command line that cannot be, before anything is compiled."""
+    for flag, program in (("steps", "sample"), ("topology", "memory")):
+        if FLAGS[flag].value and name != program:
+            raise UserError(f"--{flag} is for {program} alone: leave it out, or name that.")
     stages = {"memory": "autoencoder", "train_autoencoder": "autoencoder", "train_prior": "prior"}
     parts = max(config[stages[name]].train.accumulate, 1) if name in stages else 1
     for size in FLAGS.batch_size:

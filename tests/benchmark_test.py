@@ -159,6 +159,25 @@ def test_peaks_and_the_table():
     assert lines[-1] == "1 x NVIDIA H200, JAX 0.10.2, driver 570.86"
 
 
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--steps=4", "--steps is for sample alone"),
+        ("--topology=v5p:2x2x1", "--topology is for memory alone"),
+        ("--batch_size=0", "--batch_size must be at least 1, not 0"),
+        ("--repeats=0", "--repeats must be at least 1, not 0"),
+        ("--peak_tflops=0", "--peak_tflops must be above 0, not 0"),
+        ("--out=/nowhere/rows", "Cannot write --out=/nowhere/rows (No such file"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_before_any_work(flag, message):
+    command = [sys.executable, "-m", "binlatent.benchmark", "decode", "--config=configs/digits.py"]
+    result = subprocess.run([*command, flag], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[-1]
+    assert not result.stdout
+
+
 def test_the_command_measures_and_writes_json(tmp_path):
     command = [sys.executable, "-m", "binlatent.benchmark", "decode", "--config=configs/digits.py"]
     out = tmp_path / "rows.jsonl"
