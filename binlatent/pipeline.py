@@ -131,14 +131,20 @@ class BinaryLatentDiffusion:
         return self._map(encode, self._check_images(images))
 
     def _check_images(self, images: np.ndarray) -> np.ndarray:
-        """Returns images as float32, if they have the autoencoder's shape."""
+        """Returns images as float32, if they have the autoencoder's shape and range."""
         expected = build.image_shape(self.config)
         if np.ndim(images) != 4 or not len(images) or np.shape(images)[1:] != expected:
             raise UserError(
                 f"Images must be an array (n, {', '.join(map(str, expected))}) in [-1, 1], "
                 f"not of shape {np.shape(images)}."
             )
-        return np.asarray(images, np.float32)
+        images = np.asarray(images, np.float32)
+        if not np.max(np.abs(images)) <= 1 + 1e-3:  # nor if one is NaN
+            raise UserError(
+                f"Images must be in [-1, 1], not from {np.min(images):g} to {np.max(images):g}; "
+                "binlatent.data.transforms.to_float makes them of uint8."
+            )
+        return images
 
     def encode(
         self, images: np.ndarray, mode: str = "deterministic", key: Array | None = None

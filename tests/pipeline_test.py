@@ -275,6 +275,11 @@ def test_inpainting_may_return_the_decoded_pixels_and_noise_the_known_bits(pipel
         (lambda p, k: p.code_lengths(np.full((1, 4, 4, 8), 0.5), k), "Only codes of 0 and 1"),
         (lambda p, k: p.encode(np.zeros((1, 28, 28, 1)), "x"), 'mode must be "deterministic"'),
         (lambda p, k: p.inpaint(np.zeros((28, 28, 1)), np.ones((28, 28)), k), "Images must be"),
+        (
+            lambda p, k: p.encode(np.full((1, 28, 28, 1), 255, np.uint8)),
+            "from 255 to 255; .*to_float",
+        ),
+        (lambda p, k: p.vary(np.full((1, 28, 28, 1), np.nan), k), "from nan to nan"),
         (lambda p, k: p.sample(1, k, 1, corrector_size=2.0), "between 0 and 1; got 0 and 2"),
         (lambda p, k: p.sample(1, k, 1, known="frozen"), '"kept" or "noised"'),
         (
