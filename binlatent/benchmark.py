@@ -155,24 +155,22 @@ def data_speed(
     }
 
 
-def memory(config: ml_collections.ConfigDict, batch_sizes: list[int], device: Any) -> list[dict]:
-    """Returns a row for the training step, and one for the decoder, at each batch size."""
-    rows = []
+def memory(
+    config: ml_collections.ConfigDict, batch_sizes: list[int], device: Any
+) -> Iterator[dict]:
+    """Yields a row for the training step, and one for the decoder, at each batch size."""
     for batch_size in batch_sizes:
         for what, function in (("train", train_step_memory), ("decode", decode_memory)):
             log.info("Compiling %s at batch size %d", what, batch_size)
-            rows.append(
-                {
-                    "what": what,
-                    "image_size": config.data.image_size,
-                    "batch_size": batch_size,
-                    "dtype": config.dtype,
-                    "remat": config.autoencoder.remat,
-                    "device": device.device_kind,
-                    **function(config, batch_size, device),
-                }
-            )
-    return rows
+            yield {
+                "what": what,
+                "image_size": config.data.image_size,
+                "batch_size": batch_size,
+                "dtype": config.dtype,
+                "remat": config.autoencoder.remat,
+                "device": device.device_kind,
+                **function(config, batch_size, device),
+            }
 
 
 def data_table(rows: list[dict]) -> str:
@@ -193,12 +191,12 @@ def table(rows: list[dict]) -> str:
     ]
     for row in rows:
         sizes = " | ".join(
-            f"{row[name] / _GIB:.2f} GiB" for name in ("arguments", "temporary", "total")
+            f"{row[name] / _GIB:.3g} GiB" for name in ("arguments", "temporary", "total")
         )
         lines.append(
             f"| {row['what']} | {row['image_size']} | {row['batch_size']} | {row['dtype']} "
             f"| {'yes' if row['remat'] else 'no'} | {row['device']} | {sizes} "
-            f"| {row['flops'] / 1e12:.2f} |"
+            f"| {row['flops'] / 1e12:.3g} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -210,11 +208,18 @@ def speeds(
     steps: list[int],
     **options: Any,
 ) -> Iterator[dict]:
-    """Yields a row of `speed.measure` for each batch size and, of `sample`, number of steps."""
+    """Yields a row of `speed.measure` for each batch size and, of `sample`, number of steps.
+
+    Raises:
+      UserError: before the first row, if one of the numbers of steps cannot be.
+    """
+    configs = []
+    for num_steps in steps or [config.sample.steps]:
+        configs.append(copy.deepcopy(config))
+        configs[-1].sample.steps = num_steps
+        checks.check(configs[-1])
     for batch_size in batch_sizes:
-        for num_steps in (steps if name == "sample" else []) or [config.sample.steps]:
-            config = copy.deepcopy(config)
-            config.sample.steps = num_steps
+        for config in configs:
             log.info("Measuring %s at batch size %d", name, batch_size)
             yield speed.measure(name, config, batch_size, **options)
 
@@ -223,7 +228,7 @@ def define_flags() -> None:
     """Defines the command's flags; not on import, as `binlatent.main` has a --config too."""
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
     flags.DEFINE_multi_integer("batch_size", [1], "Images a device; may be repeated.")
-    flags.DEFINE_multi_integer("steps", [], "Of sample; may be repeated; config.sample.steps.")
+    flags.DEFINE_multi_integer("steps", [], "Of sample, not config.sample.steps; may be repeated.")
     flags.DEFINE_integer("repeats", 10, "Measurements, of which the median counts.")
     flags.DEFINE_float(
         "peak_tflops", None, "What the device can reach, in place of what is known of it."
@@ -231,7 +236,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "topology", None, "TPUs to compile for, such as v5p:2x2x1; JAX's own device if not given."
     )
-    flags.DEFINE_bool("json", False, "One line of JSON a row in place of a table.")
+    flags.DEFINE_bool("json", False, "One line of JSON a row, at once, in place of a table.")
     flags.DEFINE_string("out", None, "File to append the lines of JSON to.")
 
 
@@ -245,7 +250,7 @@ def main(argv: list[str]) -> None:
                 f"Name what to measure: {', '.join(names[:-1])} or {names[-1]}, not "
                 f"{' '.join(argv[1:])!r}."
             )
-        name, config = argv[1], FLAGS.config
+        name, config = argv[1], command.given_config()
         if config is None:
             raise UserError("Name a config, for example --config=configs/churches256.py.")
         checks.check(config)
@@ -263,13 +268,19 @@ def main(argv: list[str]) -> None:
             batch_sizes, repeats = FLAGS.batch_size, FLAGS.repeats
             measured = speeds(name, config, batch_sizes, FLAGS.steps, repeats=repeats, peak=peak)
         rows = []
-        for row in measured:
-            rows.append(row)
-            if FLAGS.out:  # at once, as the next may be cut off
-                _append(FLAGS.out, json.dumps(row) + "\n")
-        as_table = {"data": data_table, "memory": table}.get(name, speed.table)
-        as_json = "".join(json.dumps(row) + "\n" for row in rows)
-        sys.stdout.write(as_json if FLAGS.json else as_table(rows))
+        try:
+            for row in measured:
+                rows.append(row)
+                line = json.dumps(row) + "\n"
+                if FLAGS.json:
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
+                if FLAGS.out:
+                    _append(FLAGS.out, line)
+        finally:  # what is measured is shown, even if the next row fails or is interrupted
+            if rows and not FLAGS.json:
+                as_table = {"data": data_table, "memory": table}.get(name, speed.table)
+                sys.stdout.write(as_table(rows))
 
 
 def _append(path: str, text: str) -> None:
@@ -284,9 +295,11 @@ def _append(path: str, text: str) -> None:
 
 def _check_numbers(name: str, config: ml_collections.ConfigDict) -> None:
     """Refuses numbers on the command line that cannot be, before anything is compiled."""
-    for flag, program in (("steps", "sample"), ("topology", "memory")):
-        if FLAGS[flag].value and name != program:
-            raise UserError(f"--{flag} is for {program} alone: leave it out, or name that.")
+    timed = list(workloads.PROGRAMS)
+    of_some = {"steps": ["sample"], "topology": ["memory"], "repeats": timed, "peak_tflops": timed}
+    for flag, programs in of_some.items():
+        if FLAGS[flag].present and name not in programs:
+            raise UserError(f"--{flag} is not for {name} but for {', '.join(programs)}.")
     stages = {"memory": "autoencoder", "train_autoencoder": "autoencoder", "train_prior": "prior"}
     parts = max(config[stages[name]].train.accumulate, 1) if name in stages else 1
     for size in FLAGS.batch_size:

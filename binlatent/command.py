@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import ml_collections
 from absl import flags
+from ml_collections import config_flags
 
 from binlatent.errors import UserError
 
@@ -40,7 +42,24 @@ def parse_flags(argv: list[str]) -> list[str]:
         while isinstance(error.args[0], Exception):
             error = error.args[0]
         message = "--config has no key " + " ".join(error.args[0].split())
+    except OSError as error:  # ml_collections', where there is an override for a missing file
+        message = f"--config: {str(error).splitlines()[-1].strip()}"
     bad_usage(message)
+
+
+def given_config() -> ml_collections.ConfigDict | None:
+    """Returns the config of --config, None without the flag.
+
+    Raises:
+      UserError: if there is no such file.
+    """
+    flag = flags.FLAGS["config"]
+    if not flag.present:
+        return None
+    filename = config_flags.get_config_filename(flag)
+    if not Path(filename.split(":")[0]).is_file():
+        raise UserError(f"There is no config file {filename}: check --config.")
+    return flag.value
 
 
 # Of XLA's two sets of kernels for CPUs, YNNPACK's for products of matrices, which take transposed
@@ -121,11 +140,14 @@ def _unraisable(event: Any) -> None:
         sys.__unraisablehook__(event)
 
 
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as XLA's errors begin
+
+
 @contextmanager
 def reporting() -> Iterator[None]:
     """Logs the package's progress; a user's error, raised inside, is one sentence and exit code 1.
 
-    So is an error of the file system; Ctrl-C is one word and exit code 130.
+    So are an error of the file system and too little memory; Ctrl-C is one word and exit code 130.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("binlatent").setLevel(logging.INFO)
@@ -140,6 +162,15 @@ def reporting() -> Iterator[None]:
         if re.match(r"[a-z]+[ ,:']", message):  # not a key or a path, as the user types it
             message = message[:1].upper() + message[1:]
         sys.stderr.write(f"Error: {message}\n")
+        sys.exit(1)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and _OUT_OF_MEMORY not in str(error):
+            raise
+        what = (str(error).strip() or "Out of memory").splitlines()[0].rstrip(".")
+        sys.stderr.write(
+            f"Error: {what.removeprefix(f'{_OUT_OF_MEMORY}: ')}: there is too little memory; take "
+            "a smaller batch, or in training more parts of it (train.accumulate).\n"
+        )
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")

@@ -151,16 +151,6 @@ def _parse_flags(argv: list[str]) -> list[str]:
     return unparsed
 
 
-def _given_config() -> ml_collections.ConfigDict | None:
-    """Returns the config of --config, None without the flag."""
-    if not FLAGS["config"].present:
-        return None
-    filename = config_flags.get_config_filename(FLAGS["config"])
-    if not Path(filename.split(":")[0]).is_file():
-        raise UserError(f"There is no config file {filename}: check --config.")
-    return FLAGS.config
-
-
 def _write(default: Path, picture: np.ndarray) -> None:
     path = Path(FLAGS.out) if FLAGS.out else default
     figures.save_png(path, picture)
@@ -312,7 +302,7 @@ def main(argv: list[str]) -> None:
         # Of several processes, one that ends alone is better seen to fail.
         if FLAGS.mode in (*_TRAINING, "encode") and jax.process_count() == 1:
             command.end_on_sigterm()
-        config = _given_config()
+        config = command.given_config()
         content = None if config is None else config.to_dict()
         processes.check_same("the config or --mode", json.dumps([FLAGS.mode, content]))
         _dispatch(config, Path(FLAGS.workdir))

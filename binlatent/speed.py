@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import ml_collections
 
-from binlatent import workloads
+from binlatent import machine, workloads
 
 # Dense FLOP/s by JAX's `device_kind`: of bfloat16; of float32 as JAX multiplies it there unless
 # told otherwise, in TF32 on GPUs and in bfloat16 on TPUs; of float32 proper, None where the device
@@ -21,8 +21,10 @@ from binlatent import workloads
 _PEAKS = {
     "NVIDIA H100 80GB HBM3": (989e12, 494.7e12, 66.9e12),  # SXM
     "NVIDIA H200": (989e12, 494.7e12, 66.9e12),
+    "NVIDIA H100 PCIe": (756e12, 378e12, 51e12),
     "NVIDIA A100-SXM4-40GB": (312e12, 156e12, 19.5e12),
     "NVIDIA A100-SXM4-80GB": (312e12, 156e12, 19.5e12),
+    "NVIDIA GeForce RTX 3090": (71e12, 35.6e12, 35.6e12),  # the paper's
     "TPU v4": (275e12, 275e12, None),
     "TPU v5 lite": (197e12, 197e12, None),  # v5e
     "TPU v5": (459e12, 459e12, None),  # v5p
@@ -42,6 +44,13 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
         return bfloat16
     wants_all = jax.config.jax_default_matmul_precision in ("highest", "float32")
     return exact if wants_all else default
+
+
+def device_name(device: Any) -> str:
+    """Returns what a device of JAX's is called; of a CPU also which, and its cores for us."""
+    if device.platform != "cpu":
+        return device.device_kind
+    return f"{device.device_kind} ({machine.processor()}, {machine.cores()} cores)"
 
 
 def driver() -> str | None:
@@ -135,7 +144,7 @@ def measure(
         "memory_bytes": memory,
         "memory_from": memory_from,
         "compile_seconds": sum(program.seconds for program in work.programs),
-        "device": device.device_kind,
+        "device": device_name(device),
         "devices": devices,
         "jax": jax.__version__,
         "driver": driver(),
@@ -162,7 +171,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             "-" if row["xla_flops"] is None else _number(row["xla_flops"] / 1e12),
             _number(row["flops_per_second"] / 1e12),
             "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
-            f"{row['memory_bytes'] / 2**30:.2f} GiB",
+            f"{_number(row['memory_bytes'] / 2**30)} GiB",
             f"{row['compile_seconds']:.1f} s",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")

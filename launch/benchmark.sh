@@ -7,6 +7,7 @@
 # Tried: tiny networks, on a CPU (JAX_PLATFORMS=cpu); compiling for an H100 without one. Not tried
 # yet: a GPU.
 set -euo pipefail
+out=$(realpath -m "${OUT:-benchmark}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Installs nothing and makes no virtual environment: a GPU's machine often comes with its JAX.
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
@@ -23,8 +24,7 @@ except ImportError as error:
 if jax.default_backend() != "gpu" and jax.config.jax_platforms != "cpu":
     sys.exit('JAX sees no GPU here: pip install -U "jax[cuda13]", and see what nvidia-smi says.')
 EOF
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # one, of however many there are
-out=${OUT:-benchmark}
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # one, unless you name others
 mkdir -p "$out"
 : > "$out/performance.jsonl"
 options=(--config.dtype=bfloat16 --out="$out/performance.jsonl" "$@")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -60,8 +61,9 @@ def test_the_command_prints_a_table():
     result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     assert "autoencoder.train.accumulate must be at least 1" in result.stderr
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1 and "Name a config" in result.stderr
+    for flags, message in (([], "Name a config"), (["--config=no.py"], "no config file no.py")):
+        result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 1 and message in result.stderr
 
 
 def test_data_speed_is_that_of_the_examples(tiny_config, monkeypatch):
@@ -91,7 +93,9 @@ def test_every_program_is_measured(tiny_config):
         assert row["images_per_second"] == pytest.approx(8 / row["seconds"])
         assert row["mfu"] == pytest.approx(row["flops"] / row["seconds"] / 1e12)
         assert row["memory_bytes"] > 0 and row["memory_from"] == "compiler"
-        assert row["compile_seconds"] > 0 and row["device"] == "cpu" and row["devices"] == 4
+        assert row["compile_seconds"] > 0 and row["devices"] == 4
+        cores = len(os.sched_getaffinity(0))
+        assert row["device"] == f"cpu ({machine.processor()}, {cores} cores)"
         # XLA counts Adam, norms and activations as well: at these widths that is a lot.
         assert 0.2 < row["flops"] / row["xla_flops"] <= 1, name
         assert (row["steps"], row["guidance"]) == ((4, 1.0) if name == "sample" else (None, None))
@@ -106,7 +110,9 @@ def test_each_batch_size_and_number_of_steps_is_a_row(tiny_config, monkeypatch):
     assert rows == [("sample", n, steps, 7) for n in (1, 2) for steps in (3, 5)]
     rows = list(benchmark.speeds("sample", tiny_config, [1, 2], [], repeats=7))
     assert rows == [("sample", n, 4, 7) for n in (1, 2)]
-    assert len(list(benchmark.speeds("decode", tiny_config, [1, 2], [3, 5], repeats=7))) == 2
+    measured = benchmark.speeds("sample", tiny_config, [1], [3, 999], repeats=7)
+    with pytest.raises(UserError, match="config.sample.steps"):  # before the first row
+        next(measured)
 
 
 def test_sampling_is_measured_as_the_pipeline_compiles_it(tiny_config, caplog):
@@ -146,7 +152,7 @@ def test_peaks_and_the_table():
     jax.config.update("jax_default_matmul_precision", None)
     assert speed.peak_flops("cpu", "float32") is None
     row = {"program": "sample", "size": "24x512, 256 tokens", "batch_size": 4, "steps": 16}
-    row |= {"guidance": 0.0, "dtype": "bfloat16", "repeats": 10, "memory_bytes": 2**30}
+    row |= {"guidance": 0.0, "dtype": "bfloat16", "repeats": 10, "memory_bytes": 2**30 / 2000}
     row |= {"seconds": 0.02, "seconds_min": 0.01, "seconds_max": 12.3, "images_per_second": 200.0}
     row |= {"flops": 10**12, "xla_flops": None, "flops_per_second": 5e13, "mfu": 0.05}
     row |= {"compile_seconds": 3.21, "device": "NVIDIA H200", "devices": 1, "jax": "0.10.2"}
@@ -154,7 +160,7 @@ def test_peaks_and_the_table():
     assert len({line.count("|") for line in lines[:3]}) == 1
     assert lines[2] == (
         "| sample | 24x512, 256 tokens | 4 | 16 | 0 | bfloat16 | 20 (10 to 12,300) | 200 | 1 | - "
-        "| 50 | 5.0% | 1.00 GiB | 3.2 s |"
+        "| 50 | 5.0% | 0.0005 GiB | 3.2 s |"
     )
     assert lines[-1] == "1 x NVIDIA H200, JAX 0.10.2, driver 570.86"
 
@@ -162,8 +168,8 @@ def test_peaks_and_the_table():
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--steps=4", "--steps is for sample alone"),
-        ("--topology=v5p:2x2x1", "--topology is for memory alone"),
+        ("--steps=4", "--steps is not for decode but for sample."),
+        ("--topology=v5p:2x2x1", "--topology is not for decode but for memory."),
         ("--batch_size=0", "--batch_size must be at least 1, not 0"),
         ("--repeats=0", "--repeats must be at least 1, not 0"),
         ("--peak_tflops=0", "--peak_tflops must be above 0, not 0"),
@@ -191,3 +197,15 @@ def test_the_command_measures_and_writes_json(tmp_path):
         ("decode", 2, 1e11),
     ]
     assert result.stdout == speed.table(rows)
+
+
+def test_a_row_that_does_not_fit_costs_no_other():
+    command = [sys.executable, "-m", "binlatent.benchmark", "decode", "--config=configs/digits.py"]
+    flags = ["--batch_size=1", f"--batch_size={10**12}", "--repeats=1"]
+    flags += ["--config.autoencoder.base_width=32"]
+    result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert "Unable to allocate" in result.stderr.splitlines()[-1]
+    assert "take a smaller batch" in result.stderr.splitlines()[-1]
+    rows = [line for line in result.stdout.splitlines() if line.startswith("| decode ")]
+    assert [row.split("|")[3].strip() for row in rows] == ["1"]

@@ -7,9 +7,15 @@ import subprocess
 import sys
 
 import pytest
+from jax.errors import JaxRuntimeError
 
 from binlatent import command
 from binlatent.errors import UserError
+
+SMALLER = (
+    "there is too little memory; take a smaller batch, or in training more parts of it "
+    "(train.accumulate).\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -19,6 +25,13 @@ from binlatent.errors import UserError
         (UserError("config.seed is wrong."), "Error: config.seed is wrong.\n", 1),
         (UserError("runs/x is wrong."), "Error: runs/x is wrong.\n", 1),
         (PermissionError(13, "Denied", "x.png"), "Error: [Errno 13] Denied: 'x.png'\n", 1),
+        (MemoryError(), f"Error: Out of memory: {SMALLER}", 1),
+        (MemoryError("Unable to allocate 3 TiB"), f"Error: Unable to allocate 3 TiB: {SMALLER}", 1),
+        (
+            JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nMore."),
+            f"Error: Out of memory allocating 8 bytes: {SMALLER}",
+            1,
+        ),
         (KeyboardInterrupt(), "Interrupted.\n", 130),
     ],
 )
@@ -34,8 +47,9 @@ def test_a_command_logs_the_package_alone_and_leaves_other_errors(capsys):
         logging.getLogger("binlatent.x").info("progress")
         logging.getLogger("other").info("noise")
     assert capsys.readouterr().err == "progress\n"
-    with pytest.raises(ZeroDivisionError), command.reporting():
-        raise ZeroDivisionError
+    for error in (ZeroDivisionError(), JaxRuntimeError("INTERNAL: of XLA")):
+        with pytest.raises(type(error)), command.reporting():
+            raise error
 
 
 def test_ctrl_c_waits_until_writing_has_ended():

@@ -66,6 +66,7 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         ((wd, "--mode=evaluate", "--num=5"), 2, "--mode=evaluate with --metrics"),
         ((wd, "--mode=evaluate", "--metrics=fid", "--label=3"), 2, "--label is for --mode="),
         (("--config=configs/nothing.py", wd), 1, "no config file configs/nothing.py"),
+        (("--config=configs/nothing.py", "--config.seed=1", wd), 2, "No such file or directory"),
         ((wd, "--mode=sample"), 1, "There is no workdir"),
         ((f"--workdir={empty}", "--mode=sample"), 1, "run --mode=train_autoencoder first"),
         ((CONFIG, wd, "--config.data.name=digitz"), 1, "digits"),
