@@ -34,9 +34,12 @@ class Program(NamedTuple):
     seconds: float
 
     @property
-    def flops(self) -> float:
-        """Returns the FLOPs on one device, as XLA counts them; the body of a loop once."""
-        return self.compiled.cost_analysis()["flops"]
+    def flops(self) -> float | None:
+        """Returns the FLOPs on one device, as XLA counts them, the body of a loop once.
+
+        None where it does not count: JAX promises no analysis on any platform.
+        """
+        return (self.compiled.cost_analysis() or {}).get("flops")
 
     @property
     def memory(self) -> int:
@@ -46,10 +49,19 @@ class Program(NamedTuple):
         return stats.argument_size_in_bytes + stats.temp_size_in_bytes + own
 
 
-def _compile(function: Any, *arguments: Any, **statics: Any) -> Program:
+def compile_program(function: Any, *arguments: Any, **statics: Any) -> Program:
+    """Traces and compiles a jitted function for arguments such as these."""
     start = time.perf_counter()
     compiled = function.lower(*arguments, **statics).compile()
     return Program(compiled, time.perf_counter() - start)
+
+
+def counted_flops(*calls: tuple[int, Program]) -> float | None:
+    """Returns the FLOPs of programs that are called so many times each, None if XLA cannot tell."""
+    counts = [program.flops for _, program in calls]
+    if None in counts:
+        return None
+    return sum(times * count for (times, _), count in zip(calls, counts, strict=True))
 
 
 class Work(NamedTuple):
@@ -114,7 +126,7 @@ def _prior_size(config: Config) -> str:
 def _train(state: Any, batch: Any, frozen: Any, step: Callable) -> tuple[Callable, Program]:
     """Returns what takes a step from where the last one ended, and its program."""
     state, batch, frozen = replicate(state), shard(batch), replicate(frozen)
-    program = _compile(parallel(step, num_frozen=1), state, batch, frozen)
+    program = compile_program(parallel(step, num_frozen=1), state, batch, frozen)
 
     def call():
         nonlocal state
@@ -148,9 +160,8 @@ def train_autoencoder(config: Config, num: int, on_device: int) -> Work:
         r1=bool(config.autoencoder.loss.r1),
     )
     parts = config.autoencoder.train.accumulate
-    return Work(
-        call, [program], on_device * per_image, parts * program.flops, _autoencoder_size(config)
-    )
+    xla_flops = counted_flops((parts, program))
+    return Work(call, [program], on_device * per_image, xla_flops, _autoencoder_size(config))
 
 
 def train_prior(config: Config, num: int, on_device: int) -> Work:
@@ -173,7 +184,7 @@ def train_prior(config: Config, num: int, on_device: int) -> Work:
     h, w, _ = code_shape
     parts = step.keywords["accumulate"] or parts_for_caches(on_device, h * w)
     # XLA counts a loop once; the encoder, before the parts, is not in it.
-    xla_flops = None if parts > 1 and "image" in batch else parts * program.flops
+    xla_flops = None if parts > 1 and "image" in batch else counted_flops((parts, program))
     return Work(call, [program], on_device * per_image, xla_flops, _prior_size(config))
 
 
@@ -182,7 +193,7 @@ def decode(config: Config, num: int, on_device: int) -> Work:
     model = build.autoencoder(config)
     params = replicate(build.init_autoencoder(config, jax.random.key(0)))
     codes = spread(_bits(config, num))
-    program = _compile(programs.decode_codes, params, codes, model=model)
+    program = compile_program(programs.decode_codes, params, codes, model=model)
     return Work(
         lambda: program.compiled(params, codes),
         [program],
@@ -197,7 +208,7 @@ def encode(config: Config, num: int, on_device: int) -> Work:
     model = build.autoencoder(config)
     params = replicate(build.init_autoencoder(config, jax.random.key(0)))
     images = spread(_images(config, num))
-    program = _compile(programs.encode, params, images, model=model)
+    program = compile_program(programs.encode, params, images, model=model)
     return Work(
         lambda: program.compiled(params, images),
         [program],
@@ -213,7 +224,7 @@ def network(config: Config, num: int, on_device: int) -> Work:
     denoiser, labels = build.denoiser(config), _labels(config, num)
     params = replicate(build.init_prior(config, jax.random.key(0)))
     codes, times, labels = spread([_bits(config, num), np.ones(num, np.float32), labels])
-    program = _compile(jax.jit(denoiser.output), params, codes, times, labels)
+    program = compile_program(jax.jit(denoiser.output), params, codes, times, labels)
     per_image = flops.transformer(denoiser.network, build.code_shape(config), True, TEXT_TOKENS)
     return Work(
         lambda: program.compiled(params, codes, times, labels),
@@ -247,7 +258,7 @@ def sample(config: Config, num: int, on_device: int) -> Work:
     )
     start = np.full((num, *pipeline.code_shape), 0.5, np.float32)
     # As the pipeline calls them, so that it finds them compiled.
-    sampler = _compile(
+    sampler = compile_program(
         programs.sample_codes,
         pipeline.prior_params,
         *spread([programs.sample_keys(jax.random.key(0), num), labels, start]),
@@ -262,7 +273,7 @@ def sample(config: Config, num: int, on_device: int) -> Work:
         corrector_steps=settings.corrector_steps,
         return_trajectory=False,
     )
-    decoder = _compile(
+    decoder = compile_program(
         programs.decode_codes, pipeline.autoencoder_params, spread(start), model=model
     )
     keys = iter(range(10**9))
@@ -284,7 +295,7 @@ def sample(config: Config, num: int, on_device: int) -> Work:
         call,
         [sampler, decoder],
         on_device * per_image,
-        settings.steps * sampler.flops + decoder.flops if exact else None,
+        counted_flops((settings.steps, sampler), (1, decoder)) if exact else None,
         _prior_size(config),
     )
 

@@ -8,6 +8,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -99,6 +100,20 @@ def test_every_program_is_measured(tiny_config):
         # XLA counts Adam, norms and activations as well: at these widths that is a lot.
         assert 0.2 < row["flops"] / row["xla_flops"] <= 1, name
         assert (row["steps"], row["guidance"]) == ((4, 1.0) if name == "sample" else (None, None))
+
+
+def test_programs_that_xla_does_not_count_have_no_flops():
+    class Uncounted:
+        def cost_analysis(self):  # as of JAX 0.11, where it only compiles for a GPU
+            return None
+
+    counted = workloads.compile_program(jax.jit(jnp.dot), jnp.ones((3, 4)), jnp.ones((4, 5)))
+    uncounted = workloads.Program(Uncounted(), 0.0)
+    assert workloads.counted_flops((7, counted), (1, counted)) == 8 * 2 * 3 * 4 * 5
+    assert workloads.counted_flops((7, counted), (1, uncounted)) is None
+    row = {"what": "decode", "image_size": 8, "batch_size": 1, "dtype": "float32", "remat": False}
+    row |= {"device": "x", "arguments": 2**30, "temporary": 0, "total": 2**30, "flops": None}
+    assert benchmark.table([row]).endswith("| 1 GiB | 0 GiB | 1 GiB | - |\n")
 
 
 def test_each_batch_size_and_number_of_steps_is_a_row(tiny_config, monkeypatch):
