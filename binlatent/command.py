@@ -64,10 +64,10 @@ def given_config() -> ml_collections.ConfigDict | None:
 
 # Of XLA's two sets of kernels for CPUs, YNNPACK's for products of matrices, which take transposed
 # ones as they are, and Eigen's or XLA's own for all else (docs/performance.md has the numbers).
-# JAX 0.10 and 0.11 know the flag and this value; one that does not would end the process.
+# JAX 0.10 to 0.12 know the flag and this value; one that does not would end the process.
 _CPU_KERNELS = "--xla_cpu_experimental_ynn_fusion_type"
 _PRODUCTS_ALONE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
-_KNOWN_IN = ((0, 10), (0, 12))
+_KNOWN_IN = ((0, 10), (0, 13))
 
 
 def prepare_jax() -> None:

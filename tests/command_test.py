@@ -119,6 +119,13 @@ def test_the_users_own_kernels_and_file_of_flags_stay(tmp_path):
     assert _prepared(show, XLA_FLAGS="flags.txt", XDG_CACHE_HOME=str(tmp_path)) == ["flags.txt"]
 
 
+@pytest.mark.parametrize("version, known", [("0.9.9", False), ("0.12.0", True), ("9.0.0", False)])
+def test_a_jax_that_may_not_know_the_flag_does_not_get_it(tmp_path, version, known):
+    before = f"jax.__version_info__ = {tuple(map(int, version.split('.')))}"
+    show = "import os; print('ynn_fusion' in os.environ.get('XLA_FLAGS', ''))"
+    assert _prepared(show, before, XDG_CACHE_HOME=str(tmp_path)) == [str(known)]
+
+
 def test_without_a_cache_no_folder_is_made(tmp_path):
     off = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XDG_CACHE_HOME": str(tmp_path)}
     assert _prepared(f"print({_COMPILE})", **off) == ["2"]
