@@ -227,7 +227,7 @@ def define_flags() -> None:
     """Defines the command's flags; not on import, as `binlatent.main` has a --config too."""
     config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
     flags.DEFINE_multi_integer("batch_size", [1], "Images a device; may be repeated.")
-    flags.DEFINE_multi_integer("steps", [], "Of sample, not config.sample.steps; may be repeated.")
+    flags.DEFINE_multi_integer("steps", [], "Sampling steps of sample; may be repeated.")
     flags.DEFINE_integer("repeats", 10, "Measurements, of which the median counts.")
     flags.DEFINE_float(
         "peak_tflops", None, "What the device can reach, in place of what is known of it."

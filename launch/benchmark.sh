@@ -35,7 +35,7 @@ measure() {
     echo "Left out, as the 8 minutes are over." >&2
     return
   fi
-  timeout $((470 - SECONDS)) python3 -m binlatent.benchmark "$@" "${options[@]}" > /dev/null ||
+  timeout --foreground $((470 - SECONDS)) python3 -m binlatent.benchmark "$@" "${options[@]}" > /dev/null ||
     echo "Failed or cut off; the table goes on without it." >&2
 }
 
