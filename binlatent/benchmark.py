@@ -207,7 +207,7 @@ def speeds(
     steps: list[int],
     **options: Any,
 ) -> Iterator[dict]:
-    """Yields a row of `speed.measure` for each batch size and, of `sample`, number of steps.
+    """Yields a row of `speed.measure` for each batch size and number of steps, of `sample` alone.
 
     Raises:
       UserError: before the first row, if one of the numbers of steps cannot be.

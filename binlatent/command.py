@@ -140,7 +140,8 @@ def _unraisable(event: Any) -> None:
         sys.__unraisablehook__(event)
 
 
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"  # as XLA's errors begin
+# As XLA's errors begin; of other resources, as of a kernel's shared memory, a traceback says more.
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
 
 
 @contextmanager
@@ -164,11 +165,12 @@ def reporting() -> Iterator[None]:
         sys.stderr.write(f"Error: {message}\n")
         sys.exit(1)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError) and _OUT_OF_MEMORY not in str(error):
+        by_xla = isinstance(error, jax.errors.JaxRuntimeError)
+        if by_xla and not str(error).startswith(_OUT_OF_MEMORY):
             raise
         what = (str(error).strip() or "Out of memory").splitlines()[0].rstrip(".")
         sys.stderr.write(
-            f"Error: {what.removeprefix(f'{_OUT_OF_MEMORY}: ')}: there is too little memory; take "
+            f"Error: {what.removeprefix('RESOURCE_EXHAUSTED: ')}: there is too little memory; take "
             "a smaller batch, or in training more parts of it (train.accumulate).\n"
         )
         sys.exit(1)

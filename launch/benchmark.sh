@@ -29,7 +29,14 @@ mkdir -p "$out"
 : > "$out/performance.jsonl"
 options=(--config.dtype=bfloat16 --out="$out/performance.jsonl" "$@")
 
+# Ctrl-C ends the program that runs, which says so by its exit code; the rows before still count.
+interrupted=
+trap 'interrupted=1' INT
+
 measure() {
+  if [ -n "$interrupted" ]; then
+    return
+  fi
   echo "$*  ($SECONDS s so far)" >&2
   if [ "$SECONDS" -ge 460 ]; then
     echo "Left out, as the 8 minutes are over." >&2
