@@ -2,7 +2,8 @@
 
 `train_autoencoder`, `train_prior`, `sample`, `decode`, `encode` and `network` (the prior's, once)
 run the compiled programs with random weights, no data and no workdir, and say how fast they are;
-see docs/performance.md. `data` reads the config's training images as training does, and says how
+see docs/performance.md. `paper` measures all rows of that page's table for GPUs, but those that
+--out has already. `data` reads the config's training images as training does, and says how
 many a second. `memory` compiles the autoencoder's training step and its decoder, without running
 them, and says what memory the compiled programs ask for. With --topology they are compiled for
 TPUs that need not be there (`pip install libtpu`).
@@ -26,7 +27,17 @@ from absl import app, flags
 from flax import traverse_util
 from ml_collections import config_flags
 
-from binlatent import build, checks, command, evaluate, machine, speed, weights, workloads
+from binlatent import (
+    build,
+    checks,
+    command,
+    evaluate,
+    machine,
+    paper_sizes,
+    speed,
+    weights,
+    workloads,
+)
 from binlatent.data import loader
 from binlatent.errors import UserError
 from binlatent.stages.state import AXIS
@@ -243,19 +254,24 @@ def main(argv: list[str]) -> None:
     """Prints a table; a user's error is one sentence and exit code 1."""
     command.prepare_jax()
     with command.reporting():
-        names = ["memory", "data", *workloads.PROGRAMS]
+        names = ["memory", "data", "paper", *workloads.PROGRAMS]
         if len(argv) != 2 or argv[1] not in names:
             raise UserError(
                 f"Name what to measure: {', '.join(names[:-1])} or {names[-1]}, not "
                 f"{' '.join(argv[1:])!r}."
             )
         name, config = argv[1], command.given_config()
-        if config is None:
+        if name == "paper":
+            if config is not None:
+                raise UserError("The word paper has configs of its own: leave out --config.")
+        elif config is None:
             raise UserError("Name a config, for example --config=configs/churches256.py.")
-        checks.check(config)
+        else:
+            checks.check(config)
         _check_numbers(name, config)
         if FLAGS.out:
             _append(FLAGS.out, "")  # not to find out after the measurement
+        rows = []
         if name == "data":
             measured = (data_speed(config, size) for size in FLAGS.batch_size)
         elif name == "memory":
@@ -264,9 +280,16 @@ def main(argv: list[str]) -> None:
             # What was compiled by an earlier run would not say how long it takes.
             jax.config.update("jax_enable_compilation_cache", False)
             peak = FLAGS.peak_tflops and 1e12 * FLAGS.peak_tflops
-            batch_sizes, repeats = FLAGS.batch_size, FLAGS.repeats
-            measured = speeds(name, config, batch_sizes, FLAGS.steps, repeats=repeats, peak=peak)
-        rows = []
+            options = {"repeats": FLAGS.repeats, "peak": peak}
+            if name == "paper":
+                wanted = paper_sizes.rows()
+                known = paper_sizes.known(FLAGS.out, wanted)
+                rows = list(known.values())
+                log.info("%d of %d rows are there already", len(known), len(wanted))
+                missing = [row for number, row in enumerate(wanted) if number not in known]
+                measured = paper_sizes.measure(missing, **options)
+            else:
+                measured = speeds(name, config, FLAGS.batch_size, FLAGS.steps, **options)
         try:
             for row in measured:
                 rows.append(row)
@@ -292,10 +315,11 @@ def _append(path: str, text: str) -> None:
         ) from error
 
 
-def _check_numbers(name: str, config: ml_collections.ConfigDict) -> None:
+def _check_numbers(name: str, config: ml_collections.ConfigDict | None) -> None:
     """Refuses numbers on the command line that cannot be, before anything is compiled."""
-    timed = list(workloads.PROGRAMS)
+    timed = [*workloads.PROGRAMS, "paper"]
     of_some = {"steps": ["sample"], "topology": ["memory"], "repeats": timed, "peak_tflops": timed}
+    of_some["batch_size"] = ["memory", "data", *workloads.PROGRAMS]
     for flag, programs in of_some.items():
         if FLAGS[flag].present and name not in programs:
             raise UserError(f"--{flag} is not for {name} but for {', '.join(programs)}.")

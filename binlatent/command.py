@@ -44,6 +44,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         message = "--config has no key " + " ".join(error.args[0].split())
     except OSError as error:  # ml_collections', where there is an override for a missing file
         message = f"--config: {str(error).splitlines()[-1].strip()}"
+    except SyntaxError as error:
+        message = f"--config: {error.filename}, line {error.lineno}, is not Python: {error.msg}"
     bad_usage(message)
 
 

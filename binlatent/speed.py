@@ -3,6 +3,7 @@
 A program runs on all devices that JAX sees; a batch is that of one of them.
 """
 
+import functools
 import shutil
 import statistics
 import subprocess
@@ -53,6 +54,7 @@ def device_name(device: Any) -> str:
     return f"{device.device_kind} ({machine.processor()}, {machine.cores()} cores)"
 
 
+@functools.cache
 def driver() -> str | None:
     """Returns the version of the NVIDIA driver, None where there is none."""
     if not shutil.which("nvidia-smi"):
@@ -87,6 +89,22 @@ def _peak_bytes() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
+def subject(name: str, config: ml_collections.ConfigDict, batch_size: int) -> dict[str, Any]:
+    """Returns the part of a row that says what is measured, and on what; see `measure`."""
+    return {
+        "program": name,
+        "size": workloads.size(name, config),
+        "batch_size": batch_size,
+        "steps": config.sample.steps if name == "sample" else None,
+        "guidance": config.sample.guidance if name == "sample" else None,
+        "dtype": config.dtype,
+        "device": device_name(jax.devices()[0]),
+        "devices": jax.local_device_count(),
+        "jax": jax.__version__,
+        "driver": driver(),
+    }
+
+
 def measure(
     name: str,
     config: ml_collections.ConfigDict,
@@ -105,12 +123,12 @@ def measure(
       peak: FLOP/s that the device can reach, in place of what is known of it.
 
     Returns:
-      Among others: `seconds`, the median of the repeats, `seconds_min` and `seconds_max`, of a
-      step or a batch; `compile_seconds`, of tracing and compiling;
-      `flops` of one device by `binlatent.flops`, `xla_flops` as XLA counts them in the compiled
-      program, None where it cannot; `mfu`, of `flops`, None if there is no `peak_flops`;
-      `memory_bytes`, of the device, or if its peak is of an earlier row or not known, as asked for
-      by the program (`memory_from`).
+      What `subject` does, and among others: `seconds`, the median of the repeats, `seconds_min` and
+      `seconds_max`, of a step or a batch; `compile_seconds`, of tracing and compiling; `flops` of
+      one device by `binlatent.flops`, `xla_flops` as XLA counts them in the compiled program, None
+      where it cannot; `mfu`, of `flops`, None if there is no `peak_flops`; `memory_bytes`, of the
+      device, or if its peak is of an earlier row or not known, as asked for by the program, None
+      if neither tells (`memory_from`).
 
     Raises:
       UserError: if the config lacks what the program needs.
@@ -121,16 +139,12 @@ def measure(
     work = workloads.PROGRAMS[name](config, batch_size * devices, batch_size)
     times = seconds_a_call(work.call, repeats)
     seconds = statistics.median(times)
-    memory, memory_from = max(program.memory for program in work.programs), "compiler"
+    asked = [program.memory for program in work.programs]
+    memory, memory_from = None if None in asked else max(asked), "compiler"
     if peak_bytes is not None and _peak_bytes() > peak_bytes:
         memory, memory_from = _peak_bytes(), "device"
     return {
-        "program": name,
-        "size": work.size,
-        "batch_size": batch_size,
-        "steps": config.sample.steps if name == "sample" else None,
-        "guidance": config.sample.guidance if name == "sample" else None,
-        "dtype": config.dtype,
+        **subject(name, config, batch_size),
         "seconds": seconds,
         "seconds_min": min(times),
         "seconds_max": max(times),
@@ -144,10 +158,6 @@ def measure(
         "memory_bytes": memory,
         "memory_from": memory_from,
         "compile_seconds": sum(program.seconds for program in work.programs),
-        "device": device_name(device),
-        "devices": devices,
-        "jax": jax.__version__,
-        "driver": driver(),
     }
 
 
@@ -171,7 +181,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             "-" if row["xla_flops"] is None else _number(row["xla_flops"] / 1e12),
             _number(row["flops_per_second"] / 1e12),
             "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
-            f"{_number(row['memory_bytes'] / 2**30)} GiB",
+            "-" if row["memory_bytes"] is None else f"{_number(row['memory_bytes'] / 2**30)} GiB",
             f"{row['compile_seconds']:.1f} s",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")

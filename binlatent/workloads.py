@@ -1,11 +1,17 @@
-"""The programs that are measured, with random weights: what to call, and what it multiplies."""
+"""The programs that are measured, with random weights: what to call, and what it multiplies.
+
+Weights are drawn here: to initialise a network JAX compiles dozens of small programs, which takes
+as long as the measurement.
+"""
 
 import copy
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from flax import traverse_util
@@ -15,7 +21,7 @@ from binlatent.diffusion import schedules
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.stages.prior import parts_for_caches
-from binlatent.stages.state import parallel, replicate, shard, spread
+from binlatent.stages.state import TrainState, parallel, replicate, shard, spread
 
 Config = ml_collections.ConfigDict
 
@@ -42,9 +48,11 @@ class Program(NamedTuple):
         return (self.compiled.cost_analysis() or {}).get("flops")
 
     @property
-    def memory(self) -> int:
-        """Returns the bytes that it asks for on one device."""
+    def memory(self) -> int | None:
+        """Returns the bytes that it asks for on one device, None where XLA does not tell."""
         stats = self.compiled.memory_analysis()
+        if stats is None:
+            return None
         own = stats.output_size_in_bytes - stats.alias_size_in_bytes  # not in an argument's place
         return stats.argument_size_in_bytes + stats.temp_size_in_bytes + own
 
@@ -72,14 +80,12 @@ class Work(NamedTuple):
       programs: that it runs.
       flops: of a call on one device, by `binlatent.flops`.
       xla_flops: as XLA counts them, None where it cannot tell.
-      size: of the network, for people.
     """
 
     call: Callable[[], Any]
     programs: list[Program]
     flops: int
     xla_flops: float | None
-    size: str
 
 
 def _images(config: Config, num: int) -> np.ndarray:
@@ -104,6 +110,32 @@ def _labels(config: Config, num: int) -> np.ndarray | None:
     return rng.integers(0, config.data.num_classes, num, dtype=np.int32)
 
 
+def _drawn(shapes: Any) -> Any:
+    """Returns small random weights of such shapes: the same million again and again."""
+    million = 0.02 * np.random.default_rng(0).standard_normal(2**20, np.float32)
+
+    def draw(like):
+        return jnp.array(np.resize(million[: like.size], like.shape))
+
+    return jax.tree.map(draw, shapes)
+
+
+def _weights(init: Callable, config: Config) -> Any:
+    """Returns weights for what `init(config, key)` would initialise."""
+    return _drawn(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
+
+
+def _state(init: Callable, config: Config) -> TrainState:
+    """Returns a state such as that of `init(config)`, with Adam's moments and the EMA at 0."""
+    shapes = jax.eval_shape(functools.partial(init, config))
+    zeros = jax.tree.map(
+        lambda like: jnp.array(np.zeros(like.shape, like.dtype)), shapes.replace(key=None)
+    )
+    if zeros.discriminator:
+        zeros.discriminator["params"] = _drawn(shapes.discriminator["params"])
+    return zeros.replace(key=jax.random.key(0), params=_drawn(shapes.params))
+
+
 def _check_prior(config: Config) -> None:
     checks.check_bits(config)
     if config.prior.condition == "class" and config.data.num_classes == -1:
@@ -113,12 +145,11 @@ def _check_prior(config: Config) -> None:
         )
 
 
-def _autoencoder_size(config: Config) -> str:
-    height, width, _ = build.image_shape(config)
-    return f"{height}x{width}"
-
-
-def _prior_size(config: Config) -> str:
+def size(name: str, config: Config) -> str:
+    """Returns what one of `PROGRAMS` is as large as, for people."""
+    if name in ("train_autoencoder", "decode", "encode"):
+        height, width, _ = build.image_shape(config)
+        return f"{height}x{width}"
     height, width, _ = build.code_shape(config)
     return f"{config.prior.num_layers}x{config.prior.width}, {height * width} tokens"
 
@@ -141,14 +172,10 @@ def train_autoencoder(config: Config, num: int, on_device: int) -> Work:
     networks = build.networks(config)
     lpips_params = {}
     if networks.lpips:
-        rng = np.random.default_rng(0)
-        drawn = {
-            name: 0.02 * rng.standard_normal(like.shape, np.float32)
-            for name, like in weights.vgg16_shapes().items()
-        }
-        lpips_params = {"params": traverse_util.unflatten_dict(drawn, sep="/")}
+        vgg16 = traverse_util.unflatten_dict(weights.vgg16_shapes(), sep="/")
+        lpips_params = {"params": _drawn(vgg16)}
     call, program = _train(
-        build.init_autoencoder_state(config),
+        _state(build.init_autoencoder_state, config),
         {"image": _images(config, num)},
         lpips_params,
         build.autoencoder_step(config, networks),
@@ -161,7 +188,7 @@ def train_autoencoder(config: Config, num: int, on_device: int) -> Work:
     )
     parts = config.autoencoder.train.accumulate
     xla_flops = counted_flops((parts, program))
-    return Work(call, [program], on_device * per_image, xla_flops, _autoencoder_size(config))
+    return Work(call, [program], on_device * per_image, xla_flops)
 
 
 def train_prior(config: Config, num: int, on_device: int) -> Work:
@@ -178,20 +205,20 @@ def train_prior(config: Config, num: int, on_device: int) -> Work:
         batch["probs"] = (255 * _bits(config, num)).astype(np.uint8)
     else:
         batch["image"] = _images(config, num)
-        frozen = build.init_autoencoder(config, jax.random.key(0))
+        frozen = _weights(build.init_autoencoder, config)
         per_image += flops.encode(model, image_shape, code_shape)
-    call, program = _train(build.init_prior_state(config), batch, frozen, step)
+    call, program = _train(_state(build.init_prior_state, config), batch, frozen, step)
     h, w, _ = code_shape
     parts = step.keywords["accumulate"] or parts_for_caches(on_device, h * w)
     # XLA counts a loop once; the encoder, before the parts, is not in it.
     xla_flops = None if parts > 1 and "image" in batch else counted_flops((parts, program))
-    return Work(call, [program], on_device * per_image, xla_flops, _prior_size(config))
+    return Work(call, [program], on_device * per_image, xla_flops)
 
 
 def decode(config: Config, num: int, on_device: int) -> Work:
     """Codes to images, both in the device's memory."""
     model = build.autoencoder(config)
-    params = replicate(build.init_autoencoder(config, jax.random.key(0)))
+    params = replicate(_weights(build.init_autoencoder, config))
     codes = spread(_bits(config, num))
     program = compile_program(programs.decode_codes, params, codes, model=model)
     return Work(
@@ -199,14 +226,13 @@ def decode(config: Config, num: int, on_device: int) -> Work:
         [program],
         on_device * flops.decode(model, build.code_shape(config)),
         program.flops,
-        _autoencoder_size(config),
     )
 
 
 def encode(config: Config, num: int, on_device: int) -> Work:
     """Images to deterministic codes, both in the device's memory."""
     model = build.autoencoder(config)
-    params = replicate(build.init_autoencoder(config, jax.random.key(0)))
+    params = replicate(_weights(build.init_autoencoder, config))
     images = spread(_images(config, num))
     program = compile_program(programs.encode, params, images, model=model)
     return Work(
@@ -214,7 +240,6 @@ def encode(config: Config, num: int, on_device: int) -> Work:
         [program],
         on_device * flops.encode(model, build.image_shape(config), build.code_shape(config)),
         program.flops,
-        _autoencoder_size(config),
     )
 
 
@@ -222,7 +247,7 @@ def network(config: Config, num: int, on_device: int) -> Work:
     """The prior's network once, with labels if it knows any."""
     _check_prior(config)
     denoiser, labels = build.denoiser(config), _labels(config, num)
-    params = replicate(build.init_prior(config, jax.random.key(0)))
+    params = replicate(_weights(build.init_prior, config))
     codes, times, labels = spread([_bits(config, num), np.ones(num, np.float32), labels])
     program = compile_program(jax.jit(denoiser.output), params, codes, times, labels)
     per_image = flops.transformer(denoiser.network, build.code_shape(config), True, TEXT_TOKENS)
@@ -231,7 +256,6 @@ def network(config: Config, num: int, on_device: int) -> Work:
         [program],
         on_device * per_image,
         program.flops,
-        _prior_size(config),
     )
 
 
@@ -253,8 +277,8 @@ def sample(config: Config, num: int, on_device: int) -> Work:
         guidance = np.zeros_like(guidance)
     pipeline = BinaryLatentDiffusion(
         config,
-        build.init_autoencoder(config, jax.random.key(0)),
-        build.init_prior(config, jax.random.key(1)),
+        _weights(build.init_autoencoder, config),
+        _weights(build.init_prior, config),
     )
     start = np.full((num, *pipeline.code_shape), 0.5, np.float32)
     # As the pipeline calls them, so that it finds them compiled.
@@ -296,7 +320,6 @@ def sample(config: Config, num: int, on_device: int) -> Work:
         [sampler, decoder],
         on_device * per_image,
         counted_flops((settings.steps, sampler), (1, decoder)) if exact else None,
-        _prior_size(config),
     )
 
 

@@ -2,8 +2,9 @@
 # Measures the table of docs/performance.md on one GPU, with random weights and no data:
 #   bash launch/benchmark.sh
 # Writes performance.jsonl, a line a row, and performance.md, the table, into OUT (`benchmark` if not
-# set). Arguments go to every call of binlatent.benchmark, for example --repeats=5.
-# Ends after 8 minutes at the latest, with the rows that it has by then; the most wanted come first.
+# set). Takes --repeats and --peak_tflops of binlatent.benchmark.
+# Ends after 8 minutes at the latest, with the rows that it has by then, the most wanted first. Run
+# again, it measures what is missing; delete OUT to measure anew.
 # Tried: tiny networks, on a CPU (JAX_PLATFORMS=cpu); compiling for an H100 without one. Not tried
 # yet: a GPU.
 set -euo pipefail
@@ -13,6 +14,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
   source .venv/bin/activate
 fi
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # one, unless you name others
 python3 - <<'EOF'
 import sys
 
@@ -20,66 +22,45 @@ try:
     import binlatent.benchmark
     import jax
 except ImportError as error:
-    sys.exit(f'{error}: pip install -e . "jax[cuda13]"')
-if jax.default_backend() != "gpu" and jax.config.jax_platforms != "cpu":
-    sys.exit('JAX sees no GPU here: pip install -U "jax[cuda13]", and see what nvidia-smi says.')
+    sys.exit(f'{error}: in a virtual environment, pip install -e . "jax[cuda13]"')
+try:
+    backend = jax.default_backend()
+except RuntimeError as error:
+    backend = str(error).splitlines()[0]
+if backend != "gpu" and jax.config.jax_platforms != "cpu":
+    sys.exit(
+        f"JAX sees no GPU here ({backend}): see what nvidia-smi says, and pip install -U "
+        '"jax[cuda13]", or "jax[cuda12]" if its driver is older than 580.'
+    )
 EOF
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # one, unless you name others
 mkdir -p "$out"
-: > "$out/performance.jsonl"
-options=(--config.dtype=bfloat16 --out="$out/performance.jsonl" "$@")
 
-# Ctrl-C ends the program that runs, which says so by its exit code; the rows before still count.
 interrupted=
-trap 'interrupted=1' INT
-
-measure() {
-  if [ -n "$interrupted" ]; then
-    return
-  fi
-  echo "$*  ($SECONDS s so far)" >&2
-  if [ "$SECONDS" -ge 460 ]; then
-    echo "Left out, as the 8 minutes are over." >&2
-    return
-  fi
-  timeout --foreground $((470 - SECONDS)) python3 -m binlatent.benchmark "$@" "${options[@]}" > /dev/null ||
-    echo "Failed or cut off; the table goes on without it." >&2
-}
-
-# 24 x 512 without classes and 24 x 768 with them, at 256 and 1,024 tokens.
-churches=(--config=configs/churches256.py --config.prior.cache_codes=True)
-imagenet=(--config=configs/imagenet256.py --config.prior.cache_codes=True
-  --config.data.num_classes=1000)
-ffhq=(--config=configs/ffhq1024.py --config.prior.cache_codes=True)
-imagenet512=("${imagenet[@]}" --config.data.image_size=512
-  "--config.autoencoder.attention_resolutions=(32,)")
-
-measure sample "${churches[@]}" --batch_size=1 --steps=16 --steps=64
-measure sample "${churches[@]}" --batch_size=64 --steps=16
-measure train_prior "${imagenet[@]}" --batch_size=64
-measure sample "${imagenet[@]}" --batch_size=1 --batch_size=64 --steps=16
-measure train_autoencoder "${churches[@]}" --batch_size=8
-measure train_prior "${churches[@]}" --batch_size=64
-measure train_prior "${imagenet512[@]}" --batch_size=16
-measure decode "${churches[@]}" --batch_size=1 --batch_size=64
-measure encode "${churches[@]}" --batch_size=64
-measure train_prior "${ffhq[@]}" --batch_size=16
-measure network "${churches[@]}" --batch_size=1 --batch_size=64
-measure network "${imagenet[@]}" --batch_size=64
-measure network "${ffhq[@]}" --batch_size=1 --batch_size=16
-measure network "${imagenet512[@]}" --batch_size=16
+trap 'interrupted=1' INT  # ends the program that measures; the rows before still count
+status=0
+timeout --foreground --kill-after=5 $((470 - SECONDS)) \
+  python3 -m binlatent.benchmark paper "$@" --out="$out/performance.jsonl" > /dev/null || status=$?
+if [ "$status" -eq 2 ]; then
+  exit 2  # a misspelt argument
+elif [ -z "$interrupted" ] && [ "$SECONDS" -ge 470 ]; then
+  echo "The 8 minutes are over. Run it again: it goes on with the rows that are missing." >&2
+fi
 
 python3 - "$out" <<'EOF'
-import json
 import sys
 from pathlib import Path
 
-from binlatent import speed
+from binlatent import paper_sizes, speed
+from binlatent.errors import UserError
 
 out = Path(sys.argv[1])
-rows = [json.loads(line) for line in (out / "performance.jsonl").read_text().splitlines()]
+try:
+    rows = paper_sizes.known(out / "performance.jsonl", paper_sizes.rows())
+except UserError as error:
+    sys.exit(str(error))
 if not rows:
     sys.exit("No row was measured; what went wrong is above.")
-(out / "performance.md").write_text(speed.table(rows))
+(out / "performance.md").write_text(speed.table(list(rows.values())))
 EOF
 cat "$out/performance.md"
+exit $status

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent import benchmark, build, evaluate, machine, speed, workloads
+from binlatent import benchmark, build, evaluate, flops, machine, paper_sizes, speed, workloads
 from binlatent.data.sources import Source
 from binlatent.errors import UserError
 
@@ -107,15 +107,25 @@ def test_every_program_is_measured(tiny_config):
         assert (row["steps"], row["guidance"]) == ((4, 1.0) if name == "sample" else (None, None))
 
 
+def test_the_weights_that_are_drawn_make_finite_steps(tiny_config):
+    tiny_config.data.num_classes = 10
+    for name in ("train_autoencoder", "train_prior"):
+        metrics = workloads.PROGRAMS[name](tiny_config, 8, 2).call()
+        assert all(np.all(np.isfinite(value)) for value in metrics.values()), name
+
+
 def test_programs_that_xla_does_not_count_have_no_flops():
     class Uncounted:
         def cost_analysis(self):  # as of JAX 0.11, where it only compiles for a GPU
             return None
 
+        memory_analysis = cost_analysis
+
     counted = workloads.compile_program(jax.jit(jnp.dot), jnp.ones((3, 4)), jnp.ones((4, 5)))
     uncounted = workloads.Program(Uncounted(), 0.0)
     assert workloads.counted_flops((7, counted), (1, counted)) == 8 * 2 * 3 * 4 * 5
     assert workloads.counted_flops((7, counted), (1, uncounted)) is None
+    assert uncounted.memory is None and counted.memory == 4 * (3 * 4 + 4 * 5 + 3 * 5)
     row = {"what": "decode", "image_size": 8, "batch_size": 1, "dtype": "float32", "remat": False}
     row |= {"device": "x", "arguments": 2**30, "temporary": 0, "total": 2**30, "flops": None}
     assert benchmark.table([row]).endswith("| 1 GiB | 0 GiB | 1 GiB | - |\n")
@@ -183,6 +193,82 @@ def test_peaks_and_the_table():
         "| 50 | 5.0% | 0.0005 GiB | 3.2 s |"
     )
     assert lines[-1] == "1 x NVIDIA H200, JAX 0.10.2, driver 570.86"
+    untold = speed.table([row | {"driver": None, "memory_bytes": None}]).splitlines()[2]
+    assert untold == lines[2].replace("0.0005 GiB", "-")
+
+
+def test_the_papers_rows_are_its_sizes_and_cost_what_a_closed_form_says():
+    rows = paper_sizes.rows()
+    priors = {workloads.size("network", row.config) for row in rows}
+    sizes = ["24x512, 256 tokens", "24x512, 1024 tokens"]
+    assert priors == {*sizes, *(size.replace("512", "768") for size in sizes)}
+    assert {row.name for row in rows} == set(workloads.PROGRAMS)
+    keys = [json.dumps(speed.subject(*row)) for row in rows]
+    assert len(set(keys)) == len(rows)
+    for row in rows:
+        if row.name == "network":
+            # 12 l d^2 + 2 l^2 d multiplications a layer, of l tokens and those of time and class.
+            network = build.denoiser(row.config).network
+            d, layers = network.width, network.num_layers
+            classes = network.condition == "class"
+            tokens = int(np.prod(build.code_shape(row.config)[:2])) + 1 + classes
+            expected = 2 * layers * (12 * tokens * d**2 + 2 * tokens**2 * d)
+            counted = flops.transformer(network, build.code_shape(row.config), classes)
+            assert counted == pytest.approx(expected, rel=0.02)
+
+
+def test_a_row_that_fails_costs_no_other(tiny_config, monkeypatch, caplog):
+    def measure(name, config, batch_size, repeats):
+        if batch_size == 2:
+            raise RuntimeError("cuDNN is not detected.")
+        if batch_size == 3:
+            raise MemoryError
+        return {"batch_size": batch_size}
+
+    monkeypatch.setattr(speed, "measure", measure)
+    rows = [paper_sizes.Row("sample", tiny_config, num) for num in (1, 2, 3, 4)]
+    with caplog.at_level(logging.INFO):
+        new = paper_sizes.measure(rows, repeats=2)
+        assert next(new)["batch_size"] == 1 and next(new)["batch_size"] == 4
+        with pytest.raises(UserError, match="2 of 4 rows failed"):
+            next(new)
+    assert "That failed: cuDNN is not detected." in caplog.text
+    assert "That failed: MemoryError" in caplog.text
+
+
+def test_rows_are_known_of_this_machine_alone(tiny_config, tmp_path):
+    rows = [paper_sizes.Row("sample", tiny_config, num) for num in (1, 2)]
+    out = tmp_path / "rows.jsonl"
+    assert paper_sizes.known(out, rows) == {} == paper_sizes.known(None, rows)
+    subject = speed.subject(*rows[1])
+    lines = [{**subject, "seconds": seconds} for seconds in (1.0, 2.0)]
+    lines += [{**speed.subject(*rows[0]), "driver": "another"}, {**subject, "steps": 7}]
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert paper_sizes.known(out, rows) == {1: lines[1]}
+    for text in ("7", "{"):
+        out.write_text(text)
+        with pytest.raises(UserError, match="has a line that is no row"):
+            paper_sizes.known(out, rows)
+
+
+def test_the_papers_table_goes_on_where_it_was(tmp_path):
+    command = [sys.executable, "-m", "binlatent.benchmark", "paper"]
+    out = tmp_path / "rows.jsonl"
+    numbers = dict.fromkeys(("seconds", "seconds_min", "seconds_max", "images_per_second"), 1.0)
+    numbers |= {"flops": 10**12, "xla_flops": None, "flops_per_second": 1e12, "mfu": None}
+    numbers |= {"memory_bytes": 2**30, "compile_seconds": 1.0}
+    rows = [{**speed.subject(*row), **numbers} for row in paper_sizes.rows()]
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == speed.table(rows) and "18 of 18 rows are there" in result.stderr
+    for flag, message in (
+        ("--config=configs/digits.py", "paper has configs of its own: leave out --config"),
+        ("--batch_size=2", "--batch_size is not for paper"),
+        (f"--out={tmp_path}", "Cannot write --out="),
+    ):
+        result = subprocess.run([*command, flag], capture_output=True, text=True, timeout=100)
+        assert result.returncode == 1 and message in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,7 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         ((CONFIG, wd, "--num_processes=2"), 2, "--coordinator, --num_processes, --process_id go"),
         ((CONFIG, wd, "--coordinator=host", *two, "--process_id=0"), 2, "must be HOST:PORT"),
         ((CONFIG, wd, "--coordinator=host:1", *two, "--process_id=2"), 2, "less than --num_proc"),
+        ((wd, "--config=README.md"), 2, "README.md, line "),
         ((wd, "--mode=reconstruct", "--steps=3"), 2, "--steps is for --mode=all or sample"),
     ]
     with ThreadPoolExecutor(2) as pool:

@@ -1,0 +1,129 @@
+"""The rows of docs/performance.md's table for GPUs: the paper's networks, most wanted first."""
+
+import copy
+import gc
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from binlatent import speed, workloads
+from binlatent.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Row(NamedTuple):
+    """A row to measure, as `speed.measure` takes it."""
+
+    name: str
+    config: ml_collections.ConfigDict
+    batch_size: int
+
+
+def rows() -> list[Row]:
+    """Returns all: 24 x 512 without classes and 24 x 768 with them, 256 and 1,024 tokens, bfloat16.
+
+    A training step of 24 x 768 at 1,024 tokens, which the paper has not, is left out: it takes a
+    minute to compile.
+
+    Raises:
+      UserError: outside of a checkout, which has the configs.
+    """
+    try:
+        from configs import churches256, ffhq1024, imagenet256
+    except ImportError as error:
+        raise UserError("Start this in the checkout, which has the folder configs.") from error
+    churches, imagenet, ffhq = (
+        module.get_config() for module in (churches256, imagenet256, ffhq1024)
+    )
+    for config in (churches, imagenet, ffhq):
+        config.dtype = "bfloat16"
+        config.prior.cache_codes = True
+        config.sample.steps = 16
+    imagenet.data.num_classes = 1000
+    imagenet512 = copy.deepcopy(imagenet)
+    imagenet512.data.image_size = 512
+    imagenet512.autoencoder.attention_resolutions = (32,)
+    churches64 = copy.deepcopy(churches)
+    churches64.sample.steps = 64
+    return [
+        Row("sample", churches, 1),
+        Row("sample", churches64, 1),
+        Row("sample", churches, 64),
+        Row("train_prior", imagenet, 64),
+        Row("sample", imagenet, 1),
+        Row("sample", imagenet, 64),
+        Row("train_autoencoder", churches, 8),
+        Row("train_prior", churches, 64),
+        Row("decode", churches, 1),
+        Row("decode", churches, 64),
+        Row("encode", churches, 64),
+        Row("train_prior", ffhq, 16),
+        Row("network", churches, 1),
+        Row("network", churches, 64),
+        Row("network", imagenet, 64),
+        Row("network", ffhq, 1),
+        Row("network", ffhq, 16),
+        Row("network", imagenet512, 16),
+    ]
+
+
+def known(path: str | Path | None, rows: list[Row]) -> dict[int, dict[str, Any]]:
+    """Returns what a file has of the rows, measured on these devices with this JAX and driver.
+
+    Args:
+      path: of lines of JSON, as `speed.measure` returns them; there need be no such file.
+      rows: to look for.
+
+    Returns:
+      By the number of the row; the last line that is of it.
+
+    Raises:
+      UserError: if the file holds something else.
+    """
+    if not path or not Path(path).exists():
+        return {}
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+        found = {}
+        for number, row in enumerate(rows):
+            subject = speed.subject(*row).items()
+            if same := [line for line in lines if subject <= line.items()]:
+                found[number] = same[-1]
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} has a line that is no row: delete it, or name another.") from error
+    return found
+
+
+def measure(rows: list[Row], **options: Any) -> Iterator[dict[str, Any]]:
+    """Yields a row of `speed.measure` for each; what fails costs no other.
+
+    Args:
+      rows: to measure.
+      **options: of `speed.measure`.
+
+    Raises:
+      UserError: after the last row, if some failed.
+    """
+    failed = 0
+    for number, row in enumerate(rows, 1):
+        steps = f", {row.config.sample.steps} steps" if row.name == "sample" else ""
+        where = (number, len(rows), row.name, workloads.size(*row[:2]), row.batch_size, steps)
+        log.info("%d of %d: %s of %s at batch size %d%s", *where)
+        measured = None
+        try:
+            measured = speed.measure(*row, **options)
+        except Exception as error:  # of memory, of a compiler, of cuDNN: the next may fare better
+            what = (str(error).strip() or type(error).__name__).splitlines()[0]
+            log.error("That failed: %s", what)
+            failed += 1
+        if measured:
+            yield measured
+        else:
+            gc.collect()  # what it held must not make the next one fail
+    if failed:
+        raise UserError(f"{failed} of {len(rows)} rows failed; the same command tries them again.")
