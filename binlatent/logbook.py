@@ -1,6 +1,7 @@
 """What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
 
 import datetime
+import functools
 import json
 import logging
 import math
@@ -75,18 +76,25 @@ class Logbook:
         self._stage = stage
         self._num_steps = num_steps
         self._workdir = workdir
+        self._silent = silent
         path = workdir / "metrics.jsonl"
         if not silent and path.exists():
             _drop_torn_line(path)
         with self._writing():
             self._file = (Path(os.devnull) if silent else path).open("a")
-            self._writer = None if silent else _summary_writer(workdir / "tensorboard" / stage)
         self._bar = tqdm.tqdm(
             total=num_steps, initial=step, desc=stage, disable=silent or not sys.stderr.isatty()
         )
         self._redirect = (
             nullcontext() if self._bar.disable else logging_redirect_tqdm([logging.getLogger()])
         )
+
+    @functools.cached_property
+    def _writer(self):
+        """Opened with the first record: no first step waits for TensorFlow's import, seconds."""
+        if self._silent:
+            return None
+        return _summary_writer(self._workdir / "tensorboard" / self._stage)
 
     def __enter__(self) -> "Logbook":
         self._redirect.__enter__()
@@ -97,8 +105,9 @@ class Logbook:
         self._redirect.__exit__(*exception)
         with self._writing():  # of what is still to be flushed
             self._file.close()
-            if self._writer is not None:
-                self._writer.close()
+            writer = vars(self).get("_writer")  # if there was a record
+            if writer is not None:
+                writer.close()
 
     def tick(self) -> None:
         """Counts one step."""

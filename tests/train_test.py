@@ -458,6 +458,18 @@ def test_a_line_of_the_log_that_was_cut_is_dropped(tmp_path):
     assert [x["step"] for x in lines(tmp_path)] == [1, 2]
 
 
+def test_no_first_step_waits_for_tensorflow(tmp_path):
+    code = f"""
+import pathlib, sys
+from binlatent.logbook import Logbook
+with Logbook(pathlib.Path({str(tmp_path)!r}), "prior", 0, 1) as logbook:
+    logbook.tick()
+print("tensorflow" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == "False", result.stderr
+
+
 def test_a_log_that_a_full_disk_does_not_hold_is_one_sentence(tmp_path):
     with (
         pytest.raises(UserError, match=f"log in {tmp_path} could not be written: No space left"),
