@@ -283,11 +283,18 @@ def main(argv: list[str]) -> None:
             options = {"repeats": FLAGS.repeats, "peak": peak}
             if name == "paper":
                 wanted = paper_sizes.rows()
+                attempts = None
+                if FLAGS.out:
+                    attempts = Path(f"{FLAGS.out}.attempts")
+                    for path in (Path(FLAGS.out), attempts):
+                        paper_sizes.drop_torn_line(path)
                 known = paper_sizes.known(FLAGS.out, wanted)
-                rows = list(known.values())
-                log.info("%d of %d rows are there already", len(known), len(wanted))
+                if known:
+                    log.info("%d of %d rows are there already", len(known), len(wanted))
                 missing = [row for number, row in enumerate(wanted) if number not in known]
-                measured = paper_sizes.measure(missing, **options)
+                if attempts:
+                    missing = paper_sizes.least_tried(missing, attempts)
+                measured = paper_sizes.measure(missing, attempts, **options)
             else:
                 measured = speeds(name, config, FLAGS.batch_size, FLAGS.steps, **options)
         try:
@@ -300,6 +307,8 @@ def main(argv: list[str]) -> None:
                 if FLAGS.out:
                     _append(FLAGS.out, line)
         finally:  # what is measured is shown, even if the next row fails or is interrupted
+            if name == "paper" and FLAGS.out:
+                rows = list(paper_sizes.known(FLAGS.out, wanted).values())
             if rows and not FLAGS.json:
                 as_table = {"data": data_table, "memory": table}.get(name, speed.table)
                 sys.stdout.write(as_table(rows))

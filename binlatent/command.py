@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,13 +40,21 @@ def parse_flags(argv: list[str]) -> list[str]:
             last = message.splitlines()[-1]
             message = "--config: " + re.sub(r"^[\w.]*Error: ", "", last)
     except (AttributeError, KeyError) as error:  # ml_collections', for an unknown key
-        while isinstance(error.args[0], Exception):
+        while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
-        message = "--config has no key " + " ".join(error.args[0].split())
+        text = " ".join(str(error.args[0]).split()) if error.args else ""
+        message = f"--config has no key {text}"
+        if "'get_config'" in text:
+            message = "--config is no config: a file with a function get_config() is wanted"
     except OSError as error:  # ml_collections', where there is an override for a missing file
         message = f"--config: {str(error).splitlines()[-1].strip()}"
     except SyntaxError as error:
-        message = f"--config: {error.filename}, line {error.lineno}, is not Python: {error.msg}"
+        where = f"{error.filename}, line {error.lineno}," if error.filename else "the file"
+        message = f"--config: {where} is not Python: {error.msg}"
+    except Exception as error:  # whatever the config does
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error}"
+        message = f"--config fails in {place.filename}, line {place.lineno}: {what}"
     bad_usage(message)
 
 
@@ -53,7 +62,7 @@ def given_config() -> ml_collections.ConfigDict | None:
     """Returns the config of --config, None without the flag.
 
     Raises:
-      UserError: if there is no such file.
+      UserError: if there is no such file, or it has another kind of config.
     """
     flag = flags.FLAGS["config"]
     if not flag.present:
@@ -61,6 +70,8 @@ def given_config() -> ml_collections.ConfigDict | None:
     filename = config_flags.get_config_filename(flag)
     if not Path(filename.split(":")[0]).is_file():
         raise UserError(f"There is no config file {filename}: check --config.")
+    if not isinstance(flag.value, ml_collections.ConfigDict):
+        raise UserError(f"{filename}: get_config() must return an ml_collections.ConfigDict.")
     return flag.value
 
 

@@ -76,11 +76,13 @@ class Logbook:
         self._stage = stage
         self._num_steps = num_steps
         self._workdir = workdir
-        self._silent = silent
         path = workdir / "metrics.jsonl"
         if not silent and path.exists():
             _drop_torn_line(path)
+        self._events = None if silent else workdir / "tensorboard" / stage
         with self._writing():
+            if self._events is not None:
+                self._events.mkdir(parents=True, exist_ok=True)
             self._file = (Path(os.devnull) if silent else path).open("a")
         self._bar = tqdm.tqdm(
             total=num_steps, initial=step, desc=stage, disable=silent or not sys.stderr.isatty()
@@ -92,9 +94,7 @@ class Logbook:
     @functools.cached_property
     def _writer(self):
         """Opened with the first record: no first step waits for TensorFlow's import, seconds."""
-        if self._silent:
-            return None
-        return _summary_writer(self._workdir / "tensorboard" / self._stage)
+        return None if self._events is None else _summary_writer(self._events)
 
     def __enter__(self) -> "Logbook":
         self._redirect.__enter__()

@@ -85,25 +85,54 @@ def known(path: str | Path | None, rows: list[Row]) -> dict[int, dict[str, Any]]
     Raises:
       UserError: if the file holds something else.
     """
-    if not path or not Path(path).exists():
-        return {}
-    try:
-        lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
-        found = {}
-        for number, row in enumerate(rows):
-            subject = speed.subject(*row).items()
-            if same := [line for line in lines if subject <= line.items()]:
-                found[number] = same[-1]
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path} has a line that is no row: delete it, or name another.") from error
+    lines = _lines(path)
+    found = {}
+    for number, row in enumerate(rows):
+        subject = speed.subject(*row).items()
+        if same := [x for x in lines if subject <= x.items() and "compile_seconds" in x]:
+            found[number] = same[-1]
     return found
 
 
-def measure(rows: list[Row], **options: Any) -> Iterator[dict[str, Any]]:
+def drop_torn_line(path: Path) -> None:
+    """Ends a file of rows, if there is one, where a kill or a full disk has cut its last row."""
+    content = path.read_bytes() if path.exists() else b""
+    whole, newline, last = content.rpartition(b"\n")
+    start = b'{"program"'
+    if last and start.startswith(last[: len(start)]):  # another's file stays as it is
+        path.write_bytes(whole + newline)
+
+
+def _lines(path: str | Path | None) -> list[dict[str, Any]]:
+    """Returns the objects of a file of JSON lines, [] if there is none."""
+    lines = []
+    if path and Path(path).exists():
+        for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
+            try:
+                lines += [dict(json.loads(text))] if text.strip() else []
+            except (ValueError, TypeError) as error:
+                raise UserError(
+                    f"{path}, line {number}, is no row of the benchmark: delete that line, or "
+                    "have the rows written elsewhere."
+                ) from error
+    return lines
+
+
+def least_tried(rows: list[Row], attempts: Path) -> list[Row]:
+    """Returns the rows, those first that `measure` began with least often, by its `attempts`."""
+    lines = _lines(attempts)
+    return sorted(rows, key=lambda row: lines.count(speed.subject(*row)))
+
+
+def measure(
+    rows: list[Row], attempts: Path | None = None, **options: Any
+) -> Iterator[dict[str, Any]]:
     """Yields a row of `speed.measure` for each; what fails costs no other.
 
     Args:
       rows: to measure.
+      attempts: file to append a line to before each row, for `least_tried`: a row that ends the
+        whole process then keeps no other from its turn in the next one.
       **options: of `speed.measure`.
 
     Raises:
@@ -114,6 +143,9 @@ def measure(rows: list[Row], **options: Any) -> Iterator[dict[str, Any]]:
         steps = f", {row.config.sample.steps} steps" if row.name == "sample" else ""
         where = (number, len(rows), row.name, workloads.size(*row[:2]), row.batch_size, steps)
         log.info("%d of %d: %s of %s at batch size %d%s", *where)
+        if attempts:
+            with attempts.open("a") as file:
+                file.write(json.dumps(speed.subject(*row)) + "\n")
         measured = None
         try:
             measured = speed.measure(*row, **options)
@@ -126,4 +158,6 @@ def measure(rows: list[Row], **options: Any) -> Iterator[dict[str, Any]]:
         else:
             gc.collect()  # what it held must not make the next one fail
     if failed:
-        raise UserError(f"{failed} of {len(rows)} rows failed; the same command tries them again.")
+        raise UserError(
+            f"{failed} of {len(rows)} rows failed; with --out a second run tries these alone."
+        )

@@ -4,6 +4,8 @@ A program runs on all devices that JAX sees; a batch is that of one of them.
 """
 
 import functools
+import hashlib
+import json
 import shutil
 import statistics
 import subprocess
@@ -91,6 +93,7 @@ def _peak_bytes() -> int | None:
 
 def subject(name: str, config: ml_collections.ConfigDict, batch_size: int) -> dict[str, Any]:
     """Returns the part of a row that says what is measured, and on what; see `measure`."""
+    content = json.dumps(config.to_dict(), sort_keys=True)
     return {
         "program": name,
         "size": workloads.size(name, config),
@@ -98,6 +101,7 @@ def subject(name: str, config: ml_collections.ConfigDict, batch_size: int) -> di
         "steps": config.sample.steps if name == "sample" else None,
         "guidance": config.sample.guidance if name == "sample" else None,
         "dtype": config.dtype,
+        "config": hashlib.sha256(content.encode()).hexdigest()[:8],
         "device": device_name(jax.devices()[0]),
         "devices": jax.local_device_count(),
         "jax": jax.__version__,

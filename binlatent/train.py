@@ -199,11 +199,9 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     means["learning_rate"] = float(learning_rate(max(updates_made(state) - 1, 0)))
                     means["images_per_second"] = speed * stage.train.batch_size
                     means["data_wait"] = waited / window_seconds
-                    logbook.record(step, means | _device_bytes(), (num_steps - step) / speed)
-                    window, window_seconds, waited = [], 0.0, 0.0
                 else:
                     window_seconds += time.monotonic() - tick
-                if save:
+                if save:  # before all that may take a while, or fail
                     meta = {
                         "config": config.to_dict(),
                         "data": stage.batches.get_state(),
@@ -213,6 +211,9 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     }
                     checkpoints.save(state, meta)
                     saved = step
+                if save or len(window) == config.log_every:
+                    logbook.record(step, means | _device_bytes(), (num_steps - step) / speed)
+                    window, window_seconds, waited = [], 0.0, 0.0
                 if writes and not stopping and (last or step % config.preview_every == 0):
                     params = jax.device_get(state.ema_params)
                     logbook.record(step, stage.evaluate(params))

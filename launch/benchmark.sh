@@ -2,9 +2,10 @@
 # Measures the table of docs/performance.md on one GPU, with random weights and no data:
 #   bash launch/benchmark.sh
 # Writes performance.jsonl, a line a row, and performance.md, the table, into OUT (`benchmark` if not
-# set). Takes --repeats and --peak_tflops of binlatent.benchmark.
-# Ends after 8 minutes at the latest, with the rows that it has by then, the most wanted first. Run
-# again, it measures what is missing; delete OUT to measure anew.
+# set). Takes --repeats and --peak_tflops of binlatent.benchmark, for the rows that are missing.
+# Ends after 8 minutes at the latest, with the rows that it has by then, the most wanted first, and
+# then exits with 124. Run again, it measures what is missing, a row that ended it last; delete OUT
+# to measure anew.
 # Tried: tiny networks, on a CPU (JAX_PLATFORMS=cpu); compiling for an H100 without one. Not tried
 # yet: a GPU.
 set -euo pipefail
@@ -14,6 +15,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
   source .venv/bin/activate
 fi
+for argument in "$@"; do
+  case $argument in
+    --help | -h) exec python3 -m binlatent.benchmark --help ;;
+  esac
+done
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # one, unless you name others
 python3 - <<'EOF'
 import sys
@@ -38,15 +44,18 @@ mkdir -p "$out"
 interrupted=
 trap 'interrupted=1' INT  # ends the program that measures; the rows before still count
 status=0
-timeout --foreground --kill-after=5 $((470 - SECONDS)) \
+left=$((SECONDS < 469 ? 470 - SECONDS : 1))
+timeout --foreground --kill-after=5 "$left" \
   python3 -m binlatent.benchmark paper "$@" --out="$out/performance.jsonl" > /dev/null || status=$?
 if [ "$status" -eq 2 ]; then
   exit 2  # a misspelt argument
+elif [ "$status" -gt 124 ] && [ -z "$interrupted" ] && [ "$SECONDS" -lt 470 ]; then
+  echo "That row ended the program. Run it again: it goes on with the others." >&2
 elif [ -z "$interrupted" ] && [ "$SECONDS" -ge 470 ]; then
   echo "The 8 minutes are over. Run it again: it goes on with the rows that are missing." >&2
 fi
 
-python3 - "$out" <<'EOF'
+timeout --foreground 60 python3 - "$out" <<'EOF'
 import sys
 from pathlib import Path
 

@@ -240,15 +240,48 @@ def test_rows_are_known_of_this_machine_alone(tiny_config, tmp_path):
     rows = [paper_sizes.Row("sample", tiny_config, num) for num in (1, 2)]
     out = tmp_path / "rows.jsonl"
     assert paper_sizes.known(out, rows) == {} == paper_sizes.known(None, rows)
-    subject = speed.subject(*rows[1])
+    subject = {**speed.subject(*rows[1]), "compile_seconds": 1.0}
     lines = [{**subject, "seconds": seconds} for seconds in (1.0, 2.0)]
-    lines += [{**speed.subject(*rows[0]), "driver": "another"}, {**subject, "steps": 7}]
+    lines += [{**subject, "driver": "another"}, {**subject, "steps": 7}]
+    lines += [speed.subject(*rows[0])]
     out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert paper_sizes.known(out, rows) == {1: lines[1]}
-    for text in ("7", "{"):
-        out.write_text(text)
-        with pytest.raises(UserError, match="has a line that is no row"):
-            paper_sizes.known(out, rows)
+    out.write_text("\n7\n")
+    with pytest.raises(UserError, match="rows.jsonl, line 2, is no row of the benchmark"):
+        paper_sizes.known(out, rows)
+
+
+def test_another_network_is_another_subject(tiny_config):
+    subject = speed.subject("train_prior", tiny_config, 1)
+    tiny_config.prior.cache_codes = not tiny_config.prior.cache_codes
+    other = speed.subject("train_prior", tiny_config, 1)
+    assert {name for name in subject if subject[name] != other[name]} == {"config"}
+
+
+def test_only_a_torn_row_is_dropped(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    paper_sizes.drop_torn_line(path)
+    assert not path.exists()
+    whole = '{"program": "sample"}\n'
+    for torn, left in (("", whole), ('{"progr', whole), (whole[:-1], whole)):
+        path.write_text(whole + torn)
+        paper_sizes.drop_torn_line(path)
+        assert path.read_text() == left
+    path.write_text("another's file")
+    paper_sizes.drop_torn_line(path)
+    assert path.read_text() == "another's file"
+
+
+def test_a_row_that_ends_the_process_comes_last_in_the_next(tiny_config, tmp_path, monkeypatch):
+    rows = [paper_sizes.Row("decode", tiny_config, num) for num in (1, 2, 3)]
+    attempts = tmp_path / "attempts"
+    assert paper_sizes.least_tried(rows, attempts) == rows
+    monkeypatch.setattr(speed, "measure", lambda *row: {"batch_size": row[2]})
+    # The second is begun, but what comes then is not told any more.
+    began = paper_sizes.measure(rows, attempts)
+    next(began), next(began)
+    began.close()
+    assert [row.batch_size for row in paper_sizes.least_tried(rows[1:], attempts)] == [3, 2]
 
 
 def test_the_papers_table_goes_on_where_it_was(tmp_path):
@@ -258,7 +291,7 @@ def test_the_papers_table_goes_on_where_it_was(tmp_path):
     numbers |= {"flops": 10**12, "xla_flops": None, "flops_per_second": 1e12, "mfu": None}
     numbers |= {"memory_bytes": 2**30, "compile_seconds": 1.0}
     rows = [{**speed.subject(*row), **numbers} for row in paper_sizes.rows()]
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows[::-1]) + '{"program": "sa')
     result = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
     assert result.stdout == speed.table(rows) and "18 of 18 rows are there" in result.stderr

@@ -50,6 +50,11 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
     wd = f"--workdir={tmp_path / 'run'}"
     folder = "--config.data.name=folder"
     two = ("--num_processes=2",)
+    for name, text in (
+        *(("json", '{"a": true}'), ("null", "\0"), ("no_config", "")),
+        ("number", "def get_config():\n    return 3\n"),
+    ):
+        (tmp_path / f"{name}.py").write_text(text)
     cases = [
         ((CONFIG, wd, "--config.prior.train.num_step=5"), 2, 'Did you mean "num_steps"'),
         ((CONFIG, wd, "--config.prior.train.num_steps=many"), 2, "num_steps=many"),
@@ -89,6 +94,10 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         ((CONFIG, wd, "--coordinator=host", *two, "--process_id=0"), 2, "must be HOST:PORT"),
         ((CONFIG, wd, "--coordinator=host:1", *two, "--process_id=2"), 2, "less than --num_proc"),
         ((wd, "--config=README.md"), 2, "README.md, line "),
+        ((wd, f"--config={tmp_path}/json.py"), 2, "json.py, line 1: NameError: name 'true'"),
+        ((wd, f"--config={tmp_path}/null.py"), 2, "the file is not Python: "),
+        ((wd, f"--config={tmp_path}/no_config.py"), 2, "a file with a function get_config() is"),
+        ((wd, f"--config={tmp_path}/number.py"), 1, "must return an ml_collections.ConfigDict"),
         ((wd, "--mode=reconstruct", "--steps=3"), 2, "--steps is for --mode=all or sample"),
     ]
     with ThreadPoolExecutor(2) as pool:

@@ -155,7 +155,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     assert (tmp_path / "samples.png").read_bytes() == (trained[0] / "samples.png").read_bytes()
     # Without TensorFlow nothing is missing but the files of TensorBoard.
     assert "TensorFlow or clu is not installed" in output
-    assert not (tmp_path / "tensorboard").exists()
+    assert not list((tmp_path / "tensorboard").rglob("events*"))
 
 
 @pytest.mark.slow
@@ -468,6 +468,12 @@ print("tensorflow" in sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "False", result.stderr
+
+
+def test_a_log_that_cannot_be_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "tensorboard").write_text("")
+    with pytest.raises(UserError, match=f"log in {tmp_path} could not be written: "):
+        Logbook(tmp_path, "prior", 0, 1)
 
 
 def test_a_log_that_a_full_disk_does_not_hold_is_one_sentence(tmp_path):
