@@ -476,6 +476,23 @@ def test_a_log_that_cannot_be_is_refused_before_the_first_step(tmp_path):
         Logbook(tmp_path, "prior", 0, 1)
 
 
+def test_a_step_is_saved_before_its_metrics_are_written(
+    trained, tiny_config, tmp_path, monkeypatch
+):
+    def record(self, step, metrics, seconds_left=None):
+        raise UserError(f"full at step {step}")
+
+    monkeypatch.setattr(Logbook, "record", record)
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    shutil.rmtree(workdir / "prior")
+    tiny_config.log_every = 100
+    tiny_config.checkpoint_every = 2
+    with pytest.raises(UserError, match="full at step 2"):
+        train.train_prior(tiny_config, workdir)
+    with Checkpoints(workdir / "prior") as checkpoints:
+        assert checkpoints.latest_step() == 2
+
+
 def test_a_log_that_a_full_disk_does_not_hold_is_one_sentence(tmp_path):
     with (
         pytest.raises(UserError, match=f"log in {tmp_path} could not be written: No space left"),
