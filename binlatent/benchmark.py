@@ -283,18 +283,8 @@ def main(argv: list[str]) -> None:
             options = {"repeats": FLAGS.repeats, "peak": peak}
             if name == "paper":
                 wanted = paper_sizes.rows()
-                attempts = None
-                if FLAGS.out:
-                    attempts = Path(f"{FLAGS.out}.attempts")
-                    for path in (Path(FLAGS.out), attempts):
-                        paper_sizes.drop_torn_line(path)
-                known = paper_sizes.known(FLAGS.out, wanted)
-                if known:
-                    log.info("%d of %d rows are there already", len(known), len(wanted))
-                missing = [row for number, row in enumerate(wanted) if number not in known]
-                if attempts:
-                    missing = paper_sizes.least_tried(missing, attempts)
-                measured = paper_sizes.measure(missing, attempts, **options)
+                left = paper_sizes.missing(FLAGS.out, wanted) if FLAGS.out else (wanted,)
+                measured = paper_sizes.measure(*left, **options)
             else:
                 measured = speeds(name, config, FLAGS.batch_size, FLAGS.steps, **options)
         try:

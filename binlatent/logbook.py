@@ -56,11 +56,20 @@ def write_scalars(directory: Path, metrics: dict[str, float], step: int = 0) -> 
         writer.close()
 
 
-def _drop_torn_line(path: Path) -> None:
-    """Ends a file at its last whole line: a kill or a full disk may have cut the one after it."""
+def drop_torn_line(path: Path, start: bytes = b"") -> None:
+    """Ends a file at its last whole line: a kill or a full disk may have cut the one after it.
+
+    Args:
+      path: of lines; there need be no such file.
+      start: of all its lines. A rest that starts otherwise is another's, and stays.
+    """
+    if not path.exists():
+        return
     with path.open("rb+") as file:
         content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        whole = content.rfind(b"\n") + 1
+        if start.startswith(content[whole:][: len(start)]):
+            file.truncate(whole)
 
 
 class Logbook:
@@ -77,8 +86,8 @@ class Logbook:
         self._num_steps = num_steps
         self._workdir = workdir
         path = workdir / "metrics.jsonl"
-        if not silent and path.exists():
-            _drop_torn_line(path)
+        if not silent:
+            drop_torn_line(path)
         self._events = None if silent else workdir / "tensorboard" / stage
         with self._writing():
             if self._events is not None:

@@ -12,6 +12,7 @@ import ml_collections
 
 from binlatent import speed, workloads
 from binlatent.errors import UserError
+from binlatent.logbook import drop_torn_line
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def rows() -> list[Row]:
     ]
 
 
-def known(path: str | Path | None, rows: list[Row]) -> dict[int, dict[str, Any]]:
+def known(path: str | Path, rows: list[Row]) -> dict[int, dict[str, Any]]:
     """Returns what a file has of the rows, measured on these devices with this JAX and driver.
 
     Args:
@@ -94,19 +95,10 @@ def known(path: str | Path | None, rows: list[Row]) -> dict[int, dict[str, Any]]
     return found
 
 
-def drop_torn_line(path: Path) -> None:
-    """Ends a file of rows, if there is one, where a kill or a full disk has cut its last row."""
-    content = path.read_bytes() if path.exists() else b""
-    whole, newline, last = content.rpartition(b"\n")
-    start = b'{"program"'
-    if last and start.startswith(last[: len(start)]):  # another's file stays as it is
-        path.write_bytes(whole + newline)
-
-
-def _lines(path: str | Path | None) -> list[dict[str, Any]]:
+def _lines(path: str | Path) -> list[dict[str, Any]]:
     """Returns the objects of a file of JSON lines, [] if there is none."""
     lines = []
-    if path and Path(path).exists():
+    if Path(path).exists():
         for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
             try:
                 lines += [dict(json.loads(text))] if text.strip() else []
@@ -118,10 +110,29 @@ def _lines(path: str | Path | None) -> list[dict[str, Any]]:
     return lines
 
 
-def least_tried(rows: list[Row], attempts: Path) -> list[Row]:
-    """Returns the rows, those first that `measure` began with least often, by its `attempts`."""
-    lines = _lines(attempts)
-    return sorted(rows, key=lambda row: lines.count(speed.subject(*row)))
+def missing(path: str, rows: list[Row]) -> tuple[list[Row], Path]:
+    """Returns the rows that a file of `known` has not, those first that were begun least often.
+
+    A line of either file that a kill has cut is dropped.
+
+    Args:
+      path: of the rows that are there.
+      rows: all.
+
+    Returns:
+      The rows, and the file of attempts beside `path`, for `measure`.
+
+    Raises:
+      UserError: if a file holds something else.
+    """
+    attempts = Path(f"{path}.attempts")
+    for file in (Path(path), attempts):
+        drop_torn_line(file, b'{"program"')
+    there, begun = known(path, rows), _lines(attempts)
+    if there:
+        log.info("%d of %d rows are there already", len(there), len(rows))
+    left = [row for number, row in enumerate(rows) if number not in there]
+    return sorted(left, key=lambda row: begun.count(speed.subject(*row))), attempts
 
 
 def measure(
@@ -131,8 +142,8 @@ def measure(
 
     Args:
       rows: to measure.
-      attempts: file to append a line to before each row, for `least_tried`: a row that ends the
-        whole process then keeps no other from its turn in the next one.
+      attempts: file to append a line to before each row: one that ends the whole process then
+        keeps no other from its turn in the next.
       **options: of `speed.measure`.
 
     Raises:

@@ -191,16 +191,11 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                 stopping = received()  # read once: the signal may come at any line
                 last = step == num_steps
                 save = stopping or last or step % config.checkpoint_every == 0
-                if save or len(window) == config.log_every:
+                due = save or len(window) == config.log_every
+                if due:  # waits for the steps
                     skip = config.on_nonfinite == "skip"
                     means, finite = _means(window, step, saved, finite, skip)
-                    window_seconds += time.monotonic() - tick
-                    speed = len(window) / window_seconds
-                    means["learning_rate"] = float(learning_rate(max(updates_made(state) - 1, 0)))
-                    means["images_per_second"] = speed * stage.train.batch_size
-                    means["data_wait"] = waited / window_seconds
-                else:
-                    window_seconds += time.monotonic() - tick
+                window_seconds += time.monotonic() - tick
                 if save:  # before all that may take a while, or fail
                     meta = {
                         "config": config.to_dict(),
@@ -211,7 +206,11 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     }
                     checkpoints.save(state, meta)
                     saved = step
-                if save or len(window) == config.log_every:
+                if due:
+                    speed = len(window) / window_seconds
+                    means["learning_rate"] = float(learning_rate(max(updates_made(state) - 1, 0)))
+                    means["images_per_second"] = speed * stage.train.batch_size
+                    means["data_wait"] = waited / window_seconds
                     logbook.record(step, means | _device_bytes(), (num_steps - step) / speed)
                     window, window_seconds, waited = [], 0.0, 0.0
                 if writes and not stopping and (last or step % config.preview_every == 0):

@@ -17,6 +17,7 @@ import pytest
 from binlatent import benchmark, build, evaluate, flops, machine, paper_sizes, speed, workloads
 from binlatent.data.sources import Source
 from binlatent.errors import UserError
+from binlatent.logbook import drop_torn_line
 
 
 def size(tree):
@@ -239,7 +240,7 @@ def test_a_row_that_fails_costs_no_other(tiny_config, monkeypatch, caplog):
 def test_rows_are_known_of_this_machine_alone(tiny_config, tmp_path):
     rows = [paper_sizes.Row("sample", tiny_config, num) for num in (1, 2)]
     out = tmp_path / "rows.jsonl"
-    assert paper_sizes.known(out, rows) == {} == paper_sizes.known(None, rows)
+    assert paper_sizes.known(out, rows) == {}
     subject = {**speed.subject(*rows[1]), "compile_seconds": 1.0}
     lines = [{**subject, "seconds": seconds} for seconds in (1.0, 2.0)]
     lines += [{**subject, "driver": "another"}, {**subject, "steps": 7}]
@@ -260,28 +261,27 @@ def test_another_network_is_another_subject(tiny_config):
 
 def test_only_a_torn_row_is_dropped(tmp_path):
     path = tmp_path / "rows.jsonl"
-    paper_sizes.drop_torn_line(path)
+    drop_torn_line(path, b'{"program"')
     assert not path.exists()
     whole = '{"program": "sample"}\n'
-    for torn, left in (("", whole), ('{"progr', whole), (whole[:-1], whole)):
+    for torn, left in (("", whole), ('{"progr', whole), (whole[:-1], whole), ("{7", whole + "{7")):
         path.write_text(whole + torn)
-        paper_sizes.drop_torn_line(path)
+        drop_torn_line(path, b'{"program"')
         assert path.read_text() == left
-    path.write_text("another's file")
-    paper_sizes.drop_torn_line(path)
-    assert path.read_text() == "another's file"
 
 
 def test_a_row_that_ends_the_process_comes_last_in_the_next(tiny_config, tmp_path, monkeypatch):
     rows = [paper_sizes.Row("decode", tiny_config, num) for num in (1, 2, 3)]
-    attempts = tmp_path / "attempts"
-    assert paper_sizes.least_tried(rows, attempts) == rows
+    out = str(tmp_path / "rows.jsonl")
+    left, attempts = paper_sizes.missing(out, rows)
+    assert left == rows
     monkeypatch.setattr(speed, "measure", lambda *row: {"batch_size": row[2]})
-    # The second is begun, but what comes then is not told any more.
-    began = paper_sizes.measure(rows, attempts)
-    next(began), next(began)
+    began = paper_sizes.measure(left, attempts)
+    assert [next(began)["batch_size"], next(began)["batch_size"]] == [1, 2]
     began.close()
-    assert [row.batch_size for row in paper_sizes.least_tried(rows[1:], attempts)] == [3, 2]
+    # The second is begun, but has left no row.
+    Path(out).write_text(json.dumps({**speed.subject(*rows[0]), "compile_seconds": 1.0}) + "\n")
+    assert [row.batch_size for row in paper_sizes.missing(out, rows)[0]] == [3, 2]
 
 
 def test_the_papers_table_goes_on_where_it_was(tmp_path):
