@@ -74,6 +74,7 @@ def sample_codes(
       denoiser, pair, threshold_last, corrector_steps, return_trajectory: static.
       The last ones as of `sampling.reverse_process`, which says what is returned.
     """
+    params = denoiser.network.round_weights(params)
 
     def output(z_t, t, labels=None):
         return denoiser.output(params, z_t, jnp.full(len(z_t), t), labels)
@@ -112,6 +113,7 @@ def code_lengths(
     num_draws: int,
 ) -> Array:
     """Returns the bound on each code's length in bits, (n,); see `likelihood.likelihood_bound`."""
+    params = denoiser.network.round_weights(params)
 
     def denoise(z_t, t):
         t = jnp.full(len(z_t), t)

@@ -117,6 +117,22 @@ def test_transformer_in_bfloat16_gives_float32_logits_that_agree_roughly(made):
     np.testing.assert_allclose(logits, model.apply(params, Z, TIME, label), atol=0.15)
 
 
+def test_rounded_weights_give_the_same_logits_in_bfloat16(made):
+    model, params, label = made
+    half = model.clone(dtype=jnp.bfloat16)
+    rounded = half.round_weights(params)
+    np.testing.assert_array_equal(
+        half.apply(rounded, Z, TIME, label), half.apply(params, Z, TIME, label)
+    )
+    blocks = rounded["params"]["blocks_0"]
+    assert blocks["mlp_0"]["kernel"].dtype == blocks["attn"]["qkv"]["kernel"].dtype == jnp.bfloat16
+    assert blocks["ln1"]["scale"].dtype == rounded["params"]["head"]["kernel"].dtype == jnp.float32
+    # In float32 nothing is to be done.
+    assert all(
+        jax.tree.leaves(jax.tree.map(lambda x, y: x is y, params, model.round_weights(params)))
+    )
+
+
 def test_positions_are_sines_of_row_and_column():
     positions = np.asarray(sine_positions_2d(3, 5, 16))
     row, column = 2, 4

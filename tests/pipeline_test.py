@@ -114,6 +114,44 @@ def test_temperature_guidance_and_label_do_not_recompile(pipeline):
     assert sample_codes._cache_size() == compiled
 
 
+def _rounded(jaxpr, in_loop=False):
+    """Yields the shape of each array that becomes bfloat16, and whether that is in a loop."""
+    for equation in jaxpr.eqns:
+        (x, *_), (y, *_) = equation.invars or [None], equation.outvars or [None]
+        if equation.primitive.name == "convert_element_type" and y.aval.dtype == "bfloat16":
+            yield x.aval.shape, in_loop
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(inner):
+                loop = in_loop or equation.primitive.name in ("scan", "while")
+                yield from _rounded(getattr(inner, "jaxpr", inner), loop)
+
+
+def _is_jaxpr(x):
+    return hasattr(x, "eqns")
+
+
+def test_sampling_in_bfloat16_rounds_the_weights_before_its_loop(tiny_config, pipeline):
+    tiny_config.dtype = "bfloat16"
+    n, denoiser = 4, build.denoiser(tiny_config)
+    times = np.linspace(8, 0, 5, dtype=np.float32)
+    traced = sample_codes.trace(
+        pipeline.prior_params,
+        sample_keys(jax.random.key(0), n),
+        np.zeros(n, int),
+        np.full((n, *pipeline.code_shape), 0.5, np.float32),
+        *(None, times, np.ones(4, np.float32), 1.0, 0.1),
+        denoiser=denoiser,
+        pair="plain_mixture",
+        threshold_last=False,
+        corrector_steps=0,
+        return_trajectory=False,
+    )
+    rounded = list(_rounded(traced.jaxpr.jaxpr))
+    kernel = pipeline.prior_params["params"]["blocks_0"]["mlp_0"]["kernel"].shape
+    # The tiny network has one layer.
+    assert [in_loop for shape, in_loop in rounded if shape == kernel] == [False]
+
+
 @pytest.mark.parametrize("steps", [1, 5, 8])
 def test_trajectory_has_a_state_a_step_and_ends_in_the_sample(pipeline, steps):
     passed = pipeline.trajectory(2, jax.random.key(0), 0, steps=steps)
