@@ -36,7 +36,6 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.target = "z_0"  # in the evidence form, the best; see docs/ablations.md
     config.prior.cache_codes = True
     config.prior.train.batch_size = 128
-    config.prior.train.accumulate = 4  # on a CPU quicker than the 2 of its own choice
     config.prior.train.num_steps = 1_700
     config.prior.train.learning_rate = 4e-3
     config.prior.train.warmup_steps = 100

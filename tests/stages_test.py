@@ -119,18 +119,18 @@ def test_parts_of_a_batch_make_the_prior_the_same_update(config, num_devices, ac
 @pytest.mark.parametrize(
     "cores, images, tokens, parts",
     [
-        (2, 8, 256, 2),  # of 4 x 256 tokens = 2 x 512
-        (2, 128, 16, 2),  # 64 x 16 = 2 x 512
-        (2, 24, 100, 2),  # 12 x 100 >= 1,024 > 8 x 100
-        (2, 7, 256, 1),  # 7 is prime
+        (2, 8, 256, 4),  # of 2 x 256 tokens = 2 x 256
+        (2, 128, 16, 4),  # 32 x 16 = 2 x 256
+        (2, 24, 100, 4),  # 6 x 100 >= 512 > 4 x 100
+        (2, 7, 128, 1),  # 7 is prime
         (2, 7, 1024, 7),
         (2, 1, 4096, 1),
         (2, 8, 16, 1),  # too few for a second part
-        (4, 128, 16, 1),  # 4 x 512 = all of them
-        (1, 8, 256, 4),
+        (8, 128, 16, 1),  # 8 x 256 = all of them
+        (1, 8, 256, 8),
     ],
 )
-def test_a_part_of_a_batch_leaves_each_core_512_tokens(monkeypatch, cores, images, tokens, parts):
+def test_a_part_of_a_batch_leaves_each_core_256_tokens(monkeypatch, cores, images, tokens, parts):
     monkeypatch.setattr(machine, "cores", lambda: cores)
     assert prior_stage.parts_for_caches(images, tokens) == parts
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
@@ -150,8 +150,8 @@ def test_the_priors_batch_is_in_parts_if_the_machine_likes_it(config, monkeypatc
         return re.findall(r"scan\[.*?length=(\d+)", str(traced), re.DOTALL)
 
     assert build.code_shape(config)[:2] == (4, 4)
-    assert loops(32) == []  # 512 tokens
-    assert loops(160) == ["5"]  # 32 images each
+    assert loops(16) == []  # 256 tokens
+    assert loops(80) == ["5"]  # 16 images each
 
 
 def test_to_find_a_nan_the_prior_takes_its_batch_whole(config):

@@ -90,8 +90,10 @@ def _attend_by_heads(q: Array, k: Array, v: Array, num_keys: Array | None, cudnn
         mask = None
         if num_keys is not None:
             mask = (jnp.arange(k.shape[1])[None] < num_keys[:, None])[:, None, None]
-        # A few heads at a time: their weights fit into the caches, and parts go side by side.
-        parts = zip(*(jnp.split(y, math.gcd(k.shape[2], 4), axis=2) for y in qkv), strict=True)
+        # A head or a few at a time: their weights fit into the caches, and parts go side by side.
+        # With few tokens there is less to win, and each part takes time to start.
+        num_parts = math.gcd(k.shape[2], 8 if k.shape[1] >= 128 else 4)
+        parts = zip(*(jnp.split(y, num_parts, axis=2) for y in qkv), strict=True)
         return jnp.concatenate([_attend_on_cpu(*part, mask=mask) for part in parts], axis=2)
 
     return jax.lax.platform_dependent(q, k, v, cpu=attend_on_cpu, default=attend)

@@ -250,7 +250,7 @@ def loss(
 def parts_for_caches(images: int, tokens: int) -> int:
     """Returns in how many parts this machine takes a batch; the update is the same up to rounding.
 
-    On a CPU as many as leave each core 512 tokens: what fewer leave behind for the gradient comes
+    On a CPU as many as leave each core 256 tokens: what fewer leave behind for the gradient comes
     back from the caches, but adding up the gradients of more parts takes longer than that saves.
     Elsewhere one.
 
@@ -260,7 +260,7 @@ def parts_for_caches(images: int, tokens: int) -> int:
     """
     if jax.default_backend() != "cpu":
         return 1
-    least = 512 * machine.cores()
+    least = 256 * machine.cores()
     divisors = (num for num in range(1, images + 1) if images % num == 0)
     return max(num for num in divisors if num == 1 or images // num * tokens >= least)
 
