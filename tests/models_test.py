@@ -208,15 +208,15 @@ def test_products_of_16_bits_are_summed_in_float32_on_cpus_alone(platform, summe
     assert line.split("->")[1].strip().startswith(f"tensor<5x3x{summed}>")
 
 
-@pytest.mark.parametrize("heads", [3, 4])
+@pytest.mark.parametrize("heads, tokens", [(3, 5), (4, 5), (8, 5), (8, 130), (16, 130)])
 @pytest.mark.parametrize("platform", ["cpu", "default"])
-def test_attention_is_to_the_first_keys_alone(monkeypatch, platform, heads):
+def test_attention_is_to_the_first_keys_alone(monkeypatch, platform, heads, tokens):
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, **ways: ways[platform](*x))
     rng = np.random.default_rng(0)
-    q, k, v = (rng.standard_normal((2, 5, heads, 4)) for _ in range(3))
-    rows = [jnp.asarray(x.reshape(10, -1), jnp.float32) for x in (q, k, v)]
-    y = transformer._attend(*rows, 2, heads, jnp.array([5, 3]), cudnn=True).reshape(q.shape)
-    for i, num_keys in enumerate((5, 3)):
+    q, k, v = (rng.standard_normal((2, tokens, heads, 4)) for _ in range(3))
+    rows = [jnp.asarray(x.reshape(2 * tokens, -1), jnp.float32) for x in (q, k, v)]
+    y = transformer._attend(*rows, 2, heads, jnp.array([tokens, 3]), cudnn=True).reshape(q.shape)
+    for i, num_keys in enumerate((tokens, 3)):
         weights = np.exp(np.einsum("qhd,khd->hqk", q[i], k[i, :num_keys]) / np.sqrt(4))
         weights /= weights.sum(-1, keepdims=True)
         expected = np.einsum("hqk,khd->qhd", weights, v[i, :num_keys])
