@@ -27,6 +27,8 @@ _PEAKS = {
     "NVIDIA H100 PCIe": (756e12, 378e12, 51e12),
     "NVIDIA A100-SXM4-40GB": (312e12, 156e12, 19.5e12),
     "NVIDIA A100-SXM4-80GB": (312e12, 156e12, 19.5e12),
+    "NVIDIA A100-PCIE-40GB": (312e12, 156e12, 19.5e12),
+    "NVIDIA A100 80GB PCIe": (312e12, 156e12, 19.5e12),
     "NVIDIA GeForce RTX 3090": (71e12, 35.6e12, 35.6e12),  # the paper's
     "TPU v4": (275e12, 275e12, None),
     "TPU v5 lite": (197e12, 197e12, None),  # v5e
