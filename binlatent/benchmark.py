@@ -230,13 +230,15 @@ def speeds(
         checks.check(configs[-1])
     for batch_size in batch_sizes:
         for config in configs:
-            log.info("Measuring %s at batch size %d", name, batch_size)
+            steps = f", {config.sample.steps} steps" if name == "sample" else ""
+            log.info("Measuring %s at batch size %d%s", name, batch_size, steps)
             yield speed.measure(name, config, batch_size, **options)
 
 
 def define_flags() -> None:
     """Defines the command's flags; not on import, as `binlatent.main` has a --config too."""
-    config_flags.DEFINE_config_file("config", None, "Config file.", lock_config=True)
+    about = "Config file; its keys are flags, as --config.dtype and --config.sample.guidance."
+    config_flags.DEFINE_config_file("config", None, about, lock_config=True)
     flags.DEFINE_multi_integer("batch_size", [1], "Images a device; may be repeated.")
     flags.DEFINE_multi_integer("steps", [], "Sampling steps of sample; may be repeated.")
     flags.DEFINE_integer("repeats", 10, "Measurements, of which the median counts.")
@@ -331,8 +333,8 @@ def _check_numbers(name: str, config: ml_collections.ConfigDict | None) -> None:
             raise UserError(f"--batch_size must be at least 1{multiple}, not {size}.")
     if FLAGS.repeats < 1:
         raise UserError(f"--repeats must be at least 1, not {FLAGS.repeats}.")
-    if FLAGS.peak_tflops is not None and not FLAGS.peak_tflops > 0:
-        raise UserError(f"--peak_tflops must be above 0, not {FLAGS.peak_tflops}.")
+    if FLAGS.peak_tflops is not None and not 0 < FLAGS.peak_tflops < float("inf"):
+        raise UserError(f"--peak_tflops must be above 0 and finite, not {FLAGS.peak_tflops}.")
 
 
 if __name__ == "__main__":

@@ -140,8 +140,8 @@ def _check_prior(config: Config) -> None:
     checks.check_bits(config)
     if config.prior.condition == "class" and config.data.num_classes == -1:
         raise UserError(
-            "Set --config.data.num_classes, 0 for no classes: to measure a prior, no data is "
-            "opened that could tell."
+            "Say how many classes there are, as in --config.data.num_classes=10, 0 for none: to "
+            "measure a prior, no data is opened that could tell."
         )
 
 

@@ -17,7 +17,7 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
 fi
 for argument in "$@"; do
   case $argument in
-    --help | -h) exec python3 -m binlatent.benchmark --help ;;
+    --help | -h) exec sed -n '/^set -/q; s/^# //p' launch/benchmark.sh ;;
   esac
 done
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # one, unless you name others

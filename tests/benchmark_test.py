@@ -147,7 +147,7 @@ def test_each_batch_size_and_number_of_steps_is_a_row(tiny_config, monkeypatch):
 
 
 def test_sampling_is_measured_as_the_pipeline_compiles_it(tiny_config, caplog):
-    with pytest.raises(UserError, match="Set --config.data.num_classes"):
+    with pytest.raises(UserError, match="as in --config.data.num_classes=10"):
         workloads.sample(tiny_config, 8, 2)
     tiny_config.data.num_classes = 10
     work = workloads.sample(tiny_config, 8, 2)
@@ -311,7 +311,8 @@ def test_the_papers_table_goes_on_where_it_was(tmp_path):
         ("--topology=v5p:2x2x1", "--topology is not for decode but for memory."),
         ("--batch_size=0", "--batch_size must be at least 1, not 0"),
         ("--repeats=0", "--repeats must be at least 1, not 0"),
-        ("--peak_tflops=0", "--peak_tflops must be above 0, not 0"),
+        ("--peak_tflops=0", "--peak_tflops must be above 0 and finite, not 0"),
+        ("--peak_tflops=inf", "--peak_tflops must be above 0 and finite, not inf"),
         ("--out=/nowhere/rows", "Cannot write --out=/nowhere/rows (No such file"),
     ],
 )
@@ -348,3 +349,10 @@ def test_a_row_that_does_not_fit_costs_no_other():
     assert "take a smaller batch" in result.stderr.splitlines()[-1]
     rows = [line for line in result.stdout.splitlines() if line.startswith("| decode ")]
     assert [row.split("|")[3].strip() for row in rows] == ["1"]
+
+
+def test_the_script_says_what_it_does_and_takes():
+    command = ["bash", "launch/benchmark.sh", "--help"]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert text.startswith("Measures the table of docs/performance.md on one GPU")
+    assert "--peak_tflops" in text and "delete OUT" in text and "#" not in text
