@@ -230,8 +230,7 @@ def speeds(
         checks.check(configs[-1])
     for batch_size in batch_sizes:
         for config in configs:
-            steps = f", {config.sample.steps} steps" if name == "sample" else ""
-            log.info("Measuring %s at batch size %d%s", name, batch_size, steps)
+            log.info("Measuring %s", speed.title(name, config, batch_size))
             yield speed.measure(name, config, batch_size, **options)
 
 

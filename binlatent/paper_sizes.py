@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import ml_collections
 
-from binlatent import speed, workloads
+from binlatent import speed
 from binlatent.errors import UserError
 from binlatent.logbook import drop_torn_line
 
@@ -151,9 +151,7 @@ def measure(
     """
     failed = 0
     for number, row in enumerate(rows, 1):
-        steps = f", {row.config.sample.steps} steps" if row.name == "sample" else ""
-        where = (number, len(rows), row.name, workloads.size(*row[:2]), row.batch_size, steps)
-        log.info("%d of %d: %s of %s at batch size %d%s", *where)
+        log.info("%d of %d: %s", number, len(rows), speed.title(*row))
         if attempts:
             with attempts.open("a") as file:
                 file.write(json.dumps(speed.subject(*row)) + "\n")

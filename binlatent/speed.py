@@ -111,6 +111,12 @@ def subject(name: str, config: ml_collections.ConfigDict, batch_size: int) -> di
     }
 
 
+def title(name: str, config: ml_collections.ConfigDict, batch_size: int) -> str:
+    """Returns what `measure` measures, for people."""
+    steps = f", {config.sample.steps} steps" if name == "sample" else ""
+    return f"{name} of {workloads.size(name, config)} at batch size {batch_size}{steps}"
+
+
 def measure(
     name: str,
     config: ml_collections.ConfigDict,
