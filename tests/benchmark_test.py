@@ -139,6 +139,9 @@ def test_each_batch_size_and_number_of_steps_is_a_row(tiny_config, monkeypatch):
     monkeypatch.setattr(speed, "measure", measure)
     rows = list(benchmark.speeds("sample", tiny_config, [1, 2], [3, 5], repeats=7))
     assert rows == [("sample", n, steps, 7) for n in (1, 2) for steps in (3, 5)]
+    title = speed.title("sample", tiny_config, 2)
+    assert title.startswith("sample of ") and title.endswith(" at batch size 2, 4 steps")
+    assert speed.title("decode", tiny_config, 2).endswith(" at batch size 2")
     rows = list(benchmark.speeds("sample", tiny_config, [1, 2], [], repeats=7))
     assert rows == [("sample", n, 4, 7) for n in (1, 2)]
     measured = benchmark.speeds("sample", tiny_config, [1], [3, 999], repeats=7)
