@@ -13,6 +13,7 @@ import copy
 import functools
 import json
 import logging
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -138,7 +139,8 @@ def data_speed(
       seconds: to measure for, after what was prepared ahead has been taken.
 
     Returns:
-      `images_per_second`, from the median time of a batch, and what it depends on.
+      `images_per_second`, the median of ten parts of that time, `images_per_second_min` and
+      `images_per_second_max`, and what they depend on.
     """
     source = evaluate.open_data(config, "train", keep=False)  # each is decoded, as of large data
     batches = loader.train_batches(
@@ -156,12 +158,17 @@ def data_speed(
         times.append(time.perf_counter())
     # Several batches may come at once; their mean is what keeps a step fed.
     tenths = np.array_split(np.diff(times), min(10, len(times) - 1))
+    speeds = [batch_size / float(np.mean(part)) for part in tenths]
     return {
         "data": config.data.name,
         "image_size": config.data.image_size,
         "batch_size": batch_size,
+        "processor": machine.processor(),
         "cores": machine.cores(),
-        "images_per_second": batch_size / float(np.median([np.mean(part) for part in tenths])),
+        "images_per_second": statistics.median(speeds),
+        "images_per_second_min": min(speeds),
+        "images_per_second_max": max(speeds),
+        **speed.where(),
     }
 
 
@@ -178,26 +185,30 @@ def memory(
                 "batch_size": batch_size,
                 "dtype": config.dtype,
                 "remat": config.autoencoder.remat,
-                "device": device.device_kind,
                 **function(config, batch_size, device),
+                **speed.where(),
+                "device": speed.device_name(device),
+                "devices": 1,
             }
 
 
 def data_table(rows: list[dict]) -> str:
     """Returns the rows of `data_speed` in Markdown."""
-    lines = ["| data | image | batch | cores | images/s |", "|" + "---|" * 5]
+    names = ("data", "image_size", "batch_size", "processor", "cores")
+    lines = ["| data | image | batch | processor | cores | images/s (least to most) |"]
+    lines.append("|" + "---|" * 6)
     for row in rows:
-        *cells, speed = row.values()
-        lines.append(f"| {' | '.join(map(str, cells))} | {speed:.0f} |")
-    return "\n".join(lines) + "\n"
+        median, least, most = (row[f"images_per_second{end}"] for end in ("", "_min", "_max"))
+        cells = [*(row[name] for name in names), f"{median:.0f} ({least:.0f} to {most:.0f})"]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join([*lines, *speed.measured_on(rows)]) + "\n"
 
 
 def table(rows: list[dict]) -> str:
     """Returns the rows of `memory` in Markdown."""
     lines = [
-        "| program | image | batch | compute | remat | device | arguments | temporary | total "
-        "| TFLOP |",
-        "|" + "---|" * 10,
+        "| program | image | batch | compute | remat | arguments | temporary | total | TFLOP |",
+        "|" + "---|" * 9,
     ]
     for row in rows:
         sizes = " | ".join(
@@ -205,10 +216,10 @@ def table(rows: list[dict]) -> str:
         )
         lines.append(
             f"| {row['what']} | {row['image_size']} | {row['batch_size']} | {row['dtype']} "
-            f"| {'yes' if row['remat'] else 'no'} | {row['device']} | {sizes} "
+            f"| {'yes' if row['remat'] else 'no'} | {sizes} "
             f"| {'-' if row['flops'] is None else format(row['flops'] / 1e12, '.3g')} |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *speed.measured_on(rows)]) + "\n"
 
 
 def speeds(

@@ -39,6 +39,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         if "Traceback" in message:  # of the config file; its last line says what is wrong
             last = message.splitlines()[-1]
             message = "--config: " + re.sub(r"^[\w.]*Error: ", "", last)
+        message = re.sub(r"invalid literal for int.*?: ('.*')", r"\1 is no whole number", message)
     except (AttributeError, KeyError) as error:  # ml_collections', for an unknown key
         while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]

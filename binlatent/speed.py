@@ -68,6 +68,16 @@ def driver() -> str | None:
     return result.stdout.split("\n")[0].strip() or None
 
 
+def where() -> dict[str, Any]:
+    """Returns what a measurement was made with: devices, JAX, driver."""
+    return {
+        "device": device_name(jax.devices()[0]),
+        "devices": jax.local_device_count(),
+        "jax": jax.__version__,
+        "driver": driver(),
+    }
+
+
 def seconds_a_call(call: Callable[[], Any], repeats: int) -> list[float]:
     """Returns how long a call takes, one number a repeat.
 
@@ -104,10 +114,7 @@ def subject(name: str, config: ml_collections.ConfigDict, batch_size: int) -> di
         "guidance": config.sample.guidance if name == "sample" else None,
         "dtype": config.dtype,
         "config": hashlib.sha256(content.encode()).hexdigest()[:8],
-        "device": device_name(jax.devices()[0]),
-        "devices": jax.local_device_count(),
-        "jax": jax.__version__,
-        "driver": driver(),
+        **where(),
     }
 
 
@@ -197,11 +204,17 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['compile_seconds']:.1f} s",
         ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
-    where = {(row["devices"], row["device"], row["jax"], row["driver"]) for row in rows}
-    for devices, device, version, driver in sorted(where, key=str):
+    return "\n".join([*lines, *measured_on(rows)]) + "\n"
+
+
+def measured_on(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns the lines below a table of rows that have what `where` returns."""
+    places = {(row["devices"], row["device"], row["jax"], row["driver"]) for row in rows}
+    lines = []
+    for devices, device, version, driver in sorted(places, key=str):
         driver = f", driver {driver}" if driver else ""
         lines.append(f"\n{devices} x {device}, JAX {version}{driver}")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def _number(x: float) -> str:

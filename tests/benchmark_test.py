@@ -58,9 +58,10 @@ def test_the_command_prints_a_table():
     flags = ["--config=configs/digits.py", "--config.autoencoder.base_width=32", "--batch_size=2"]
     result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    rows = [line.split("|")[1:4] for line in result.stdout.splitlines()[2:]]
-    cells = [[cell.strip() for cell in row] for row in rows]
+    *lines, _, where = result.stdout.splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:4]] for line in lines]
     assert cells == [["train", "28", "2"], ["decode", "28", "2"]]
+    assert where.startswith("1 x cpu (") and where.endswith(f", JAX {jax.__version__}")
     flags = [flags[0], "--config.autoencoder.train.accumulate=0"]
     result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
@@ -82,8 +83,12 @@ def test_data_speed_is_that_of_the_examples(tiny_config, monkeypatch):
     monkeypatch.setattr(evaluate, "open_data", lambda config, split, keep: Source(Slow(), 0))
     monkeypatch.setattr(machine, "cores", lambda: 8)
     row = benchmark.data_speed(tiny_config, 5, seconds=2.0)
-    assert row["cores"] == 8 and 300 < row["images_per_second"] <= 1.1 * 800
-    assert benchmark.data_table([row]).splitlines()[2].startswith("| digits | 28 | 5 | 8 | ")
+    least, median, most = (row[f"images_per_second{end}"] for end in ("_min", "", "_max"))
+    assert row["cores"] == 8 and 300 < median <= 1.1 * 800 and least < median < most
+    lines = benchmark.data_table([row]).splitlines()
+    numbers = f"{median:.0f} ({least:.0f} to {most:.0f})"
+    assert lines[2] == f"| digits | 28 | 5 | {machine.processor()} | 8 | {numbers} |"
+    assert lines[-1] == f"4 x {speed.device_name(jax.devices()[0])}, JAX {jax.__version__}"
 
 
 @pytest.mark.slow
@@ -128,8 +133,10 @@ def test_programs_that_xla_does_not_count_have_no_flops():
     assert workloads.counted_flops((7, counted), (1, uncounted)) is None
     assert uncounted.memory is None and counted.memory == 4 * (3 * 4 + 4 * 5 + 3 * 5)
     row = {"what": "decode", "image_size": 8, "batch_size": 1, "dtype": "float32", "remat": False}
-    row |= {"device": "x", "arguments": 2**30, "temporary": 0, "total": 2**30, "flops": None}
-    assert benchmark.table([row]).endswith("| 1 GiB | 0 GiB | 1 GiB | - |\n")
+    row |= {"arguments": 2**30, "temporary": 0, "total": 2**30, "flops": None}
+    row |= {"device": "TPU v5", "devices": 1, "jax": "0.10.2", "driver": None}
+    end = "| 1 GiB | 0 GiB | 1 GiB | - |\n\n1 x TPU v5, JAX 0.10.2\n"
+    assert benchmark.table([row]).endswith(end)
 
 
 def test_each_batch_size_and_number_of_steps_is_a_row(tiny_config, monkeypatch):

@@ -57,7 +57,7 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
         (tmp_path / f"{name}.py").write_text(text)
     cases = [
         ((CONFIG, wd, "--config.prior.train.num_step=5"), 2, 'Did you mean "num_steps"'),
-        ((CONFIG, wd, "--config.prior.train.num_steps=many"), 2, "num_steps=many"),
+        ((CONFIG, wd, "--config.prior.train.num_steps=many"), 2, "'many' is no whole number"),
         ((CONFIG, wd, "--stepps=4"), 2, "Did you mean: steps"),
         (("--config=configs/ffhq256.py:realesed", wd), 2, "paper or :released, not :realesed"),
         ((wd, "--mode=table4"), 2, "--mode=table4 needs --config"),
