@@ -33,7 +33,6 @@ from binlatent import (
     checks,
     command,
     evaluate,
-    machine,
     paper_sizes,
     speed,
     weights,
@@ -139,8 +138,8 @@ def data_speed(
       seconds: to measure for, after what was prepared ahead has been taken.
 
     Returns:
-      `images_per_second`, the median of ten parts of that time, `images_per_second_min` and
-      `images_per_second_max`, and what they depend on.
+      `images_per_second`, the median of up to ten parts of that time, `images_per_second_min` and
+      `images_per_second_max`, and what they depend on. No device of JAX's is used but the CPU.
     """
     source = evaluate.open_data(config, "train", keep=False)  # each is decoded, as of large data
     batches = loader.train_batches(
@@ -150,6 +149,7 @@ def data_speed(
         random_crop=config.data.crop == "random",
         random_flip=config.data.flip,
     )
+    log.info("Measuring %s at batch size %d", config.data.name, batch_size)
     for _ in range(10):
         next(batches)
     times = [time.perf_counter()]
@@ -163,12 +163,13 @@ def data_speed(
         "data": config.data.name,
         "image_size": config.data.image_size,
         "batch_size": batch_size,
-        "processor": machine.processor(),
-        "cores": machine.cores(),
         "images_per_second": statistics.median(speeds),
         "images_per_second_min": min(speeds),
         "images_per_second_max": max(speeds),
-        **speed.where(),
+        "device": speed.cpu_name(),
+        "devices": 1,
+        "jax": jax.__version__,
+        "driver": None,
     }
 
 
@@ -186,17 +187,17 @@ def memory(
                 "dtype": config.dtype,
                 "remat": config.autoencoder.remat,
                 **function(config, batch_size, device),
-                **speed.where(),
                 "device": speed.device_name(device),
                 "devices": 1,
+                "jax": jax.__version__,
+                "driver": speed.driver() if device.platform == "gpu" else None,
             }
 
 
 def data_table(rows: list[dict]) -> str:
     """Returns the rows of `data_speed` in Markdown."""
-    names = ("data", "image_size", "batch_size", "processor", "cores")
-    lines = ["| data | image | batch | processor | cores | images/s (least to most) |"]
-    lines.append("|" + "---|" * 6)
+    names = ("data", "image_size", "batch_size")
+    lines = ["| data | image | batch | images/s (least to most) |", "|" + "---|" * 4]
     for row in rows:
         median, least, most = (row[f"images_per_second{end}"] for end in ("", "_min", "_max"))
         cells = [*(row[name] for name in names), f"{median:.0f} ({least:.0f} to {most:.0f})"]

@@ -1,5 +1,6 @@
 """What the commands have in common: JAX's settings, their log, how they report what went wrong."""
 
+import atexit
 import logging
 import os
 import re
@@ -26,6 +27,14 @@ def bad_usage(message: str) -> NoReturn:
     sys.exit(2)
 
 
+# What Python and absl say of a flag's value, and what we do.
+_PLAINER = (
+    (r"invalid literal for int.*?: (['\"].*['\"])", r"\1 is no whole number"),
+    (r"could not convert string to float: (['\"].*['\"])", r"\1 is no number"),
+    (r"\('Non-boolean argument to boolean flag', ('.*')\)", r"\1 is neither true nor false"),
+)
+
+
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses absl's flags; a misspelt flag or config key is one sentence and exit code 2.
 
@@ -39,7 +48,8 @@ def parse_flags(argv: list[str]) -> list[str]:
         if "Traceback" in message:  # of the config file; its last line says what is wrong
             last = message.splitlines()[-1]
             message = "--config: " + re.sub(r"^[\w.]*Error: ", "", last)
-        message = re.sub(r"invalid literal for int.*?: ('.*')", r"\1 is no whole number", message)
+        for theirs, ours in _PLAINER:
+            message = re.sub(theirs, ours, message)
     except (AttributeError, KeyError) as error:  # ml_collections', for an unknown key
         while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
@@ -154,6 +164,17 @@ def _unraisable(event: Any) -> None:
         sys.__unraisablehook__(event)
 
 
+def _end_at_once(codes: list[int]) -> None:
+    """Ends the process with the code, if there is one, before Python takes JAX apart.
+
+    After Ctrl-C while it compiled, JAX 0.10 ends in a segmentation fault there.
+    """
+    if codes:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(codes[0])
+
+
 # As XLA's errors begin; of other resources, as of a kernel's shared memory, a traceback says more.
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
 
@@ -170,6 +191,9 @@ def reporting() -> Iterator[None]:
     for noisy in ("absl", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
+    codes: list[int] = []
+    # Now, to be the last of those that are registered later: they have something to close.
+    atexit.register(_end_at_once, codes)
     try:
         yield
     except (UserError, OSError) as error:
@@ -190,4 +214,5 @@ def reporting() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
+        codes.append(130)
         sys.exit(130)

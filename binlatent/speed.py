@@ -53,9 +53,12 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
 def device_name(device: Any) -> str:
     """Returns what a device of JAX's is called; of a CPU also which, and its cores for us."""
-    if device.platform != "cpu":
-        return device.device_kind
-    return f"{device.device_kind} ({machine.processor()}, {machine.cores()} cores)"
+    return cpu_name() if device.platform == "cpu" else device.device_kind
+
+
+def cpu_name() -> str:
+    """Returns what the processor is called, and its cores for us."""
+    return f"cpu ({machine.processor()}, {machine.cores()} cores)"
 
 
 @functools.cache
@@ -66,16 +69,6 @@ def driver() -> str | None:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     result = subprocess.run(query, capture_output=True, text=True)
     return result.stdout.split("\n")[0].strip() or None
-
-
-def where() -> dict[str, Any]:
-    """Returns what a measurement was made with: devices, JAX, driver."""
-    return {
-        "device": device_name(jax.devices()[0]),
-        "devices": jax.local_device_count(),
-        "jax": jax.__version__,
-        "driver": driver(),
-    }
 
 
 def seconds_a_call(call: Callable[[], Any], repeats: int) -> list[float]:
@@ -114,7 +107,10 @@ def subject(name: str, config: ml_collections.ConfigDict, batch_size: int) -> di
         "guidance": config.sample.guidance if name == "sample" else None,
         "dtype": config.dtype,
         "config": hashlib.sha256(content.encode()).hexdigest()[:8],
-        **where(),
+        "device": device_name(jax.devices()[0]),
+        "devices": jax.local_device_count(),
+        "jax": jax.__version__,
+        "driver": driver(),
     }
 
 
@@ -208,7 +204,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def measured_on(rows: list[dict[str, Any]]) -> list[str]:
-    """Returns the lines below a table of rows that have what `where` returns."""
+    """Returns the lines below a table: the `devices`, `device`, `jax` and `driver` of its rows."""
     places = {(row["devices"], row["device"], row["jax"], row["driver"]) for row in rows}
     lines = []
     for devices, device, version, driver in sorted(places, key=str):

@@ -17,6 +17,10 @@ if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
 fi
 for argument in "$@"; do
   case $argument in
+    --out* | --json*)
+      echo "$argument is not for this script, which writes lines of JSON into OUT=DIR." >&2
+      exit 2
+      ;;
     --help | -h) exec sed -n '/^set -/q; s/^# //p' launch/benchmark.sh ;;
   esac
 done

@@ -32,7 +32,6 @@ SMALLER = (
             f"Error: Out of memory allocating 8 bytes: {SMALLER}",
             1,
         ),
-        (KeyboardInterrupt(), "Interrupted.\n", 130),
     ],
 )
 def test_a_command_reports_an_error_as_one_line(capsys, error, line, code):
@@ -66,12 +65,41 @@ def test_ctrl_c_waits_until_writing_has_ended():
     signal.signal(signal.SIGINT, previous)
 
 
+_INTERRUPTED = """
+import atexit, os, signal, threading
+import jax, jax.numpy as jnp
+from binlatent import command
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have it ignored
+
+def chain(x):
+    for i in range(400):
+        x = jnp.sin(x @ x + i)
+    return x
+
+with command.reporting():
+    atexit.register(print, "closed")
+    threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    while True:
+        jax.jit(chain).lower(jnp.ones((50, 50))).compile()
+"""
+
+
+def test_ctrl_c_while_jax_compiles_is_one_word():
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # a compiler that has something to do
+    script = (
+        f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler){_INTERRUPTED}"
+    )
+    command_line = [sys.executable, "-c", script]
+    result = subprocess.run(command_line, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (130, "closed\n")
+    assert result.stderr == "Interrupted.\n"
+
+
 def _prepared(script, before="", **environment):
     """Runs lines after `prepare_jax`, and some before, in a process with its own environment."""
-    script = f"import jax\nfrom binlatent import command\n{before}\ncommand.prepare_jax()\n{script}"
-    unset = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "XLA_FLAGS")
-    kept = {name: value for name, value in os.environ.items() if name not in unset}
-    command_line = [sys.executable, "-W", "error", "-c", script]
+    command_line = [sys.executable, "-c", _INTERRUPTED]
     result = subprocess.run(command_line, env=kept | environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
