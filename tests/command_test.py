@@ -88,10 +88,7 @@ with command.reporting():
 def test_ctrl_c_while_jax_compiles_is_one_word():
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # a compiler that has something to do
-    script = (
-        f"import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler){_INTERRUPTED}"
-    )
-    command_line = [sys.executable, "-c", script]
+    command_line = [sys.executable, "-c", _INTERRUPTED]
     result = subprocess.run(command_line, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (130, "closed\n")
     assert result.stderr == "Interrupted.\n"
@@ -99,7 +96,10 @@ def test_ctrl_c_while_jax_compiles_is_one_word():
 
 def _prepared(script, before="", **environment):
     """Runs lines after `prepare_jax`, and some before, in a process with its own environment."""
-    command_line = [sys.executable, "-c", _INTERRUPTED]
+    script = f"import jax\nfrom binlatent import command\n{before}\ncommand.prepare_jax()\n{script}"
+    unset = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "XLA_FLAGS")
+    kept = {name: value for name, value in os.environ.items() if name not in unset}
+    command_line = [sys.executable, "-W", "error", "-c", script]
     result = subprocess.run(command_line, env=kept | environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout.split()
