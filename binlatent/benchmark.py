@@ -139,7 +139,7 @@ def data_speed(
 
     Returns:
       `images_per_second`, the median of up to ten parts of that time, `images_per_second_min` and
-      `images_per_second_max`, and what they depend on. No device of JAX's is used but the CPU.
+      `images_per_second_max`, and what they depend on. JAX's devices are left alone.
     """
     source = evaluate.open_data(config, "train", keep=False)  # each is decoded, as of large data
     batches = loader.train_batches(

@@ -164,15 +164,15 @@ def _unraisable(event: Any) -> None:
         sys.__unraisablehook__(event)
 
 
-def _end_at_once(codes: list[int]) -> None:
-    """Ends the process with the code, if there is one, before Python takes JAX apart.
+def _end_if_set(interrupted: threading.Event) -> None:
+    """Ends an interrupted process with code 130 before Python takes JAX apart.
 
     After Ctrl-C while it compiled, JAX 0.10 ends in a segmentation fault there.
     """
-    if codes:
+    if interrupted.is_set():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(codes[0])
+        os._exit(130)
 
 
 # As XLA's errors begin; of other resources, as of a kernel's shared memory, a traceback says more.
@@ -191,9 +191,9 @@ def reporting() -> Iterator[None]:
     for noisy in ("absl", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
-    codes: list[int] = []
-    # Now, to be the last of those that are registered later: they have something to close.
-    atexit.register(_end_at_once, codes)
+    interrupted = threading.Event()
+    # Here already, to come after what is registered later, which has something to close.
+    atexit.register(_end_if_set, interrupted)
     try:
         yield
     except (UserError, OSError) as error:
@@ -214,5 +214,5 @@ def reporting() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
-        codes.append(130)
+        interrupted.set()
         sys.exit(130)

@@ -58,6 +58,8 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
     cases = [
         ((CONFIG, wd, "--config.prior.train.num_step=5"), 2, 'Did you mean "num_steps"'),
         ((CONFIG, wd, "--config.prior.train.num_steps=many"), 2, "'many' is no whole number"),
+        ((CONFIG, wd, "--config.sample.guidance=much"), 2, "'much' is no number"),
+        ((CONFIG, wd, "--config.data.flip=maybe"), 2, "'maybe' is neither true nor false"),
         ((CONFIG, wd, "--stepps=4"), 2, "Did you mean: steps"),
         (("--config=configs/ffhq256.py:realesed", wd), 2, "paper or :released, not :realesed"),
         ((wd, "--mode=table4"), 2, "--mode=table4 needs --config"),
