@@ -18,6 +18,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from binlatent import machine
 from binlatent.errors import UserError
 
 
@@ -86,11 +87,7 @@ def given_config() -> ml_collections.ConfigDict | None:
     return flag.value
 
 
-# Of XLA's two sets of kernels for CPUs, YNNPACK's for products of matrices, which take transposed
-# ones as they are, and Eigen's or XLA's own for all else (docs/performance.md has the numbers).
 # JAX 0.10 to 0.12 know the flag and this value; one that does not would end the process.
-_CPU_KERNELS = "--xla_cpu_experimental_ynn_fusion_type"
-_PRODUCTS_ALONE = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 _KNOWN_IN = ((0, 10), (0, 13))
 
 
@@ -104,8 +101,8 @@ def prepare_jax() -> None:
     given = os.environ.get("XLA_FLAGS", "").strip()
     is_file = bool(given) and not given.startswith("-")  # XLA then reads its flags there
     known = _KNOWN_IN[0] <= jax.__version_info__ < _KNOWN_IN[1]
-    if known and not is_file and _CPU_KERNELS not in given:
-        os.environ["XLA_FLAGS"] = f"{_CPU_KERNELS}={_PRODUCTS_ALONE} {given}".strip()
+    if known and not is_file and machine.CPU_KERNELS not in given:
+        os.environ["XLA_FLAGS"] = f"--{machine.CPU_KERNELS}={machine.YNN_PRODUCTS} {given}".strip()
     if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
         folder = _cache_folder()
         if folder is None:
@@ -175,6 +172,15 @@ def _end_if_set(interrupted: threading.Event) -> None:
         os._exit(130)
 
 
+def _lacks_devices() -> bool:
+    """Tells whether JAX finds no device of the platforms that it was told to use."""
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError):  # the first of CUDA without its plugin
+        return True
+    return False
+
+
 # As XLA's errors begin; of other resources, as of a kernel's shared memory, a traceback says more.
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
 
@@ -183,7 +189,8 @@ _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
 def reporting() -> Iterator[None]:
     """Logs the package's progress; a user's error, raised inside, is one sentence and exit code 1.
 
-    So are an error of the file system and too little memory; Ctrl-C is one word and exit code 130.
+    So are an error of the file system, too little memory and a device that is not there; Ctrl-C is
+    one word and exit code 130.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("binlatent").setLevel(logging.INFO)
@@ -210,6 +217,14 @@ def reporting() -> Iterator[None]:
         sys.stderr.write(
             f"Error: {what.removeprefix('RESOURCE_EXHAUSTED: ')}: there is too little memory; take "
             "a smaller batch, or in training more parts of it (train.accumulate).\n"
+        )
+        sys.exit(1)
+    except (AssertionError, RuntimeError):
+        if not jax.config.jax_platforms or not _lacks_devices():
+            raise
+        sys.stderr.write(
+            f"Error: JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}: leave that "
+            'out, or install what JAX needs for it, as by pip install "jax[cuda13]".\n'
         )
         sys.exit(1)
     except KeyboardInterrupt:

@@ -282,7 +282,8 @@ class BinaryLatentDiffusion:
             guidance = np.zeros_like(guidance)  # (1 + w) a - w a is a, for half the cost
 
         def draw(keys, labels, start_probs, *known_parts):
-            codes, trajectory = programs.sample_codes(
+            sample_codes = programs.sampler(start_probs, self._denoiser)
+            codes, trajectory = sample_codes(
                 self.prior_params,
                 keys,
                 labels,

@@ -283,7 +283,7 @@ def sample(config: Config, num: int, on_device: int) -> Work:
     start = np.full((num, *pipeline.code_shape), 0.5, np.float32)
     # As the pipeline calls them, so that it finds them compiled.
     sampler = compile_program(
-        programs.sample_codes,
+        programs.sampler(start, denoiser),
         pipeline.prior_params,
         *spread([programs.sample_keys(jax.random.key(0), num), labels, start]),
         None,

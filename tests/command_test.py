@@ -94,6 +94,17 @@ def test_ctrl_c_while_jax_compiles_is_one_word():
     assert result.stderr == "Interrupted.\n"
 
 
+@pytest.mark.parametrize("platform", ["cuda", "none_such"])  # JAX's errors differ
+def test_a_device_that_is_not_there_is_one_sentence(platform):
+    script = "import jax\nfrom binlatent import command\nwith command.reporting(): jax.devices()"
+    environment = os.environ | {"JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""}
+    command_line = [sys.executable, "-c", script]
+    result = subprocess.run(command_line, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"Error: JAX finds no device of JAX_PLATFORMS={platform}: ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def _prepared(script, before="", **environment):
     """Runs lines after `prepare_jax`, and some before, in a process with its own environment."""
     script = f"import jax\nfrom binlatent import command\n{before}\ncommand.prepare_jax()\n{script}"

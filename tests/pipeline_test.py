@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binlatent import build, checks, figures, masks, outputs
+from binlatent import build, checks, figures, masks, outputs, programs
 from binlatent.diffusion import bernoulli
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion, known_tokens
@@ -150,6 +150,43 @@ def test_sampling_in_bfloat16_rounds_the_weights_before_its_loop(tiny_config, pi
     kernel = pipeline.prior_params["params"]["blocks_0"]["mlp_0"]["kernel"].shape
     # The tiny network has one layer.
     assert [in_loop for shape, in_loop in rounded if shape == kernel] == [False]
+
+
+@pytest.mark.parametrize(
+    "dtype, n, by_ynnpack",
+    [("float32", 4 * 63, True), ("float32", 4 * 64, False), ("bfloat16", 4 * 64, True)],
+)
+def test_batches_of_many_tokens_are_sampled_by_eigen(tiny_config, pipeline, dtype, n, by_ynnpack):
+    tiny_config.dtype = dtype
+    denoiser = build.denoiser(tiny_config)
+    start = np.full((n, *pipeline.code_shape), 0.5, np.float32)  # 16 tokens, four devices
+    text = (
+        programs.sampler(start, denoiser)
+        .lower(
+            pipeline.prior_params,
+            sample_keys(jax.random.key(0), n),
+            np.zeros(n, int),
+            start,
+            *(None, np.array([8, 0], np.float32), np.ones(1, np.float32), 1.0, 0.1),
+            denoiser=denoiser,
+            pair="plain_mixture",
+            threshold_last=False,
+            corrector_steps=0,
+            return_trajectory=False,
+        )
+        .compile()
+        .as_text()
+    )
+    assert ("ynn_fusion" in text) == by_ynnpack
+
+
+def test_a_sample_is_the_same_by_either_kernels(pipeline):
+    n, key = 4 * 64, jax.random.key(0)
+    pipeline.config.sample.batch_size = n
+    many = pipeline.sample_codes(n, key, 0, steps=8)
+    pipeline.config.sample.batch_size = n // 4
+    few = pipeline.sample_codes(n, key, 0, steps=8)
+    assert np.mean(many != few) < 1e-3
 
 
 @pytest.mark.parametrize("steps", [1, 5, 8])
