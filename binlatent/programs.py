@@ -109,18 +109,18 @@ _sample_codes_by_eigen = jax.jit(
 def sampler(start_probs: Array, denoiser: Denoiser) -> Callable:
     """Returns `sample_codes`, compiled with the faster of XLA's kernels for such a batch.
 
-    On CPUs Eigen multiplies matrices of many rows faster than YNNPACK, and neither has a gradient's
-    transposed ones here. Numbers of 16 bits stay with YNNPACK, which has the processor's own
-    products of them.
+    On CPUs Eigen multiplies wide matrices of many rows faster than YNNPACK, and there are no
+    transposed ones here, as a gradient's. Numbers of 16 bits stay with YNNPACK, which has the
+    processor's own products of them.
 
     Args:
       start_probs, denoiser: as of `sample_codes`.
     """
     n, h, w, _ = start_probs.shape
-    many = n // jax.local_device_count() * h * w >= 1024
-    ynnpack = jax.default_backend() == "cpu" and machine.multiplies_by_ynnpack()
-    in_float32 = denoiser.network.dtype == jnp.float32
-    return _sample_codes_by_eigen if many and ynnpack and in_float32 else sample_codes
+    rows, network = n // jax.local_device_count() * h * w, denoiser.network
+    large = rows >= 1024 and network.width >= 512 and network.dtype == jnp.float32
+    by_ynnpack = jax.default_backend() == "cpu" and machine.multiplies_by_ynnpack()
+    return _sample_codes_by_eigen if large and by_ynnpack else sample_codes
 
 
 @functools.partial(jax.jit, static_argnames=("denoiser", "num_draws"))

@@ -153,40 +153,44 @@ def test_sampling_in_bfloat16_rounds_the_weights_before_its_loop(tiny_config, pi
 
 
 @pytest.mark.parametrize(
-    "dtype, n, by_ynnpack",
-    [("float32", 4 * 63, True), ("float32", 4 * 64, False), ("bfloat16", 4 * 64, True)],
+    "width, dtype, n, by_ynnpack",
+    [
+        (512, "float32", 4 * 64, False),
+        (512, "float32", 4 * 63, True),
+        (256, "float32", 4 * 64, True),
+        (512, "bfloat16", 4 * 64, True),
+    ],
 )
-def test_batches_of_many_tokens_are_sampled_by_eigen(tiny_config, pipeline, dtype, n, by_ynnpack):
-    tiny_config.dtype = dtype
+def test_large_batches_are_sampled_by_eigen(tiny_config, width, dtype, n, by_ynnpack):
+    tiny_config.data.num_classes = 10
+    tiny_config.prior.width, tiny_config.dtype = width, dtype
     denoiser = build.denoiser(tiny_config)
-    start = np.full((n, *pipeline.code_shape), 0.5, np.float32)  # 16 tokens, four devices
-    text = (
-        programs.sampler(start, denoiser)
-        .lower(
-            pipeline.prior_params,
-            sample_keys(jax.random.key(0), n),
-            np.zeros(n, int),
-            start,
-            *(None, np.array([8, 0], np.float32), np.ones(1, np.float32), 1.0, 0.1),
-            denoiser=denoiser,
-            pair="plain_mixture",
-            threshold_last=False,
-            corrector_steps=0,
-            return_trajectory=False,
-        )
-        .compile()
-        .as_text()
+    start = np.full((n, *build.code_shape(tiny_config)), 0.5, np.float32)  # of 16 tokens
+    lowered = programs.sampler(start, denoiser).lower(
+        build.init_prior(tiny_config, jax.random.key(0)),
+        sample_keys(jax.random.key(0), n),
+        None,
+        start,
+        *(None, np.array([8, 0], np.float32), np.zeros(1, np.float32), 1.0, 0.1),
+        denoiser=denoiser,
+        pair="plain_mixture",
+        threshold_last=False,
+        corrector_steps=0,
+        return_trajectory=False,
     )
-    assert ("ynn_fusion" in text) == by_ynnpack
+    assert ("ynn_fusion" in lowered.compile().as_text()) == by_ynnpack
 
 
-def test_a_sample_is_the_same_by_either_kernels(pipeline):
-    n, key = 4 * 64, jax.random.key(0)
-    pipeline.config.sample.batch_size = n
-    many = pipeline.sample_codes(n, key, 0, steps=8)
-    pipeline.config.sample.batch_size = n // 4
-    few = pipeline.sample_codes(n, key, 0, steps=8)
-    assert np.mean(many != few) < 1e-3
+def test_a_sample_is_the_same_by_either_kernels(tiny_config):
+    tiny_config.data.num_classes, tiny_config.prior.width = 10, 512
+    key = jax.random.key(0)
+    prior = random_like(build.init_prior(tiny_config, key), 2)
+    pipeline = BinaryLatentDiffusion(tiny_config, build.init_autoencoder(tiny_config, key), prior)
+    codes = []
+    for batch_size in (4 * 64, 4 * 16):
+        pipeline.config.sample.batch_size = batch_size
+        codes.append(pipeline.sample_codes(4 * 64, key, steps=8))
+    assert np.mean(codes[0] != codes[1]) < 1e-3
 
 
 @pytest.mark.parametrize("steps", [1, 5, 8])
