@@ -2,8 +2,9 @@
 
 `train_autoencoder`, `train_prior`, `sample`, `decode`, `encode` and `network` (the prior's, once)
 run the compiled programs with random weights, no data and no workdir, and say how fast they are;
-see docs/performance.md. `paper` measures all rows of that page's table for GPUs, but those that
---out has already. `data` reads the config's training images as training does, and says how
+see docs/performance.md. As no data says how many classes there are, the prior has to be told, as by
+--config.data.num_classes=10. `paper` measures all rows of that page's table for GPUs, but those
+that --out has already. `data` reads the config's training images as training does, and says how
 many a second. `memory` compiles the autoencoder's training step and its decoder, without running
 them, and says what memory the compiled programs ask for. With --topology they are compiled for
 TPUs that need not be there (`pip install libtpu`).
@@ -233,13 +234,15 @@ def speeds(
     """Yields a row of `speed.measure` for each batch size and number of steps, of `sample` alone.
 
     Raises:
-      UserError: before the first row, if one of the numbers of steps cannot be.
+      UserError: before the first row, if one of the numbers of steps cannot be, or the config lacks
+        what the program needs.
     """
     configs = []
     for num_steps in steps or [config.sample.steps]:
         configs.append(copy.deepcopy(config))
         configs[-1].sample.steps = num_steps
         checks.check(configs[-1])
+        workloads.check(name, configs[-1])
     for batch_size in batch_sizes:
         for config in configs:
             log.info("Measuring %s", speed.title(name, config, batch_size))
@@ -252,7 +255,11 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, about, lock_config=True)
     flags.DEFINE_multi_integer("batch_size", [1], "Images a device; may be repeated.")
     flags.DEFINE_multi_integer("steps", [], "Sampling steps of sample; may be repeated.")
-    flags.DEFINE_integer("repeats", 10, "Measurements, of which the median counts.")
+    flags.DEFINE_integer(
+        "repeats",
+        10,
+        "Measurements of a program, of which the median counts; not of data and memory.",
+    )
     flags.DEFINE_float(
         "peak_tflops", None, "What the device can reach, in place of what is known of it."
     )

@@ -55,7 +55,7 @@ def parse_flags(argv: list[str]) -> list[str]:
         while error.args and isinstance(error.args[0], Exception):
             error = error.args[0]
         text = " ".join(str(error.args[0]).split()) if error.args else ""
-        message = f"--config has no key {text}"
+        message = f"--config has no key {text.replace(' Did you', '. Did you')}"
         if "'get_config'" in text:
             message = "--config is no config: a file with a function get_config() is wanted"
     except OSError as error:  # ml_collections', where there is an override for a missing file
@@ -87,7 +87,7 @@ def given_config() -> ml_collections.ConfigDict | None:
     return flag.value
 
 
-# JAX 0.10 to 0.12 know the flag and this value; one that does not would end the process.
+# JAX 0.10 to 0.12 know `YNN_FUSIONS` and this value; one that does not would end the process.
 _KNOWN_IN = ((0, 10), (0, 13))
 
 
@@ -101,8 +101,8 @@ def prepare_jax() -> None:
     given = os.environ.get("XLA_FLAGS", "").strip()
     is_file = bool(given) and not given.startswith("-")  # XLA then reads its flags there
     known = _KNOWN_IN[0] <= jax.__version_info__ < _KNOWN_IN[1]
-    if known and not is_file and machine.CPU_KERNELS not in given:
-        os.environ["XLA_FLAGS"] = f"--{machine.CPU_KERNELS}={machine.YNN_PRODUCTS} {given}".strip()
+    if known and not is_file and machine.YNN_FUSIONS not in given:
+        os.environ["XLA_FLAGS"] = f"--{machine.YNN_FUSIONS}={machine.YNN_PRODUCTS} {given}".strip()
     if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
         folder = _cache_folder()
         if folder is None:
@@ -172,13 +172,20 @@ def _end_if_set(interrupted: threading.Event) -> None:
         os._exit(130)
 
 
-def _lacks_devices() -> bool:
-    """Tells whether JAX finds no device of the platforms that it was told to use."""
+def _missing_device(error: Exception) -> str | None:
+    """Returns how JAX says, if that is the error, that JAX_PLATFORMS has no device; None if not."""
+    platforms = jax.config.jax_platforms
+    if not platforms:
+        return None
     try:
         jax.devices()
-    except (AssertionError, RuntimeError):  # the first of CUDA without its plugin
-        return True
-    return False
+    except (AssertionError, RuntimeError) as missing:
+        if repr(missing) != repr(error):
+            return None
+        said = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        # Of CUDA without its plugin JAX 0.10 says nothing.
+        return said or f"There is no device of JAX_PLATFORMS={platforms}"
+    return None
 
 
 # As XLA's errors begin; of other resources, as of a kernel's shared memory, a traceback says more.
@@ -219,12 +226,13 @@ def reporting() -> Iterator[None]:
             "a smaller batch, or in training more parts of it (train.accumulate).\n"
         )
         sys.exit(1)
-    except (AssertionError, RuntimeError):
-        if not jax.config.jax_platforms or not _lacks_devices():
+    except (AssertionError, RuntimeError) as error:
+        missing = _missing_device(error)
+        if missing is None:
             raise
         sys.stderr.write(
-            f"Error: JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}: leave that "
-            'out, or install what JAX needs for it, as by pip install "jax[cuda13]".\n'
+            f"Error: {missing}: leave JAX_PLATFORMS out, or install what JAX needs for it "
+            '("jax[cuda13]" for "cuda").\n'
         )
         sys.exit(1)
     except KeyboardInterrupt:

@@ -4,9 +4,10 @@ import os
 import platform
 from pathlib import Path
 
-# Of XLA's two sets of kernels for CPUs, YNNPACK's for products of matrices, which take transposed
-# ones as they are, and Eigen's or XLA's own for all else (docs/performance.md has the numbers).
-CPU_KERNELS = "xla_cpu_experimental_ynn_fusion_type"
+# The flag by which XLA leaves work on CPUs to YNNPACK, in place of its own kernels and Eigen's, and
+# what it is to leave: products of two matrices, of which YNNPACK takes a transposed second one as
+# it is (docs/performance_tried.md has the numbers).
+YNN_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 YNN_PRODUCTS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
 
@@ -17,14 +18,23 @@ def cores() -> int:
     return os.cpu_count() or 1  # macOS knows no affinity
 
 
+def _cpuinfo(name: str) -> str:
+    """Returns what Linux says of the first core, "" where the system does not say."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(name)), "")
+
+
 def processor() -> str:
     """Returns what the processor is called; its architecture where the system does not say."""
-    cpuinfo = Path("/proc/cpuinfo")  # Linux'
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return _cpuinfo("model name") or platform.machine()
+
+
+def has_amx() -> bool:
+    """Tells whether the processor has Intel's AMX; False where the system does not say."""
+    return "amx_tile" in _cpuinfo("flags").split()
 
 
 def multiplies_by_ynnpack() -> bool:
-    """Tells whether XLA was told to multiply by YNNPACK on CPUs, as `command.prepare_jax` does."""
-    return f"--{CPU_KERNELS}={YNN_PRODUCTS}" in os.environ.get("XLA_FLAGS", "")
+    """Tells whether XLA_FLAGS has what `command.prepare_jax` puts there."""
+    return f"--{YNN_FUSIONS}={YNN_PRODUCTS}" in os.environ.get("XLA_FLAGS", "").split()

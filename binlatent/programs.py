@@ -37,10 +37,10 @@ def decode_codes(params: Any, codes: Array, *, model: Autoencoder) -> Array:
     return jnp.clip(model.apply(params, codes, method="decode"), -1, 1)
 
 
-_OF_SAMPLING = ("denoiser", "pair", "threshold_last", "corrector_steps", "return_trajectory")
+_SAMPLING_STATICS = ("denoiser", "pair", "threshold_last", "corrector_steps", "return_trajectory")
 
 
-@functools.partial(jax.jit, static_argnames=_OF_SAMPLING)
+@functools.partial(jax.jit, static_argnames=_SAMPLING_STATICS)
 def sample_codes(
     params: Any,
     keys: Array,
@@ -101,17 +101,17 @@ def sample_codes(
 
 _sample_codes_by_eigen = jax.jit(
     sample_codes.__wrapped__,
-    static_argnames=_OF_SAMPLING,
-    compiler_options={machine.CPU_KERNELS: ""},
+    static_argnames=_SAMPLING_STATICS,
+    compiler_options={machine.YNN_FUSIONS: ""},  # nothing to YNNPACK
 )
 
 
 def sampler(start_probs: Array, denoiser: Denoiser) -> Callable:
     """Returns `sample_codes`, compiled with the faster of XLA's kernels for such a batch.
 
-    On CPUs Eigen multiplies wide matrices of many rows faster than YNNPACK, and there are no
-    transposed ones here, as a gradient's. Numbers of 16 bits stay with YNNPACK, which has the
-    processor's own products of them.
+    On CPUs with AMX Eigen multiplies wide float32 matrices of many rows faster than YNNPACK, as
+    measured on two cores; on others, narrower or of fewer rows it does not, or is slower. To be
+    called, and not traced: JAX takes a compiler's options from no function inside another.
 
     Args:
       start_probs, denoiser: as of `sample_codes`.
@@ -120,7 +120,8 @@ def sampler(start_probs: Array, denoiser: Denoiser) -> Callable:
     rows, network = n // jax.local_device_count() * h * w, denoiser.network
     large = rows >= 1024 and network.width >= 512 and network.dtype == jnp.float32
     by_ynnpack = jax.default_backend() == "cpu" and machine.multiplies_by_ynnpack()
-    return _sample_codes_by_eigen if large and by_ynnpack else sample_codes
+    by_eigen = large and by_ynnpack and machine.has_amx()
+    return _sample_codes_by_eigen if by_eigen else sample_codes
 
 
 @functools.partial(jax.jit, static_argnames=("denoiser", "num_draws"))

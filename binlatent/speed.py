@@ -132,7 +132,8 @@ def measure(
 
     Args:
       name: of `workloads.PROGRAMS`.
-      config: of the whole run; for `sample` it also says steps, guidance and the like.
+      config: of the whole run, that `workloads.check` lets pass; for `sample` it also says steps,
+        guidance and the like.
       batch_size: images on each device.
       repeats: of the measurement.
       peak: FLOP/s that the device can reach, in place of what is known of it.
@@ -146,7 +147,7 @@ def measure(
       if neither tells (`memory_from`).
 
     Raises:
-      UserError: if the config lacks what the program needs.
+      UserError: for a number of sampling steps that cannot be.
     """
     device, devices = jax.devices()[0], jax.local_device_count()
     peak = peak or peak_flops(device.device_kind, config.dtype)

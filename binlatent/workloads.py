@@ -136,7 +136,10 @@ def _state(init: Callable, config: Config) -> TrainState:
     return zeros.replace(key=jax.random.key(0), params=_drawn(shapes.params))
 
 
-def _check_prior(config: Config) -> None:
+def check(name: str, config: Config) -> None:
+    """Raises a UserError if the config lacks what one of `PROGRAMS` needs."""
+    if name not in ("train_prior", "sample", "network"):
+        return
     checks.check_bits(config)
     if config.prior.condition == "class" and config.data.num_classes == -1:
         raise UserError(
@@ -193,7 +196,6 @@ def train_autoencoder(config: Config, num: int, on_device: int) -> Work:
 
 def train_prior(config: Config, num: int, on_device: int) -> Work:
     """Training's step of stage 2, with the encoder unless the config caches codes."""
-    _check_prior(config)
     model, denoiser = build.autoencoder(config), build.denoiser(config)
     step = build.prior_step(config)
     labels = _labels(config, num)
@@ -245,7 +247,6 @@ def encode(config: Config, num: int, on_device: int) -> Work:
 
 def network(config: Config, num: int, on_device: int) -> Work:
     """The prior's network once, with labels if it knows any."""
-    _check_prior(config)
     denoiser, labels = build.denoiser(config), _labels(config, num)
     params = replicate(_weights(build.init_prior, config))
     codes, times, labels = spread([_bits(config, num), np.ones(num, np.float32), labels])
@@ -261,7 +262,6 @@ def network(config: Config, num: int, on_device: int) -> Work:
 
 def sample(config: Config, num: int, on_device: int) -> Work:
     """The pipeline's own call, from the key to images in the host's memory."""
-    _check_prior(config)
     config = copy.deepcopy(config)
     config.sample.batch_size = num
     settings, labels = checks.sample_settings(config), _labels(config, num)

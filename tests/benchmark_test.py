@@ -144,6 +144,7 @@ def test_each_batch_size_and_number_of_steps_is_a_row(tiny_config, monkeypatch):
         return name, batch_size, config.sample.steps, repeats
 
     monkeypatch.setattr(speed, "measure", measure)
+    tiny_config.data.num_classes = 10
     rows = list(benchmark.speeds("sample", tiny_config, [1, 2], [3, 5], repeats=7))
     assert rows == [("sample", n, steps, 7) for n in (1, 2) for steps in (3, 5)]
     title = speed.title("sample", tiny_config, 2)
@@ -156,9 +157,15 @@ def test_each_batch_size_and_number_of_steps_is_a_row(tiny_config, monkeypatch):
         next(measured)
 
 
-def test_sampling_is_measured_as_the_pipeline_compiles_it(tiny_config, caplog):
+@pytest.mark.parametrize("name", ["train_prior", "sample", "network"])
+def test_a_prior_is_asked_for_its_classes_before_it_is_measured(tiny_config, caplog, name):
+    caplog.set_level(logging.INFO, "binlatent")
     with pytest.raises(UserError, match="as in --config.data.num_classes=10"):
-        workloads.sample(tiny_config, 8, 2)
+        next(benchmark.speeds(name, tiny_config, [1], []))
+    assert not caplog.messages
+
+
+def test_sampling_is_measured_as_the_pipeline_compiles_it(tiny_config, caplog):
     tiny_config.data.num_classes = 10
     work = workloads.sample(tiny_config, 8, 2)
     jax.config.update("jax_log_compiles", True)

@@ -94,15 +94,33 @@ def test_ctrl_c_while_jax_compiles_is_one_word():
     assert result.stderr == "Interrupted.\n"
 
 
-@pytest.mark.parametrize("platform", ["cuda", "none_such"])  # JAX's errors differ
-def test_a_device_that_is_not_there_is_one_sentence(platform):
-    script = "import jax\nfrom binlatent import command\nwith command.reporting(): jax.devices()"
-    environment = os.environ | {"JAX_PLATFORMS": platform, "CUDA_VISIBLE_DEVICES": ""}
+def _reported(line, **environment):
+    """Runs a line inside `reporting`, in a process with its own environment."""
+    script = f"import jax\nfrom binlatent import command\nwith command.reporting(): {line}"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
     command_line = [sys.executable, "-c", script]
-    result = subprocess.run(command_line, env=environment, capture_output=True, text=True)
+    return subprocess.run(command_line, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    "platform, said",
+    [
+        ("cuda", ""),  # JAX's errors differ, where its plugin is there and where it is not
+        ("none_such", "Unable to initialize backend 'none_such': Backend 'none_such' is not in "),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_sentence(platform, said):
+    result = _reported("jax.devices()", JAX_PLATFORMS=platform)
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr.startswith(f"Error: JAX finds no device of JAX_PLATFORMS={platform}: ")
+    assert result.stderr.startswith(f"Error: {said}")
+    assert ": leave JAX_PLATFORMS out, or install what JAX needs for it" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_another_error_is_not_taken_for_a_device_that_is_not_there():
+    result = _reported("raise RuntimeError('of its own')", JAX_PLATFORMS="none_such")
+    assert result.returncode == 1
+    assert result.stderr.endswith("\nRuntimeError: of its own\n")
 
 
 def _prepared(script, before="", **environment):

@@ -56,7 +56,11 @@ def test_bad_usage_and_bad_input_end_in_one_sentence(tmp_path):
     ):
         (tmp_path / f"{name}.py").write_text(text)
     cases = [
-        ((CONFIG, wd, "--config.prior.train.num_step=5"), 2, 'Did you mean "num_steps"'),
+        (
+            (CONFIG, wd, "--config.prior.train.num_step=5"),
+            2,
+            "'num_step'. Did you mean \"num_steps\"",
+        ),
         ((CONFIG, wd, "--config.prior.train.num_steps=many"), 2, "'many' is no whole number"),
         ((CONFIG, wd, "--config.sample.guidance=much"), 2, "'much' is no number"),
         ((CONFIG, wd, "--config.data.flip=maybe"), 2, "'maybe' is neither true nor false"),

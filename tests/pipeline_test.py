@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binlatent import build, checks, figures, masks, outputs, programs
+from binlatent import build, checks, figures, machine, masks, outputs, programs
 from binlatent.diffusion import bernoulli
 from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion, known_tokens
@@ -152,44 +152,72 @@ def test_sampling_in_bfloat16_rounds_the_weights_before_its_loop(tiny_config, pi
     assert [in_loop for shape, in_loop in rounded if shape == kernel] == [False]
 
 
+def _sampler(config, num_on_device, monkeypatch, amx):
+    """Returns what samples a batch on a processor with AMX or without, and where it starts."""
+    monkeypatch.setattr(machine, "has_amx", lambda: amx)
+    num = num_on_device * jax.local_device_count()
+    start = np.full((num, *build.code_shape(config)), 0.5, np.float32)  # of 16 tokens
+    return programs.sampler(start, build.denoiser(config)), start
+
+
+_USERS_FLAG = f"--{machine.YNN_FUSIONS}={machine.YNN_PRODUCTS},LIBRARY_FUSION_TYPE_REDUCE"
+
+
 @pytest.mark.parametrize(
-    "width, dtype, n, by_ynnpack",
+    "changes, num, amx, flags",
     [
-        (512, "float32", 4 * 64, False),
-        (512, "float32", 4 * 63, True),
-        (256, "float32", 4 * 64, True),
-        (512, "bfloat16", 4 * 64, True),
+        ({}, 64, False, None),
+        ({}, 63, True, None),
+        ({"prior.width": 448}, 64, True, None),
+        ({"dtype": "bfloat16"}, 64, True, None),
+        ({}, 64, True, _USERS_FLAG),
     ],
 )
-def test_large_batches_are_sampled_by_eigen(tiny_config, width, dtype, n, by_ynnpack):
-    tiny_config.data.num_classes = 10
-    tiny_config.prior.width, tiny_config.dtype = width, dtype
-    denoiser = build.denoiser(tiny_config)
-    start = np.full((n, *build.code_shape(tiny_config)), 0.5, np.float32)  # of 16 tokens
-    lowered = programs.sampler(start, denoiser).lower(
+def test_eigen_is_left_alone(tiny_config, monkeypatch, changes, num, amx, flags):
+    tiny_config.data.num_classes, tiny_config.prior.width = 0, 512
+    tiny_config.update_from_flattened_dict(changes)
+    if flags:
+        monkeypatch.setenv("XLA_FLAGS", flags)
+    assert _sampler(tiny_config, num, monkeypatch, amx)[0] is programs.sample_codes
+
+
+_needs_the_flag = pytest.mark.skipif(
+    not machine.multiplies_by_ynnpack(), reason="this JAX is not known to know the flag"
+)
+
+
+@_needs_the_flag
+@pytest.mark.parametrize("amx", [True, False])
+def test_large_batches_are_sampled_by_eigen_where_there_is_amx(tiny_config, monkeypatch, amx):
+    tiny_config.data.num_classes, tiny_config.prior.width = 10, 512
+    sampler, start = _sampler(tiny_config, 64, monkeypatch, amx)
+    lowered = sampler.lower(
         build.init_prior(tiny_config, jax.random.key(0)),
-        sample_keys(jax.random.key(0), n),
+        sample_keys(jax.random.key(0), len(start)),
         None,
         start,
         *(None, np.array([8, 0], np.float32), np.zeros(1, np.float32), 1.0, 0.1),
-        denoiser=denoiser,
+        denoiser=build.denoiser(tiny_config),
         pair="plain_mixture",
         threshold_last=False,
         corrector_steps=0,
         return_trajectory=False,
     )
-    assert ("ynn_fusion" in lowered.compile().as_text()) == by_ynnpack
+    assert ("ynn_fusion" in lowered.compile().as_text()) == (not amx)
 
 
-def test_a_sample_is_the_same_by_either_kernels(tiny_config):
+def test_a_sample_is_the_same_by_either_kernels(tiny_config, monkeypatch):
     tiny_config.data.num_classes, tiny_config.prior.width = 10, 512
-    key = jax.random.key(0)
+    key, num = jax.random.key(0), 64 * jax.local_device_count()
     prior = random_like(build.init_prior(tiny_config, key), 2)
     pipeline = BinaryLatentDiffusion(tiny_config, build.init_autoencoder(tiny_config, key), prior)
+    pipeline.config.sample.batch_size = num
     codes = []
-    for batch_size in (4 * 64, 4 * 16):
-        pipeline.config.sample.batch_size = batch_size
-        codes.append(pipeline.sample_codes(4 * 64, key, steps=8))
+    for amx in (True, False):
+        monkeypatch.setattr(machine, "has_amx", lambda amx=amx: amx)
+        # Guided, as that has two products with the network's weights a step.
+        codes.append(pipeline.sample_codes(num, key, label=3, steps=8, guidance=1.0))
+    # Another order of sums turns a bit where a uniform is as good as its probability.
     assert np.mean(codes[0] != codes[1]) < 1e-3
 
 
