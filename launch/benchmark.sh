@@ -35,8 +35,8 @@ except ImportError as error:
     sys.exit(f'{error}: in a virtual environment, pip install -e . "jax[cuda13]"')
 try:
     backend = jax.default_backend()
-except RuntimeError as error:
-    backend = str(error).splitlines()[0]
+except (AssertionError, RuntimeError) as error:  # the first without a text, where CUDA is missing
+    backend = (str(error) or "no device").splitlines()[0]
 if backend != "gpu" and jax.config.jax_platforms != "cpu":
     sys.exit(
         f"JAX sees no GPU here ({backend}): see what nvidia-smi says, and pip install -U "

@@ -152,6 +152,11 @@ def test_sampling_in_bfloat16_rounds_the_weights_before_its_loop(tiny_config, pi
     assert [in_loop for shape, in_loop in rounded if shape == kernel] == [False]
 
 
+_needs_the_flag = pytest.mark.skipif(
+    not machine.multiplies_by_ynnpack(), reason="this JAX is not known to know the flag"
+)
+
+
 def _sampler(config, num_on_device, monkeypatch, amx):
     """Returns what samples a batch on a processor with AMX or without, and where it starts."""
     monkeypatch.setattr(machine, "has_amx", lambda: amx)
@@ -163,6 +168,7 @@ def _sampler(config, num_on_device, monkeypatch, amx):
 _USERS_FLAG = f"--{machine.YNN_FUSIONS}={machine.YNN_PRODUCTS},LIBRARY_FUSION_TYPE_REDUCE"
 
 
+@_needs_the_flag
 @pytest.mark.parametrize(
     "changes, num, amx, flags",
     [
@@ -177,13 +183,17 @@ def test_eigen_is_left_alone(tiny_config, monkeypatch, changes, num, amx, flags)
     tiny_config.data.num_classes, tiny_config.prior.width = 0, 512
     tiny_config.update_from_flattened_dict(changes)
     if flags:
+        jax.devices()  # which reads the variable once
         monkeypatch.setenv("XLA_FLAGS", flags)
     assert _sampler(tiny_config, num, monkeypatch, amx)[0] is programs.sample_codes
 
 
-_needs_the_flag = pytest.mark.skipif(
-    not machine.multiplies_by_ynnpack(), reason="this JAX is not known to know the flag"
-)
+def test_amx_is_known_by_its_flag(monkeypatch):
+    for flags, has in (("fpu avx512f amx_bf16 amx_tile", True), ("fpu avx2 noamx_tile", False)):
+        monkeypatch.setattr(machine.Path, "exists", lambda _: True)
+        lines = f"model name\t: A\nflags\t\t: {flags}\n"
+        monkeypatch.setattr(machine.Path, "read_text", lambda _, lines=lines: lines)
+        assert machine.has_amx() == has and machine.processor() == "A"
 
 
 @_needs_the_flag
@@ -206,6 +216,7 @@ def test_large_batches_are_sampled_by_eigen_where_there_is_amx(tiny_config, monk
     assert ("ynn_fusion" in lowered.compile().as_text()) == (not amx)
 
 
+@_needs_the_flag
 def test_a_sample_is_the_same_by_either_kernels(tiny_config, monkeypatch):
     tiny_config.data.num_classes, tiny_config.prior.width = 10, 512
     key, num = jax.random.key(0), 64 * jax.local_device_count()
@@ -215,7 +226,7 @@ def test_a_sample_is_the_same_by_either_kernels(tiny_config, monkeypatch):
     codes = []
     for amx in (True, False):
         monkeypatch.setattr(machine, "has_amx", lambda amx=amx: amx)
-        # Guided, as that has two products with the network's weights a step.
+        # Guided: the network runs twice a step.
         codes.append(pipeline.sample_codes(num, key, label=3, steps=8, guidance=1.0))
     # Another order of sums turns a bit where a uniform is as good as its probability.
     assert np.mean(codes[0] != codes[1]) < 1e-3
