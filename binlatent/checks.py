@@ -13,8 +13,8 @@ import ml_collections
 import numpy as np
 
 from binlatent import build
-from binlatent.diffusion import losses, sampling, schedules
-from binlatent.errors import UserError
+from binlatent.priors.bernoulli import losses, sampling, schedules
+from binlatent.runtime.errors import UserError
 
 Config = ml_collections.ConfigDict
 

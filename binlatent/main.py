@@ -13,25 +13,16 @@ import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from binlatent import (
-    build,
-    checks,
-    command,
-    evaluate,
-    figures,
-    masks,
-    outputs,
-    processes,
-    quality,
-    setups,
-    table4,
-    train,
-)
+from binlatent import build, checks, stages
+from binlatent.data import masks
 from binlatent.data.sources import read_image
 from binlatent.data.transforms import to_float
-from binlatent.errors import UserError
-from binlatent.evaluation import comparison
+from binlatent.evaluation import comparison, pictures, quality, report
+from binlatent.paper import bottlenecks
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime import command, png, processes
+from binlatent.runtime.errors import UserError
+from binlatent.training import loop
 
 _TRAINING = ("all", "train_autoencoder", "train_prior", "table4")
 
@@ -153,7 +144,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
 
 def _write(default: Path, picture: np.ndarray) -> None:
     path = Path(FLAGS.out) if FLAGS.out else default
-    figures.save_png(path, picture)
+    png.save_png(path, picture)
     log.info("Wrote %s", path)
 
 
@@ -177,7 +168,7 @@ def _subjects(pipeline: BinaryLatentDiffusion, num: int) -> tuple[np.ndarray, An
         data = pipeline.config.data
         image = read_image(FLAGS.image, repr(FLAGS.image), data.image_size, data.channels)
         return to_float(image[None]), _label()
-    images, labels = evaluate.test_images(pipeline.config, num)
+    images, labels = report.test_images(pipeline.config, num)
     if (label := _label()) is not None:
         return images, label
     return images, labels
@@ -227,18 +218,18 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         checks.sample_settings(config, options)  # before any training
     if mode in ("all", "train_prior"):
         checks.check_bits(config)  # before any training
-        setups.check_batch(config, "prior")
+        stages.check_batch(config, "prior")
     if mode == "table4":
-        log.info("%s", table4.run(config, workdir))
+        log.info("%s", bottlenecks.run(config, workdir))
         return
     if mode == "encode":
-        folder = setups.encode(config, workdir)
+        folder = stages.encode(config, workdir)
         log.info("The codes are in %s", folder)
         return
     if mode in ("all", "train_autoencoder"):
-        train.train_autoencoder(config, workdir)
+        loop.train_autoencoder(config, workdir)
     if mode in ("all", "train_prior"):
-        train.train_prior(config, workdir)
+        loop.train_prior(config, workdir)
     if mode in ("train_autoencoder", "train_prior"):
         return
     if FLAGS.metrics is not None:
@@ -248,14 +239,14 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         return  # what is left is process 0's; the others wait for it as they exit
     pipeline = BinaryLatentDiffusion.from_workdir(workdir, config)
     if mode in ("all", "evaluate"):
-        log.info("%s", json.dumps(evaluate.report(pipeline, workdir), indent=2))
+        log.info("%s", json.dumps(report.report(pipeline, workdir), indent=2))
     if mode in ("all", "sample"):
         key = build.key(FLAGS.seed, "sample")
-        picture = outputs.samples(pipeline, key, FLAGS.num, _label(), **options)
+        picture = pictures.samples(pipeline, key, FLAGS.num, _label(), **options)
         _write(workdir / "samples.png", picture)
     if mode in ("all", "reconstruct"):
-        images, _ = evaluate.test_images(pipeline.config, FLAGS.num or 20)
-        _write(workdir / "reconstructions.png", outputs.reconstructions(pipeline, images))
+        images, _ = report.test_images(pipeline.config, FLAGS.num or 20)
+        _write(workdir / "reconstructions.png", pictures.reconstructions(pipeline, images))
     if mode in ("all", "inpaint"):
         images, label = _subjects(pipeline, len(masks.PRESETS) if FLAGS.mask is None else 8)
         keep = _masks(pipeline, len(images))
@@ -263,19 +254,19 @@ def _dispatch(config: ml_collections.ConfigDict | None, workdir: Path) -> None:
         num = FLAGS.num or 6
         _write(
             workdir / "inpainting.png",
-            outputs.inpaintings(pipeline, images, keep, label, key, num, **options),
+            pictures.inpaintings(pipeline, images, keep, label, key, num, **options),
         )
     if mode == "vary":
         images, label = _subjects(pipeline, 8)
         key = build.key(FLAGS.seed, "vary")
         strength = 0.5 if FLAGS.strength is None else FLAGS.strength
-        picture = outputs.variations(
+        picture = pictures.variations(
             pipeline, images, label, key, FLAGS.num or 6, strength=strength, **options
         )
         _write(workdir / "variations.png", picture)
     if mode == "all":
         key = build.key(FLAGS.seed, "trajectory")
-        _write(workdir / "trajectory.png", outputs.trajectory(pipeline, key))
+        _write(workdir / "trajectory.png", pictures.trajectory(pipeline, key))
 
 
 def _evaluate(

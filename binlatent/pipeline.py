@@ -10,11 +10,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from binlatent import build, checkpoint, checks, programs
-from binlatent.diffusion import bernoulli, sampling, schedules
-from binlatent.errors import UserError
-from binlatent.models import bottleneck
-from binlatent.stages.state import replicate
+from binlatent import build, checks, programs
+from binlatent.autoencoder import bottleneck
+from binlatent.priors.bernoulli import process, sampling, schedules
+from binlatent.runtime import devices, weights
+from binlatent.runtime.devices import replicate
+from binlatent.runtime.errors import UserError
+from binlatent.training import checkpoint
 
 Array = jax.Array
 
@@ -105,7 +107,7 @@ class BinaryLatentDiffusion:
     def encoder_fingerprint(self) -> str:
         """Tells the weights that make the bits, which a prior belongs to, from others."""
         params = self.autoencoder_params["params"]
-        return checkpoint.fingerprint([params["encoder"], params["bottleneck"]])
+        return weights.fingerprint([params["encoder"], params["bottleneck"]])
 
     @property
     def code_shape(self) -> tuple[int, int, int]:
@@ -113,7 +115,7 @@ class BinaryLatentDiffusion:
         return build.code_shape(self.config)
 
     def _map(self, function: Callable, *arrays: Any) -> Any:
-        return programs.map_batches(function, self.config.sample.batch_size, *arrays)
+        return devices.map_batches(function, self.config.sample.batch_size, *arrays)
 
     def encode_probs(self, images: np.ndarray) -> np.ndarray:
         """Returns y, the Bernoulli parameters of the images' bits, (n, h, w, c) in [0, 1].
@@ -302,7 +304,7 @@ class BinaryLatentDiffusion:
             # Samples first, for the batches to be joined.
             return codes, jax.tree.map(lambda x: x.swapaxes(0, 1), trajectory)
 
-        arrays = (programs.sample_keys(key, n), self._labels(label, n), start_probs)
+        arrays = (devices.sample_keys(key, n), self._labels(label, n), start_probs)
         return self._map(draw, *arrays, *(() if known is None else known[:2]))
 
     def _start(self, num: int) -> np.ndarray:
@@ -426,7 +428,7 @@ class BinaryLatentDiffusion:
             raise UserError(f"The strength must be above 0 and at most 1; got {strength}.")
         settings = checks.sample_settings(self.config, options)
         times = self._times(settings.steps, settings.times, strength)
-        start = bernoulli.forward_probs(self.encode(images), self._denoiser.keep_at(times[0]))
+        start = process.forward_probs(self.encode(images), self._denoiser.keep_at(times[0]))
         return self.decode(self._draw(key, label, np.asarray(start), times, settings)[0])
 
     def code_lengths(
@@ -465,5 +467,5 @@ class BinaryLatentDiffusion:
         )
         return self._map(
             lambda keys, labels, codes: bound(keys, labels, codes, times),
-            *(programs.sample_keys(key, len(codes)), self._labels(label, len(codes)), codes),
+            *(devices.sample_keys(key, len(codes)), self._labels(label, len(codes)), codes),
         )

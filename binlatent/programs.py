@@ -6,14 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from binlatent import machine
-from binlatent.diffusion import likelihood, sampling
-from binlatent.errors import UserError
-from binlatent.models.autoencoder import Autoencoder
-from binlatent.stages.prior import Denoiser
-from binlatent.stages.state import spread
+from binlatent.autoencoder.modules import Autoencoder
+from binlatent.priors.bernoulli import likelihood, sampling
+from binlatent.priors.step import Denoiser
+from binlatent.runtime import machine
 
 Array = jax.Array
 
@@ -151,44 +148,3 @@ def code_lengths(
         keep=denoiser.keep_at(times),
         num_draws=num_draws,
     )
-
-
-def sample_keys(key: Array, num: int, first: int = 0) -> Array:
-    """Returns a key for each of `num` samples, from the `first` on, whatever batches they are in.
-
-    Args:
-      key: a typed PRNG key of all; or already those of the samples, (num,), which come back.
-      num: how many.
-      first: number of the first.
-
-    Raises:
-      UserError: for another number of keys.
-    """
-    if key.shape == (num,):
-        return key
-    if key.shape:
-        raise UserError(f"Give one key, or one for each of {num} samples, not {key.shape}.")
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(first, first + num))
-
-
-def map_batches(function: Callable, batch_size: int, *arrays: Any) -> Any:
-    """Applies `function` to batches of equal size along the first axis and joins the results.
-
-    A batch is spread over this process's devices. The last one is filled up with its last entry, so
-    that one compiled program serves all.
-
-    Args:
-      function: of a batch of each of `arrays`, to an array or a tree of arrays; what else it takes
-        lies on all devices, or on none.
-      batch_size: on all devices, at most; rounded up to a multiple of their number.
-      *arrays: of one length; None stays None.
-    """
-    n = len(arrays[0])
-    devices = jax.local_device_count()
-    batch_size = -(-min(batch_size, n) // devices) * devices
-    results = []
-    for start in range(0, n, batch_size):
-        take = np.minimum(np.arange(start, start + batch_size), n - 1)
-        batch = [None if array is None else array[take] for array in arrays]
-        results.append(jax.device_get(function(*spread(batch))))
-    return jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *results)

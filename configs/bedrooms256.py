@@ -10,7 +10,7 @@ FID 4.32 in 16 steps, 3.85 in 64.
 
 import ml_collections
 
-from configs import default
+from binlatent.configs import default
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:

@@ -9,7 +9,7 @@ Expected (the paper): FID 6.12 in 64 steps, 6.03 in 256.
 
 import ml_collections
 
-from configs import ffhq1024
+from binlatent.configs import ffhq1024
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:

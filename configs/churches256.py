@@ -9,7 +9,7 @@ Expected (the paper): FID 4.96 in 16 steps, 4.36 in 64.
 
 import ml_collections
 
-from configs import default
+from binlatent.configs import default
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:

@@ -5,7 +5,7 @@ python -m binlatent.main --config=configs/digits.py --workdir=runs/digits
 
 import ml_collections
 
-from configs import default
+from binlatent.configs import default
 
 
 def get_config() -> ml_collections.ConfigDict:

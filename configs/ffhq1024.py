@@ -9,7 +9,7 @@ Expected (the paper): FID 6.75 in 64 steps, 6.35 in 256.
 
 import ml_collections
 
-from configs import default
+from binlatent.configs import default
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:

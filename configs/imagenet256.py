@@ -9,7 +9,7 @@ Expected (the paper): FID 8.21, IS 162.32, CAS 65.07% top-1, in 64 steps with gu
 
 import ml_collections
 
-from configs import default
+from binlatent.configs import default
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ml_collections
 
-from binlatent import checkpoint
+from binlatent.training import checkpoint
 
 
 def get_config(workdir: str = "") -> ml_collections.ConfigDict:

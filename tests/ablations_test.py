@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from binlatent import ablations, train
-from binlatent.checkpoint import Checkpoints
+from binlatent.paper import ablations
+from binlatent.training import loop
+from binlatent.training.checkpoint import Checkpoints
 
 
 def test_every_row_names_a_variant_and_a_sampler():
@@ -32,7 +33,7 @@ def test_variants_change_what_they_say(tiny_config):
 @pytest.mark.slow
 def test_a_variant_is_trained_once_measured_and_tabulated(tiny_config, tmp_path):
     tiny_config.prior.num_timesteps = 16
-    train.train_autoencoder(tiny_config, tmp_path)
+    loop.train_autoencoder(tiny_config, tmp_path)
     results = ablations.measure(tiny_config, tmp_path, 1, ["lambda 0"])
     values = results["lambda 0", "", 0]
     assert set(values) == {"bits_per_image", "bits_per_dim", "accuracy", "frechet_distance"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from binlatent import adversarial
+from binlatent.autoencoder import adversarial
 
 BOTH = ("colour", "translation")
 

@@ -10,11 +10,13 @@ import optax
 import pytest
 from flax import traverse_util
 
-from binlatent import adversarial, build, published
-from binlatent.models import bottleneck
-from binlatent.models.autoencoder import last_kernel
-from binlatent.stages import autoencoder as stage
-from binlatent.stages import state as state_lib
+from binlatent import build
+from binlatent.autoencoder import adversarial, bottleneck
+from binlatent.autoencoder import step as stage
+from binlatent.autoencoder.modules import last_kernel
+from binlatent.convert import published
+from binlatent.runtime import devices
+from binlatent.training import state as state_lib
 
 N = 8
 ALL = {
@@ -70,7 +72,7 @@ class Parts:
                 ema_decay=0.9,
                 accumulate=accumulate,
             ),
-            axis_name=state_lib.AXIS,
+            axis_name=devices.AXIS,
             in_axes=(None, 0, 0, None),
             out_axes=(None, None),
             devices=jax.devices()[:num_devices],
@@ -83,9 +85,9 @@ class Parts:
 
     def on_one_device(self, function):
         """Applies a function of nothing under the axis that the losses expect."""
-        result = jax.pmap(
-            lambda _: function(), axis_name=state_lib.AXIS, devices=jax.devices()[:1]
-        )(np.zeros(1))
+        result = jax.pmap(lambda _: function(), axis_name=devices.AXIS, devices=jax.devices()[:1])(
+            np.zeros(1)
+        )
         return jax.tree.map(lambda x: x[0], result)
 
 

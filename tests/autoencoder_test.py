@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import reference
 
-from binlatent import adversarial, released
-from binlatent.models import bottleneck
-from binlatent.models.autoencoder import (
+from binlatent.autoencoder import adversarial, bottleneck
+from binlatent.autoencoder.discriminator import Discriminator
+from binlatent.autoencoder.modules import (
     Autoencoder,
     Decoder,
     Downsample,
@@ -20,7 +20,7 @@ from binlatent.models.autoencoder import (
     last_kernel,
     space_to_depth,
 )
-from binlatent.models.discriminator import Discriminator
+from binlatent.convert import released
 
 BITS = {"ae_c16": 16, "ae_c24_genmul2": 24}
 

@@ -14,10 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent import benchmark, build, evaluate, flops, machine, paper_sizes, speed, workloads
+from binlatent import build
+from binlatent.benchmark import __main__ as benchmark
+from binlatent.benchmark import flops, paper_sizes, speed, workloads
 from binlatent.data.sources import Source
-from binlatent.errors import UserError
-from binlatent.logbook import drop_torn_line
+from binlatent.evaluation import report
+from binlatent.runtime import machine
+from binlatent.runtime.errors import UserError
+from binlatent.training.logbook import drop_torn_line
 
 
 def size(tree):
@@ -80,7 +84,7 @@ def test_data_speed_is_that_of_the_examples(tiny_config, monkeypatch):
             time.sleep(0.01)
             return {"image": np.zeros((28, 28, 1), np.uint8), "label": 0}
 
-    monkeypatch.setattr(evaluate, "open_data", lambda config, split, keep: Source(Slow(), 0))
+    monkeypatch.setattr(report, "open_data", lambda config, split, keep: Source(Slow(), 0))
     monkeypatch.setattr(machine, "cores", lambda: 8)
     row = benchmark.data_speed(tiny_config, 5, seconds=2.0)
     least, median, most = (row[f"images_per_second{end}"] for end in ("_min", "", "_max"))

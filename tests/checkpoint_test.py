@@ -11,9 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from binlatent.checkpoint import Checkpoints, fingerprint
-from binlatent.errors import UserError
-from binlatent.stages.state import create_state, replicate
+from binlatent.runtime.devices import replicate
+from binlatent.runtime.errors import UserError
+from binlatent.runtime.weights import fingerprint
+from binlatent.training.checkpoint import Checkpoints
+from binlatent.training.state import create_state
 
 SIZE = 30_000  # of an array; smaller ones Orbax keeps in its index
 META = {"config": {"seed": 0}, "data": {"next_index": 1}, "source": "s", "encoder": "e"}

@@ -3,9 +3,10 @@
 import jax
 import pytest
 
-from binlatent import checkpoint, checks, setups
-from binlatent.errors import UserError
-from configs import default
+from binlatent import checks, stages
+from binlatent.configs import default
+from binlatent.runtime.errors import UserError
+from binlatent.training import checkpoint
 
 
 def changed(overrides):
@@ -90,7 +91,7 @@ def test_a_batch_must_split(tiny_config, tmp_path, stage, accumulate, batch_size
     devices = jax.device_count()
     parts = "" if accumulate == 1 else f", each in {accumulate} parts"
     sentence = f"{batch_size}, must be a multiple of {accumulate * devices}: {devices} devices"
-    setup = {"autoencoder": setups.setup_autoencoder, "prior": setups.setup_prior}[stage]
+    setup = {"autoencoder": stages.setup_autoencoder, "prior": stages.setup_prior}[stage]
     with pytest.raises(UserError, match=sentence + parts):
         setup(tiny_config, tmp_path)
 
@@ -99,7 +100,7 @@ def test_a_batch_must_split_on_one_device_too(tiny_config, monkeypatch):
     tiny_config.prior.train.update(accumulate=3, batch_size=8)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     with pytest.raises(UserError, match=r"8, must be a multiple of 3: 1 device, each in 3 parts"):
-        setups.check_batch(tiny_config, "prior")
+        stages.check_batch(tiny_config, "prior")
 
 
 def test_the_perceptual_loss_asks_for_its_file_before_any_work(tiny_config, tmp_path):
@@ -107,7 +108,7 @@ def test_the_perceptual_loss_asks_for_its_file_before_any_work(tiny_config, tmp_
     tiny_config.autoencoder.loss.perceptual = 1.0
     tiny_config.autoencoder.loss.vgg16 = str(tmp_path / "vgg16.npz")
     with pytest.raises(UserError) as error:
-        setups.setup_autoencoder(tiny_config)
+        stages.setup_autoencoder(tiny_config)
     for part in (
         str(tmp_path / "vgg16.npz"),
         "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -120,7 +121,7 @@ def test_the_perceptual_loss_asks_for_its_file_before_any_work(tiny_config, tmp_
 def test_a_prior_is_over_bits(tiny_config, tmp_path):
     tiny_config.autoencoder.bottleneck = "vq"
     with pytest.raises(UserError, match="The prior is over bits.*not 'vq'"):
-        setups.setup_prior(tiny_config, tmp_path)
+        stages.setup_prior(tiny_config, tmp_path)
 
 
 @pytest.mark.parametrize(

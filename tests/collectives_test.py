@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from binlatent import build, workloads
+from binlatent import build
+from binlatent.benchmark import workloads
 
 KINDS = (
     "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter|"

@@ -9,8 +9,8 @@ import sys
 import pytest
 from jax.errors import JaxRuntimeError
 
-from binlatent import command
-from binlatent.errors import UserError
+from binlatent.runtime import command
+from binlatent.runtime.errors import UserError
 
 SMALLER = (
     "there is too little memory; take a smaller batch, or in training more parts of it "

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent.errors import UserError
-from binlatent.evaluation import comparison, exchange, features
-from binlatent.evaluation.features import Features, Gaussian, Network
-from binlatent.programs import map_batches
+from binlatent.evaluation import comparison, exchange
+from binlatent.evaluation.networks import features
+from binlatent.evaluation.networks.features import Features, Gaussian, Network
+from binlatent.runtime.devices import map_batches
+from binlatent.runtime.errors import UserError
 
 
 def means(images, batch_size):
@@ -174,9 +175,9 @@ def test_too_few_images_for_the_features(caplog):
     with caplog.at_level(logging.WARNING):
         values = comparison.compare(drawn(0, 10, 64), drawn(1, 10, 64), ["fid"])
     assert "10 reference images for 64 features" in caplog.text
-    from binlatent.evaluation import metrics
+    from binlatent.evaluation.metrics import image_metrics
 
-    expected = metrics.frechet_distance(drawn(0, 10, 64).pool, drawn(1, 10, 64).pool)
+    expected = image_metrics.frechet_distance(drawn(0, 10, 64).pool, drawn(1, 10, 64).pool)
     assert values["fid"] == pytest.approx(expected, rel=1e-5)
 
 

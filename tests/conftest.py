@@ -18,7 +18,7 @@ def pytest_configure():
     os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
-    from binlatent import command
+    from binlatent.runtime import command
 
     command.prepare_jax()  # the kernels that users get
 
@@ -106,7 +106,7 @@ TINY = {
 @pytest.fixture
 def tiny_config(digits_dir):
     """The digits config at a size that trains in seconds."""
-    from configs import digits
+    from binlatent.configs import digits
 
     config = digits.get_config()
     config.update_from_flattened_dict({**TINY, "data.path": digits_dir})

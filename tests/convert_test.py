@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from binlatent import convert, published, state_dicts, weights
+from binlatent.autoencoder import lpips
+from binlatent.convert import __main__ as convert
+from binlatent.convert import published
+from binlatent.runtime import state_dicts, weights
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +23,7 @@ def test_the_command_writes_what_read_vgg16_reads(state, tmp_path, monkeypatch, 
     path = tmp_path / "new" / "vgg16.npz"
     convert.main(["vgg16", "--from", "vgg16.pth", "--out", str(path)])
     assert capsys.readouterr().err == f"Wrote {path}\n"
-    params = weights.read_vgg16(path)["params"]
+    params = lpips.read_vgg16(path)["params"]
     np.testing.assert_array_equal(params["conv5_3"]["bias"], state["features.28.bias"])
 
 
@@ -66,5 +69,5 @@ def test_the_whole_path_from_a_checkpoint(state, tmp_path):
     tensors = {name: torch.from_numpy(x) for name, x in state.items()}
     torch.save(tensors, source, _use_new_zipfile_serialization=False)
     convert.main(["vgg16", "--from", str(source), "--out", str(out)])
-    kernel = weights.read_vgg16(out)["params"]["conv4_2"]["kernel"]
+    kernel = lpips.read_vgg16(out)["params"]["conv4_2"]["kernel"]
     np.testing.assert_array_equal(kernel.transpose(3, 2, 0, 1), state["features.19.weight"])

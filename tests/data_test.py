@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binlatent import machine
 from binlatent.data import folder, loader, sources, transforms
-from binlatent.errors import UserError
+from binlatent.runtime import machine
+from binlatent.runtime.errors import UserError
 
 # Runs first in a subprocess and makes packages look as if they were not installed.
 HIDE = """

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import reference
 
-from binlatent import adversarial, released
-from binlatent.models.discriminator import BatchNorm, Discriminator, batch_moments, logits_side
+from binlatent.autoencoder import adversarial
+from binlatent.autoencoder.discriminator import BatchNorm, Discriminator, batch_moments, logits_side
+from binlatent.convert import released
 
 
 @pytest.fixture(scope="module", params=reference.AUTOENCODERS)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from binlatent.evaluation import distances
+from binlatent.evaluation.metrics import distances
 
 
 def squared(a, b):

@@ -16,8 +16,8 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from binlatent import published
-from binlatent.models import efficientnet
+from binlatent.convert import published
+from binlatent.evaluation.networks import efficientnet
 
 GOLDEN = Path(__file__).parent / "data" / "efficientnet_lite0.npz"
 

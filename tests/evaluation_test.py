@@ -8,16 +8,19 @@ import pytest
 from PIL import Image
 from skimage import metrics as skimage_metrics
 
-from binlatent import weights
 from binlatent.evaluation import __main__ as evaluation
-from binlatent.evaluation import exchange, features, metrics
+from binlatent.evaluation import exchange
+from binlatent.evaluation.metrics import image_metrics
+from binlatent.evaluation.networks import features
+from binlatent.evaluation.networks import weights as published_weights
+from binlatent.runtime import weights
 
 
 @pytest.fixture(scope="module")
 def effnet(tmp_path_factory):
     """Weights of EfficientNet-lite0, drawn."""
     random, arrays = np.random.default_rng(0), {}
-    for name, like in weights.efficientnet_lite0_shapes().items():
+    for name, like in published_weights.efficientnet_lite0_shapes().items():
         x = random.normal(size=like.shape)
         if len(like.shape) > 1:
             x *= np.sqrt(2 / np.prod(like.shape[:-1]))
@@ -27,7 +30,7 @@ def effnet(tmp_path_factory):
             x *= 0.1
         arrays[name] = x.astype(like.dtype)
     path = tmp_path_factory.mktemp("weights") / "effnet.npz"
-    weights.write(path, arrays)
+    weights.write_npz(path, arrays)
     return path
 
 
@@ -71,7 +74,7 @@ def test_two_sets_their_statistics_and_the_protocol(capsys, sets, effnet, tmp_pa
     values, protocol = result["metrics"], result["protocol"]
     judge = features.efficientnet(effnet)
     a, b = (judge.apply(x, 8)["pool"] for x in (real, generated))
-    assert values["fd_effnet"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-6)
+    assert values["fd_effnet"] == pytest.approx(image_metrics.frechet_distance(a, b), rel=1e-6)
     assert "FD-EffNet" in out and "FID" not in out
     assert "24 reference images for 1280 features" in err
     assert values["psnr"] == pytest.approx(

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binlatent.errors import UserError
 from binlatent.evaluation import exchange
-from binlatent.evaluation.features import Features, Gaussian
+from binlatent.evaluation.networks.features import Features, Gaussian
+from binlatent.runtime.errors import UserError
 
 
 def pictures(seed, n=5, size=(12, 16)):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from binlatent.evaluation import distances, feature_metrics, metrics
+from binlatent.evaluation.metrics import distances, feature_metrics, image_metrics
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "feature_metrics.npz", allow_pickle=False)
 
@@ -127,7 +127,7 @@ def test_frechet_distance_of_singular_covariances_is_that_of_the_features(n, m):
         a[:, 0], b[:, 0], a[:, 1], b[:, 1] = 3.0, 3.0, a[:, 2], b[:, 2]
         x, y = map(feature_metrics.Statistics.of, (a, b))
         got = feature_metrics.gaussian_frechet_distance(x.mean, x.covariance, y.mean, y.covariance)
-        assert got == pytest.approx(metrics.frechet_distance(a, b), rel=1e-6)
+        assert got == pytest.approx(image_metrics.frechet_distance(a, b), rel=1e-6)
 
 
 def test_inception_score_is_one_without_and_k_with_all_information():

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from binlatent import build, flops, weights
-from binlatent.models.discriminator import Discriminator
-from binlatent.models.lpips import VGG16
-from binlatent.models.transformer import Transformer
-from binlatent.stages import prior as prior_stage
+from binlatent import build
+from binlatent.autoencoder import lpips
+from binlatent.autoencoder.discriminator import Discriminator
+from binlatent.autoencoder.lpips import VGG16
+from binlatent.benchmark import flops
+from binlatent.priors import step as prior_stage
+from binlatent.priors.transformer import Transformer
 
 
 def array(*shape, dtype=jnp.float32):
@@ -119,7 +121,7 @@ def test_a_training_step_within_one_percent(tiny_config, r1):
     networks = build.networks(config)
     step = build.autoencoder_step(config, networks)
     state = jax.eval_shape(functools.partial(build.init_autoencoder_state, config))
-    vgg16 = {"params": traverse_util.unflatten_dict(weights.vgg16_shapes(), sep="/")}
+    vgg16 = {"params": traverse_util.unflatten_dict(lpips.vgg16_shapes(), sep="/")}
     # A device of one, as a vmapped axis.
     on_one = jax.vmap(step, axis_name="batch", in_axes=(None, 0, None))
     counted = by_xla(on_one, state, {"image": array(1, 16, 32, 32, 1)}, vgg16)

@@ -16,14 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from binlatent import build, checkpoint, checks, codes, masks, weights
-from binlatent.checkpoint import Checkpoints, as_config
-from binlatent.data import folder, sources
+from binlatent import build, checks
+from binlatent.configs import digits
+from binlatent.data import codes, folder, masks, sources
 from binlatent.data.broken import UnreadableImage
-from binlatent.errors import UserError
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.stages.state import replicate
-from configs import digits
+from binlatent.runtime import weights
+from binlatent.runtime.devices import replicate
+from binlatent.runtime.errors import UserError
+from binlatent.training import checkpoint
+from binlatent.training.checkpoint import Checkpoints, as_config
 
 # Of decoders, which say what is odd about a file.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

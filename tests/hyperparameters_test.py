@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import reference
 
-from binlatent import build, hyperparameters, released
-from binlatent.diffusion import schedules
-from binlatent.errors import UserError
-from configs import default
+from binlatent import build
+from binlatent.configs import default
+from binlatent.convert import hyperparameters, released
+from binlatent.priors.bernoulli import schedules
+from binlatent.runtime.errors import UserError
 
 AUTOENCODER = {
     "data.image_size": 32,

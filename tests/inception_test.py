@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from binlatent import published
-from binlatent.models import inception
+from binlatent.convert import published
+from binlatent.evaluation.networks import inception
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = np.load(DATA / "inception_v3_fid.npz", allow_pickle=False)

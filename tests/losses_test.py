@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from scipy.special import expit, rel_entr
 
-from binlatent.diffusion import bernoulli, likelihood, losses, sampling, schedules
+from binlatent.priors.bernoulli import likelihood, losses, process, sampling, schedules
 
 GOLDEN = np.load("tests/data/prior_losses.npz")
 Z_0, Z_T, LOGITS = (jnp.asarray(GOLDEN[name], jnp.float32) for name in ("z0", "zt", "logits"))
 TIMES = jnp.asarray(GOLDEN["t"], jnp.float32)
 K_T, K_S = (schedules.keep_at("linear", t / 64)[:, None, None] for t in (TIMES, TIMES - 1))
-FLIPPED = bernoulli.flip_target(Z_T, Z_0)
+FLIPPED = process.flip_target(Z_T, Z_0)
 
 
 def weighted(loss, name):
@@ -39,8 +39,8 @@ def test_the_weighted_and_the_z_0_losses_agree_with_the_reference_numbers():
 def test_vlb_term_is_the_reference_cross_entropy_less_the_posterior_entropy(kind):
     # KL(q || p) = CE(q, p) - H(q), with the plug-in posterior that the reference uses: the mixture
     # of the logits with the evidence added. At t = 1 the reference takes the bare prediction.
-    kl = losses.posterior_kl(LOGITS + bernoulli.flip_evidence(K_T), Z_T, Z_0, K_T, K_S)
-    entropy = losses.entropy(bernoulli.posterior_probs(Z_T, Z_0, K_T, K_S))
+    kl = losses.posterior_kl(LOGITS + process.flip_evidence(K_T), Z_T, Z_0, K_T, K_S)
+    entropy = losses.entropy(process.posterior_probs(Z_T, Z_0, K_T, K_S))
     first = (TIMES == 1)[:, None, None]
     auxiliary = jnp.mean(jnp.where(first, losses.bce(LOGITS, FLIPPED), kl + entropy))
     np.testing.assert_allclose(auxiliary, GOLDEN[f"{kind}_flip_vlb0.1__aux_loss"], atol=1e-5)

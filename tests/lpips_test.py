@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent import published, weights
-from binlatent.errors import UserError
-from binlatent.models.lpips import LPIPS, MIN_SIZE, VGG16, unit_length
+from binlatent.autoencoder import lpips
+from binlatent.autoencoder.lpips import LPIPS, MIN_SIZE, VGG16, unit_length
+from binlatent.convert import published
+from binlatent.runtime import weights
+from binlatent.runtime.errors import UserError
 
 GOLDEN = Path(__file__).parent / "data" / "lpips_vgg.npz"
 
@@ -19,13 +21,13 @@ GOLDEN = Path(__file__).parent / "data" / "lpips_vgg.npz"
 @pytest.fixture(scope="module")
 def vgg16_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "vgg16.npz"
-    weights.write(path, published.vgg16(drawn.vgg16_state()))
+    weights.write_npz(path, published.vgg16(drawn.vgg16_state()))
     return path
 
 
 @pytest.fixture(scope="module")
 def variables(vgg16_file):
-    return jax.device_put(weights.read_vgg16(vgg16_file))
+    return jax.device_put(lpips.read_vgg16(vgg16_file))
 
 
 def images(seed, n=2, size=32, channels=3):
@@ -145,7 +147,7 @@ def test_the_published_linear_weights_come_with_their_licence():
 
 def test_a_missing_file_says_where_the_weights_are_from():
     with pytest.raises(UserError) as error:
-        weights.read_vgg16("no/vgg16.npz")
+        lpips.read_vgg16("no/vgg16.npz")
     for part in (
         "'no/vgg16.npz'",
         "https://download.pytorch.org/models/vgg16-397923af.pth",
@@ -163,7 +165,7 @@ def test_a_damaged_file_is_refused(vgg16_file, tmp_path):
     for data in (b"", b"weights", b"PK\x03\x04", good[:1000], good[:-10], bytes(flipped)):
         path.write_bytes(data)
         with pytest.raises(UserError, match=r"vgg16\.npz is not what .* damaged or no \.npz file"):
-            weights.read_vgg16(path)
+            lpips.read_vgg16(path)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):
@@ -171,12 +173,12 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     with path.open("wb") as file:
         np.save(file, np.zeros(3))  # .npy
     with pytest.raises(UserError, match="damaged or no .npz file"):
-        weights.read_vgg16(path)
+        lpips.read_vgg16(path)
     np.savez(path, **{"conv1_1/bias": np.array([{}])})  # a pickle
     with pytest.raises(UserError, match="damaged or no .npz file"):
-        weights.read_vgg16(path)
+        lpips.read_vgg16(path)
 
-    shapes = {name: like.shape for name, like in weights.vgg16_shapes().items()}
+    shapes = {name: like.shape for name, like in lpips.vgg16_shapes().items()}
     small = {"conv1_1/kernel", "conv1_1/bias"}
     for wrong, message in (
         ({name: shapes[name] for name in small}, "it lacks conv1_2/bias"),
@@ -186,6 +188,8 @@ def test_a_file_of_something_else_is_refused(tmp_path):
             r"conv1_1/kernel is float32 \(64, 3, 3, 3\), not float32 \(3, 3, 3, 64\)",
         ),
     ):
-        weights.write(path, {name: np.zeros(shape, np.float32) for name, shape in wrong.items()})
+        weights.write_npz(
+            path, {name: np.zeros(shape, np.float32) for name, shape in wrong.items()}
+        )
         with pytest.raises(UserError, match=rf"vgg16\.npz is not what .* {message}\."):
-            weights.read_vgg16(path)
+            lpips.read_vgg16(path)

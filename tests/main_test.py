@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from binlatent import build, main
-from binlatent.checkpoint import Checkpoints, fingerprint
-from binlatent.stages.state import create_state
+from binlatent.runtime.weights import fingerprint
+from binlatent.training.checkpoint import Checkpoints
+from binlatent.training.state import create_state
 
 CONFIG = "--config=configs/digits.py"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from skimage import metrics as skimage_metrics
 
-from binlatent.evaluation import metrics
+from binlatent.evaluation.metrics import image_metrics
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -33,7 +33,7 @@ def test_psnr_of_constant_errors():
     y[1] += 5
     y[2] -= 100
     expected = [np.inf, 20 * np.log10(255 / 5), 20 * np.log10(255 / 100)]
-    np.testing.assert_allclose(metrics.psnr(x, y), expected, rtol=1e-12)
+    np.testing.assert_allclose(image_metrics.psnr(x, y), expected, rtol=1e-12)
 
 
 def test_psnr_is_of_the_mean_squared_error_of_an_image():
@@ -41,14 +41,14 @@ def test_psnr_is_of_the_mean_squared_error_of_an_image():
     y = x.copy()
     y[0, 0, 0, 0] = 255
     y[1] = 255
-    np.testing.assert_allclose(metrics.psnr(x, y), [10 * np.log10(48), 0.0], atol=1e-12)
+    np.testing.assert_allclose(image_metrics.psnr(x, y), [10 * np.log10(48), 0.0], atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(4, 28, 28, 1), (2, 17, 24, 3)])
 def test_psnr_agrees_with_scikit_image(shape):
     x, y = random_images(0, shape), random_images(1, shape)
     expected = [skimage_metrics.peak_signal_noise_ratio(a, b) for a, b in zip(x, y, strict=True)]
-    np.testing.assert_allclose(metrics.psnr(x, y), expected, rtol=1e-12)
+    np.testing.assert_allclose(image_metrics.psnr(x, y), expected, rtol=1e-12)
 
 
 def test_ssim_of_one_window_is_the_formula():
@@ -66,14 +66,14 @@ def test_ssim_of_one_window_is_the_formula():
     covariance = mean(a * b) - mean(a) * mean(b)
     luminance = (2 * mean(a) * mean(b) + c1) / (mean(a) ** 2 + mean(b) ** 2 + c1)
     expected = luminance * (2 * covariance + c2) / (variances + c2)
-    np.testing.assert_allclose(metrics.ssim(x, y), expected, rtol=1e-9)
+    np.testing.assert_allclose(image_metrics.ssim(x, y), expected, rtol=1e-9)
 
 
 def test_ssim_of_equal_and_constant_images():
     x = random_images(0, (1, 28, 28, 1))
-    np.testing.assert_allclose(metrics.ssim(x, x), [1.0], rtol=1e-12)
+    np.testing.assert_allclose(image_metrics.ssim(x, x), [1.0], rtol=1e-12)
     a, b, c1 = 40.0, 160.0, (0.01 * 255) ** 2
-    values = metrics.ssim(np.full_like(x, 40), np.full_like(x, 160))
+    values = image_metrics.ssim(np.full_like(x, 40), np.full_like(x, 160))
     np.testing.assert_allclose(values, [(2 * a * b + c1) / (a**2 + b**2 + c1)], rtol=1e-9)
 
 
@@ -85,10 +85,10 @@ def test_ssim_averages_channels_and_keeps_images_apart():
         skimage_metrics.structural_similarity(x[0, ..., c], y[0, ..., c], **options)
         for c in range(3)
     ]
-    np.testing.assert_allclose(metrics.ssim(x, y), [np.mean(channels), 1.0], rtol=1e-9)
+    np.testing.assert_allclose(image_metrics.ssim(x, y), [np.mean(channels), 1.0], rtol=1e-9)
 
 
-@pytest.mark.parametrize("function", [metrics.psnr, metrics.ssim])
+@pytest.mark.parametrize("function", [image_metrics.psnr, image_metrics.ssim])
 def test_image_metrics_reject_bad_images(function):
     x = random_images(0, (2, 12, 12, 1))
     with pytest.raises(ValueError, match="equal shapes"):
@@ -102,26 +102,26 @@ def test_image_metrics_reject_bad_images(function):
 def test_ssim_rejects_images_smaller_than_its_window():
     x = random_images(0, (1, 12, 10, 1))
     with pytest.raises(ValueError, match="at least 11"):
-        metrics.ssim(x, x)
+        image_metrics.ssim(x, x)
 
 
 def test_frechet_distance_of_equal_sets_is_zero():
     features = np.random.default_rng(0).normal(size=(50, 8)) * 100
     permuted = np.random.default_rng(1).permutation(features)
-    assert metrics.frechet_distance(features, permuted) == pytest.approx(0, abs=1e-8)
+    assert image_metrics.frechet_distance(features, permuted) == pytest.approx(0, abs=1e-8)
 
 
 def test_frechet_distance_of_a_shift_is_its_squared_length():
     features = np.random.default_rng(0).normal(size=(50, 3))
     shifted = features + np.array([1.0, -2.0, 3.0])
-    assert metrics.frechet_distance(features, shifted) == pytest.approx(14, rel=1e-12)
+    assert image_metrics.frechet_distance(features, shifted) == pytest.approx(14, rel=1e-12)
 
 
 def test_frechet_distance_of_diagonal_covariances():
     a = features_with_moments(np.zeros(3), np.diag([1.0, 4.0, 9.0]))
     b = features_with_moments(np.array([0.0, 3.0, 0.0]), np.diag([25.0, 4.0, 1.0]))
     # The squared mean difference, and a squared difference of standard deviations an axis.
-    assert metrics.frechet_distance(a, b) == pytest.approx(9 + 16 + 0 + 4, rel=1e-12)
+    assert image_metrics.frechet_distance(a, b) == pytest.approx(9 + 16 + 0 + 4, rel=1e-12)
 
 
 def test_frechet_distance_of_covariances_that_do_not_commute():
@@ -129,7 +129,7 @@ def test_frechet_distance_of_covariances_that_do_not_commute():
     s_a, s_b = np.array([[2.0, 1.0], [1.0, 3.0]]), np.array([[5.0, -2.0], [-2.0, 1.0]])
     product = s_a @ s_b
     root = np.sqrt(np.trace(product) + 2 * np.sqrt(np.linalg.det(product)))
-    distance = metrics.frechet_distance(
+    distance = image_metrics.frechet_distance(
         features_with_moments(np.zeros(2), s_a), features_with_moments(np.ones(2), s_b)
     )
     assert distance == pytest.approx(2 + np.trace(s_a) + np.trace(s_b) - 2 * root, rel=1e-12)
@@ -140,7 +140,7 @@ def test_frechet_distance_of_an_optimal_map():
     # is E|x - A x|^2 = Tr (I - A) S (I - A).
     d = 32
     s, a = random_covariance(0, d), random_covariance(1, d) / d
-    distance = metrics.frechet_distance(
+    distance = image_metrics.frechet_distance(
         features_with_moments(np.zeros(d), s), features_with_moments(np.zeros(d), a @ s @ a)
     )
     i = np.eye(d)
@@ -156,16 +156,18 @@ def test_frechet_distance_of_singular_covariances():
     a, b = np.concatenate([samples, zeros], axis=1), np.concatenate([zeros, samples], axis=1)
     mean = samples.mean(axis=0)
     expected = 2 * np.sum(mean**2) + 2 * np.sum(np.var(samples, axis=0, ddof=1))
-    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
-    assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
+    assert image_metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+    assert image_metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
     # A constant set is a point mass.
     expected = np.sum(mean**2) + np.sum(np.var(samples, axis=0, ddof=1))
-    assert metrics.frechet_distance(a, np.zeros((9, 64))) == pytest.approx(expected, rel=1e-12)
+    assert image_metrics.frechet_distance(a, np.zeros((9, 64))) == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_frechet_distance_agrees_with_torch_fidelity():
     with np.load(DATA / "frechet_distance.npz", allow_pickle=False) as golden:
-        distance = metrics.frechet_distance(
+        distance = image_metrics.frechet_distance(
             golden["reference_features"], golden["generated_features"]
         )
         assert distance == pytest.approx(float(golden["frechet_inception_distance"]), rel=1e-6)
@@ -174,15 +176,15 @@ def test_frechet_distance_agrees_with_torch_fidelity():
 def test_frechet_distance_rejects_bad_features():
     features = np.random.default_rng(0).normal(size=(10, 3))
     with pytest.raises(ValueError, match=r"shape \(n, d\)"):
-        metrics.frechet_distance(features[0], features)
+        image_metrics.frechet_distance(features[0], features)
     with pytest.raises(ValueError, match="same width"):
-        metrics.frechet_distance(features, features[:, :2])
+        image_metrics.frechet_distance(features, features[:, :2])
     with pytest.raises(ValueError, match="at least 2 samples"):
-        metrics.frechet_distance(features, features[:1])
+        image_metrics.frechet_distance(features, features[:1])
     features_with_nan = features.copy()
     features_with_nan[3, 1] = np.nan
     with pytest.raises(ValueError, match="features_b must be finite"):
-        metrics.frechet_distance(features, features_with_nan)
+        image_metrics.frechet_distance(features, features_with_nan)
 
 
 def test_bernoulli_entropy_bits():
@@ -190,10 +192,10 @@ def test_bernoulli_entropy_bits():
     quarter = 2 - 0.75 * np.log2(3)
     eighth = 3 - 0.875 * np.log2(7)
     expected = [[0.0, 0.0, 1.0], [quarter, quarter, eighth]]
-    np.testing.assert_allclose(metrics.bernoulli_entropy_bits(p), expected, rtol=1e-12)
+    np.testing.assert_allclose(image_metrics.bernoulli_entropy_bits(p), expected, rtol=1e-12)
     for bad in (-0.1, 1.1, np.nan):
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-            metrics.bernoulli_entropy_bits(bad)
+            image_metrics.bernoulli_entropy_bits(bad)
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.float32])
@@ -201,7 +203,7 @@ def test_code_statistics_by_hand(dtype):
     # Over four images the six bits are on 0, 4, 2, 1, 3 and 2 times.
     counts = np.array([0, 4, 2, 1, 3, 2]).reshape(1, 2, 3)
     codes = (np.arange(4).reshape(4, 1, 1, 1) < counts).astype(dtype)
-    statistics = metrics.code_statistics(codes)
+    statistics = image_metrics.code_statistics(codes)
     assert statistics["bit_rate"] == 6
     assert statistics["dead_bits"] == 2
     quarter = 2 - 0.75 * np.log2(3)
@@ -211,38 +213,38 @@ def test_code_statistics_by_hand(dtype):
 def test_duplicate_bits_are_the_same_or_the_opposite_of_one_before():
     rng = np.random.default_rng(0)
     bits = rng.integers(0, 2, (50, 4, 4, 6))
-    assert metrics.code_statistics(bits)["duplicate_bits"] == 0
+    assert image_metrics.code_statistics(bits)["duplicate_bits"] == 0
     bits[..., 3] = bits[..., 0]
     bits[..., 5] = 1 - bits[..., 1]
     bits[..., 4] = 1  # dead, and not a duplicate of anything
-    assert metrics.code_statistics(bits)["duplicate_bits"] == 2
+    assert image_metrics.code_statistics(bits)["duplicate_bits"] == 2
     # Another in one of 200 tokens is still the same bit, in one of 50 it is not.
     flat = bits[..., 3].reshape(-1).copy()
     for step, expected in ((200, 2), (50, 1)):
         other = flat.copy()
         other[::step] = 1 - other[::step]
         bits[..., 3] = other.reshape(bits.shape[:3])
-        assert metrics.code_statistics(bits)["duplicate_bits"] == expected
+        assert image_metrics.code_statistics(bits)["duplicate_bits"] == expected
 
 
 def test_codebook_statistics_by_hand():
     indices = np.array([0, 0, 1, 3]).reshape(1, 2, 2)
-    statistics = metrics.codebook_statistics(indices, 8)
+    statistics = image_metrics.codebook_statistics(indices, 8)
     assert statistics["bit_rate"] == 4 * 3
     assert statistics["codebook_used"] == 3 / 8
     assert statistics["codebook_perplexity"] == pytest.approx(2**1.5, rel=1e-12)
-    everything = metrics.codebook_statistics(np.arange(8).reshape(2, 2, 2), 8)
+    everything = image_metrics.codebook_statistics(np.arange(8).reshape(2, 2, 2), 8)
     assert everything["codebook_perplexity"] == pytest.approx(8, rel=1e-12)
     for bad in (np.array([[[8]]]), np.array([[[-1]]]), np.zeros((0, 2, 2), int)):
         with pytest.raises(ValueError, match=r"in \[0, 8\)"):
-            metrics.codebook_statistics(bad, 8)
+            image_metrics.codebook_statistics(bad, 8)
 
 
 def test_code_statistics_rejects_bad_codes():
     with pytest.raises(ValueError, match="non-empty"):
-        metrics.code_statistics(np.zeros((2, 3, 4)))
+        image_metrics.code_statistics(np.zeros((2, 3, 4)))
     with pytest.raises(ValueError, match="non-empty"):
-        metrics.code_statistics(np.zeros((0, 3, 4, 5)))
+        image_metrics.code_statistics(np.zeros((0, 3, 4, 5)))
     for bad in (0.5, 2, -1, np.nan):
         with pytest.raises(ValueError, match="only 0 and 1"):
-            metrics.code_statistics(np.full((2, 3, 4, 5), bad))
+            image_metrics.code_statistics(np.full((2, 3, 4, 5), bad))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import reference
 
-from binlatent import released
-from binlatent.models import transformer
-from binlatent.models.transformer import Transformer, sine_positions_2d
+from binlatent.convert import released
+from binlatent.priors import transformer
+from binlatent.priors.transformer import Transformer, sine_positions_2d
 
 
 def make_transformer(condition):

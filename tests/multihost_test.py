@@ -13,10 +13,12 @@ import optax
 import pytest
 from conftest import TINY
 
-from binlatent import build, processes, train
-from binlatent.checkpoint import Checkpoints
-from binlatent.errors import UserError
-from binlatent.stages.state import replicate
+from binlatent import build
+from binlatent.runtime import processes
+from binlatent.runtime.devices import replicate
+from binlatent.runtime.errors import UserError
+from binlatent.training import loop
+from binlatent.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -90,8 +92,8 @@ def test_two_processes_end_with_the_parameters_of_one(
 ):
     with Pair(tmp_path, digits_dir, no_tensorflow, "--config.evaluate.every=6") as pair:
         assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
-    train.train_autoencoder(tiny_config, tmp_path / "one")
-    train.train_prior(tiny_config, tmp_path / "one")
+    loop.train_autoencoder(tiny_config, tmp_path / "one")
+    loop.train_prior(tiny_config, tmp_path / "one")
     tiny_config.data.num_classes = 10
     for stage in ("autoencoder", "prior"):
         two, one = (restored(tmp_path / run, stage, tiny_config) for run in ("run", "one"))

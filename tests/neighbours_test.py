@@ -9,11 +9,16 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from binlatent import build, evaluate, neighbours, plots, quality, weights
+from binlatent import build
 from binlatent.data.transforms import to_float
-from binlatent.errors import UserError
-from binlatent.evaluation import features, pairs
+from binlatent.evaluation import quality, report
+from binlatent.evaluation.metrics import pairs
+from binlatent.evaluation.networks import features
+from binlatent.paper import __main__ as plots
+from binlatent.paper import neighbours
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime import weights
+from binlatent.runtime.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +46,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture
 def train_images(tiny_config):
-    return evaluate.load_images(evaluate.open_data(tiny_config, "train"), 10_000)[0]
+    return report.load_images(report.open_data(tiny_config, "train"), 10_000)[0]
 
 
 def brute_force(queries, features):
@@ -104,7 +109,7 @@ def test_samples_and_their_neighbours(pipeline, train_images, workdir):
     np.testing.assert_allclose(found.distances, np.sort(expected)[:, :10], rtol=1e-4)
     np.testing.assert_array_equal(found.images[:, 0], train_images[np.argmin(expected, axis=1)])
     # As many held-out images as samples, spread over the test images.
-    test_images, _ = evaluate.load_images(evaluate.open_data(pipeline.config, "test"), 20)
+    test_images, _ = report.load_images(report.open_data(pipeline.config, "test"), 20)
     held_out = np.min(brute_force(network.apply(test_images, 500)["pool"], train), axis=1)
     np.testing.assert_allclose(found.of_held_out, held_out, rtol=1e-4)
     assert found.of_samples.shape == (20,)

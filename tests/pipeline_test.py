@@ -5,11 +5,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binlatent import build, checks, figures, machine, masks, outputs, programs
-from binlatent.diffusion import bernoulli
-from binlatent.errors import UserError
+from binlatent import build, checks, programs
+from binlatent.data import masks
+from binlatent.evaluation import pictures
 from binlatent.pipeline import BinaryLatentDiffusion, known_tokens
-from binlatent.programs import map_batches, sample_codes, sample_keys
+from binlatent.priors.bernoulli import process
+from binlatent.programs import sample_codes
+from binlatent.runtime import machine, png
+from binlatent.runtime.devices import map_batches, sample_keys
+from binlatent.runtime.errors import UserError
 
 
 def random_like(params, seed):
@@ -310,7 +314,7 @@ def test_variations_are_nearer_the_weaker_they_are(pipeline, images):
             pipeline._draw(
                 jax.random.key(i),
                 None,
-                np.asarray(bernoulli.forward_probs(codes, 1 - strength)),
+                np.asarray(process.forward_probs(codes, 1 - strength)),
                 pipeline._times(8, None, strength),
                 checks.sample_settings(pipeline.config),
             )[0]
@@ -453,7 +457,7 @@ def test_sampling_before_the_prior_is_trained_says_so(tiny_config):
 
 def test_grid_lays_images_out_in_rows_with_gaps():
     rows = [np.full((3, 4, 5, 1), value, np.uint8) for value in (10, 200)]
-    sheet = figures.grid(rows)
+    sheet = png.grid(rows)
     assert sheet.shape == (2 * (4 + 2) + 2, 3 * (5 + 2) + 2, 1)
     np.testing.assert_array_equal(sheet[2:6, 2:7], 10)
     np.testing.assert_array_equal(sheet[8:12, 16:21], 200)
@@ -462,39 +466,39 @@ def test_grid_lays_images_out_in_rows_with_gaps():
 
 def test_png_is_enlarged_by_a_whole_factor(tmp_path):
     image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
-    figures.save_png(tmp_path / "new" / "x.png", image, min_side=8)
+    png.save_png(tmp_path / "new" / "x.png", image, min_side=8)
     read = np.asarray(Image.open(tmp_path / "new" / "x.png"))
     np.testing.assert_array_equal(read, image[..., 0].repeat(2, 0).repeat(2, 1))
 
 
 def test_sample_sheet_has_a_row_a_class(pipeline):
-    sheet = outputs.samples(pipeline, jax.random.key(0))
+    sheet = pictures.samples(pipeline, jax.random.key(0))
     assert sheet.shape == (10 * 30 + 2, 10 * 30 + 2, 1)
-    assert outputs.samples(pipeline, jax.random.key(0), num=3).shape == (32, 3 * 30 + 2, 1)
+    assert pictures.samples(pipeline, jax.random.key(0), num=3).shape == (32, 3 * 30 + 2, 1)
 
 
 def test_rows_are_filled_up_black():
-    rows = outputs.as_rows(np.ones((3, 2, 2, 1)), columns=2)
+    rows = pictures.as_rows(np.ones((3, 2, 2, 1)), columns=2)
     assert [row.mean() for row in rows] == [255, 127.5]
 
 
 def test_reconstruction_sheet_alternates_images_and_reconstructions(pipeline, images):
-    sheet = outputs.reconstructions(pipeline, images)
+    sheet = pictures.reconstructions(pipeline, images)
     assert sheet.shape == (2 * 30 + 2, 5 * 30 + 2, 1)
     np.testing.assert_allclose(sheet[2:30, 2:30] / 127.5 - 1, images[0], atol=0.01)
 
 
 def test_sheets_have_their_columns(pipeline, images):
-    sheet = outputs.trajectory(pipeline, jax.random.key(0), columns=3)
+    sheet = pictures.trajectory(pipeline, jax.random.key(0), columns=3)
     assert sheet.shape == (10 * 30 + 2, 3 * 30 + 2, 1)
     keep = np.stack([masks.preset(name, 28, 28) for name in masks.PRESETS[:5]])
-    sheet = outputs.inpaintings(pipeline, images, keep, None, jax.random.key(0), num=2)
+    sheet = pictures.inpaintings(pipeline, images, keep, None, jax.random.key(0), num=2)
     assert sheet.shape == (5 * 30 + 2, 4 * 30 + 2, 1)
     # The second column shows what is given, and grey.
     given = sheet[2:30, 32:60]
     np.testing.assert_array_equal(given[~keep[0]], 128)
     np.testing.assert_array_equal(given[keep[0]], sheet[2:30, 2:30][keep[0]])
-    sheet = outputs.variations(pipeline, images, 1, jax.random.key(0), num=3)
+    sheet = pictures.variations(pipeline, images, 1, jax.random.key(0), num=3)
     assert sheet.shape == (5 * 30 + 2, 4 * 30 + 2, 1)
 
 

@@ -6,9 +6,10 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from binlatent import build, plots
-from binlatent.errors import UserError
+from binlatent import build
+from binlatent.paper import __main__ as plots
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,14 @@ import pytest
 import reference
 from PIL import Image
 
-from binlatent import build, checkpoint, convert, evaluate, masks, state_dicts, train
-from binlatent.errors import UserError
+from binlatent import build
+from binlatent.convert import __main__ as convert
+from binlatent.data import masks
+from binlatent.evaluation import report
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime import state_dicts
+from binlatent.runtime.errors import UserError
+from binlatent.training import checkpoint, loop
 
 
 @pytest.fixture(scope="module", params=reference.AUTOENCODERS)
@@ -228,7 +233,7 @@ def test_a_converted_autoencoder_is_trained_on_with_its_discriminator(
 ):
     workdir = shutil.copytree(autoencoder, tmp_path / "workdir")
     before = params_of(workdir, "autoencoder", 0)
-    state = train.train_autoencoder(fine_tuning(workdir, photos), workdir)
+    state = loop.train_autoencoder(fine_tuning(workdir, photos), workdir)
     # The discriminator took part, and moved, from its own weights.
     theirs = reference.state("ae_c16")["disc.main.2.weight"].transpose(2, 3, 1, 0)
     moved = np.abs(np.asarray(state.discriminator["params"]["main_2"]["kernel"]) - theirs)
@@ -245,7 +250,7 @@ def test_a_converted_prior_is_trained_on(converted, photos, tmp_path, name):
     config = fine_tuning(workdir, photos)
     if name == "prior_class":
         with pytest.raises(UserError, match="num_classes is 10, but the data has 0"):
-            train.train_prior(config, workdir)
+            loop.train_prior(config, workdir)
         for i in range(10):
             (tmp_path / f"data/{i}").mkdir(parents=True)
             for j in range(2):
@@ -255,13 +260,13 @@ def test_a_converted_prior_is_trained_on(converted, photos, tmp_path, name):
         with pytest.raises(
             UserError, match="condition is 'text_cross': set config.data.texts=True"
         ):
-            train.train_prior(config, workdir)
+            loop.train_prior(config, workdir)
         config.data.texts = True
         config.prior.text_width = 31
         with pytest.raises(UserError, match=r"have the shape \(5, 32\), .* takes \(tokens, 31\)"):
-            train.train_prior(config, workdir)
+            loop.train_prior(config, workdir)
         config.prior.text_width = 32
-    state = train.train_prior(config, workdir)
+    state = loop.train_prior(config, workdir)
     head = np.asarray(state.params["params"]["head"]["kernel"]).T
     moved = np.abs(head - reference.state(name)["_denoise_fn.head.weight"])
     assert 0 < moved.max() < 1e-3
@@ -312,22 +317,22 @@ def test_each_exported_file_has_its_own_weights(autoencoder, tmp_path):
 def test_training_the_autoencoder_on_does_not_spoil_a_prior_beside_it(converted, photos):
     workdir = converted("prior_uncond")
     with pytest.raises(UserError, match="belongs to its autoencoder as it is: copy the folder"):
-        train.train_autoencoder(fine_tuning(workdir, photos), workdir)
+        loop.train_autoencoder(fine_tuning(workdir, photos), workdir)
 
 
 def test_images_without_the_labels_of_a_prior_are_judged_without(converted, photos):
     model = BinaryLatentDiffusion.from_workdir(converted("prior_class"))
     config = fine_tuning(converted("prior_class"), photos)
-    images, labels = evaluate.test_images(config, 2)
+    images, labels = report.test_images(config, 2)
     assert labels is None  # a folder without classes
-    result = evaluate.prior_metrics(model, model.encode_probs(images), labels)
+    result = report.prior_metrics(model, model.encode_probs(images), labels)
     assert np.isfinite(result["bce"])
     config.data.texts, config.prior.condition = True, "text_cross"
     config.prior.text_width = 32
-    assert evaluate.test_images(config, 2)[1].shape == (2, 5, 32)
+    assert report.test_images(config, 2)[1].shape == (2, 5, 32)
     config.prior.condition = "text_token"
     with pytest.raises(UserError, match=r"have the shape \(5, 32\), .* takes \(32,\)"):
-        evaluate.test_images(config, 2)
+        report.test_images(config, 2)
 
 
 def test_the_command_reports_what_it_found_and_what_it_left(tmp_path, monkeypatch, capsys):

@@ -7,8 +7,11 @@ import drawn
 import numpy as np
 import pytest
 
-from binlatent import published, weights
-from binlatent.errors import UserError
+from binlatent.autoencoder import lpips
+from binlatent.convert import published
+from binlatent.evaluation.networks import weights as published_weights
+from binlatent.runtime import weights
+from binlatent.runtime.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +26,7 @@ def states():
 def test_the_convolutions_of_vgg16_keep_their_order(states):
     state = states["vgg16"]
     arrays = published.vgg16(state)
-    assert arrays.keys() == weights.vgg16_shapes().keys()
+    assert arrays.keys() == lpips.vgg16_shapes().keys()
     for ours, index in (("conv1_1", 0), ("conv2_1", 5), ("conv3_3", 14), ("conv5_3", 28)):
         theirs = state[f"features.{index}.weight"]
         kernel = arrays[f"{ours}/kernel"]
@@ -35,7 +38,7 @@ def test_the_convolutions_of_vgg16_keep_their_order(states):
 def test_tensors_of_inception_by_name(states):
     state = states["inception"]
     arrays = published.inception(state)
-    assert arrays.keys() == weights.inception_shapes().keys()
+    assert arrays.keys() == published_weights.inception_shapes().keys()
     kernel = arrays["params/Mixed_6b/branch7x7_2/conv/kernel"]  # 1 x 7
     assert kernel.dtype == np.float32
     assert kernel[0, 5, 1, 2] == state["Mixed_6b.branch7x7_2.conv.weight"][2, 1, 0, 5]
@@ -61,7 +64,7 @@ def test_tensors_of_inception_by_tensorflow_s_names(tmp_path):
         for name, shape in shapes.items()
     }
     arrays = published.inception(state)
-    assert arrays.keys() == weights.inception_shapes(logits=False).keys()
+    assert arrays.keys() == published_weights.inception_shapes(logits=False).keys()
     # TensorFlow's graph has, for example, the 1x7 before the 7x1 in its first tower.
     for ours, theirs in (
         ("Conv2d_4a_3x3", "conv_4"),
@@ -79,8 +82,8 @@ def test_tensors_of_inception_by_tensorflow_s_names(tmp_path):
         beta = state[f"net.layers.{theirs}.beta"]
         np.testing.assert_array_equal(arrays[f"params/{ours}/bn/bias"], beta)
         np.testing.assert_array_equal(arrays[f"params/{ours}/bn/scale"], np.ones_like(beta))
-    weights.write(tmp_path / "x.npz", arrays)
-    variables = weights.read_inception(tmp_path / "x.npz")
+    weights.write_npz(tmp_path / "x.npz", arrays)
+    variables = published_weights.read_inception(tmp_path / "x.npz")
     assert "fc" not in variables["params"] and "Mixed_7c" in variables["batch_stats"]
     del state["net.layers.mixed_8.tower.conv.mean"]
     with pytest.raises(UserError, match=r"it lacks net\.layers\.mixed_8\.tower\.conv\.mean"):
@@ -90,7 +93,7 @@ def test_tensors_of_inception_by_tensorflow_s_names(tmp_path):
 def test_tensors_of_efficientnet_by_name(states):
     state = states["efficientnet_lite0"]
     arrays = published.efficientnet_lite0(state)
-    assert arrays.keys() == weights.efficientnet_lite0_shapes().keys()
+    assert arrays.keys() == published_weights.efficientnet_lite0_shapes().keys()
     kernel = arrays["params/blocks_11/depthwise_conv/kernel"]
     assert kernel.shape == (5, 5, 1, 672)
     assert kernel[1, 4, 0, 600] == state["_blocks.11._depthwise_conv.weight"][600, 0, 1, 4]

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binlatent import build, checkpoint, evaluate, quality, samples, train
+from binlatent import build
 from binlatent.data.transforms import to_uint8
-from binlatent.errors import UserError
-from binlatent.evaluation import classifier, comparison, metrics
+from binlatent.evaluation import comparison, quality, report, samples
+from binlatent.evaluation.metrics import image_metrics
+from binlatent.evaluation.networks import classifier
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime.errors import UserError
+from binlatent.training import checkpoint, loop
 
 PR = ("precision_classifier", "recall_classifier")
 
@@ -98,7 +101,7 @@ def test_samples_are_kept(pipeline, tmp_path, small_shards, keep):
 def test_labels_of_the_data(pipeline, tmp_path, small_shards):
     pipeline.config.evaluate.labels = "data"
     found = draw(pipeline, tmp_path, 40)
-    examples = evaluate.open_data(pipeline.config, "train").examples
+    examples = report.open_data(pipeline.config, "train").examples
     order = np.random.default_rng(0).permutation(len(examples))
     expected = [examples[int(i)]["label"] for i in order[:40]]
     np.testing.assert_array_equal(found.labels(), expected)
@@ -119,10 +122,10 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
         pipeline, None, tmp_path / "x", 30, options={"temperature": 0.7}, images=True
     )
     params, _ = quality._classifier(pipeline.config, tmp_path / "evaluation")
-    train_images, _ = evaluate.load_images(evaluate.open_data(pipeline.config, "train"), 10_000)
+    train_images, _ = report.load_images(report.open_data(pipeline.config, "train"), 10_000)
     _, a = classifier.apply_classifier(params, train_images, 10)
     _, b = classifier.apply_classifier(params, np.concatenate(found.images().parts), 10)
-    assert values["fd_classifier"] == pytest.approx(metrics.frechet_distance(a, b), rel=1e-3)
+    assert values["fd_classifier"] == pytest.approx(image_metrics.frechet_distance(a, b), rel=1e-3)
     assert protocol["reference"]["count"] == len(train_images)
     assert protocol["samples"]["temperature"] == 0.7
     assert len(protocol["network"]["weights"]) == 16
@@ -222,8 +225,8 @@ def test_what_the_prior_or_the_data_has_not(pipeline, tmp_path):
 def test_metrics_while_training(tiny_config, tmp_path):
     tiny_config.evaluate.every = 3
     tiny_config.evaluate.metrics = ("fid", "pr")
-    train.train_autoencoder(tiny_config, tmp_path)
-    train.train_prior(tiny_config, tmp_path)
+    loop.train_autoencoder(tiny_config, tmp_path)
+    loop.train_prior(tiny_config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     judged = {line["step"]: line for line in lines if "fd_classifier" in line}
     assert list(judged) == [3, 6] and judged[3]["stage"] == "prior"

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from binlatent import released
+from binlatent.convert import released
 
 SHAPES = json.loads(Path("tests/data/released_shapes.json").read_text())
 AUTOENCODERS = {"ae_c16": "c16", "ae_c24_genmul2": "c24"}

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import reference
 
-from binlatent import build, hyperparameters, released
-from binlatent.errors import UserError
-from configs import default
+from binlatent import build
+from binlatent.configs import default
+from binlatent.convert import hyperparameters, released
+from binlatent.runtime.errors import UserError
 
 
 def config_of(name):

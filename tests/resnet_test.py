@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from binlatent.models.resnet import ResNet50
+from binlatent.evaluation.networks.resnet import ResNet50
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "resnet.npz", allow_pickle=False)
 MODEL = ResNet50(num_classes=10, stage_sizes=(1, 2, 1, 1))  # of the golden

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import reference
 
-from binlatent import released
-from binlatent.diffusion import bernoulli, sampling, schedules
-from binlatent.models.transformer import Transformer
-from binlatent.stages.prior import Denoiser
+from binlatent.convert import released
+from binlatent.priors.bernoulli import process, sampling, schedules
+from binlatent.priors.step import Denoiser
+from binlatent.priors.transformer import Transformer
 
 
 def sample(denoise, n, steps, key=0, num_timesteps=64, shape=(1, 1, 6), **options):
@@ -54,7 +54,7 @@ def test_ancestral_sampling_with_the_true_denoiser_gives_the_data_distribution(t
 
 def test_both_pairs_draw_the_same_codes_from_the_same_network():
     def without_evidence(z_t, t, w):
-        return true_denoise(z_t, t, w) - bernoulli.flip_evidence(1 - t / 64)
+        return true_denoise(z_t, t, w) - process.flip_evidence(1 - t / 64)
 
     mixture, _ = sample(true_denoise, 1_000, 16)
     plugin, _ = sample(without_evidence, 1_000, 16, pair="balanced_plugin")

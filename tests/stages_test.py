@@ -11,13 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from binlatent import build, machine, programs
-from binlatent.diffusion import bernoulli, targets
-from binlatent.models import transformer
-from binlatent.stages import autoencoder as autoencoder_stage
-from binlatent.stages import prior as prior_stage
-from binlatent.stages import state as state_lib
-from configs import default
+from binlatent import build, programs
+from binlatent.autoencoder import step as autoencoder_stage
+from binlatent.configs import default
+from binlatent.priors import step as prior_stage
+from binlatent.priors import transformer
+from binlatent.priors.bernoulli import process, targets
+from binlatent.runtime import devices, machine
+from binlatent.training import state as state_lib
 
 N = 8
 
@@ -71,7 +72,7 @@ PARTS = {"autoencoder": autoencoder_parts, "prior": prior_parts}
 def on_devices(update, num_devices):
     return jax.pmap(
         update,
-        axis_name=state_lib.AXIS,
+        axis_name=devices.AXIS,
         in_axes=(None, 0, 0),
         out_axes=(None, None),
         donate_argnums=0,
@@ -180,7 +181,7 @@ def test_a_step_donates_its_state_and_keeps_the_ema_apart(config):
     state, batch, noise, update = prior_parts(config)
     step = on_devices(update, 4)
     split = functools.partial(jax.tree.map, lambda x: np.asarray(x).reshape(4, -1, *x.shape[1:]))
-    first, _ = step(state_lib.replicate(state), split(batch), split(noise))
+    first, _ = step(devices.replicate(state), split(batch), split(noise))
     second, _ = step(first, split(batch), split(noise))
     assert jax.tree.leaves(first.params)[0].is_deleted()
     assert int(second.step) == 2
@@ -257,7 +258,7 @@ def test_each_step_and_device_has_its_own_key(config):
     state, *_ = prior_parts(config)
     keys = jax.pmap(
         lambda state, _: jax.random.key_data(state_lib.step_key(state)),
-        axis_name=state_lib.AXIS,
+        axis_name=devices.AXIS,
         in_axes=(None, 0),
     )
     later = state.replace(step=state.step + 1)
@@ -445,7 +446,7 @@ class TrueNetwork:
         per_chain = jnp.repeat(k_t.ravel(), z_t[0].size // chain.BITS)
         output = chain.denoise(z_t, per_chain)
         if self.denoiser.evidence or self.denoiser.pair == "balanced_plugin":
-            output = output - bernoulli.flip_evidence(k_t)
+            output = output - process.flip_evidence(k_t)
         if self.denoiser.target == "z_0":
             output = targets.flip_from_z_0(output, z_t)
         elif self.denoiser.target == "z_s":
@@ -494,7 +495,7 @@ def test_the_truth_is_the_minimum_of_every_loss(config, changes):
     # A parabola with its bottom at the truth.
     np.testing.assert_allclose((higher - lower) / (higher + lower - 2 * best), 0, atol=0.15)
     bce = prior_stage.predict(denoiser, 0.0, chains, label, noise)
-    right = (bce.flip_logit > 0) == (bernoulli.flip_target(bce.z_t, bce.z_0) > 0)
+    right = (bce.flip_logit > 0) == (process.flip_target(bce.z_t, bce.z_0) > 0)
     assert np.mean(right) > 0.75
 
 
@@ -571,16 +572,16 @@ def test_prior_trains_on_images_with_a_frozen_encoder(config):
             optimizer=build.optimizer(config.prior.train),
             ema_decay=0.9,
         ),
-        axis_name=state_lib.AXIS,
+        axis_name=devices.AXIS,
         in_axes=(None, 0, None),
         out_axes=(None, None),
     )
     probs = np.asarray(autoencoder.apply(params, images, method="probs"))
     label = np.asarray(batch["label"])
     _, on_the_fly = step(
-        state, state_lib.shard({"image": np.asarray(images), "label": label}), params
+        state, devices.shard({"image": np.asarray(images), "label": label}), params
     )
-    _, cached = step(state, state_lib.shard({"probs": probs, "label": label}), None)
+    _, cached = step(state, devices.shard({"probs": probs, "label": label}), None)
     np.testing.assert_allclose(on_the_fly["loss"], cached["loss"], rtol=1e-5)
 
 
@@ -588,7 +589,7 @@ def test_the_autoencoder_learns_to_copy_a_batch(config):
     config.autoencoder.train.learning_rate = 3e-3
     config.autoencoder.train.num_steps = 200
     state, batch, _, _ = autoencoder_parts(config)
-    step = state_lib.parallel(
+    step = devices.parallel(
         functools.partial(
             autoencoder_stage.train_step,
             code_shape=build.code_shape(config),
@@ -601,8 +602,8 @@ def test_the_autoencoder_learns_to_copy_a_batch(config):
     )
     y, x = np.mgrid[:28, :28]
     patterns = [np.where((x // 7 + i * (y // 7)) % (2 + i % 3) == 0, 0.8, -0.8) for i in range(N)]
-    images = state_lib.shard({"image": np.stack(patterns)[..., None].astype(np.float32)})
-    state = state_lib.replicate(state)
+    images = devices.shard({"image": np.stack(patterns)[..., None].astype(np.float32)})
+    state = devices.replicate(state)
     for _ in range(100):
         state, metrics = step(state, images, {})
         # Where more than 32 steps are queued, JAX's fake devices can wait for one another for ever.

@@ -6,8 +6,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from binlatent import state_dicts
-from binlatent.errors import UserError
+from binlatent.runtime import state_dicts
+from binlatent.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("legacy", [False, True])

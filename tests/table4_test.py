@@ -5,16 +5,17 @@ import json
 import numpy as np
 import pytest
 
-from binlatent import evaluate, table4
-from binlatent.errors import UserError
+from binlatent.evaluation import report
+from binlatent.paper import bottlenecks
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime.errors import UserError
 
 
 @pytest.mark.slow
 def test_table_4(tiny_config, tmp_path):
     tiny_config.autoencoder.codebook_size = 32
     tiny_config.autoencoder.num_channels = 3
-    text = table4.run(tiny_config, tmp_path)
+    text = bottlenecks.run(tiny_config, tmp_path)
     results = json.loads((tmp_path / "table4.json").read_text())
     assert (tmp_path / "table4.md").read_text() == text
     bits = {name: row["bit_rate"] for name, row in results.items()}
@@ -31,7 +32,7 @@ def test_table_4(tiny_config, tmp_path):
         ["Binary", "4×4×8"],
         ["Real value", "4×4×3"],
     ]
-    images, _ = evaluate.test_images(tiny_config, 20)
+    images, _ = report.test_images(tiny_config, 20)
     for name, row in zip(results, rows, strict=True):
         pipeline = BinaryLatentDiffusion.from_workdir(tmp_path / name)
         error = np.square(
@@ -43,14 +44,14 @@ def test_table_4(tiny_config, tmp_path):
         np.testing.assert_allclose(found, [np.mean(psnr), np.std(psnr)], atol=0.02)
     # A second time nothing is trained.
     steps = (tmp_path / "vq" / "metrics.jsonl").read_text()
-    assert table4.run(tiny_config, tmp_path) == text
+    assert bottlenecks.run(tiny_config, tmp_path) == text
     assert (tmp_path / "vq" / "metrics.jsonl").read_text() == steps
     # Rows of another budget or loss are not compared.
     tiny_config.autoencoder.train.learning_rate *= 2
     with pytest.raises(UserError, match="vq was trained with config.autoencoder.train = "):
-        table4.run(tiny_config, tmp_path)
+        bottlenecks.run(tiny_config, tmp_path)
 
 
 def test_as_many_bits_as_the_codebook_has_is_one_row(tiny_config):
     tiny_config.autoencoder.codebook_size = 2**tiny_config.autoencoder.num_bits
-    assert list(table4.variants(tiny_config)) == ["vq", "binary", "real"]
+    assert list(bottlenecks.variants(tiny_config)) == ["vq", "binary", "real"]

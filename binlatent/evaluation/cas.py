@@ -12,23 +12,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from binlatent.evaluation.classifier import (
+from binlatent.evaluation.networks.classifier import (
     Images,
     apply_classifier,
     check_labels,
     shuffled_batches,
     train_classifier,
 )
-from binlatent.models.resnet import ResNet50
-from binlatent.programs import map_batches
-from binlatent.stages.state import (
+from binlatent.evaluation.networks.resnet import ResNet50
+from binlatent.runtime.devices import (
     AXIS,
-    create_schedule,
+    map_batches,
     mean_over_devices,
     parallel,
     replicate,
     shard,
 )
+from binlatent.training.state import create_schedule
 
 Array = jax.Array
 

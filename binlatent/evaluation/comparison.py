@@ -13,11 +13,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from binlatent import weights
-from binlatent.errors import UserError
-from binlatent.evaluation import exchange, feature_metrics
+from binlatent.evaluation import exchange
 from binlatent.evaluation.exchange import Images
-from binlatent.evaluation.features import Features, Network, collect
+from binlatent.evaluation.metrics import feature_metrics
+from binlatent.evaluation.networks.features import Features, Network, collect
+from binlatent.runtime import weights
+from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

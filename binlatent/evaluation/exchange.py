@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from binlatent import state_dicts, weights
 from binlatent.data import folder, loader, sources
-from binlatent.errors import UserError
-from binlatent.evaluation.feature_metrics import Statistics
-from binlatent.evaluation.features import Features, Gaussian
+from binlatent.evaluation.metrics.feature_metrics import Statistics
+from binlatent.evaluation.networks.features import Features, Gaussian
+from binlatent.runtime import state_dicts, weights
+from binlatent.runtime.errors import UserError
 
 _GAUSSIANS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
@@ -298,4 +298,4 @@ def write_statistics(path: Path, features: Features, protocol: dict[str, Any]) -
         arrays |= dict(zip(_GAUSSIANS[name], gaussian, strict=True))
     optional = {"features": features.pool, "logits": features.logits}
     arrays |= {name: array for name, array in optional.items() if array is not None}
-    weights.write(path, arrays)
+    weights.write_npz(path, arrays)

@@ -1,0 +1,1 @@
+"""Stage 1: the binary autoencoder (paper, Section 3)."""

@@ -1,0 +1,1 @@
+"""What the programs cost and how fast they are."""

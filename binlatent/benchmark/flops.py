@@ -1,0 +1,220 @@
+"""What the networks multiply, counted by hand: FLOPs of one image, two for a multiply and add.
+
+Matrix products and convolutions alone, as is usual for a share of a device's peak: no norms,
+activations or softmax. A convolution's taps that lie on its padding are not counted. Training is
+three times the forward pass, whatever `remat` computes again: each product has a gradient with
+respect to both of its factors.
+
+Dimensions: c bits of a token, d width, m tokens of a text, e width of a text's features.
+"""
+
+import numpy as np
+
+from binlatent.autoencoder import bottleneck, lpips
+from binlatent.autoencoder import step as autoencoder_stage
+from binlatent.autoencoder.discriminator import Discriminator
+from binlatent.autoencoder.modules import Autoencoder, Decoder, Encoder, Levels
+from binlatent.priors.transformer import Transformer
+
+Shape = tuple[int, int, int]
+
+
+def matmul(rows: int, width_in: int, width_out: int) -> int:
+    """Returns the FLOPs of (rows, width_in) @ (width_in, width_out)."""
+    return 2 * rows * width_in * width_out
+
+
+def conv(
+    side: int,
+    width_in: int,
+    width_out: int,
+    kernel: int = 3,
+    stride: int = 1,
+    padding: tuple[int, int] = (1, 1),
+) -> int:
+    """Returns the FLOPs of a square convolution of a square grid.
+
+    Args:
+      side: of the grid that goes in.
+      width_in, width_out: channels.
+      kernel, stride: sides.
+      padding: before and after, on both axes.
+    """
+    first = np.arange(-padding[0], side + padding[1] - kernel + 1, stride)
+    taps = int(np.sum(np.minimum(first + kernel, side) - np.maximum(first, 0)))
+    return matmul(taps**2, width_in, width_out)
+
+
+def attention(queries: int, keys: int, width: int) -> int:
+    """Returns the FLOPs of the scores and of the weighted sum, whatever the number of heads."""
+    return 2 * matmul(queries, keys, width)
+
+
+# The prior
+
+
+def transformer(
+    network: Transformer, code_shape: Shape, labelled: bool, text_tokens: int = 1
+) -> int:
+    """Returns the FLOPs of the forward pass.
+
+    Args:
+      network: the prior's.
+      code_shape: (h, w, c).
+      labelled: whether it is given a label; without a condition it has none.
+      text_tokens: m, of the condition "text_cross".
+    """
+    h, w, c = code_shape
+    d, e = network.width, network.text_width
+    labelled = labelled and network.condition != "none"
+    appended = labelled and network.condition in ("class", "text_token")
+    n = h * w + 1 + appended  # with the time's token and the label's
+    block = matmul(n, d, (3 + 1 + 4 + 4) * d) + attention(n, n, d)
+    if network.condition == "text_cross":
+        m = text_tokens if labelled else 1
+        block += matmul(n, d, 2 * d) + matmul(m, e, 2 * d) + attention(n, m, d)
+    label = matmul(1, e, d) if appended and network.condition == "text_token" else 0
+    ends = matmul(h * w, c, d) + matmul(h * w, d, c) + 2 * matmul(1, d, d) + label
+    return network.num_layers * block + ends
+
+
+def sample(
+    network: Transformer,
+    code_shape: Shape,
+    labelled: bool,
+    guidance: np.ndarray,
+    corrector_steps: int = 0,
+    text_tokens: int = 1,
+) -> int:
+    """Returns the FLOPs of drawing a code.
+
+    Args:
+      network, code_shape, labelled, text_tokens: as of `transformer`.
+      guidance: (S,), w at each step; where it is not 0, a step with a label takes two passes.
+      corrector_steps: after each step but the last, at the guidance of the next.
+    """
+    times_called = np.full(len(guidance), 1)
+    times_called[1:] += corrector_steps
+    guided = int(np.sum(times_called[np.asarray(guidance) != 0])) if labelled else 0
+    conditional = transformer(network, code_shape, labelled, text_tokens)
+    unconditional = transformer(network, code_shape, False)
+    return int(np.sum(times_called)) * conditional + guided * unconditional
+
+
+# The autoencoder
+
+
+def _residual(side: int, width_in: int, width_out: int) -> int:
+    shortcut = conv(side, width_in, width_out, 1, padding=(0, 0)) if width_in != width_out else 0
+    return conv(side, width_in, width_out) + conv(side, width_out, width_out) + shortcut
+
+
+def _attention_block(side: int, width: int) -> int:
+    return matmul(side**2, width, 4 * width) + attention(side**2, side**2, width)
+
+
+def _blocks(levels: Levels, level: int, side: int, width_in: int, num_blocks: int) -> int:
+    width, total = levels.width(level), 0
+    for _ in range(num_blocks):
+        total += _residual(side, width_in, width)
+        total += _attention_block(side, width) if side in levels.attention_resolutions else 0
+        width_in = width
+    return total
+
+
+def _middle(levels: Levels, side: int, width_in: int) -> int:
+    width = levels.width(-1)
+    first = _residual(side, width_in, width)
+    return first + _attention_block(side, width) + _residual(side, width, width)
+
+
+def encoder(module: Encoder, image_shape: Shape) -> int:
+    """Returns the FLOPs of the forward pass; image_shape is (height, width, channels)."""
+    levels, width = module.levels, module.levels.base_width
+    side, patch = image_shape[0] // levels.patch, levels.patch
+    total = conv(side, patch**2 * image_shape[2], width)
+    for level in range(len(levels.multipliers)):
+        if level > 0:
+            total += conv(side, width, width, stride=2, padding=(0, 1))
+            side //= 2
+        total += _blocks(levels, level, side, width, module.num_blocks)
+        width = levels.width(level) if module.num_blocks else width
+    total += _middle(levels, side, width)
+    return total + conv(side, levels.width(-1), module.embedding_width)
+
+
+def decoder(module: Decoder, side: int, embedding_width: int) -> int:
+    """Returns the FLOPs of the forward pass from features (side, side, embedding_width)."""
+    levels, width = module.levels, module.levels.width(-1)
+    total = conv(side, embedding_width, width) + _middle(levels, side, width)
+    for level in reversed(range(len(levels.multipliers))):
+        total += _blocks(levels, level, side, width, module.num_blocks)
+        width = levels.width(level) if module.num_blocks else width
+        if level > 0:
+            side *= 2
+            total += conv(side, width, width)
+    return total + conv(side, width, levels.patch**2 * module.num_channels)
+
+
+def _to_code(module: bottleneck.Bottleneck, code_shape: Shape) -> int:
+    h, w, c = code_shape
+    width = c
+    if isinstance(module, bottleneck.VectorQuantized):
+        return matmul(h * w, module.embedding_width, c) + matmul(h * w, c, module.codebook_size)
+    if isinstance(module, bottleneck.Real) and module.variational:
+        width = 2 * c
+    return matmul(h * w, module.embedding_width, width)
+
+
+def encode(model: Autoencoder, image_shape: Shape, code_shape: Shape) -> int:
+    """Returns the FLOPs from an image to its code."""
+    return encoder(model.encoder, image_shape) + _to_code(model.bottleneck, code_shape)
+
+
+def decode(model: Autoencoder, code_shape: Shape) -> int:
+    """Returns the FLOPs from a code to its image."""
+    h, w, c = code_shape
+    width = model.bottleneck.embedding_width
+    return matmul(h * w, c, width) + decoder(model.decoder, h, width)
+
+
+def discriminator(module: Discriminator, image_shape: Shape) -> int:
+    """Returns the FLOPs of the forward pass."""
+    side, _, width_in = image_shape
+    total = 0
+    for i in range(module.num_layers + 2):
+        stride = 2 if i < module.num_layers else 1
+        last = i == module.num_layers + 1
+        width = 1 if last else module.width * min(2**i, 8)
+        total += conv(side, width_in, width, 4, stride)
+        side, width_in = (side - 2) // stride + 1, width
+    return total
+
+
+def vgg16(image_shape: Shape) -> int:
+    """Returns the FLOPs of the forward pass of LPIPS's VGG16 on one image."""
+    total = 0
+    for name, like in lpips.vgg16_shapes().items():
+        if name.endswith("/kernel"):  # conv3_1/kernel comes after two poolings
+            side = image_shape[0] // 2 ** (int(name[len("conv")]) - 1)
+            total += conv(side, *like.shape[2:])
+    return total
+
+
+def train_autoencoder(
+    networks: autoencoder_stage.Networks, image_shape: Shape, code_shape: Shape, r1: bool = False
+) -> int:
+    """Returns the FLOPs of a training step, an image.
+
+    LPIPS passes forward on both images and back to one; the discriminator forward and back to the
+    reconstruction for the generator, then forward and back on both images; R1, if any, takes the
+    gradient of an image and differentiates that.
+    """
+    model = networks.autoencoder
+    total = 3 * (encode(model, image_shape, code_shape) + decode(model, code_shape))
+    if networks.lpips:
+        total += 3 * vgg16(image_shape)
+    if networks.discriminator:
+        passes = 2 + 6 + (6 if r1 else 0)
+        total += passes * discriminator(networks.discriminator, image_shape)
+    return total

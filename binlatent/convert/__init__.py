@@ -1,0 +1,1 @@
+"""Other projects' weights into ours, and back."""

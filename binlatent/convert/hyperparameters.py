@@ -1,0 +1,203 @@
+"""The hyper-parameters of the authors' checkpoints, from names and shapes; and as their flags."""
+
+import re
+from typing import Any
+
+import ml_collections
+import numpy as np
+
+from binlatent import build
+from binlatent.convert import released
+from binlatent.priors.bernoulli import schedules
+
+
+def _block_kinds(checkpoint: released.Checkpoint, prefix: str) -> str:
+    """Returns a letter a block: its kind's first, or s for a change of resolution."""
+    kinds = ""
+    for i in range(checkpoint.count(prefix)):
+        parts = {rest.split(".")[0] for rest in checkpoint.children(f"{prefix}{i}.")}
+        if parts & {"norm1", "conv1", "norm2", "conv2"}:
+            kinds += "r"
+        elif parts & {"norm", "q", "k", "v", "proj_out"}:
+            kinds += "a"
+        elif "conv" in parts:
+            kinds += "s"
+        elif f"{prefix}{i}.weight" not in checkpoint:
+            raise checkpoint.error(f"it lacks {prefix}{i}.weight")
+        else:
+            kinds += "n" if checkpoint.left[f"{prefix}{i}.weight"].ndim == 1 else "c"
+    return kinds
+
+
+def _levels(checkpoint: released.Checkpoint, prefix: str, kinds: str) -> list[str]:
+    """Returns the kinds of each level's blocks, all with as many residual ones."""
+    levels = kinds.split("s")
+    depths = {level.count("r") for level in levels}
+    known = all(level == "r" * len(level) or level == "ra" * level.count("r") for level in levels)
+    if not known or len(depths) != 1 or depths == {0}:
+        raise checkpoint.error(f"the blocks of {prefix.rstrip('.')} are of an unknown order")
+    return levels
+
+
+def of_autoencoder(checkpoint: released.Checkpoint, image_size: int) -> dict[str, Any]:
+    """Returns what the names and shapes of an autoencoder say, by keys of a config.
+
+    Args:
+      checkpoint: of an autoencoder, with or without a discriminator.
+      image_size: which they do not say.
+
+    Raises:
+      UserError: naming what is missing or not as expected.
+    """
+    encoder, decoder = "ae.encoder.blocks.", "ae.generator.blocks."
+    base_width, channels, _, _ = checkpoint.shape(f"{encoder}0.weight", 4)
+    kinds = _block_kinds(checkpoint, encoder)
+    body = re.fullmatch("c(.*)rarnc", kinds)
+    if not body:
+        raise checkpoint.error("the blocks of ae.encoder are of an unknown order")
+    levels = _levels(checkpoint, encoder, body[1])
+    # The first residual block of each level has its width.
+    firsts = [i + 1 for i, k in enumerate(body[1]) if k == "r" and (not i or body[1][i - 1] == "s")]
+    widths = [checkpoint.shape(f"{encoder}{i}.conv1.weight", 4)[0] for i in firsts]
+    if any(width % base_width for width in widths):
+        raise checkpoint.error(f"its levels' widths {widths} are no multiples of {base_width}")
+    body = re.fullmatch("(n?)crar(.*)nc", _block_kinds(checkpoint, decoder))
+    if not body:
+        raise checkpoint.error("the blocks of ae.generator are of an unknown order")
+    num_blocks = levels[0].count("r")
+    depth = _levels(checkpoint, decoder, body[2])[0].count("r")
+    num_bits, embedding_width, _, _ = checkpoint.shape("ae.quantize.proj.0.weight", 4)
+    found = {
+        "data.image_size": image_size,
+        "data.channels": channels,
+        "autoencoder.num_bits": num_bits,
+        "autoencoder.base_width": base_width,
+        "autoencoder.multipliers": tuple(width // base_width for width in widths),
+        "autoencoder.num_blocks": num_blocks,
+        "autoencoder.decoder_depth": depth_ratio(depth, num_blocks),
+        "autoencoder.attention_resolutions": tuple(
+            image_size // 2**i for i, level in enumerate(levels) if "a" in level
+        ),
+        "autoencoder.embedding_width": embedding_width,
+        "autoencoder.norm_first": bool(body[1]),
+    }
+    if rest := checkpoint.children("disc.main."):
+        # A convolution and an activation, then a convolution, a norm and an activation each layer,
+        # then a convolution.
+        last = max(int(name.split(".")[0]) for name in rest if name.split(".")[0].isdecimal())
+        num_layers, remainder = divmod(last - 2, 3)
+        if num_layers < 1 or remainder:
+            raise checkpoint.error("the layers of disc.main are of an unknown order")
+        found["autoencoder.discriminator.width"] = checkpoint.shape("disc.main.0.weight", 4)[0]
+        found["autoencoder.discriminator.num_layers"] = num_layers
+    return found
+
+
+def depth_ratio(depth: int, num_blocks: int) -> float:
+    """Returns the decoder_depth of which int(num_blocks * decoder_depth) is `depth` again."""
+    ratio = depth / num_blocks
+    return ratio if int(num_blocks * ratio) == depth else float(np.nextafter(ratio, np.inf))
+
+
+def of_prior(checkpoint: released.Checkpoint) -> dict[str, Any]:
+    """Returns what the names and shapes of a prior say, by keys of a config.
+
+    Besides, `tokens` and `num_bits`, of its codes.
+
+    Raises:
+      UserError: naming what is missing or not as expected.
+    """
+    num_bits, width = checkpoint.shape("_denoise_fn.tok_emb.weight", 2)
+    _, tokens, _ = checkpoint.shape("_denoise_fn.pos_emb", 3)
+    found = {
+        "tokens": tokens,
+        "num_bits": num_bits,
+        "prior.width": width,
+        "prior.num_layers": checkpoint.count("_denoise_fn.blocks."),
+        "data.num_classes": 0,
+    }
+    label = "_denoise_fn.cls_embedding"
+    if checkpoint.children("_denoise_fn.blocks.0.cross."):
+        found["prior.condition"] = "text_cross"
+        text_width = checkpoint.shape("_denoise_fn.blocks.0.cross.kv.weight", 2)[1]
+        found["prior.text_width"] = text_width
+    elif f"{label}.bias" in checkpoint:
+        found["prior.condition"] = "text_token"
+        found["prior.text_width"] = checkpoint.shape(f"{label}.weight", 2)[1]
+    elif f"{label}.weight" in checkpoint:
+        found["prior.condition"] = "class"
+        found["data.num_classes"] = checkpoint.shape(f"{label}.weight", 2)[0]
+    return found
+
+
+def find_schedule(checkpoint: released.Checkpoint) -> tuple[str | tuple[float, ...], int] | None:
+    """Returns the schedule, its name or k_0..k_T, and T that a prior's buffers hold, if any."""
+    if "scheduler.k_final" not in checkpoint:
+        return None
+    (length,) = checkpoint.shape("scheduler.k_final", 1)
+    keep = checkpoint.left["scheduler.k_final"]
+    try:
+        schedules.check_schedule(tuple(map(float, keep)))
+    except (ValueError, TypeError) as error:
+        raise checkpoint.error(f"its scheduler.k_final is no schedule: {error}") from error
+    for name in schedules.NAMES:
+        expected = schedules.keep_schedule(name, length - 1)
+        if np.allclose(keep, expected, rtol=0, atol=1e-6):
+            return name, length - 1
+    return tuple(float(k) for k in keep), length - 1
+
+
+def flags(config: ml_collections.ConfigDict, *, prior: bool) -> str:
+    """Returns the flags of their code that describe a config's models.
+
+    Their `--dataset` is what chooses the condition. Widths of texts' features and numbers of
+    classes have no flag there.
+
+    Args:
+      config: of the models.
+      prior: whether there is one.
+    """
+    h, w, c = build.code_shape(config)
+    section, critic = config.autoencoder, config.autoencoder.discriminator
+    values = {
+        "img_size": config.data.image_size,
+        "n_channels": config.data.channels,
+        "codebook_size": c,
+        "latent_shape": (1, h, w),
+        "emb_dim": section.embedding_width,
+        "nf": section.base_width,
+        "ch_mult": tuple(section.multipliers),
+        "res_blocks": section.num_blocks,
+        "gen_mul": section.decoder_depth,
+        "attn_resolutions": tuple(section.attention_resolutions) or (0,),
+        "ndf": critic.width,
+        "disc_layers": critic.num_layers,
+    }
+    switches = {
+        "norm_first": section.norm_first,
+        "use_tanh": section.signed,
+        "deterministic": section.deterministic,
+    }
+    if prior:
+        section, condition = config.prior, build.condition(config)
+        values |= {
+            "sampler": "bld",
+            "dataset": {"none": "custom", "class": "imagenet"}.get(condition, "laion"),
+            "bert_n_emb": section.width,
+            "bert_n_layers": section.num_layers,
+            "bert_n_head": section.num_heads,
+            "block_size": h * w,
+            "total_steps": section.num_timesteps,
+            "sample_steps": section.num_timesteps,
+            # Of others, the buffers that come with the weights count.
+            "beta_type": section.schedule if section.schedule in schedules.NAMES else "linear",
+            "focal": 0 if section.pair == "balanced_plugin" else -1,
+            "loss_final": "mean" if section.time_weight == "mean" else "weighted",
+        }
+        switches |= {"p_flip": section.target == "flip", "cross": condition == "text_cross"}
+    words = [f"--{name} {_words(value)}" for name, value in values.items()]
+    return " ".join(words + [f"--{name}" for name, on in switches.items() if on])
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -1,0 +1,205 @@
+"""A dataset's encoder probabilities on disk, which stage 2 then learns from (`--mode=encode`).
+
+Probabilities, and not bits: the prior draws its bits anew each time, so no noise is frozen in. They
+are rounded to 255ths, a byte a bit. A folder of codes holds shards of records, ArrayRecord, each
+the label's bytes and then those of the code, and `info.json`, which appears last.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import textwrap
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from array_record.python import array_record_data_source, array_record_module
+from tqdm import tqdm
+
+from binlatent.data import loader
+from binlatent.data.sources import Source
+from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_SHARD = 4_096  # records
+
+
+class Codes:
+    """Random access to {"probs": uint8 (h, w, c), in 255ths, "label": ...} of each image."""
+
+    def __init__(self, folder: Path, info: dict[str, Any]):
+        """Opens a complete folder, of which `info` tells; ValueError if it tells something odd."""
+        self._folder = folder
+        self._shape = tuple(info["code_shape"])
+        if info["label_type"] not in ("<i4", "<f4"):
+            raise ValueError(f"labels of the type {info['label_type']!r}")
+        self._label_type, self._label_shape = np.dtype(info["label_type"]), info["label_shape"]
+        self._label_bytes = self._label_type.itemsize * math.prod(self._label_shape)
+        paths = [str(folder / name) for name in _shard_names(info["count"])]
+        self._records = array_record_data_source.ArrayRecordDataSource(paths)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            record = self._records[index]
+            label, probs = record[: self._label_bytes], record[self._label_bytes :]
+            return {
+                "probs": np.frombuffer(probs, np.uint8).reshape(self._shape),
+                "label": np.frombuffer(label, self._label_type).reshape(self._label_shape),
+            }
+        except Exception as error:  # by where the damage is
+            raise UserError(
+                f"The codes in {self._folder} are damaged ({textwrap.shorten(str(error), 200)}): "
+                "delete that folder and make them again with --mode=encode."
+            ) from error
+
+
+def _shard_names(count: int) -> list[str]:
+    if not 0 <= count < 10**10:
+        raise ValueError(f"{count} codes")
+    total = max(-(-count // _SHARD), 1)
+    return [f"codes-{i:05}-of-{total:05}.array_record" for i in range(total)]
+
+
+def open_codes(folder: Path, encoder: str) -> Source:
+    """Opens a folder of codes.
+
+    Args:
+      folder: of `encode`.
+      encoder: fingerprint of the encoder whose codes they must be.
+
+    Raises:
+      UserError: if the folder has no codes, not all, or those of another encoder.
+    """
+    try:
+        info = json.loads((folder / "info.json").read_text())
+        codes, known = Codes(folder, info), info["encoder"]
+        num_classes, fingerprint = int(info["num_classes"]), str(info["data"]["source"])
+        if len(codes) != info["count"]:
+            raise ValueError(f"{len(codes)} codes in place of {info['count']}")
+    except Exception as error:  # by where the damage is
+        reason = textwrap.shorten(str(error), 200)
+        raise UserError(
+            f"There are no complete codes in {folder}: make them with --mode=encode ({reason})."
+        ) from error
+    if known != encoder:
+        raise UserError(
+            f"The codes in {folder} are of another encoder than that of this workdir: encode "
+            "the images again with --mode=encode."
+        )
+    return Source(codes, num_classes, fingerprint)
+
+
+def encode(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Path:
+    """Writes the codes of a source, shard by shard; goes on where it was interrupted.
+
+    They lie in a folder named after the encoder's weights and the images' names and labels, so that
+    no others are taken for them. Several processes take turns at the shards.
+
+    Args:
+      pipeline: with the frozen encoder.
+      source: of the images.
+      folder: of all such folders, `codes` of a workdir.
+
+    Returns:
+      Their folder.
+
+    Raises:
+      UserError: if they cannot be written.
+    """
+    count = len(source.examples)
+    data = {name: pipeline.config.data[name] for name in ("image_size", "channels", "texts")}
+    data["source"] = source.fingerprint
+    dataset = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
+    target = folder / f"{pipeline.encoder_fingerprint}_{dataset}"
+    if (target / "info.json").exists():
+        return target
+    log.info("Encoding %d images into %s", count, target)
+    target.mkdir(parents=True, exist_ok=True)
+    names = _shard_names(count)
+    this, turns = jax.process_index(), jax.process_count()
+    with tqdm(total=count, unit=" images", disable=True if this else None) as progress:
+        for i, name in enumerate(names):
+            part = range(i * _SHARD, min((i + 1) * _SHARD, count))
+            if i % turns == this and not (target / name).exists():
+                _write_shard(pipeline, source, part, target / name, progress)
+            else:
+                progress.update(len(part))
+    # If another process fails, this one is ended.
+    last = ["info.json"] if this else names
+    while not all((target / name).exists() for name in last):
+        time.sleep(0.5)
+    if this:
+        return target
+    label = np.asarray(source.examples[0]["label"])
+    info = {
+        "encoder": pipeline.encoder_fingerprint,
+        "code_shape": pipeline.code_shape,
+        "label_type": _label_type(label).str,
+        "label_shape": label.shape,
+        "num_classes": source.num_classes,
+        "count": count,
+        "data": data,
+    }
+    unfinished = target / "info.json.unfinished"
+    unfinished.write_text(json.dumps(info, indent=2) + "\n")
+    os.replace(unfinished, target / "info.json")
+    return target
+
+
+def _label_type(label: np.ndarray) -> np.dtype:
+    return np.dtype("<f4" if label.dtype.kind == "f" else "<i4")
+
+
+def _write_shard(
+    pipeline: BinaryLatentDiffusion, source: Source, part: range, path: Path, progress: tqdm
+) -> None:
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
+    images = Source(_Part(source.examples, part), source.num_classes)
+    for batch, mask in loader.test_batches(images, pipeline.config.sample.batch_size):
+        real = int(mask.sum())
+        probs = np.rint(255 * pipeline.encode_probs(batch["image"])[:real]).astype(np.uint8)
+        labels = batch["label"][:real]
+        labels = labels.astype(_label_type(labels))
+        with _writing(path):
+            for label, code in zip(labels, probs, strict=True):
+                writer.write(label.tobytes() + code.tobytes())
+        progress.update(real)
+    with _writing(path):
+        writer.close()
+    os.replace(unfinished, path)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # ArrayRecord's, of a full disk too
+        raise UserError(
+            f"The codes could not be written to {path.parent}: {str(error).split(';')[0]}. The "
+            "shards before are whole; make room, or whatever it needs, and start again."
+        ) from error
+
+
+class _Part:
+    """Some of a source's examples."""
+
+    def __init__(self, examples: Any, indices: range):
+        self._examples, self._indices = examples, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._examples[self._indices[index]]

@@ -1,0 +1,90 @@
+"""Which pixels inpainting keeps: presets (supplement, Figure N), and masks from files."""
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from binlatent.data.sources import FORMATS, read_image
+from binlatent.runtime.errors import UserError
+
+# By the part that is drawn anew.
+PRESETS = ("centre", "top", "bottom", "left", "right", "strokes", "outpainting")
+
+_WHITE = 128  # and above: drawn anew
+
+
+def preset(name: str, height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Returns a mask, bool (height, width), True where a pixel is kept.
+
+    Args:
+      name: of `PRESETS`: the square in the centre, of half the side, a half, or thick random
+        strokes are drawn anew; or all but the centre.
+      height, width: in pixels.
+      seed: of the strokes.
+    """
+    y, x = np.mgrid[:height, :width]
+    centre = (abs(2 * y + 1 - height) < height / 2) & (abs(2 * x + 1 - width) < width / 2)
+    halves = {
+        "top": y >= height // 2,
+        "bottom": y < height // 2,
+        "left": x >= width // 2,
+        "right": x < width // 2,
+    }
+    if name in halves:
+        return halves[name]
+    if name == "centre":
+        return ~centre
+    if name == "outpainting":
+        return centre
+    return ~_strokes(height, width, np.random.default_rng(seed))
+
+
+def _strokes(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns where a few wandering strokes pass, bool; between a fifth and a half of all."""
+    canvas = Image.new("L", (width, height))
+    draw = ImageDraw.Draw(canvas)
+    thickness = max(min(height, width) // 8, 1)
+    while np.mean(np.asarray(canvas) > 0) < 0.2:
+        point = rng.uniform((0, 0), (width, height))
+        for _ in range(4):
+            step = rng.uniform(-0.3, 0.3, 2) * (width, height)
+            end = np.clip(point + step, 0, (width - 1, height - 1))
+            draw.line([*point, *end], fill=255, width=thickness)
+            point = end
+    return np.asarray(canvas) > 0
+
+
+def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
+    """Returns the mask of a file, cropped and scaled as its image is, True where a pixel is kept.
+
+    White, or transparent, is drawn anew; black is kept.
+
+    Args:
+      path: of the mask.
+      image_path: of the image that it belongs to, of the same size.
+      image_size: side of the result.
+
+    Raises:
+      UserError: if it cannot be read, has another size than the image, or hides nothing.
+    """
+    for file in (path, image_path):
+        read_image(file, repr(file), image_size, 1)  # says what is wrong with a file
+    with (
+        Image.open(path, formats=FORMATS) as mask,
+        Image.open(image_path, formats=FORMATS) as image,
+    ):
+        if mask.size != image.size:
+            raise UserError(
+                f"The mask {path} must have the size of the image, {image.width}x{image.height}, "
+                f"not {mask.width}x{mask.height}."
+            )
+        side = min(mask.size)
+    # At its own size first: a pixel of the result is hidden if any part of it is.
+    values = read_image(path, repr(path), side, 1)[..., 0]
+    shares = Image.fromarray((values >= _WHITE).astype(np.float32))
+    hidden = np.asarray(shares.resize((image_size, image_size), Image.Resampling.BOX)) > 0
+    if not hidden.any():
+        raise UserError(
+            f"The mask {path} has no white pixel in the centre square, which is what is used of "
+            "an image, so there is nothing to draw anew."
+        )
+    return ~hidden

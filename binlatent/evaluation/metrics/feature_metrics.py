@@ -1,0 +1,282 @@
+"""Metrics between sets of features, as pure NumPy functions in float64.
+
+Dimension legend: `n` samples, `d` feature width, `k` classes.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from scipy import special
+
+from binlatent.evaluation.metrics import distances
+
+
+class Statistics(NamedTuple):
+    """Mean and scatter of features, which add up batch by batch.
+
+    Fields:
+      count: n.
+      mean: (d,).
+      scatter: (d, d), the sum over samples of (x - mean)(x - mean)^T.
+    """
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    @classmethod
+    def of(cls, features: np.ndarray) -> "Statistics":
+        """Returns the statistics of features (n, d).
+
+        Raises:
+          ValueError: If the features are not finite or not two-dimensional.
+        """
+        features = _checked(features, "features")
+        n, d = features.shape
+        mean = np.mean(features, axis=0, dtype=np.float64) if n else np.zeros(d)
+        scatter = np.zeros((d, d))
+        for block in distances.blocks(n):
+            centred = features[block] - mean
+            scatter += centred.T @ centred
+        return cls(n, mean, scatter)
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        """Returns the statistics of both sets together (Chan, Golub and LeVeque, 1979)."""
+        count = self.count + other.count
+        if not count:
+            return self
+        difference = other.mean - self.mean
+        weight = self.count * other.count / count
+        return Statistics(
+            count,
+            self.mean + difference * (other.count / count),
+            self.scatter + other.scatter + weight * np.outer(difference, difference),
+        )
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """The unbiased covariance, (d, d).
+
+        Raises:
+          ValueError: If there are fewer than two samples.
+        """
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}.")
+        return self.scatter / (self.count - 1)
+
+
+def gaussian_frechet_distance(
+    mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray
+) -> float:
+    """Squared Frechet distance between two Gaussians; of Inception features, the FID.
+
+    `metrics.frechet_distance` takes the features themselves, and is exact for few of them.
+
+    Args:
+      mean_a, mean_b: (d,).
+      covariance_a, covariance_b: (d, d), symmetric, singular or not.
+
+    Returns:
+      |m_a - m_b|^2 + Tr S_a + Tr S_b - 2 Tr sqrt(S_a S_b), at least 0.
+
+    Raises:
+      ValueError: If the shapes do not fit.
+
+    References:
+      Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash
+      equilibrium", 2017.
+    """
+    d = np.size(mean_a)
+    shapes = [np.shape(x) for x in (mean_a, covariance_a, mean_b, covariance_b)]
+    if shapes != [(d,), (d, d), (d,), (d, d)]:
+        raise ValueError(
+            f"means (d,) and covariances (d, d) of one width are needed, got {shapes}."
+        )
+    # With S = R R^T, Tr sqrt(S_a S_b) is the sum of the singular values of R_a^T R_b: roots of each
+    # need no eigenvalue of a product, which rounding can make negative or complex.
+    trace_of_root = np.linalg.norm(_root(covariance_a).T @ _root(covariance_b), "nuc")
+    distance = (
+        np.sum(np.square(np.subtract(mean_a, mean_b, dtype=np.float64)))
+        + np.trace(covariance_a)
+        + np.trace(covariance_b)
+        - 2.0 * trace_of_root
+    )
+    return max(float(distance), 0.0)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """Returns R of R R^T = covariance, by Cholesky, and for singular ones by ten times the work."""
+    covariance = np.asarray(covariance, np.float64)
+    try:
+        return np.linalg.cholesky(covariance)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(covariance)
+        return vectors * np.sqrt(np.maximum(values, 0.0))
+
+
+def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
+    """Inception score: exp of the mean KL(p(y | x) || p(y)), of consecutive parts of the samples.
+
+    Args:
+      logits: (n, k), n >= splits; of the FID Inception, without its bias.
+      splits: how many parts.
+
+    Returns:
+      Mean and standard deviation over the parts.
+
+    Raises:
+      ValueError: If the logits are not finite, or fewer than the parts.
+
+    References:
+      Salimans et al., "Improved techniques for training GANs", 2016.
+    """
+    logits = _checked(logits, "logits", splits)
+    n, scores = len(logits), []
+    for i in range(splits):
+        part = logits[i * n // splits : (i + 1) * n // splits].astype(np.float64)
+        log_p = special.log_softmax(part, axis=1)
+        log_marginal = special.logsumexp(log_p, axis=0) - np.log(len(part))
+        scores.append(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_marginal), axis=1))))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def kernel_distance(
+    features_a: np.ndarray,
+    features_b: np.ndarray,
+    num_subsets: int = 100,
+    subset_size: int = 1_000,
+    seed: int = 2020,
+) -> tuple[float, float]:
+    """Kernel distance, (x.y / d + 1)^3, unbiased, over random subsets; on Inception features, KID.
+
+    Args:
+      features_a: (n_a, d), n_a >= subset_size.
+      features_b: (n_b, d), n_b >= subset_size.
+      num_subsets: drawn without replacement each, first of a and then of b, by NumPy's
+        RandomState, as torch-fidelity draws them.
+      subset_size: samples of each.
+      seed: of the draw.
+
+    Returns:
+      Mean and standard deviation over the subsets.
+
+    Raises:
+      ValueError: If the features are not finite, of different widths or fewer than a subset.
+
+    References:
+      Binkowski et al., "Demystifying MMD GANs", 2018.
+    """
+    features_a, features_b = _pair(features_a, features_b, max(subset_size, 2))
+    random, m, values = np.random.RandomState(seed), subset_size, []
+    for _ in range(num_subsets):
+        a, b = (
+            x[random.choice(len(x), m, replace=False)].astype(np.float64)
+            for x in (features_a, features_b)
+        )
+        k_aa, k_bb, k_ab = (_cubic_kernel(x, y) for x, y in ((a, a), (b, b), (a, b)))
+        within = np.sum(k_aa) - np.trace(k_aa) + np.sum(k_bb) - np.trace(k_bb)
+        values.append(within / (m * (m - 1)) - 2 * np.mean(k_ab))
+    return float(np.mean(values)), float(np.std(values))
+
+
+def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    kernel = x @ y.T
+    kernel /= x.shape[1]
+    kernel += 1
+    return kernel * kernel * kernel  # ten times faster than the power
+
+
+def manifold_metrics(
+    real: np.ndarray, generated: np.ndarray, k_pr: int = 3, k_dc: int = 5
+) -> dict[str, float]:
+    """Precision, recall, density and coverage, of one pass over the distances.
+
+    A manifold is the union of balls around its samples, each up to its k-th nearest neighbour.
+    The numbers are those of distances in float64, whatever type the features have.
+
+    Args:
+      real: (n, d), n more than either k.
+      generated: (m, d), m more than either k.
+      k_pr: the neighbour for precision and recall.
+      k_dc: the neighbour for density and coverage.
+
+    Returns:
+      `precision`: share of the generated within the real manifold, in [0, 1]. `recall`: share of
+      the real within the generated manifold, in [0, 1]. `density`: how many real balls a generated
+      sample lies in, in ks, at least 0, 1 for equal distributions. `coverage`: share of real balls
+      with any generated sample, in [0, 1].
+
+    Raises:
+      ValueError: If the features are not finite, of different widths or too few.
+
+    References:
+      Kynkaanniemi et al., "Improved precision and recall metric", 2019.
+      Naeem et al., "Reliable fidelity and diversity metrics for generative models", 2020.
+    """
+    k = max(k_pr, k_dc)
+    real, generated = _pair(real, generated, k + 1)
+    means = [np.mean(x, axis=0, dtype=np.float64) for x in (real, generated)]
+    scale = distances.scale_of(real, generated)
+    # Each set about its own mean, and for the distances between them about the one between.
+    near_real, near_generated = (
+        distances.nearest(distances.Points.of(x, mean, scale), k)
+        for x, mean in zip((real, generated), means, strict=True)
+    )
+    a, b = (distances.Points.of(x, (means[0] + means[1]) / 2, scale) for x in (generated, real))
+    precise, recalled, covered = (np.zeros(len(x), bool) for x in (generated, real, real))
+    inside = 0
+    for rows in distances.blocks(len(generated)):
+        for columns in distances.blocks(len(real)):
+            radius_a, radius_b = near_generated[rows], near_real[columns]
+            i, j, lower, upper = distances.closer(
+                a.part(rows), b.part(columns), radius_a[:, k_pr], radius_b[:, k]
+            )
+            radii = radius_b[j, k_pr], radius_a[i, k_pr], radius_b[j, k_dc]
+            unsure = np.any([(lower <= r) & (r < upper) for r in radii], axis=0)
+            squared = lower
+            squared[unsure] = distances.squared_distances(
+                a.part(rows), b.part(columns), i[unsure], j[unsure]
+            )
+            in_pr, in_generated, in_dc = (squared <= r for r in radii)
+            precise[rows][i[in_pr]] = True
+            recalled[columns][j[in_generated]] = True
+            covered[columns][j[in_dc]] = True
+            inside += int(np.sum(in_dc))
+    return {
+        "precision": float(np.mean(precise)),
+        "recall": float(np.mean(recalled)),
+        "density": inside / (k_dc * len(generated)),
+        "coverage": float(np.mean(covered)),
+    }
+
+
+def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[float, float]:
+    """Returns `manifold_metrics`' precision and recall alone, of the k-th neighbour."""
+    metrics = manifold_metrics(real, generated, k, k)
+    return metrics["precision"], metrics["recall"]
+
+
+def density_coverage(real: np.ndarray, generated: np.ndarray, k: int = 5) -> tuple[float, float]:
+    """Returns `manifold_metrics`' density and coverage alone, of the k-th neighbour."""
+    metrics = manifold_metrics(real, generated, k, k)
+    return metrics["density"], metrics["coverage"]
+
+
+def _pair(a: np.ndarray, b: np.ndarray, at_least: int) -> tuple[np.ndarray, np.ndarray]:
+    a, b = _checked(a, "the first features", at_least), _checked(b, "the second", at_least)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"features must have one width, got {a.shape[1]} and {b.shape[1]}.")
+    return a, b
+
+
+def _checked(features: np.ndarray, name: str, at_least: int = 0) -> np.ndarray:
+    features = np.asarray(features)
+    if features.dtype not in (np.float32, np.float64):
+        features = features.astype(np.float64)
+    if features.ndim != 2 or features.shape[1] == 0:
+        raise ValueError(f"{name} must have shape (n, d), got {features.shape}.")
+    if len(features) < at_least:
+        raise ValueError(f"{name} must be at least {at_least} samples, got {len(features)}.")
+    if not np.all(np.isfinite(features)):
+        raise ValueError(f"{name} must be finite.")
+    return features

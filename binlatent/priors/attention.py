@@ -1,0 +1,138 @@
+"""Attention, GELU and dense layers, each as its device computes them fastest.
+
+Dimensions: n batch, l tokens, d width.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+Array = jax.Array
+
+
+def attend(
+    q: Array, k: Array, v: Array, n: int, num_heads: int, num_keys: Array | None, cudnn: bool
+) -> Array:
+    """Returns rows (n tokens, d) of attention, to the first num_keys, int (n,), None for all."""
+    heads = (n, -1, num_heads, q.shape[-1] // num_heads)
+    q, k, v = (y.reshape(heads) for y in (q, k, v))
+    y = _attend_by_heads(q, k, v, num_keys, cudnn and _cudnn_attends(k))
+    return y.reshape(-1, heads[2] * heads[3])
+
+
+# Compiled with what calls it, but traced once for all blocks: it takes longer than the rest of one.
+@functools.partial(jax.jit, static_argnames="cudnn")
+def _attend_by_heads(q: Array, k: Array, v: Array, num_keys: Array | None, cudnn: bool) -> Array:
+    def attend_elsewhere(*qkv: Array) -> Array:
+        if cudnn:
+            return _attend_by_cudnn(*qkv, num_keys)
+        return jax.nn.dot_product_attention(*qkv, key_value_seq_lengths=num_keys)
+
+    def attend_on_cpu(*qkv: Array) -> Array:
+        mask = None
+        if num_keys is not None:
+            mask = (jnp.arange(k.shape[1])[None] < num_keys[:, None])[:, None, None]
+        # A head or a few at a time: their weights fit into the caches, and parts go side by side.
+        # With few tokens there is less to win, and each part takes time to start.
+        num_parts = math.gcd(k.shape[2], 8 if k.shape[1] >= 128 else 4)
+        parts = zip(*(jnp.split(y, num_parts, axis=2) for y in qkv), strict=True)
+        return jnp.concatenate([_attend_on_cpu(*part, mask=mask) for part in parts], axis=2)
+
+    return jax.lax.platform_dependent(q, k, v, cpu=attend_on_cpu, default=attend_elsewhere)
+
+
+def _cudnn_attends(k: Array) -> bool:
+    """Tells whether cuDNN shall attend to keys (n, keys, heads, width of a head).
+
+    It never writes a head's l x l weights to memory, which is half of all that a training step
+    moves with XLA's attention, and more with many tokens. It wants one of NVIDIA's GPUs since
+    Ampere, numbers of 16 bits and narrow heads; to few keys there is nothing to win.
+    """
+    if jax.default_backend() != "gpu" or k.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    major = str(jax.local_devices()[0].compute_capability).split(".")[0]
+    if not major.isdigit() or int(major) < 8:  # AMD's are named otherwise
+        return False
+    return k.shape[1] >= 64 and k.shape[-1] % 8 == 0 and k.shape[-1] <= 128
+
+
+def _attend_by_cudnn(q: Array, k: Array, v: Array, num_keys: Array | None) -> Array:
+    """As `jax.nn.dot_product_attention`, with even numbers of tokens.
+
+    JAX 0.10 refuses odd ones where a gradient follows. Nothing here knows whether one does, so
+    that sampling pads too.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    # Lengths that come from the batch: others JAX cannot vmap, and may deal out wrongly.
+    zeros = 0 * k[:, 0, 0, 0].astype(jnp.int32)
+    q, k, v = (jnp.pad(y, ((0, 0), (0, y.shape[1] % 2), (0, 0), (0, 0))) for y in (q, k, v))
+    y = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        query_seq_lengths=zeros + q.shape[1],
+        key_value_seq_lengths=zeros + (keys if num_keys is None else num_keys),
+        implementation="cudnn",
+    )
+    return y[:, :queries]
+
+
+def _attend_on_cpu(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """As `jax.nn.dot_product_attention`, whose forward pass takes XLA twice as long on CPUs.
+
+    Here the heads come before the tokens in all products, as they have to; the sum of the weights
+    divides what they average, l numbers a head and not l^2; and rows are summed by a product and
+    compared by halves: XLA's own reductions along them are not vectorised. Sums are in float32.
+    """
+    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    dtype = v.dtype
+    q, k, v = (y.swapaxes(1, 2) for y in (q * np.float32(q.shape[-1] ** -0.5), k, v))
+    scores = product(q, k.swapaxes(2, 3))
+    if mask is not None:
+        scores = jnp.where(mask, scores, np.finfo(np.float32).min)
+    weights = jnp.exp(scores - _largest(jax.lax.stop_gradient(scores))).astype(dtype)
+    keys = weights.shape[-1]
+    total = product(weights.reshape(-1, keys), jnp.ones(keys, dtype))
+    y = product(weights, v) / total.reshape(*weights.shape[:-1], 1)
+    return y.astype(dtype).swapaxes(1, 2)
+
+
+def _largest(x: Array) -> Array:
+    """Returns the largest of the last axis, which stays, as 1."""
+    while x.shape[-1] > 8:
+        half = -(-x.shape[-1] // 2)
+        x = jnp.maximum(x[..., :half], x[..., -half:])
+    return x.max(-1, keepdims=True)
+
+
+@jax.checkpoint  # training keeps x alone, not the three arrays between
+def gelu(x: Array) -> Array:
+    """The exact GELU as PyTorch has it, by erf in float32: erfc, JAX's choice, costs twice that."""
+    y = x.astype(jnp.float32)
+    return (y * (0.5 + 0.5 * jax.lax.erf(y * np.float32(0.5**0.5)))).astype(x.dtype)
+
+
+def _dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any) -> Array:
+    """As `jax.lax.dot_general`, on CPUs with sums in float32.
+
+    Numbers of 16 bits then go to the processor's own products of these, if it has them: XLA's
+    kernels do not round the sums. The products of the gradient are of float32.
+    """
+    product = functools.partial(
+        jax.lax.dot_general, dimension_numbers=dimensions, precision=precision
+    )
+
+    def with_float32_sums(x: Array, kernel: Array) -> Array:
+        return product(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    if x.dtype == jnp.float32:  # no other product anywhere, and soon traced
+        return product(x, kernel)
+    return jax.lax.platform_dependent(x, kernel, cpu=with_float32_sums, default=product)
+
+
+dense = functools.partial(nn.Dense, dot_general=_dot_general)

@@ -1,0 +1,221 @@
+"""The reverse process: from random bits to a code, one compiled loop (paper, Algorithm 2)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from binlatent.priors.bernoulli import process, targets
+
+Array = jax.Array
+
+# (z_t, t, w) -> the flip logits of the pair, float32, the shape of z_t: t a scalar in (0, T], w
+# the guidance at t. Temperature is the denoiser's affair.
+Denoise = Callable[[Array, Array, Array], Array]
+# i -> uniforms in [0, 1) of the codes' shape, for the i-th draw.
+Noise = Callable[[Array], Array]
+
+GUIDANCE_SHAPES = ("constant", "linear", "cosine", "power")
+
+
+def noise_from_keys(keys: Array, shape: tuple[int, ...]) -> Noise:
+    """Returns the noise of n samples from a key each, whoever else is in their batch.
+
+    Args:
+      keys: (n,) typed PRNG keys.
+      shape: of one sample.
+    """
+
+    def uniforms(i: Array) -> Array:
+        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, i), shape))(keys)
+
+    return uniforms
+
+
+def guidance_weights(
+    guidance: float,
+    times: np.ndarray,
+    num_timesteps: int,
+    *,
+    shape: str = "constant",
+    power: float = 1.0,
+    interval: tuple[float, float] = (0.0, 1.0),
+) -> np.ndarray:
+    """Returns w at each step of a sampler: (S,), float32.
+
+    Args:
+      guidance: w >= 0 (supplement C), the largest value it takes.
+      times: (S + 1,), from at most T to 0; a step's time is where it starts.
+      num_timesteps: T.
+      shape: "constant", or growing with r = 1 - t/T from 0 to w: "linear", w r; "cosine",
+        w (1 - cos(pi r)) / 2; "power", w r^power.
+      power: above 0, of the shape "power".
+      interval: (low, high) in t/T, both included; w is 0 outside, where a step then costs one
+        network call and not two.
+
+    Raises:
+      ValueError: for another shape, a power that is not above 0, or an interval outside [0, 1].
+
+    References:
+      Kynkaanniemi et al., Applying Guidance in a Limited Interval, 2024; Wang et al., Analysis of
+      Classifier-Free Guidance Weight Schedulers, 2024.
+    """
+    u = np.asarray(times[:-1]) / num_timesteps
+    r = 1 - u
+    if not power > 0:
+        raise ValueError(f"the guidance's power must be above 0; got {power:g}")
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"the guidance's interval must be 0 <= low <= high <= 1; got {interval}")
+    shapes = {
+        "constant": np.ones_like(r),
+        "linear": r,
+        "cosine": (1 - np.cos(np.pi * r)) / 2,
+        "power": r**power,
+    }
+    if shape not in shapes:
+        raise ValueError(
+            f"the guidance's shape must be one of {', '.join(GUIDANCE_SHAPES)}; got {shape!r}"
+        )
+    inside = (low <= u) & (u <= high)
+    return (guidance * shapes[shape] * inside).astype(np.float32)
+
+
+def guide(conditional: Callable, unconditional: Callable) -> Denoise:
+    """Returns the guided denoiser (1 + w) T(z_t, t, c) - w T(z_t, t) (supplement C).
+
+    The unconditional half is computed only where w is not 0, in the same compiled program, so
+    that changing the guidance never compiles anew.
+
+    Args:
+      conditional, unconditional: (z_t, t) -> logits.
+    """
+
+    def guided(z_t: Array, t: Array, w: Array) -> Array:
+        def combine():
+            return (1 + w) * conditional(z_t, t) - w * unconditional(z_t, t)
+
+        return jax.lax.cond(w == 0, lambda: conditional(z_t, t), combine)
+
+    return guided
+
+
+class Known(NamedTuple):
+    """Bits of z_0 that are given (inpainting).
+
+    Fields:
+      z_0: codes; only the bits under the mask are used.
+      mask: 1 where a bit is known, 0 where it is to be drawn; same shape.
+      noised: whether z_t has them drawn from q(z_t | z_0), as noisy as the others, instead of as
+        they are, which is how the authors' code has it.
+    """
+
+    z_0: Array
+    mask: Array
+    noised: Array | bool = False
+
+
+class Trajectory(NamedTuple):
+    """What the sampler passed through, S steps of n codes."""
+
+    z_t: Array  # bool, (S + 1, n, h, w, c), at each of its times, the last 0
+    p_0: Array  # float32, (S, n, h, w, c), P(z_0 = 1 | z_t) at all but the last
+
+
+def reverse_process(
+    denoise: Denoise,
+    noise: Noise,
+    start_probs: Array,
+    *,
+    times: Array,
+    keep: Array,
+    guidance: Array,
+    pair: str = "plain_mixture",
+    known: Known | None = None,
+    threshold_last: bool = False,
+    corrector_steps: int = 0,
+    corrector_size: float | Array = 0.0,
+    return_trajectory: bool = False,
+) -> tuple[Array, Trajectory | None]:
+    """Draws codes by ancestral sampling (paper, (8); Algorithm 2).
+
+    Any times will do: a step from t to s uses q(z_t | z_s) with k_{t|s} = k_t / k_s.
+
+    Args:
+      denoise: gives the flip logits that the pair's posterior takes.
+      noise: uniforms; draw 0 makes the first z_t, each step then takes one, and one for each of
+        its corrector steps.
+      start_probs: P(z_t = 1) at the first time, codes' shape (n, h, w, c): 1/2 at T.
+      times: (S + 1,), decreasing to 0.
+      keep: (S + 1,), k at those times.
+      guidance: (S,), w at the start of each step.
+      pair: "plain_mixture", or "balanced_plugin": the posterior of `bernoulli` to use.
+      known: bits that are given, or None.
+      threshold_last: whether the step to t = 0 rounds what `denoise` says of z_0, as the authors'
+        code does, instead of drawing z_0, which is exact. Under "balanced_plugin" that leaves
+        out what the bit's own noisy value says.
+      corrector_steps: after each step but the last, so many draws that leave q(z_s) as it is to
+        first order in their size, and so make up for errors; each costs a network call.
+      corrector_size: in [0, 1], the share of bits that each of them draws anew.
+      return_trajectory: whether to keep what is passed through.
+
+    Returns:
+      The codes z_0, float32 in {0, 1}, and the trajectory, or None.
+    """
+
+    def put_known(z_t, k_t, uniform):
+        if known is None:
+            return z_t
+        # Draws from q(z_t | z_0); at k = 1, as they are.
+        k_t = jnp.where(known.noised, k_t, 1.0)
+        noised = process.draw(uniform, process.forward_probs(known.z_0, k_t))
+        return jnp.where(known.mask > 0, noised, z_t)
+
+    def evidence(k_t):
+        # What a flip logit has more than a balanced one.
+        return process.flip_evidence(k_t) if pair == "plain_mixture" else 0.0
+
+    def correct(z_s, s, k_s, w, index):
+        balanced_logit = denoise(z_s, s, w) - evidence(k_s)
+        flip_probs = process.corrector_flip_probs(balanced_logit, k_s, corrector_size)
+        uniform = noise(index)
+        flips = process.draw(uniform, flip_probs)
+        return put_known(process.flip_target(z_s, flips), k_s, uniform)
+
+    posterior = {
+        "plain_mixture": process.mixture_posterior_probs,
+        "balanced_plugin": process.plugin_posterior_probs,
+    }[pair]
+
+    def reverse_step(z_t, step):
+        i, t, s, k_t, k_s, w, w_s = step
+        prediction = targets.z_0_probs(denoise(z_t, t, w), z_t)
+        uniform = noise(i)
+        z_s = process.draw(uniform, posterior(z_t, prediction, k_t, k_s))
+        if threshold_last:
+            z_s = jnp.where(s == 0, (prediction > 0.5).astype(z_s.dtype), z_s)
+        z_s = put_known(z_s, k_s, uniform)
+        if corrector_steps:
+
+            def correct_all(z_s):
+                return jax.lax.fori_loop(
+                    0, corrector_steps, lambda j, z: correct(z, s, k_s, w_s, i + 1 + j), z_s
+                )
+
+            z_s = jax.lax.cond(s > 0, correct_all, lambda z: z, z_s)
+        if not return_trajectory:
+            return z_s, None
+        return z_s, (z_s.astype(bool), posterior(z_t, prediction, k_t, jnp.ones_like(k_s)))
+
+    uniform = noise(jnp.zeros((), jnp.int32))
+    z_T = put_known(process.draw(uniform, start_probs), keep[0], uniform)
+    indices = 1 + jnp.arange(len(times) - 1) * (1 + corrector_steps)
+    guidance_after = jnp.append(guidance[1:], 0.0)  # none is needed at t = 0
+    steps = (indices, times[:-1], times[1:], keep[:-1], keep[1:], guidance, guidance_after)
+    z_0, passed = jax.lax.scan(reverse_step, z_T, steps)
+    if passed is None:
+        return z_0, None
+    states, p_0 = passed
+    return z_0, Trajectory(jnp.concatenate([z_T.astype(bool)[None], states]), p_0)

@@ -1,0 +1,228 @@
+"""The prior's network: a plain transformer over the tokens of a code (paper, 5.1; supplement B.1).
+
+It is the network of the authors' released weights, named as they are, so that these load without a
+table of names.
+
+Dimensions: n batch, h w latent grid, l = h w tokens, c bits, d width, m tokens of a text, e width
+of a text's features.
+
+A condition is one of `CONDITIONS`: a class or a text vector becomes a token that is appended to the
+others; the tokens of a text are attended to in every block. Without its label an image has no such
+token, or attends to a learned one in place of the text's.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from binlatent.priors.attention import attend, dense, gelu
+
+Array = jax.Array
+
+CONDITIONS = ("class", "text_token", "text_cross")
+
+
+def sine_features(x: Array, frequencies: np.ndarray) -> Array:
+    """Returns sines and cosines of x at f frequencies: (m,) -> (m, 2 f)."""
+    angles = x[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def time_features(time: Array, num_features: int) -> Array:
+    """Returns the features of times, (t - 1) / T: (n,) -> (n, num_features)."""
+    # In float32 all along, as the authors: at 4,000 periods the last digit of a frequency counts.
+    steps = np.arange(num_features // 2, dtype=np.float32)
+    exponents = steps * np.float32(-np.log(10_000) / (num_features // 2 - 1))
+    return sine_features(4000 * time, np.exp(exponents))
+
+
+def sine_positions_2d(height: int, width: int, num_features: int) -> Array:
+    """Returns 2-D sine position features of a grid in row-major order: (l, num_features).
+
+    The first half of the features encodes the column, the second the row.
+    """
+    rows, columns = np.divmod(np.arange(height * width), width)
+    half = num_features // 2
+    frequencies = 10_000.0 ** -np.linspace(0.0, 1.0, half // 2, endpoint=False)
+    return jnp.concatenate(
+        [sine_features(jnp.asarray(axis), frequencies) for axis in (columns, rows)], axis=-1
+    )
+
+
+def _norm(dtype: Any, name: str) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
+
+
+class TimeEmbedding(nn.Module):
+    """Times to tokens: (n,) -> (n, width)."""
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, time: Array) -> Array:
+        x = nn.Dense(self.width, dtype=self.dtype, name="l0")(time_features(time, self.width))
+        return nn.Dense(self.width, dtype=self.dtype, name="linear")(nn.swish(x))
+
+
+class SelfAttention(nn.Module):
+    """Attention within each of n images: rows (n tokens, d) to the same shape."""
+
+    num_heads: int
+    dtype: Any = jnp.float32
+    cudnn: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, n: int, num_keys: Array | None) -> Array:
+        """To the first num_keys tokens, int (n,); None for all."""
+        d = x.shape[-1]
+        qkv = dense(3 * d, dtype=self.dtype, name="qkv")(x)
+        y = attend(*jnp.split(qkv, 3, axis=-1), n, self.num_heads, num_keys, self.cudnn)
+        return dense(d, dtype=self.dtype, name="proj")(y)
+
+
+class CrossAttention(nn.Module):
+    """Attention of each of n images to its text: rows (n tokens, d) to the same shape."""
+
+    num_heads: int
+    text_width: int
+    dtype: Any = jnp.float32
+    cudnn: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array, n: int, text: Array | None, given: Array | None) -> Array:
+        """The text is (n, m, e); where it is not given, bool (n,), a learned token is in place."""
+        d = x.shape[-1]
+        null = self.param("null_emb", nn.initializers.normal(0.01), (1, self.text_width))
+        if text is None:
+            text = jnp.broadcast_to(null, (n, 1, self.text_width))
+        elif given is not None:  # m times the same token is as good as one
+            text = jnp.where(given[:, None, None], text, null[None])
+        q = dense(d, dtype=self.dtype, name="query")(x)
+        kv = dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
+        y = attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, None, self.cudnn)
+        return dense(d, dtype=self.dtype, name="proj")(y)
+
+
+class Block(nn.Module):
+    """Pre-norm attention, also to a text if it has a width, and MLP, each scaled by a vector.
+
+    Tokens come as rows, (n tokens, d): XLA's CPU backend is slower on matrix products of three
+    dimensions. Elsewhere it is all the same.
+    """
+
+    num_heads: int
+    text_width: int = 0
+    dtype: Any = jnp.float32
+    cudnn: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Array, n: int, num_keys: Array | None, text: Array | None, given: Array | None
+    ) -> Array:
+        """Maps (n tokens, d) to the same shape; the others as of the two kinds of attention."""
+        d, dtype = x.shape[-1], self.dtype
+
+        def scaled(name: str, y: Array) -> Array:
+            gamma = self.param(name, nn.initializers.ones, (d,))
+            return gamma.astype(dtype)[None] * y
+
+        attention = SelfAttention(self.num_heads, dtype, self.cudnn, name="attn")
+        x = x + scaled("gamma_1", attention(_norm(dtype, "ln1")(x), n, num_keys))
+        if self.text_width:
+            attention = CrossAttention(
+                self.num_heads, self.text_width, dtype, self.cudnn, name="cross"
+            )
+            x = x + scaled("gamma_1_5", attention(_norm(dtype, "ln1_5")(x), n, text, given))
+        y = dense(4 * d, dtype=dtype, name="mlp_0")(_norm(dtype, "ln2")(x))
+        y = dense(d, dtype=dtype, name="mlp_2")(gelu(y))
+        return x + scaled("gamma_2", y)
+
+
+class Transformer(nn.Module):
+    """Predicts, a bit, the log-odds that the noise flipped it.
+
+    Fields:
+      width: d, a multiple of 4 and of num_heads.
+      num_layers, num_heads: of the blocks.
+      condition: of `CONDITIONS`, or "none".
+      num_classes: of the condition "class".
+      text_width: e, of a text condition.
+      cudnn: whether cuDNN attends where it can, see `attention.attend`.
+    """
+
+    width: int
+    num_layers: int
+    num_heads: int
+    condition: str = "none"
+    num_classes: int = 0
+    text_width: int = 0
+    dtype: Any = jnp.float32
+    cudnn: bool = True
+
+    @nn.compact
+    def __call__(
+        self, z_t: Array, time: Array, label: Array | None = None, given: Array | None = None
+    ) -> Array:
+        """Applies the network.
+
+        Args:
+          z_t: (n, h, w, c) in {0, 1}.
+          time: (n,), (t - 1) / T in (-1 / T, 1), T being that of training whatever the sampler
+            visits.
+          label: int (n,) in 0..num_classes - 1 for a class, (n, e) or (n, m, e) for a text; None
+            where no image has one. Ignored without a condition.
+          given: bool (n,), which images have their label, None for all.
+
+        Returns:
+          (n, h, w, c), float32. Zero at initialisation.
+        """
+        n, h, w, c = z_t.shape
+        tok_emb = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="tok_emb")
+        x = tok_emb(2 * z_t.reshape(-1, c) - 1).reshape(n, h * w, self.width)
+        positions = self.param("pos_emb", lambda _: sine_positions_2d(h, w, self.width))
+        x = x + positions.astype(self.dtype)[None]
+        time_token = TimeEmbedding(self.width, self.dtype, name="time_step_embedding")(time)
+        tokens = [x, time_token[:, None]]
+        text = label if self.condition == "text_cross" else None
+        num_keys = None
+        if self.condition in ("class", "text_token") and label is not None:
+            tokens.append(self._embed_label(label)[:, None])
+            if given is not None:
+                num_keys = h * w + 1 + given.astype(jnp.int32)
+        x = jnp.concatenate(tokens, axis=1).reshape(-1, self.width)
+
+        text_width = self.text_width if self.condition == "text_cross" else 0
+        for i in range(self.num_layers):
+            block = Block(self.num_heads, text_width, self.dtype, self.cudnn, name=f"blocks_{i}")
+            x = block(x, n, num_keys, text, given)
+        x = x.reshape(n, -1, self.width)[:, : h * w].reshape(n * h * w, self.width)
+        x = _norm(jnp.float32, "ln_f")(x)
+        # Zero: with the evidence form the untrained network is then right about every bit's own
+        # evidence, and otherwise says "one half".
+        x = nn.Dense(c, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head")(x)
+        return x.reshape(n, h, w, c)
+
+    def round_weights(self, params: Any) -> Any:
+        """Returns parameters with the large matrices in `dtype`, in which it multiplies them.
+
+        The output is the same. A program that applies the network in a loop then reads half as
+        much at every turn, and rounds them once: XLA leaves that in the loop.
+        """
+
+        def rounded(path: Any, x: Array) -> Array:
+            *rooms, name = (entry.key for entry in path)
+            in_float32 = name not in ("kernel", "embedding") or "head" in rooms
+            return x if in_float32 else x.astype(self.dtype)
+
+        return jax.tree_util.tree_map_with_path(rounded, params)
+
+    def _embed_label(self, label: Array) -> Array:
+        """(n,) int or (n, e) -> (n, d)."""
+        if self.condition == "class":
+            embed = nn.Embed(self.num_classes, self.width, dtype=self.dtype, name="cls_embedding")
+            return embed(label)
+        return nn.Dense(self.width, dtype=self.dtype, name="cls_embedding")(label)

@@ -1,0 +1,1 @@
+"""What every room uses: devices, processes, files of weights, errors, commands."""

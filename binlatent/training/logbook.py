@@ -1,0 +1,168 @@
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+
+import datetime
+import functools
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import numpy as np
+import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from binlatent.runtime import png
+from binlatent.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _silenced_stderr() -> Iterator[None]:
+    """Hides what C++ writes to stderr: TensorFlow greets each import, whatever its log level."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with open(os.devnull, "w") as null:
+        os.dup2(null.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+
+
+def _summary_writer(directory: Path):
+    """Returns clu's TensorBoard writer, or None where TensorFlow is not installed."""
+    try:
+        with _silenced_stderr():
+            import tensorflow as tf
+        from clu.metric_writers import SummaryWriter
+    except ImportError:
+        log.info("TensorFlow or clu is not installed: metrics go to metrics.jsonl only.")
+        return None
+    tf.config.set_visible_devices([], "GPU")  # they are JAX's
+    return SummaryWriter(str(directory))
+
+
+def write_scalars(directory: Path, metrics: dict[str, float], step: int = 0) -> None:
+    """Writes metrics to TensorBoard alone, where TensorFlow is installed."""
+    writer = _summary_writer(directory)
+    if writer is not None:
+        writer.write_scalars(step, metrics)
+        writer.close()
+
+
+def drop_torn_line(path: Path, start: bytes = b"") -> None:
+    """Ends a file at its last whole line: a kill or a full disk may have cut the one after it.
+
+    Args:
+      path: of lines; there need be no such file.
+      start: of all its lines. A rest that starts otherwise is another's, and stays.
+    """
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if start.startswith(content[whole:][: len(start)]):
+            file.truncate(whole)
+
+
+class Logbook:
+    """Records one stage's metrics and pictures; a context manager.
+
+    Shows a tqdm bar on a terminal, and a line for each record elsewhere.
+    """
+
+    def __init__(
+        self, workdir: Path, stage: str, step: int, num_steps: int, *, silent: bool = False
+    ):
+        """Opens the log of `stage`, which stands at `step` of `num_steps`; `silent` writes none."""
+        self._stage = stage
+        self._num_steps = num_steps
+        self._workdir = workdir
+        path = workdir / "metrics.jsonl"
+        if not silent:
+            drop_torn_line(path)
+        self._events = None if silent else workdir / "tensorboard" / stage
+        with self._writing():
+            if self._events is not None:
+                self._events.mkdir(parents=True, exist_ok=True)
+            self._file = (Path(os.devnull) if silent else path).open("a")
+        self._bar = tqdm.tqdm(
+            total=num_steps, initial=step, desc=stage, disable=silent or not sys.stderr.isatty()
+        )
+        self._redirect = (
+            nullcontext() if self._bar.disable else logging_redirect_tqdm([logging.getLogger()])
+        )
+
+    @functools.cached_property
+    def _writer(self):
+        """Opened with the first record: no first step waits for TensorFlow's import, seconds."""
+        return None if self._events is None else _summary_writer(self._events)
+
+    def __enter__(self) -> "Logbook":
+        self._redirect.__enter__()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._bar.close()
+        self._redirect.__exit__(*exception)
+        with self._writing():  # of what is still to be flushed
+            self._file.close()
+            writer = vars(self).get("_writer")  # if there was a record
+            if writer is not None:
+                writer.close()
+
+    def tick(self) -> None:
+        """Counts one step."""
+        self._bar.update()
+
+    def record(
+        self, step: int, metrics: dict[str, float], seconds_left: float | None = None
+    ) -> None:
+        """Writes the metrics of `step`, with the time left where it is known."""
+        entry = {"stage": self._stage, "step": step, **metrics}
+        with self._writing():
+            self._file.write(json.dumps(entry) + "\n")
+            self._file.flush()
+            if self._writer is not None:
+                self._writer.write_scalars(step, metrics)
+        text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        if seconds_left is None:
+            log.info("%s %d/%d: %s", self._stage, step, self._num_steps, text)
+        elif self._bar.disable:
+            left = datetime.timedelta(seconds=round(seconds_left))
+            log.info("%s %d/%d: %s, %s left", self._stage, step, self._num_steps, text, left)
+        else:
+            # Short, so that it fits a terminal of 80 columns; the rest is in metrics.jsonl.
+            # The loss is not there if all steps since the last record were skipped.
+            loss, speed = metrics.get("loss", math.nan), metrics["images_per_second"]
+            self._bar.set_postfix_str(f"loss {loss:.4g}, {speed:.0f} images/s")
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes a picture, uint8 (height, width, channels), to figures/ and TensorBoard."""
+        with self._writing():
+            path = self._workdir / "figures" / f"{self._stage}_{name}_{step:07d}.png"
+            png.save_png(path, image)
+            if self._writer is not None:
+                self._writer.write_images(step, {name: image[None]})
+                self._writer.flush()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns what cannot be written into one sentence, TensorFlow's own errors included."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, OSError) and not type(error).__module__.startswith("tensorf"):
+                raise
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+            raise UserError(
+                f"The log in {self._workdir} could not be written: {reason}. The checkpoints are "
+                "whole; make room, or whatever it needs, and start again."
+            ) from error
