@@ -12,7 +12,7 @@ import math
 import os
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from binlatent.data import loader
 from binlatent.data.sources import Source
-from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.data.splits import Data
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def open_codes(folder: Path, encoder: str) -> Source:
     """Opens a folder of codes.
 
     Args:
-      folder: of `encode`.
+      folder: of `write_codes`.
       encoder: fingerprint of the encoder whose codes they must be.
 
     Raises:
@@ -100,28 +100,38 @@ def open_codes(folder: Path, encoder: str) -> Source:
     return Source(codes, num_classes, fingerprint)
 
 
-def encode(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Path:
+def write_codes(
+    source: Source,
+    folder: Path,
+    *,
+    encoder: str,
+    encode_probs: Callable[[np.ndarray], np.ndarray],
+    code_shape: tuple[int, int, int],
+    data: Data,
+    batch_size: int,
+) -> Path:
     """Writes the codes of a source, shard by shard; goes on where it was interrupted.
 
-    They lie in a folder named after the encoder's weights and the images' names and labels, so that
-    no others are taken for them. Several processes take turns at the shards.
+    Their folder is named after the encoder's weights and the images' names and labels, so that no
+    others are taken for them. Several processes take turns at the shards.
 
     Args:
-      pipeline: with the frozen encoder.
       source: of the images.
       folder: of all such folders, `codes` of a workdir.
+      encoder: fingerprint of the encoder.
+      encode_probs: maps images, float32 in [-1, 1], to probabilities (n, h, w, c).
+      code_shape: (h, w, c).
+      data: how the images are read.
+      batch_size: images at a time.
 
     Returns:
       Their folder.
-
-    Raises:
-      UserError: if they cannot be written.
     """
     count = len(source.examples)
-    data = {name: pipeline.config.data[name] for name in ("image_size", "channels", "texts")}
-    data["source"] = source.fingerprint
-    dataset = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:8]
-    target = folder / f"{pipeline.encoder_fingerprint}_{dataset}"
+    about = {name: getattr(data, name) for name in ("image_size", "channels", "texts")}
+    about["source"] = source.fingerprint
+    dataset = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
+    target = folder / f"{encoder}_{dataset}"
     if (target / "info.json").exists():
         return target
     log.info("Encoding %d images into %s", count, target)
@@ -132,7 +142,8 @@ def encode(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Pat
         for i, name in enumerate(names):
             part = range(i * _SHARD, min((i + 1) * _SHARD, count))
             if i % turns == this and not (target / name).exists():
-                _write_shard(pipeline, source, part, target / name, progress)
+                images = Source(_Part(source.examples, part), source.num_classes)
+                _write_shard(images, batch_size, encode_probs, target / name, progress)
             else:
                 progress.update(len(part))
     # If another process fails, this one is ended.
@@ -143,13 +154,13 @@ def encode(pipeline: BinaryLatentDiffusion, source: Source, folder: Path) -> Pat
         return target
     label = np.asarray(source.examples[0]["label"])
     info = {
-        "encoder": pipeline.encoder_fingerprint,
-        "code_shape": pipeline.code_shape,
+        "encoder": encoder,
+        "code_shape": code_shape,
         "label_type": _label_type(label).str,
         "label_shape": label.shape,
         "num_classes": source.num_classes,
         "count": count,
-        "data": data,
+        "data": about,
     }
     unfinished = target / "info.json.unfinished"
     unfinished.write_text(json.dumps(info, indent=2) + "\n")
@@ -162,14 +173,13 @@ def _label_type(label: np.ndarray) -> np.dtype:
 
 
 def _write_shard(
-    pipeline: BinaryLatentDiffusion, source: Source, part: range, path: Path, progress: tqdm
+    images: Source, batch_size: int, encode_probs: Callable, path: Path, progress: tqdm
 ) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
-    images = Source(_Part(source.examples, part), source.num_classes)
-    for batch, mask in loader.test_batches(images, pipeline.config.sample.batch_size):
+    for batch, mask in loader.test_batches(images, batch_size):
         real = int(mask.sum())
-        probs = np.rint(255 * pipeline.encode_probs(batch["image"])[:real]).astype(np.uint8)
+        probs = np.rint(255 * encode_probs(batch["image"])[:real]).astype(np.uint8)
         labels = batch["label"][:real]
         labels = labels.astype(_label_type(labels))
         with _writing(path):

@@ -88,3 +88,15 @@ def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
             "an image, so there is nothing to draw anew."
         )
     return ~hidden
+
+
+def known_tokens(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
+    """Returns which tokens of a code are known, bool (n, h, w): those with all pixels known.
+
+    Args:
+      mask: bool (n, height, width), True where a pixel is known.
+      grid: (h, w) of the code, which divide the mask's.
+    """
+    n, height, width = mask.shape
+    h, w = grid
+    return mask.reshape(n, h, height // h, w, width // w).all(axis=(2, 4))
