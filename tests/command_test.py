@@ -68,7 +68,7 @@ def test_ctrl_c_waits_until_writing_has_ended():
 _INTERRUPTED = """
 import atexit, os, signal, threading
 import jax, jax.numpy as jnp
-from binlatent import command
+from binlatent.runtime import command
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have it ignored
 
@@ -96,7 +96,7 @@ def test_ctrl_c_while_jax_compiles_is_one_word():
 
 def _reported(line, **environment):
     """Runs a line inside `reporting`, in a process with its own environment."""
-    script = f"import jax\nfrom binlatent import command\nwith command.reporting(): {line}"
+    script = f"import jax\nfrom binlatent.runtime import command\nwith command.reporting(): {line}"
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""} | environment
     command_line = [sys.executable, "-c", script]
     return subprocess.run(command_line, env=environment, capture_output=True, text=True)
@@ -128,7 +128,8 @@ def test_another_error_is_not_taken_for_a_device_that_is_not_there():
 
 def _prepared(script, before="", **environment):
     """Runs lines after `prepare_jax`, and some before, in a process with its own environment."""
-    script = f"import jax\nfrom binlatent import command\n{before}\ncommand.prepare_jax()\n{script}"
+    start = f"import jax\nfrom binlatent.runtime import command\n{before}\n"
+    script = f"{start}command.prepare_jax()\n{script}"
     unset = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "XLA_FLAGS")
     kept = {name: value for name, value in os.environ.items() if name not in unset}
     command_line = [sys.executable, "-W", "error", "-c", script]

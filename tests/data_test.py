@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binlatent.data import folder, loader, sources, transforms
+from binlatent.data import folder, images, loader, sources, transforms
 from binlatent.runtime import machine
 from binlatent.runtime.errors import UserError
 
@@ -314,7 +314,7 @@ def test_no_image_starts_a_program_or_waits_for_one(tmp_path):
     for name, reason in (("0.png", "it is none of BMP, GIF, JPEG"), ("1.png", "it is no file")):
         path = str(tmp_path / name)
         with pytest.raises(UserError, match=f"{name}', replace or remove it: {reason}"):
-            sources.read_image(path, repr(path), 4, 1)
+            images.read_image(path, repr(path), 4, 1)
 
 
 def test_links_that_lead_back_end(tmp_path):

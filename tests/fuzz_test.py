@@ -18,8 +18,8 @@ from PIL import Image
 
 from binlatent import build, checks
 from binlatent.configs import digits
-from binlatent.data import codes, folder, masks, sources
-from binlatent.data.broken import UnreadableImage
+from binlatent.data import codes, folder, images, masks
+from binlatent.data.images import UnreadableImage
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import weights
 from binlatent.runtime.devices import replicate
@@ -114,7 +114,7 @@ def encoded(image, kind, **options):
     return file.getvalue()
 
 
-def images():
+def encoded_images():
     """Small images of all kinds, as files."""
     noise = np.random.default_rng(0).integers(0, 256, (20, 24, 4), np.uint8)
     colour, alpha = Image.fromarray(noise[..., :3]), Image.fromarray(noise)
@@ -137,14 +137,14 @@ def images():
     ]
 
 
-IMAGES = images()
+IMAGES = encoded_images()
 
 
 @fuzz
 @given(content=damaged(IMAGES) | st.binary(max_size=200))
 def test_bytes_of_images(content):
     try:
-        image = sources.read_image(io.BytesIO(content), "x", 12, 3)
+        image = images.read_image(io.BytesIO(content), "x", 12, 3)
         assert image.shape == (12, 12, 3) and image.dtype == np.uint8
     except UnreadableImage as error:
         said(error)
@@ -209,7 +209,7 @@ def test_kept_walks(place, data):
     for file in check_listing(root):
         assert os.path.normpath(file).startswith(f"{root}{os.sep}")
         try:
-            sources.read_image(file, repr(file), 12, 1)
+            images.read_image(file, repr(file), 12, 1)
         except UnreadableImage as error:
             said(error)
 
@@ -252,7 +252,7 @@ def test_features_of_texts(place, content):
     path = place / "text.npy"
     path.write_bytes(content)
     try:
-        features = sources._read_features(str(path))
+        features = folder._read_features(str(path))
         assert features.dtype == np.float32 and np.isfinite(features).all()
     except UserError as error:
         said(error)
@@ -267,7 +267,7 @@ def test_weights(place, data):
     path = place / "vgg16.npz"
     path.write_bytes(data.draw(damaged([file.getvalue(), *NPY])))
     try:
-        arrays = weights._read(path, "vgg16", like)
+        arrays = weights.read_npz(path, "vgg16", like)
         assert {name: x.shape for name, x in arrays.items()} == {"a": (2, 3), "b/c": (70,)}
     except UserError as error:
         said(error)

@@ -1,1 +1,1 @@
-"""Sources of images (TFDS and folders), transforms and the Grain pipeline."""
+"""Sources of images (TFDS, folders, LMDB), transforms, codes on disk and the Grain pipeline."""

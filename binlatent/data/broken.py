@@ -5,26 +5,24 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from binlatent.data.images import DecodedImages, UnreadableImage
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-class UnreadableImage(UserError):
-    """An image that is missing, damaged or of no kind that is read."""
-
-
 class Tolerant:
-    """Examples of which the next readable one stands in for one that cannot be read.
+    """Examples where the next readable one stands in for one that cannot be read.
 
-    Each such is named once, in the log and in a file. It is the same one on any number of threads.
+    Which one that is does not depend on the threads. What cannot be read is named once, in the log
+    and in a file.
     """
 
-    def __init__(self, examples: Any, max_share: float, report: Path | None):
-        """Wraps examples.
+    def __init__(self, examples: DecodedImages, max_share: float, report: Path | None):
+        """Wraps images.
 
         Args:
-          examples: with `read(index, position)`, as of `sources.Images`.
+          examples: the images.
           max_share: of unreadable ones among all; a larger share stops the run.
           report: the file that names them, "bad_files.txt" of a workdir; None for the log alone.
         """
@@ -43,11 +41,7 @@ class Tolerant:
         return self.read(index)
 
     def read(self, index: int, position: float = 0.5) -> dict[str, Any]:
-        """Returns an example, or the one in its place; arguments as of `sources.Images.read`.
-
-        Raises:
-          UserError: if too many, or all, cannot be read.
-        """
+        """Returns an example, or the one in its place, as `DecodedImages.read`."""
         index = range(len(self))[index]  # raises IndexError past the end
         while True:
             if index not in self._bad:

@@ -72,15 +72,7 @@ def _shard_names(count: int) -> list[str]:
 
 
 def open_codes(folder: Path, encoder: str) -> Source:
-    """Opens a folder of codes.
-
-    Args:
-      folder: of `write_codes`.
-      encoder: fingerprint of the encoder whose codes they must be.
-
-    Raises:
-      UserError: if the folder has no codes, not all, or those of another encoder.
-    """
+    """Opens a folder of `write_codes`, which must be of the encoder with this fingerprint."""
     try:
         info = json.loads((folder / "info.json").read_text())
         codes, known = Codes(folder, info), info["encoder"]

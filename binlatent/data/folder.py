@@ -1,4 +1,4 @@
-"""Lists the images of a folder, with their classes, texts and split: by a walk, or by a table."""
+"""A folder of images, with their classes, texts and split: by a walk, or by a table."""
 
 import csv
 import dataclasses
@@ -9,6 +9,9 @@ import reprlib
 import time
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from binlatent.data.images import EncodedImages
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -40,6 +43,46 @@ class _Image(NamedTuple):
     text: str = ""  # file of features; "" for the image's own name with .npy
 
 
+def open_images(path: str, split: str, table: str = "", texts: bool = False) -> EncodedImages:
+    """Opens what `list_images` lists; with `texts`, the labels are the features of texts."""
+    listing = list_images(path, split, table)
+    root = len(os.path.join(os.path.expanduser(path), ""))
+    rows = zip(listing.files, listing.labels, listing.texts, strict=True)
+    names = "\n".join(f"{file[root:]} {label} {text[root:]}" for file, label, text in rows)
+    shape = _read_features(listing.texts[0]).shape if texts else ()
+
+    def read(index: int) -> tuple[str, str, int | np.ndarray]:
+        file, text = listing.files[index], listing.texts[index]
+        if not texts:
+            return file, repr(file), listing.labels[index]
+        features = _read_features(text)
+        if features.shape != shape:
+            raise UserError(
+                f"the features in {text!r} have the shape {features.shape}, those of the first "
+                f"image {shape}: bring all to one"
+            )
+        return file, repr(file), features
+
+    num_classes = 0 if texts else listing.num_classes
+    return EncodedImages(len(listing.files), num_classes, read, names, listing.files)
+
+
+def _read_features(file: str) -> np.ndarray:
+    """Returns the features of a text, float32, (e,) or (m, e)."""
+    try:
+        features = np.load(file, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"data.texts needs the features of each image's text: there is no {file!r}"
+        ) from error
+    except Exception as error:  # by where the damage is
+        raise UserError(f"{file!r} is no .npy file of numbers: {error}") from error
+    numbers = isinstance(features, np.ndarray) and features.dtype.kind in "fiu"
+    if not numbers or features.ndim not in (1, 2) or not np.isfinite(features).all():
+        raise UserError(f"{file!r} must hold finite numbers, (e,) or (m, e)")
+    return features.astype(np.float32)
+
+
 def list_images(path: str, split: str, table: str = "") -> Listing:
     """Lists the images below a folder in sorted order.
 
@@ -57,10 +100,6 @@ def list_images(path: str, split: str, table: str = "") -> Listing:
       path: the folder.
       split: "train" or "test".
       table: a .csv or .jsonl file, relative to the folder; "" for a walk.
-
-    Raises:
-      UserError: if the folder is missing, has no images, or has nothing left for one of the splits;
-        if the table is missing or its lines are not as above.
     """
     if not path:
         raise UserError("data.name=folder needs the folder of images: --config.data.path=DIR")
@@ -85,11 +124,7 @@ def list_images(path: str, split: str, table: str = "") -> Listing:
 
 
 def find_images(path: str) -> list[str]:
-    """Returns all images below a folder, sorted; writes nothing there.
-
-    Raises:
-      UserError: if there are none.
-    """
+    """Returns all images below a folder, sorted; writes nothing there."""
     files, _ = _walk(path)
     if not files:
         raise _no_images(path)
@@ -143,7 +178,7 @@ def _keep(root: str, files: list[str], changed: dict[str, int]) -> None:
         with open(f"{path}.{os.getpid()}", "w") as file:
             json.dump({"files": files, "changed": changed}, file)
         os.replace(f"{path}.{os.getpid()}", path)
-        # Which has changed the folder itself.
+        # The new file has changed the folder's own time.
         os.utime(root, ns=(changed["."], changed["."]))
     except OSError:
         return

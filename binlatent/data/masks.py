@@ -3,7 +3,7 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from binlatent.data.sources import FORMATS, read_image
+from binlatent.data.images import FORMATS, read_image
 from binlatent.runtime.errors import UserError
 
 # By the part that is drawn anew.
@@ -62,9 +62,6 @@ def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
       path: of the mask.
       image_path: of the image that it belongs to, of the same size.
       image_size: side of the result.
-
-    Raises:
-      UserError: if it cannot be read, has another size than the image, or hides nothing.
     """
     for file in (path, image_path):
         read_image(file, repr(file), image_size, 1)  # says what is wrong with a file

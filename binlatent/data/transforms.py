@@ -19,9 +19,6 @@ def to_square(
 
     Returns:
       uint8 (image_size, image_size, channels).
-
-    Raises:
-      ValueError: as `to_channels`.
     """
     image = to_channels(image, channels)
     width, height = image.size

@@ -18,7 +18,6 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from binlatent.runtime import machine
 from binlatent.runtime.errors import UserError
 
 
@@ -71,11 +70,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def given_config() -> ml_collections.ConfigDict | None:
-    """Returns the config of --config, None without the flag.
-
-    Raises:
-      UserError: if there is no such file, or it has another kind of config.
-    """
+    """Returns the config of --config, None without the flag."""
     flag = flags.FLAGS["config"]
     if not flag.present:
         return None
@@ -87,7 +82,12 @@ def given_config() -> ml_collections.ConfigDict | None:
     return flag.value
 
 
-# JAX 0.10 to 0.12 know `YNN_FUSIONS` and this value; one that does not would end the process.
+# The flag by which XLA leaves work on CPUs to YNNPACK, in place of its own kernels and Eigen's, and
+# what it is to leave: products of two matrices, of which YNNPACK takes a transposed second one as
+# it is (docs/performance_tried.md has the numbers). JAX 0.10 to 0.12 know both; one that does not
+# would end the process.
+_YNN_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
+_YNN_PRODUCTS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 _KNOWN_IN = ((0, 10), (0, 13))
 
 
@@ -101,8 +101,8 @@ def prepare_jax() -> None:
     given = os.environ.get("XLA_FLAGS", "").strip()
     is_file = bool(given) and not given.startswith("-")  # XLA then reads its flags there
     known = _KNOWN_IN[0] <= jax.__version_info__ < _KNOWN_IN[1]
-    if known and not is_file and machine.YNN_FUSIONS not in given:
-        os.environ["XLA_FLAGS"] = f"--{machine.YNN_FUSIONS}={machine.YNN_PRODUCTS} {given}".strip()
+    if known and not is_file and _YNN_FUSIONS not in given:
+        os.environ["XLA_FLAGS"] = f"--{_YNN_FUSIONS}={_YNN_PRODUCTS} {given}".strip()
     if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
         folder = _cache_folder()
         if folder is None:

@@ -40,9 +40,6 @@ def join(
       coordinator: HOST:PORT of process 0, on which it listens; None to let JAX find it.
       num_processes: of all.
       process_id: of this one, from 0.
-
-    Raises:
-      UserError: if JAX refuses, or they have not all the same number of devices.
     """
     slurm = _several_slurm_tasks()
     if coordinator is None and not slurm and not importlib.util.find_spec("libtpu"):
@@ -99,11 +96,8 @@ def check_same(what: str, value: str) -> None:
     """Refuses, in all processes, to go on where one has another value than process 0.
 
     Args:
-      what: it is, for the message.
+      what: the value is, for the message.
       value: of this process.
-
-    Raises:
-      UserError: naming the processes that differ.
     """
     if jax.process_count() == 1:
         return

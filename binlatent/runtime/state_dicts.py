@@ -24,9 +24,6 @@ def read(path: str | Path) -> State:
 
     Takes a wheel with one .pth or .pt file too, and TorchScript, which needs no PyTorch. Runs no
     code that the file may hold.
-
-    Raises:
-      UserError: if PyTorch or the file is missing, or the file holds anything but tensors by name.
     """
     if not Path(path).is_file():
         raise UserError(f"There is no file {str(path)!r}: check --from.")
@@ -63,9 +60,6 @@ def read_cache(path: Path) -> np.ndarray | dict[str, np.ndarray]:
     """Returns what torch-fidelity keeps: a tensor of features, or mean and covariance by name.
 
     Runs no code that the file may hold.
-
-    Raises:
-      UserError: if PyTorch is missing, or the file holds anything else.
     """
     torch = import_torch()
     rebuild = np.zeros(1).__reduce__()[0]  # of an array, wherever this NumPy has it
@@ -110,26 +104,17 @@ def _is_torchscript(file: str | Path | BinaryIO) -> bool:
 
 
 def import_torch() -> Any:
-    """Returns PyTorch.
-
-    Raises:
-      UserError: if it is not installed.
-    """
+    """Returns PyTorch; UserError if it is not installed."""
     try:
         import torch
     except ImportError as error:
-        raise UserError(
-            "This command, and no other, needs PyTorch: run `pip install torch`."
-        ) from error
+        message = "This command, and no other, needs PyTorch: run `pip install torch`."
+        raise UserError(message) from error
     return torch
 
 
 def write(files: dict[str, State], out: Path) -> None:
-    """Writes state dicts to out/saved_models, by the names of their files.
-
-    Raises:
-      UserError: if a file of such a name is there, or PyTorch is not installed.
-    """
+    """Writes state dicts to out/saved_models, by the names of their files, never over one."""
     torch, folder = import_torch(), out / "saved_models"
     folder.mkdir(parents=True, exist_ok=True)
     paths = {folder / f"{name}.th": state for name, state in files.items()}

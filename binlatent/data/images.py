@@ -1,0 +1,99 @@
+"""Reads images, of which some may be damaged: as squares of one size, or whole."""
+
+import contextlib
+import os
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from binlatent.data import transforms
+from binlatent.runtime.errors import UserError
+
+# Pillow's decoders of these run no other program, as that of EPS does.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+Image.init()  # for Pillow to know all of them by name
+
+
+class UnreadableImage(UserError):
+    """An image that is missing, damaged or in none of `FORMATS`."""
+
+
+class EncodedImages(NamedTuple):
+    """The images of a split, as their files have them."""
+
+    count: int
+    num_classes: int
+    # Returns the encoded image of an index, or its file; its name for messages; its label.
+    read: Callable[[int], tuple[str | BinaryIO, str, int | np.ndarray]]
+    names: str  # of all images, with their labels
+    files: Sequence[str]  # that they lie in, where these can be changed
+
+
+class DecodedImages:
+    """Examples {'image', 'label'}, decoded on first use and then kept in memory or not."""
+
+    def __init__(self, encoded: EncodedImages, image_size: int, channels: int, keep: bool):
+        self._encoded = encoded
+        self._size = image_size, channels
+        self._kept: list[dict[str, Any] | None] | None = [None] * encoded.count if keep else None
+
+    def __len__(self) -> int:
+        return self._encoded.count
+
+    def read(self, index: int, position: float) -> dict[str, Any]:
+        """Returns an example, cropped at a position along its longer side, in [0, 1].
+
+        Raises:
+          UnreadableImage: if it cannot be read.
+        """
+        if self._kept is None or position != 0.5:
+            return self._decode(index, position)
+        # Two threads may both decode an image: the same values, so no lock is needed.
+        example = self._kept[index]
+        if example is None:
+            example = self._kept[index] = self._decode(index, position)
+        return dict(example)
+
+    def _decode(self, index: int, position: float) -> dict[str, Any]:
+        file, what, label = self._encoded.read(index)
+        return {"image": read_image(file, what, *self._size, position), "label": label}
+
+
+def read_image(
+    file: str | BinaryIO, what: str, image_size: int, channels: int, position: float = 0.5
+) -> np.ndarray:
+    """Returns an image of any of `FORMATS`, as of `transforms.to_square`.
+
+    Raises:
+      UnreadableImage: if it cannot be read, calling it `what`.
+    """
+    with _opened(file, what) as image:
+        return transforms.to_square(image, image_size, channels, position)
+
+
+def read_whole(file: str, what: str) -> np.ndarray:
+    """Returns an image as it is, of three channels, uint8 (h, w, 3); raises as `read_image`."""
+    with _opened(file, what) as image:
+        return np.asarray(transforms.to_channels(image, 3))
+
+
+@contextlib.contextmanager
+def _opened(file: str | BinaryIO, what: str) -> Iterator[Image.Image]:
+    """Opens an image; what is raised inside becomes UnreadableImage too."""
+    cannot = f"cannot read the image {what}, replace or remove it"
+    if isinstance(file, str) and os.path.exists(file) and not os.path.isfile(file):
+        # Reading from a pipe would not end.
+        raise UnreadableImage(f"{cannot}: it is no file")
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            yield image
+    except FileNotFoundError as error:
+        raise UnreadableImage(f"there is no image {what}") from error
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(f"{cannot}: it is none of {', '.join(FORMATS)}") from error
+    except Exception as error:  # what a damaged file raises depends on its format
+        reason = textwrap.shorten(str(error), 200) or type(error).__name__
+        raise UnreadableImage(f"{cannot}: {reason}") from error

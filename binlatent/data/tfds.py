@@ -1,0 +1,158 @@
+"""Datasets of TFDS, prepared as ArrayRecord.
+
+TFDS is imported where a dataset is opened, and TensorFlow only while TFDS prepares one that needs
+it.
+"""
+
+import contextlib
+import difflib
+import importlib
+import io
+import logging
+import os
+import re
+import textwrap
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from binlatent.data.images import EncodedImages
+from binlatent.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def open_images(name: str, data_dir: str, split: str) -> EncodedImages:
+    """Opens a split of a dataset, which is first prepared where needed.
+
+    Datasets without a test split test on `validation`, and without that on the last tenth of
+    `train`.
+
+    Args:
+      name: of TFDS, "celeb_a_hq/256" for example.
+      data_dir: of TFDS; "" for the default one.
+      split: "train" or "test".
+    """
+    try:
+        import tensorflow_datasets as tfds
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"data.name={name} needs the package tensorflow-datasets: install it, or name a folder "
+            "of images with --config.data.name=folder --config.data.path=DIR"
+        ) from error
+
+    data_dir = os.path.expanduser(data_dir)
+    builder = _find_prepared(name, data_dir) or _prepare(name, data_dir)
+    features = builder.info.features
+    keys = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
+    if "image" not in keys or not isinstance(features["image"], tfds.features.Image):
+        raise UserError(
+            f"{name!r} of TFDS has no feature 'image' (it has: {', '.join(sorted(keys))}): "
+            "choose another"
+        )
+    if features["image"].np_dtype not in (np.uint8, np.uint16):
+        raise UserError(
+            f"the images of {name!r} of TFDS are not 8 or 16 bits deep: choose another dataset"
+        )
+    labelled = "label" in keys and isinstance(features["label"], tfds.features.ClassLabel)
+    num_classes = (features["label"].num_classes or 0) if labelled else 0
+    # TFDS passes encoded images on: `read_image` takes more kinds, and only 'image' is wanted.
+    images = [key for key in keys if isinstance(features[key], tfds.features.Image)]
+    decoders = {key: tfds.decode.SkipDecoding() for key in images}
+    tfds_split = _split_name(name, list(builder.info.splits), split)
+    try:
+        records = builder.as_data_source(split=tfds_split, decoders=decoders)
+    except NotImplementedError as error:
+        raise UserError(
+            f"the TFDS dataset at {str(builder.data_path)!r} is not stored as ArrayRecord: "
+            "give another --config.data.path to have it prepared there, or remove it"
+        ) from error
+
+    def read(index: int) -> tuple[BinaryIO, str, int]:
+        record = records[index]
+        label = int(record["label"]) if num_classes else 0
+        return io.BytesIO(record["image"]), f"{index} of {name!r}, {tfds_split}", label
+
+    names = f"{builder.info.full_name} {tfds_split} {len(records)}"
+    # No files: what is prepared does not change.
+    return EncodedImages(len(records), num_classes, read, names, ())
+
+
+def _split_name(name: str, splits: list[str], split: str) -> str:
+    if "train" not in splits:
+        raise UserError(
+            f"{name!r} of TFDS has no split 'train' (it has: {', '.join(splits)}): choose another"
+        )
+    held_out = next((other for other in ("test", "validation") if other in splits), None)
+    if split == "train":
+        return "train" if held_out else "train[:90%]"
+    return held_out or "train[90%:]"
+
+
+def _find_prepared(name: str, data_dir: str) -> Any | None:
+    """Returns a TFDS builder of the files in data_dir, or None where there are none.
+
+    Files need neither the dataset's code, which for some imports TensorFlow, nor TensorFlow itself.
+    """
+    from tensorflow_datasets.core import read_only_builder
+
+    try:
+        return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
+    except ValueError:  # not found, or not even a name, which `_prepare` says
+        return None
+
+
+def _prepare(name: str, data_dir: str) -> Any:
+    """Prepares a TFDS dataset as ArrayRecord and returns its builder.
+
+    TFDS writes into a temporary folder and renames it at the end, so an interrupted preparation
+    leaves no dataset.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    if re.match(r"[^/:]*:[^\d*]", name):  # a namespace; name:version is fine
+        # The name may be that of someone else's config.
+        raise UserError(
+            f"preparing {name!r} of TFDS would run code from the network: prepare it yourself as "
+            "ArrayRecord, and give its folder as --config.data.path"
+        )
+    if name.split("/")[0].split(":")[0] == "digits":
+        importlib.import_module("binlatent.data.digits")  # registers the builder
+        tfds.disable_progress_bar()  # it takes seconds
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None, file_format="array_record")
+        if builder.name != "digits":  # which needs no TensorFlow
+            _hide_gpus_from_tensorflow()
+        log.info("Preparing %s in %s, once", name, builder.data_path)
+        # TFDS prints that it downloads, whatever it does; the line above says what happens.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    except registered.DatasetNotFoundError as error:
+        known = ["folder", "lmdb", "digits", *tfds.list_builders(with_community_datasets=False)]
+        near = difflib.get_close_matches(name.split("/")[0], known, n=1)
+        meant = f", did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"there is no TFDS dataset {name!r}{meant} (for a folder of images: "
+            "--config.data.name=folder --config.data.path=DIR)"
+        ) from error
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"preparing the TFDS dataset {name!r} needs a package that is not installed "
+            f"({str(error).splitlines()[-1]}): install it; reading it afterwards will not need it"
+        ) from error
+    except Exception as error:  # no network, no space, no such config, files to fetch by hand, ...
+        # Another process may have prepared it meanwhile, and then the renaming fails.
+        if not _find_prepared(name, data_dir):
+            reason = textwrap.shorten(str(error), 600)
+            raise UserError(f"TFDS cannot prepare {name!r}: {reason}") from error
+    return _find_prepared(name, data_dir)
+
+
+def _hide_gpus_from_tensorflow() -> None:
+    """Keeps TensorFlow, where it is installed, from taking the memory of the GPUs."""
+    try:
+        import tensorflow as tf
+    except ModuleNotFoundError:
+        return
+    tf.config.set_visible_devices([], "GPU")
