@@ -1,36 +1,28 @@
 """The user's object: a trained autoencoder and prior, and all that is done with them."""
 
-import copy
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
-from binlatent import build, checks, programs
-from binlatent.autoencoder import bottleneck
-from binlatent.priors.bernoulli import process, sampling, schedules
-from binlatent.runtime import devices, weights
-from binlatent.runtime.devices import replicate
+from binlatent.autoencoder import bottleneck, programs
+from binlatent.data.masks import known_tokens
+from binlatent.experiment import Experiment, check_same_model, of_checkpoint
+from binlatent.priors import step
+from binlatent.priors.conditions import Condition
+from binlatent.priors.prior import Known, optional
+from binlatent.priors.settings import with_options
+from binlatent.runtime.devices import map_batches, replicate
 from binlatent.runtime.errors import UserError
-from binlatent.training import checkpoint
+from binlatent.runtime.keys import sample_keys
+from binlatent.runtime.weights import fingerprint
+from binlatent.training.checkpoint import Checkpoints, exists
 
 Array = jax.Array
-
-
-def known_tokens(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Returns which tokens of a code are known, bool (n, h, w): those with all pixels known.
-
-    Args:
-      mask: bool (n, height, width), True where a pixel is known.
-      grid: (h, w) of the code, which divide the mask's.
-    """
-    n, height, width = mask.shape
-    h, w = grid
-    return mask.reshape(n, h, height // h, w, width // w).all(axis=(2, 4))
 
 
 class BinaryLatentDiffusion:
@@ -40,93 +32,91 @@ class BinaryLatentDiffusion:
     (n, h, w, c). Everything runs in batches of `config.sample.batch_size`, spread over the devices.
     """
 
-    def __init__(
-        self, config: ml_collections.ConfigDict, autoencoder_params: Any, prior_params: Any = None
-    ):
-        """Wraps parameters that fit `config`; `prior_params` is None before stage 2."""
-        self.config = config
+    def __init__(self, experiment: Experiment, autoencoder_params: Any, prior_params: Any = None):
+        """Wraps parameters that fit the experiment; `prior_params` is None before stage 2."""
+        self.experiment = experiment
         self.autoencoder_params = replicate(autoencoder_params)
-        self.prior_params = replicate(prior_params)
-        self._autoencoder = build.autoencoder(config)
-        self._denoiser = build.denoiser(config)
+        self._prior_params = replicate(prior_params)
+        self._autoencoder = experiment.autoencoder.networks.autoencoder
+        self._prior = experiment.prior.prior
 
     @classmethod
     def from_workdir(
-        cls,
-        workdir: str | Path,
-        config: ml_collections.ConfigDict | None = None,
-        *,
-        prior: bool = True,
+        cls, workdir: str | Path, experiment: Experiment | None = None, *, prior: bool = True
     ) -> "BinaryLatentDiffusion":
-        """Loads the EMA weights of the newest checkpoints in a workdir.
+        """Loads the EMA weights of the newest whole checkpoints in a workdir.
 
         Args:
           workdir: of a training run. The prior may be missing; nothing can be sampled then.
-          config: to use instead of the one in the checkpoint; of the same model.
+          experiment: to use instead of the checkpoint's; with the same model.
           prior: whether to load the prior.
-
-        Raises:
-          UserError: if the folder or the autoencoder's checkpoint is not there, if `config`
-            describes another model, if the prior belongs to another autoencoder, or if no
-            checkpoint of a stage is whole; otherwise the newest that is whole is used.
         """
         workdir = Path(workdir)
         if not workdir.is_dir():
             raise UserError(f"There is no workdir {workdir}: train one, or check --workdir.")
 
-        def load(stage, init, encoder=None):
-            def read(checkpoints):
+        def load(stage: str, encoder: str | None = None) -> tuple[Experiment, Any]:
+            def read(checkpoints: Checkpoints) -> tuple[Experiment, Any]:
                 if encoder is not None:
                     checkpoints.check_encoder(encoder)
-                trained = checkpoints.config()
-                checks.check_stored(trained, workdir / stage)
-                used = copy.deepcopy(trained if config is None else config)
+                trained = of_checkpoint(checkpoints.meta(), workdir / stage)
+                used = experiment or trained
                 if used.data.num_classes == -1:
-                    used.data.num_classes = trained.data.num_classes
-                if config is not None:
-                    checks.check(used)
-                checks.check_same_model(used, trained, stage)
-                like = jax.eval_shape(functools.partial(init, used), jax.random.key(0))
+                    used = used.with_classes(trained.data.num_classes)
+                check_same_model(used, trained, stage)
+                spec = {"autoencoder": used.autoencoder, "prior": used.prior}[stage]
+                like = jax.eval_shape(spec.init, jax.random.key(0))
                 return used, checkpoints.restore_ema(like)
 
-            with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
+            with Checkpoints.open(workdir, stage) as checkpoints:
                 return checkpoints.newest(read)
 
-        pipeline = cls(*load("autoencoder", build.init_autoencoder))
-        if not prior or not checkpoint.exists(workdir, "prior"):
+        pipeline = cls(*load("autoencoder"))
+        if not prior or not exists(workdir, "prior"):
             return pipeline
-        used, prior_params = load("prior", build.init_prior, pipeline.encoder_fingerprint)
+        used, prior_params = load("prior", pipeline.encoder_fingerprint)
         return cls(used, pipeline.autoencoder_params, prior_params)
 
     @property
+    def has_prior(self) -> bool:
+        """Whether stage 2 is trained."""
+        return self._prior_params is not None
+
+    @property
+    def prior_params(self) -> Any:
+        """The prior's parameters; without a prior, a UserError."""
+        if not self.has_prior:
+            raise UserError("This workdir has no prior yet: run --mode=train_prior first.")
+        return self._prior_params
+
+    @property
     def num_classes(self) -> int:
-        """Classes that the prior can be asked for, 0 if it is unconditional."""
-        return self.config.data.num_classes
+        """Classes that the prior can be asked for, 0 if there are none."""
+        conditioning = self.experiment.prior.conditioning
+        return conditioning.num_classes if conditioning.kind == "class" else 0
 
     @property
     def encoder_fingerprint(self) -> str:
         """Tells the weights that make the bits, which a prior belongs to, from others."""
         params = self.autoencoder_params["params"]
-        return weights.fingerprint([params["encoder"], params["bottleneck"]])
+        return fingerprint([params["encoder"], params["bottleneck"]])
 
     @property
     def code_shape(self) -> tuple[int, int, int]:
         """(h, w, c) of a code."""
-        return build.code_shape(self.config)
+        return self.experiment.autoencoder.code_shape
 
     def _map(self, function: Callable, *arrays: Any) -> Any:
-        return devices.map_batches(function, self.config.sample.batch_size, *arrays)
+        return map_batches(function, self.experiment.sample.batch_size, *arrays)
+
+    # Images and codes
 
     def encode_probs(self, images: np.ndarray) -> np.ndarray:
         """Returns y, the Bernoulli parameters of the images' bits, (n, h, w, c) in [0, 1].
 
         Where the bottleneck never draws bits, they are the bits.
-
-        Raises:
-          UserError: if the images are not of the shape that the autoencoder was trained on, or the
-            autoencoder has no bits.
         """
-        checks.check_bits(self.config)
+        self.experiment.autoencoder.check_bits()
         encode = functools.partial(
             programs.encode_probs, self.autoencoder_params, model=self._autoencoder
         )
@@ -134,7 +124,7 @@ class BinaryLatentDiffusion:
 
     def _check_images(self, images: np.ndarray) -> np.ndarray:
         """Returns images as float32, if they have the autoencoder's shape and range."""
-        expected = build.image_shape(self.config)
+        expected = self.experiment.data.image_shape
         if np.ndim(images) != 4 or not len(images) or np.shape(images)[1:] != expected:
             raise UserError(
                 f"Images must be an array (n, {', '.join(map(str, expected))}) in [-1, 1], "
@@ -170,10 +160,10 @@ class BinaryLatentDiffusion:
         return np.asarray(bottleneck.binarize(probs, mode, uniform))
 
     def encode_with_aux(self, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the deterministic codes, and what the bottleneck tells of each.
+        """Returns the deterministic codes, and what the bottleneck reports about each.
 
         That is `probs` of bits, `indices` of "vq", nothing of "real"; see
-        `binlatent.models.bottleneck`.
+        `binlatent.autoencoder.bottleneck`.
         """
         encode = functools.partial(
             programs.encode, self.autoencoder_params, model=self._autoencoder
@@ -181,11 +171,7 @@ class BinaryLatentDiffusion:
         return self._map(encode, self._check_images(images))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Returns the images of codes.
-
-        Raises:
-          UserError: if the codes are not (n, h, w, c) of the autoencoder.
-        """
+        """Returns the images of codes."""
         decode = functools.partial(
             programs.decode_codes, self.autoencoder_params, model=self._autoencoder
         )
@@ -204,114 +190,32 @@ class BinaryLatentDiffusion:
         """Returns the decoded deterministic codes of images."""
         return self.decode(self.encode(images))
 
-    def _labels(self, label: Any, num: int) -> np.ndarray | None:
-        """Returns the labels of `num` samples as the network takes them; None stays None."""
-        if label is None:
-            return None
-        condition = build.condition(self.config)
-        if condition == "none":
-            raise UserError("This prior is unconditional, so it takes no label.")
-        if condition != "class":
-            return self._texts(label, num, {"text_token": 1, "text_cross": 2}[condition])
-        given = np.asarray(label)
-        whole = given.dtype.kind in "iuf" and not np.any(given % 1)
-        if given.shape not in ((), (num,)) or not whole:
-            shown = label if given.ndim == 0 else f"an array of {given.dtype} {given.shape}"
-            raise UserError(
-                f"This prior is asked for by classes: one integer or {num} of them, not {shown}."
-            )
-        labels = np.broadcast_to(np.asarray(label, np.int32), num)
-        if labels.min() < 0 or labels.max() >= self.num_classes:
-            raise UserError(
-                f"A label must be between 0 and {self.num_classes - 1}; "
-                f"got {labels.min() if labels.min() < 0 else labels.max()}."
-            )
-        return labels
+    # The prior
 
-    def _texts(self, features: Any, num: int, ndim: int) -> np.ndarray:
-        """Returns the features of `num` samples' texts, each an array of `ndim` dimensions."""
-        features, width = np.asarray(features), self.config.prior.text_width
-        one = features.ndim == ndim
-        if (
-            features.dtype.kind not in "fiu"
-            or not (one or (features.ndim == ndim + 1 and len(features) in (1, num)))
-            or features.shape[-1] != width
-            or not features.size
-        ):
-            shape = f"({width},)" if ndim == 1 else f"(tokens, {width})"
-            raise UserError(
-                f"This prior is asked for by the features {shape} of a text, or {num} of them, not "
-                f"by an array of {features.dtype} {features.shape}."
-            )
-        with np.errstate(over="ignore"):
-            features = features.astype(np.float32)
-        if not np.isfinite(features).all():
-            raise UserError("The features of a text must be finite.")
-        return np.broadcast_to(features, (num, *features.shape[-ndim:]))
+    def settings(self, options: dict[str, Any]) -> Any:
+        """Returns the settings of the sampler, some replaced by options; None replaces nothing."""
+        return with_options(self._prior, self.experiment.sample.settings, options)
 
-    def _times(self, steps: int, times: Any = None, start: float = 1.0) -> np.ndarray:
-        """Returns the times to visit from `start` T to 0: given ones, or evenly spaced."""
-        denoiser = self._denoiser
-        T = denoiser.num_timesteps
-        try:
-            if times is not None:
-                return schedules.check_times(times, T)
-            even = schedules.visited_times(steps, T, continuous=denoiser.continuous)
-            if start == 1:
-                return even
-            first = start * T if denoiser.continuous else max(round(start * T), 1)
-            later = even[even < first]
-            return np.concatenate([[first], later]).astype(np.float32)
-        except ValueError as error:
-            raise UserError(f"{error}.") from error
+    def _draw(self, method: str, key: Array, label: Any, num: int, *arrays: Any, **more: Any):
+        """Applies a method of the prior to batches.
 
-    def _draw(
-        self,
-        key: Array,
-        label: Any,
-        start_probs: np.ndarray,
-        times: np.ndarray,
-        settings: ml_collections.ConfigDict,
-        known: sampling.Known | None = None,
-        return_trajectory: bool = False,
-    ) -> tuple[np.ndarray, sampling.Trajectory | None]:
-        """Returns codes, float32 (n, h, w, c), and what the sampler passed through."""
-        if self.prior_params is None:
-            raise UserError("This workdir has no prior yet: run --mode=train_prior first.")
-        n, noised = len(start_probs), settings.known == "noised"
-        guidance = checks.guidance_weights(settings, times, self._denoiser.num_timesteps)
-        if label is None:
-            guidance = np.zeros_like(guidance)  # (1 + w) a - w a is a, for half the cost
+        Args:
+          method: of `Prior`, called with parameters, keys, condition and what follows.
+          key, label: as of `sample_codes`.
+          num: n.
+          *arrays: (n, ...) each, given to `more["then"]` in batches.
+          **more: `settings`; `then`, which makes arguments of the arrays of a batch.
+        """
+        function = optional(self._prior, method)
+        params, settings = self.prior_params, more["settings"]
+        arguments = more.get("then", lambda: {})
 
-        def draw(keys, labels, start_probs, *known_parts):
-            sample_codes = programs.sampler(start_probs, self._denoiser)
-            codes, trajectory = sample_codes(
-                self.prior_params,
-                keys,
-                labels,
-                start_probs,
-                sampling.Known(*known_parts, noised) if known_parts else None,
-                times,
-                guidance,
-                float(settings.temperature),  # an integer would compile another program
-                float(settings.corrector_size),
-                denoiser=self._denoiser,
-                pair=settings.pair,
-                threshold_last=settings.threshold_last,
-                corrector_steps=settings.corrector_steps,
-                return_trajectory=return_trajectory,
-            )
-            # Samples first, for the batches to be joined.
-            return codes, jax.tree.map(lambda x: x.swapaxes(0, 1), trajectory)
+        def draw(keys: Array, labels: Array | None, *arrays: Array) -> Any:
+            condition = None if labels is None else Condition(labels)
+            return function(params, keys, condition, settings=settings, **arguments(*arrays))
 
-        arrays = (devices.sample_keys(key, n), self._labels(label, n), start_probs)
-        return self._map(draw, *arrays, *(() if known is None else known[:2]))
-
-    def _start(self, num: int) -> np.ndarray:
-        """Returns the probabilities of the bits of z_T."""
-        if num < 1:
-            raise UserError(f"The number of samples must be at least 1; got {num}.")
-        return np.full((num, *self.code_shape), 0.5, np.float32)
+        labels = self.experiment.prior.conditioning.labels(label, num)
+        return self._map(draw, sample_keys(key, num), labels, *arrays)
 
     def sample_codes(self, num: int, key: Array, label: Any = None, **options: Any) -> np.ndarray:
         """Returns `num` new codes, float32 in {0, 1}, (num, h, w, c).
@@ -324,32 +228,23 @@ class BinaryLatentDiffusion:
           key: a typed PRNG key, `jax.random.key(seed)`; or one a sample, (num,).
           label: a class, or n of them; of a prior of texts, the features of one, (e,) or (m, e), or
             of n; None for none.
-          **options: in place of those in `config.sample`, whose names they have, among them
-            `steps` (between 1 and the T of training), `temperature` (tau > 0; less is less
-            diverse) and `guidance` (w >= 0). Besides, `times`, a list that falls to 0, in place
-            of `steps`.
-
-        Raises:
-          UserError: for a value outside its range, or without a prior.
+          **options: in place of those in `config.sample`, by the same names; of a Bernoulli prior
+            among them `steps` (between 1 and the T of training), `temperature` (tau > 0; less is
+            less diverse) and `guidance` (w >= 0), and `times`, a list that falls to 0, in place of
+            `steps`.
         """
-        settings = checks.sample_settings(self.config, options)
-        times = self._times(settings.steps, settings.times)
-        return self._draw(key, label, self._start(num), times, settings)[0]
+        _check_num(num)
+        return self._draw("sample", key, label, num, settings=self.settings(options))
 
-    def trajectory(
-        self, num: int, key: Array, label: Any = None, **options: Any
-    ) -> sampling.Trajectory:
-        """Returns what the sampler passes through on its way to `num` codes.
-
-        Arguments as of `sample_codes`.
+    def trajectory(self, num: int, key: Array, label: Any = None, **options: Any) -> Any:
+        """Returns what the sampler passes through on its way to `num` codes, as `sample_codes`.
 
         Returns:
-          `z_t`, bool (num, S + 1, h, w, c), from z_T to z_0, and `p_0`, P(z_0 = 1 | z_t), float32
-          (num, S, h, w, c).
+          `z_t`, bool (num, S + 1, h, w, c), from z_T to z_0, and, of a Bernoulli prior, `p_0`,
+          P(z_0 = 1 | z_t), float32 (num, S, h, w, c).
         """
-        settings = checks.sample_settings(self.config, options)
-        times = self._times(settings.steps, settings.times)
-        return self._draw(key, label, self._start(num), times, settings, return_trajectory=True)[1]
+        _check_num(num)
+        return self._draw("trajectory", key, label, num, settings=self.settings(options))
 
     def sample(self, num: int, key: Array, label: Any = None, **options: Any) -> np.ndarray:
         """Returns `num` new images; arguments as of `sample_codes`."""
@@ -373,11 +268,8 @@ class BinaryLatentDiffusion:
           **options: as of `sample_codes`; of `config.sample`, `known` says how noisy the known
             bits are on the way, and `keep_pixels` whether the known pixels come back as they
             were or as decoded.
-
-        Raises:
-          UserError: as `sample_codes`, and for images or a mask of another shape.
         """
-        settings = checks.sample_settings(self.config, options)
+        settings = self.settings(options)
         images = self._check_images(images)
         mask = np.asarray(mask, bool)
         if mask.shape not in (images.shape[1:3], images.shape[:3]):
@@ -392,13 +284,10 @@ class BinaryLatentDiffusion:
         codes = self.encode(np.where(keep, images, mean))
         known_mask = known_tokens(mask, self.code_shape[:2])[..., None]
         known_mask = np.broadcast_to(known_mask, codes.shape).astype(np.float32)
-        codes, _ = self._draw(
-            key,
-            label,
-            self._start(len(images)),
-            self._times(settings.steps, settings.times),
-            settings,
-            sampling.Known(codes, known_mask),
+        codes = self._draw(
+            *("sample", key, label, len(images), codes, known_mask),
+            settings=settings,
+            then=lambda bits, mask: {"known": Known(bits, mask)},
         )
         decoded = self.decode(codes)
         return np.where(keep, images, decoded) if settings.keep_pixels else decoded
@@ -412,24 +301,25 @@ class BinaryLatentDiffusion:
         strength: float = 0.5,
         **options: Any,
     ) -> np.ndarray:
-        """Returns variations of images: their codes noised to a time t, and denoised.
+        """Returns variations of images: of a Bernoulli prior, codes noised to t and denoised.
 
         Args:
           images: (n, height, width, channels) in [-1, 1].
           key, label: as of `sample_codes`.
-          strength: t / T in (0, 1]: near 0 the image itself, at 1 a new one.
+          strength: in (0, 1], t / T: near 0 the image itself, at 1 a new one.
           **options: as of `sample_codes`; of the `steps` from T those below t are made. `times`
             start at t, whatever the strength.
-
-        Raises:
-          UserError: as `sample_codes`, and for a strength outside (0, 1].
         """
+        optional(self._prior, "vary")  # before any work
         if not 0 < strength <= 1:
             raise UserError(f"The strength must be above 0 and at most 1; got {strength}.")
-        settings = checks.sample_settings(self.config, options)
-        times = self._times(settings.steps, settings.times, strength)
-        start = process.forward_probs(self.encode(images), self._denoiser.keep_at(times[0]))
-        return self.decode(self._draw(key, label, np.asarray(start), times, settings)[0])
+        settings = self.settings(options)
+        codes = self._draw(
+            *("vary", key, label, len(images), self.encode(images)),
+            settings=settings,
+            then=lambda bits: {"bits": bits, "strength": strength},
+        )
+        return self.decode(codes)
 
     def code_lengths(
         self,
@@ -437,35 +327,53 @@ class BinaryLatentDiffusion:
         key: Array,
         label: Any = None,
         *,
-        steps: int | None = None,
-        times: Any = None,
         num_draws: int = 1,
+        **options: Any,
     ) -> np.ndarray:
-        """Returns the variational bound on -log2 p(code), in bits an image: (n,), (paper, (7)).
+        """Returns -log2 p(code), or an upper bound on it, in bits per image: (n,).
+
+        Of a Bernoulli prior, the variational bound (paper, (7)).
 
         Args:
           codes: in {0, 1}, (n, h, w, c).
-          key: a typed PRNG key, for the noise that the bound averages over.
+          key: a typed PRNG key, for the noise that a bound averages over.
           label: a class, or n of them; None for no class.
-          steps: of the sampler that the bound is about; all T if None.
-          times: that it visits, in place of `steps`.
-          num_draws: of noise a step.
-
-        Raises:
-          UserError: for codes of another shape, or values outside their ranges.
+          num_draws: of that noise.
+          **options: of the sampler that the bound is about, such as `steps` or `times`; without
+            any, the tightest bound, over all T steps.
         """
-        if self.prior_params is None:
-            raise UserError("This workdir has no prior yet: run --mode=train_prior first.")
         if num_draws < 1:
             raise UserError(f"num_draws must be at least 1; got {num_draws}.")
         codes = self._check_codes(codes)
         if not np.all((codes == 0) | (codes == 1)):
             raise UserError("Only codes of 0 and 1 have a length; got other values.")
-        times = self._times(self._denoiser.num_timesteps if steps is None else steps, times)
-        bound = functools.partial(
-            programs.code_lengths, self.prior_params, denoiser=self._denoiser, num_draws=num_draws
+        options = {name: value for name, value in options.items() if value is not None}
+        return self._draw(
+            *("code_lengths", key, label, len(codes), codes),
+            settings=self.settings(options) if options else None,
+            then=lambda bits: {"bits": bits, "num_draws": num_draws},
         )
+
+    def image_metrics(
+        self, probs: np.ndarray, labels: np.ndarray | None, key: Array
+    ) -> dict[str, np.ndarray]:
+        """Returns what is reported of test images while the prior is trained, (n,) each.
+
+        Args:
+          probs: the encoder's y, (n, h, w, c).
+          labels: of the images, as of `Conditioning.known`.
+          key: a typed PRNG key, for codes and noise.
+        """
+        batches = itertools.count()
         return self._map(
-            lambda keys, labels, codes: bound(keys, labels, codes, times),
-            *(devices.sample_keys(key, len(codes)), self._labels(label, len(codes)), codes),
+            lambda probs, labels: step.image_metrics(
+                *(self.prior_params, probs, labels, jax.random.fold_in(key, next(batches))),
+                prior=self._prior,
+            ),
+            *(probs, labels),
         )
+
+
+def _check_num(num: int) -> None:
+    if num < 1:
+        raise UserError(f"The number of samples must be at least 1; got {num}.")

@@ -1,75 +1,55 @@
 """What each of the two stages plugs into the training loop."""
 
-import copy
 import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 
-from binlatent import build, checks
-from binlatent.autoencoder import lpips
+from binlatent.autoencoder.lpips import read_vgg16
 from binlatent.data import codes, loader
 from binlatent.data.sources import Source
+from binlatent.data.splits import load_images, open_split
 from binlatent.data.transforms import to_float
-from binlatent.evaluation import comparison, pictures, quality, report
+from binlatent.evaluation import pictures, quality, report
+from binlatent.experiment import Experiment, check_same_model, of_checkpoint
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import processes
 from binlatent.runtime.devices import parallel, parallel_for_debugging, replicate
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import key_for
+from binlatent.training import loop
+from binlatent.training.checkpoint import Checkpoints, exists
+from binlatent.training.loop import Stage
+from binlatent.training.optimizer import Training
 from binlatent.training.state import TrainState, skip_nonfinite
 
 log = logging.getLogger(__name__)
 
-Config = ml_collections.ConfigDict
 
-
-class Stage(NamedTuple):
-    """What the loop needs of a stage."""
-
-    name: str
-    train: Config  # its `train` section
-    state: TrainState  # before the first step
-    step: Callable[[TrainState, Any, int], tuple[TrainState, dict]]  # pmapped; the int: of steps
-    batches: Any  # a Grain iterator
-    source: str  # fingerprint of the images
-    encoder: str  # fingerprint of the frozen encoder, "" for stage 1
-    evaluate: Callable[[Any], dict[str, float]]  # EMA parameters -> metrics
-    preview: Callable[[Any], np.ndarray]  # EMA parameters -> a picture
-    judge: Callable[[Any], dict[str, float]] | None = None  # EMA parameters -> metrics of samples
-
-
-def with_classes(config: Config, source: Source) -> Config:
-    """Returns a copy of the config whose data.num_classes is a number, -1 replaced.
-
-    Raises:
-      UserError: if the config names another number than the data has.
-    """
+def with_classes(experiment: Experiment, source: Source) -> Experiment:
+    """Returns a copy of the experiment that knows how many classes there are."""
     log.info("%d training images, %d classes", len(source.examples), source.num_classes)
-    config = copy.deepcopy(config)
-    asked = config.data.num_classes
-    if asked == -1:
-        config.data.num_classes = source.num_classes
-    elif asked not in (0, source.num_classes):
+    asked = experiment.data.num_classes
+    if asked not in (-1, 0, source.num_classes):
         raise UserError(
             f"config.data.num_classes is {asked}, but the data has {source.num_classes} classes; "
             f"set it to that, to 0 to ignore labels, or to -1."
         )
-    return config
+    return experiment.with_classes(source.num_classes) if asked == -1 else experiment
 
 
-def check_batch(config: Config, stage: str) -> None:
+def check_batch(train: Training, stage: str) -> None:
     """Refuses a batch that the devices, and the parts in which each takes its share, cannot split.
 
-    Raises:
-      UserError: with the numbers.
+    Args:
+      train: of a stage.
+      stage: its name, for the message.
     """
-    devices, train = jax.device_count(), config[stage].train
-    num = max(train.accumulate, 1)
+    devices, num = jax.device_count(), max(train.accumulate, 1)
     if train.batch_size % (devices * num):
         parts = f", each in {num} parts (accumulate)" if num > 1 else ""
         raise UserError(
@@ -78,161 +58,253 @@ def check_batch(config: Config, stage: str) -> None:
         )
 
 
-def _batches(source: Source, train: Config, config: Config, num_threads: int | None = None):
+def check_same_data(here: Experiment, there: Experiment, stage: str) -> None:
+    """Refuses other data than a checkpoint's training began with.
+
+    Args:
+      here: as given now.
+      there: as stored in the checkpoint.
+      stage: its name.
+    """
+    for name in ("name", "texts"):
+        now, before = getattr(here.data, name), getattr(there.data, name)
+        if now != before:
+            raise UserError(
+                f"The {stage} in the workdir is being trained on config.data.{name} = {before!r}, "
+                f"not {now!r}: use the same, or another --workdir."
+            )
+
+
+def check_resumable(here: Experiment, there: Experiment, stage: str) -> None:
+    """Refuses an experiment with which a checkpoint's training cannot go on; as above."""
+    check_same_model(here, there, stage)
+    now, before = here.autoencoder, there.autoencoder
+    critics = now.networks.discriminator, before.networks.discriminator
+    if stage != "autoencoder" or critics == (None, None):
+        return
+    if None in critics:
+        raise UserError(
+            "The autoencoder in the workdir was trained with config.autoencoder.loss.adversarial = "
+            f"{before.objective.adversarial}, so it cannot go on with {now.objective.adversarial}: "
+            "only with one above 0 does it have a discriminator. To start one late, set "
+            "loss.start_step."
+        )
+    for name in ("width", "num_layers", "norm"):
+        new, old = (getattr(critic, name) for critic in critics)
+        if new != old:
+            raise UserError(
+                f"config.autoencoder.discriminator.{name} was {old!r} and cannot become {new!r}: "
+                "use the same, or another --workdir."
+            )
+
+
+def _check_meta(
+    experiment: Experiment, stage: str, source: str, directory: Path, meta: dict[str, Any]
+) -> None:
+    """Refuses a checkpoint's `meta` if training cannot go on; warns if it goes on otherwise."""
+    trained = of_checkpoint(meta, directory)
+    check_resumable(experiment, trained, stage)
+    if meta["data"] is None:  # converted, not trained here
+        return
+    if meta["source"] != source:
+        log.warning(
+            "The images, or their labels, are not those that the %s began with: it goes on with "
+            "these, from the same place in another order.",
+            stage,
+        )
+    train, before = (getattr(x, stage).train for x in (experiment, trained))
+    values = {
+        "seed": (experiment.seed, trained.seed),
+        f"{stage}.train.batch_size": (train.batch_size, before.batch_size),
+        "data.crop": (experiment.data.crop, trained.data.crop),
+        "data.flip": (experiment.data.flip, trained.data.flip),
+    }
+    for name, (here, there) in values.items():
+        if here != there:
+            log.warning(
+                "config.%s was %r and is %r: the %s goes on, but not as it would have.",
+                *(name, there, here, stage),
+            )
+
+
+def _batches(
+    source: Source, train: Training, experiment: Experiment, num_threads: int | None = None
+) -> Any:
     """Returns this process's share of the global batches."""
     processes.check_same("the number of training images", str(len(source.examples)))
     return loader.train_batches(
         source,
         train.batch_size // jax.process_count(),
-        config.seed,
+        experiment.seed,
         num_threads,
         shard=(jax.process_index(), jax.process_count()),
-        random_crop=config.data.crop == "random",
-        random_flip=config.data.flip,
+        random_crop=experiment.data.crop == "random",
+        random_flip=experiment.data.flip,
     )
 
 
-def setup_autoencoder(config: Config, workdir: Path | None = None) -> tuple[Stage, Config]:
-    """Returns stage 1 at its first step, and the config with data.num_classes filled in.
+def setup_autoencoder(experiment: Experiment, workdir: Path) -> Stage:
+    """Returns stage 1 at its first step.
 
     Args:
-      config: of the whole run.
-      workdir: where images that cannot be read are named; nowhere if None.
-
-    Raises:
-      UserError: for a config that cannot be trained, or a missing file, before any work.
+      experiment: of the whole run.
+      workdir: of the run; images that cannot be read are named there.
     """
-    checks.check(config)
-    section, networks = config.autoencoder, build.networks(config)
-    check_batch(config, "autoencoder")
-    lpips_params = lpips.read_vgg16(section.loss.vgg16) if networks.lpips else {}
-    source, test = (report.open_data(config, split, workdir) for split in ("train", "test"))
-    config = with_classes(config, source)
-    lpips_params = replicate(lpips_params)
+    spec = experiment.autoencoder
+    check_batch(spec.train, "autoencoder")
+    lpips_params = read_vgg16(spec.vgg16) if spec.networks.lpips else {}
+    source, test = (open_split(experiment.data, split, workdir) for split in ("train", "test"))
+    experiment = with_classes(experiment, source)
+    lpips_params, networks = replicate(lpips_params), spec.networks
     with_discriminator, without = (
-        _parallel(config, build.autoencoder_step(config, used))
+        _parallel(experiment, spec.step(used))
         for used in (networks, networks._replace(discriminator=None))
     )
 
     def step(state, batch, index):
         # Until its start the discriminator costs nothing; then the other step is compiled.
-        started = networks.discriminator and index >= section.loss.start_step
+        started = networks.discriminator and index >= spec.start_step
         return (with_discriminator if started else without)(state, batch, lpips_params)
 
-    images = to_float(report.load_images(test, config.evaluate.num_images)[0])
-    pipeline = functools.partial(BinaryLatentDiffusion, config)
-    stage = Stage(
+    def check_unfinished():
+        if exists(workdir, "prior"):
+            raise UserError(
+                f"The prior in {workdir} belongs to its autoencoder as it is: copy the folder "
+                "autoencoder alone into another workdir to train it on there."
+            )
+
+    images = to_float(load_images(test, experiment.evaluate.num_images)[0])
+    pipeline = functools.partial(BinaryLatentDiffusion, experiment)
+    return Stage(
         name="autoencoder",
-        train=section.train,
-        state=build.init_autoencoder_state(config),
+        train=spec.train,
+        state=spec.init_state(experiment.seed),
         step=step,
-        batches=_batches(source, section.train, config),
-        source=source.fingerprint,
-        encoder="",
+        batches=_batches(source, spec.train, experiment),
+        meta={"config": experiment.config, "source": source.fingerprint, "encoder": ""},
+        check_resumable=functools.partial(
+            _check_meta, experiment, "autoencoder", source.fingerprint, workdir / "autoencoder"
+        ),
+        check_unfinished=check_unfinished,
         evaluate=lambda params: report.autoencoder_metrics(pipeline(params), images),
         preview=lambda params: pictures.reconstructions(pipeline(params), images[:10]),
     )
-    return stage, config
+
+
+def _write_codes(encoder: BinaryLatentDiffusion, source: Source, workdir: Path) -> Path:
+    return codes.write_codes(
+        source,
+        workdir / "codes",
+        encoder=encoder.encoder_fingerprint,
+        encode_probs=encoder.encode_probs,
+        code_shape=encoder.code_shape,
+        data=encoder.experiment.data,
+        batch_size=encoder.experiment.sample.batch_size,
+    )
 
 
 def _open_codes_or_images(
-    config: Config, workdir: Path
-) -> tuple[BinaryLatentDiffusion, Source, Config]:
-    """Returns the encoder, what the prior learns from, and the config with data.num_classes."""
-    if config.prior.codes:
+    experiment: Experiment, workdir: Path
+) -> tuple[BinaryLatentDiffusion, Source, Experiment]:
+    """Returns the encoder, what the prior learns from, and the experiment with its classes."""
+    spec = experiment.prior
+    if spec.codes:
         # Of any number of classes, for now: nothing is sampled.
         encoder = BinaryLatentDiffusion.from_workdir(workdir, prior=False)
-        source = codes.open_codes(Path(config.prior.codes), encoder.encoder_fingerprint)
+        source = codes.open_codes(Path(spec.codes), encoder.encoder_fingerprint)
     else:
-        source = report.open_data(config, "train", workdir)
-    config = with_classes(config, source)
-    encoder = BinaryLatentDiffusion.from_workdir(workdir, config, prior=False)
-    if config.prior.cache_codes and not config.prior.codes:
-        folder = codes.encode(encoder, source, workdir / "codes")
+        source = open_split(experiment.data, "train", workdir)
+    experiment = with_classes(experiment, source)
+    encoder = BinaryLatentDiffusion.from_workdir(workdir, experiment, prior=False)
+    if spec.cache_codes and not spec.codes:
+        folder = _write_codes(encoder, source, workdir)
         source = codes.open_codes(folder, encoder.encoder_fingerprint)
-    return encoder, source, config
+    return encoder, source, experiment
 
 
-def encode(config: Config, workdir: Path) -> Path:
-    """Writes the codes of the training images into `codes` of a workdir; returns their folder.
-
-    Raises:
-      UserError: if the workdir has no autoencoder with bits, or the images cannot be read.
-    """
-    checks.check(config)
-    checks.check_bits(config)
-    source = report.open_data(config, "train", workdir)
-    config = with_classes(config, source)
-    encoder = BinaryLatentDiffusion.from_workdir(workdir, config, prior=False)
-    return codes.encode(encoder, source, workdir / "codes")
+def encode(experiment: Experiment, workdir: Path) -> Path:
+    """Writes the codes of the training images into `codes` of a workdir; returns their folder."""
+    experiment.autoencoder.check_bits()
+    source = open_split(experiment.data, "train", workdir)
+    experiment = with_classes(experiment, source)
+    encoder = BinaryLatentDiffusion.from_workdir(workdir, experiment, prior=False)
+    return _write_codes(encoder, source, workdir)
 
 
-def setup_prior(config: Config, workdir: Path) -> tuple[Stage, Config]:
-    """Returns stage 2 at its first step, on the codes of the workdir's autoencoder; the config."""
-    checks.check(config)
-    checks.check_bits(config)
-    check_batch(config, "prior")
-    encoder, source, config = _open_codes_or_images(config, workdir)
-    if build.condition(config).startswith("text") and not config.data.texts:
+def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
+    """Returns stage 2 at its first step, on the codes of the workdir's autoencoder."""
+    experiment.autoencoder.check_bits()
+    check_batch(experiment.prior.train, "prior")
+    encoder, source, experiment = _open_codes_or_images(experiment, workdir)
+    spec, conditioning = experiment.prior, experiment.prior.conditioning
+    if conditioning.of_texts and not experiment.data.texts:
         raise UserError(
-            f"config.prior.condition is {config.prior.condition!r}: set config.data.texts=True, "
-            "with the features of a text beside each image of a folder, or learn from other images."
+            f"config.prior.condition is {conditioning.kind!r}: set config.data.texts=True, with "
+            "the features of a text beside each image of a folder, or learn from other images."
         )
-    report.known_labels(config, source, np.asarray(source.examples[0]["label"])[None])
-    test = report.open_data(config, "test", workdir)
+    conditioning.known(source, np.asarray(source.examples[0]["label"])[None])
+    test = open_split(experiment.data, "test", workdir)
     cached = "probs" in source.examples[0]
-    step = _parallel(config, build.prior_step(config))
+    apply = experiment.autoencoder.networks.autoencoder.apply
+    encode_probs = functools.partial(apply, method="probs")
+    step = _parallel(experiment, spec.step(encode_probs, experiment.run.debug_nans))
     encoder_params = None if cached else replicate(encoder.autoencoder_params)
-    images, labels = report.load_images(test, config.evaluate.num_images)
-    labels = report.known_labels(config, test, labels)
+    images, labels = load_images(test, experiment.evaluate.num_images)
+    labels = conditioning.known(test, labels)
     probs = encoder.encode_probs(to_float(images))
-    pipeline = functools.partial(BinaryLatentDiffusion, config, encoder.autoencoder_params)
-    stage = Stage(
+    pipeline = functools.partial(BinaryLatentDiffusion, experiment, encoder.autoencoder_params)
+    preview_key = key_for(experiment.seed, "preview")
+    return Stage(
         name="prior",
-        train=config.prior.train,
-        state=build.init_prior_state(config),
+        train=spec.train,
+        state=spec.init_state(experiment.seed),
         step=lambda state, batch, _: step(state, batch, encoder_params),
         # Python alone reads codes, one at a time: several threads take twice as long, and from JAX.
-        batches=_batches(source, config.prior.train, config, num_threads=1 if cached else None),
-        source=source.fingerprint,
-        encoder=encoder.encoder_fingerprint,
-        evaluate=lambda params: report.prior_metrics(pipeline(params), probs, labels),
-        preview=lambda params: pictures.samples(
-            pipeline(params), build.key(config.seed, "preview")
+        batches=_batches(source, spec.train, experiment, num_threads=1 if cached else None),
+        meta={
+            "config": experiment.config,
+            "source": source.fingerprint,
+            "encoder": encoder.encoder_fingerprint,
+        },
+        check_resumable=functools.partial(
+            _check_meta, experiment, "prior", source.fingerprint, workdir / "prior"
         ),
-        judge=_judge(config, pipeline, workdir),
+        check_unfinished=lambda: None,
+        evaluate=lambda params: report.prior_metrics(pipeline(params), probs, labels),
+        preview=lambda params: pictures.samples(pipeline(params), preview_key),
+        judge=quality.judge_while_training(experiment, workdir, pipeline),
+        judge_every=experiment.evaluate.every,
     )
-    return stage, config
 
 
-def _judge(config: Config, pipeline: Callable, workdir: Path) -> Callable | None:
-    """Returns what measures the samples of a prior's parameters, if `config.evaluate` asks for it.
-
-    Raises:
-      UserError: for unknown metrics, missing weights or no reference, before any training.
-    """
-    if not config.evaluate.every:
-        return None
-    quality.check_while_training(config)
-    network = quality.network(config, workdir)
-    comparison.check_network(network, config.evaluate.metrics)
-    first = jax.process_index() == 0
-    known = quality.reference(config, network, workdir)[0] if first else None
-    if first:
-        quality.check_reference(known, config.evaluate.metrics, network)
-    return lambda params: quality.while_training(pipeline(params), network, known, workdir)
-
-
-def _parallel(config: Config, step: Callable) -> Callable:
-    """Returns a stage's step for all devices.
-
-    Raises:
-      UserError: if several processes are to look for a NaN.
-    """
-    if config.on_nonfinite == "skip":
+def _parallel(experiment: Experiment, step: Callable) -> Callable:
+    """Returns a stage's step for all devices."""
+    if experiment.run.on_nonfinite == "skip":
         step = skip_nonfinite(step)
-    if not config.debug_nans:
+    if not experiment.run.debug_nans:
         return parallel(step, num_frozen=1)
     if jax.process_count() > 1:
         raise UserError("config.debug_nans is for one process: start a single one to find the NaN.")
     return parallel_for_debugging(step, num_frozen=1)
+
+
+def _train(experiment: Experiment, workdir: Path, stage: str, setup: Callable) -> TrainState:
+    """Trains a stage in a workdir, or goes on with it, or finds it done."""
+    workdir = Path(workdir)
+    if exists(workdir, stage):  # other data is refused before hours go into preparing it
+        with Checkpoints.open(workdir, stage) as checkpoints:
+            meta = checkpoints.newest(Checkpoints.meta)
+        trained = of_checkpoint(meta, workdir / stage)
+        if meta["data"] is not None:  # trained here, and not converted alone
+            check_same_data(experiment, trained, stage)
+    return loop.run(setup(experiment, workdir), experiment.run, workdir)
+
+
+def train_autoencoder(experiment: Experiment, workdir: Path) -> TrainState:
+    """Trains stage 1 in `workdir`, or goes on with it, or finds it done."""
+    return _train(experiment, workdir, "autoencoder", setup_autoencoder)
+
+
+def train_prior(experiment: Experiment, workdir: Path) -> TrainState:
+    """Trains stage 2 in `workdir` after stage 1."""
+    return _train(experiment, workdir, "prior", setup_prior)

@@ -39,7 +39,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoencoder.variational = True  # channels of "real" are drawn from a Gaussian
     autoencoder.deterministic = False  # bits are y > 0.5, never drawn
     autoencoder.signed = False  # bits are embedded as -1 and 1, y is of a tanh
-    # Levels from the image inwards; see binlatent/models/autoencoder.py.
+    # Levels from the image inwards; see binlatent/autoencoder/modules.py.
     autoencoder.base_width = 128
     autoencoder.multipliers = (1, 1, 2, 2, 4)  # a level each; halved between them: k = 16
     autoencoder.patch = 1  # pixels a side that become channels first
@@ -77,22 +77,24 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoencoder.train.accumulate = 1  # parts of a batch, one after the other
 
     config.prior = prior = ml_collections.ConfigDict()
-    prior.width = 512
-    prior.num_layers = 24
-    prior.num_heads = 8
-    prior.cudnn = True  # it attends, in 16 bits on NVIDIA's GPUs since Ampere; False: XLA
+    prior.kind = "bernoulli"  # the paper's; its own keys are in the section of that name
+    prior.network = ml_collections.ConfigDict()
+    prior.network.width = 512
+    prior.network.num_layers = 24
+    prior.network.num_heads = 8
+    prior.bernoulli = bernoulli = ml_collections.ConfigDict()
+    bernoulli.num_timesteps = 64
+    bernoulli.continuous = False  # train on all times in (0, T], not on 1..T alone
+    bernoulli.schedule = "linear"  # or "cos", "sigmoid", "given"
+    bernoulli.keep = ()  # k_0..k_T of the schedule "given"
+    bernoulli.target = "flip"  # or "z_0", "z_s": what the network predicts (Table 7)
+    bernoulli.pair = "plain_mixture"  # or "balanced_plugin", as the authors' released priors
+    bernoulli.evidence = True  # flip logit = network output + log(b_t / (1 - b_t))
+    bernoulli.vlb_weight = 0.1  # lambda of (13); the target "z_s" has L_vlb alone
+    bernoulli.time_weight = "mean"  # or "falling", 1 - (t - 1)/T
+    bernoulli.stratified = False  # spread a batch's times evenly
     prior.condition = "class"  # if the data has any; or "text_token", "text_cross"
     prior.text_width = 768  # of a text's features, as of CLIP ViT-L/14
-    prior.num_timesteps = 64
-    prior.continuous = False  # train on all times in (0, T], not on 1..T alone
-    prior.schedule = "linear"  # or "cos", "sigmoid", "given"
-    prior.keep = ()  # k_0..k_T of the schedule "given"
-    prior.target = "flip"  # or "z_0", "z_s": what the network predicts (Table 7)
-    prior.pair = "plain_mixture"  # or "balanced_plugin", as the authors' released priors
-    prior.evidence = True  # flip logit = network output + log(b_t / (1 - b_t))
-    prior.vlb_weight = 0.1  # lambda of (13); the target "z_s" has L_vlb alone
-    prior.time_weight = "mean"  # or "falling", 1 - (t - 1)/T
-    prior.stratified = False  # spread a batch's times evenly
     prior.label_dropout = 0.1
     prior.cache_codes = False  # encode the training set once, to workdir/codes, as --mode=encode
     prior.codes = ""  # or learn from a folder of codes that lies elsewhere
@@ -110,10 +112,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     sample.steps = 64
     sample.temperature = 0.9
     sample.guidance = 0.0
-    sample.guidance_shape = "constant"  # or "linear", "cosine", "power": rising from 0 at t = T
-    sample.guidance_power = 1.0  # of the shape "power"
     sample.guidance_interval = (0.0, 1.0)  # in t/T; no guidance outside
-    sample.pair = "trained"  # or one of prior.pair's: what the temperature acts on
+    sample.pair = "trained"  # or one of prior.bernoulli.pair's: what the temperature acts on
     sample.threshold_last = False  # the last step rounds the prediction instead of drawing it
     sample.corrector_steps = 0  # after each step, each a network call
     sample.corrector_size = 0.1  # share of bits that a corrector step draws anew

@@ -17,8 +17,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     config = default.get_config(variant)
     config.data.name = "imagenet2012"
     config.autoencoder.num_bits = 64
-    config.prior.width = 768
-    config.prior.num_heads = 12
+    config.prior.network.width = 768
+    config.prior.network.num_heads = 12
     config.prior.train.batch_size = 256
     config.sample.guidance = 2.0
     return config

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import ml_collections
 
+from binlatent.experiment import with_tuples
 from binlatent.training import checkpoint
 
 
@@ -19,4 +20,5 @@ def get_config(workdir: str = "") -> ml_collections.ConfigDict:
         raise ValueError("name the workdir, --config=configs/workdir.py:DIR")
     stage = "prior" if checkpoint.exists(Path(workdir), "prior") else "autoencoder"
     with checkpoint.Checkpoints.open(Path(workdir), stage) as checkpoints:
-        return checkpoints.newest(checkpoint.Checkpoints.config).lock()
+        content = checkpoints.newest(checkpoint.Checkpoints.meta)["config"]
+    return ml_collections.ConfigDict(with_tuples(content)).lock()

@@ -4,8 +4,13 @@ Each bottleneck is a module of two methods, `encode`: features to a code and wha
 know of it, and `features`: a code to the features that the decoder takes. The noise of `encode`
 is given, uniform in [0, 1) of the code's shape; without it the code is deterministic.
 
+For tables, each has a `title`, the `code_width` c, the `size` of a token as Table 4 writes it
+(codebook size, bits or channels) and the `bits` that a token counts for there.
+
 Dimensions: n batch, h w grid, e embedding width, c bits or channels of a code, s codebook size.
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +93,9 @@ class Binary(nn.Module):
     deterministic: bool = False
     signed: bool = False
 
+    title = "Binary"
+    code_width = size = bits = property(lambda self: self.num_bits)
+
     def setup(self):
         self.proj = nn.Dense(self.num_bits)
         shape = (self.num_bits, self.embedding_width)
@@ -122,6 +130,11 @@ class VectorQuantized(nn.Module):
     codebook_size: int
     codebook_width: int
     embedding_width: int
+
+    title = "VQ"
+    code_width = property(lambda self: self.codebook_width)
+    size = property(lambda self: self.codebook_size)
+    bits = property(lambda self: math.log2(self.codebook_size))
 
     def setup(self):
         self.proj = nn.Dense(self.codebook_width)
@@ -166,6 +179,10 @@ class Real(nn.Module):
     embedding_width: int
     variational: bool = True
 
+    title = "Real value"
+    code_width = size = property(lambda self: self.num_channels)
+    bits = property(lambda self: 32 * self.num_channels)
+
     def setup(self):
         self.proj = nn.Dense((1 + self.variational) * self.num_channels)
         self.embed = nn.Dense(self.embedding_width)
@@ -193,3 +210,6 @@ class Real(nn.Module):
 
 
 Bottleneck = Binary | VectorQuantized | Real
+
+# By the value of config.autoencoder.bottleneck; their other keys there are the fields' names.
+BOTTLENECKS = {"binary": Binary, "vq": VectorQuantized, "real": Real}

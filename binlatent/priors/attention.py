@@ -15,13 +15,11 @@ from flax import linen as nn
 Array = jax.Array
 
 
-def attend(
-    q: Array, k: Array, v: Array, n: int, num_heads: int, num_keys: Array | None, cudnn: bool
-) -> Array:
+def attend(q: Array, k: Array, v: Array, n: int, num_heads: int, num_keys: Array | None) -> Array:
     """Returns rows (n tokens, d) of attention, to the first num_keys, int (n,), None for all."""
     heads = (n, -1, num_heads, q.shape[-1] // num_heads)
     q, k, v = (y.reshape(heads) for y in (q, k, v))
-    y = _attend_by_heads(q, k, v, num_keys, cudnn and _cudnn_attends(k))
+    y = _attend_by_heads(q, k, v, num_keys, _cudnn_attends(k))
     return y.reshape(-1, heads[2] * heads[3])
 
 

@@ -6,9 +6,9 @@ table of names.
 Dimensions: n batch, h w latent grid, l = h w tokens, c bits, d width, m tokens of a text, e width
 of a text's features.
 
-A condition is one of `CONDITIONS`: a class or a text vector becomes a token that is appended to the
-others; the tokens of a text are attended to in every block. Without its label an image has no such
-token, or attends to a learned one in place of the text's.
+A condition is one of `conditions.CONDITIONS`: a class or a text vector becomes a token that is
+appended to the others; the tokens of a text are attended to in every block. Without its label an
+image has no such token, or attends to a learned one in place of the text's.
 """
 
 from typing import Any
@@ -21,8 +21,6 @@ from flax import linen as nn
 from binlatent.priors.attention import attend, dense, gelu
 
 Array = jax.Array
-
-CONDITIONS = ("class", "text_token", "text_cross")
 
 
 def sine_features(x: Array, frequencies: np.ndarray) -> Array:
@@ -73,14 +71,13 @@ class SelfAttention(nn.Module):
 
     num_heads: int
     dtype: Any = jnp.float32
-    cudnn: bool = True
 
     @nn.compact
     def __call__(self, x: Array, n: int, num_keys: Array | None) -> Array:
         """To the first num_keys tokens, int (n,); None for all."""
         d = x.shape[-1]
         qkv = dense(3 * d, dtype=self.dtype, name="qkv")(x)
-        y = attend(*jnp.split(qkv, 3, axis=-1), n, self.num_heads, num_keys, self.cudnn)
+        y = attend(*jnp.split(qkv, 3, axis=-1), n, self.num_heads, num_keys)
         return dense(d, dtype=self.dtype, name="proj")(y)
 
 
@@ -90,7 +87,6 @@ class CrossAttention(nn.Module):
     num_heads: int
     text_width: int
     dtype: Any = jnp.float32
-    cudnn: bool = True
 
     @nn.compact
     def __call__(self, x: Array, n: int, text: Array | None, given: Array | None) -> Array:
@@ -103,7 +99,7 @@ class CrossAttention(nn.Module):
             text = jnp.where(given[:, None, None], text, null[None])
         q = dense(d, dtype=self.dtype, name="query")(x)
         kv = dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
-        y = attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, None, self.cudnn)
+        y = attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, None)
         return dense(d, dtype=self.dtype, name="proj")(y)
 
 
@@ -117,7 +113,6 @@ class Block(nn.Module):
     num_heads: int
     text_width: int = 0
     dtype: Any = jnp.float32
-    cudnn: bool = True
 
     @nn.compact
     def __call__(
@@ -130,12 +125,10 @@ class Block(nn.Module):
             gamma = self.param(name, nn.initializers.ones, (d,))
             return gamma.astype(dtype)[None] * y
 
-        attention = SelfAttention(self.num_heads, dtype, self.cudnn, name="attn")
+        attention = SelfAttention(self.num_heads, dtype, name="attn")
         x = x + scaled("gamma_1", attention(_norm(dtype, "ln1")(x), n, num_keys))
         if self.text_width:
-            attention = CrossAttention(
-                self.num_heads, self.text_width, dtype, self.cudnn, name="cross"
-            )
+            attention = CrossAttention(self.num_heads, self.text_width, dtype, name="cross")
             x = x + scaled("gamma_1_5", attention(_norm(dtype, "ln1_5")(x), n, text, given))
         y = dense(4 * d, dtype=dtype, name="mlp_0")(_norm(dtype, "ln2")(x))
         y = dense(d, dtype=dtype, name="mlp_2")(gelu(y))
@@ -148,10 +141,9 @@ class Transformer(nn.Module):
     Fields:
       width: d, a multiple of 4 and of num_heads.
       num_layers, num_heads: of the blocks.
-      condition: of `CONDITIONS`, or "none".
+      condition: of `conditions.CONDITIONS`, or "none".
       num_classes: of the condition "class".
       text_width: e, of a text condition.
-      cudnn: whether cuDNN attends where it can, see `attention.attend`.
     """
 
     width: int
@@ -161,7 +153,6 @@ class Transformer(nn.Module):
     num_classes: int = 0
     text_width: int = 0
     dtype: Any = jnp.float32
-    cudnn: bool = True
 
     @nn.compact
     def __call__(
@@ -197,7 +188,7 @@ class Transformer(nn.Module):
 
         text_width = self.text_width if self.condition == "text_cross" else 0
         for i in range(self.num_layers):
-            block = Block(self.num_heads, text_width, self.dtype, self.cudnn, name=f"blocks_{i}")
+            block = Block(self.num_heads, text_width, self.dtype, name=f"blocks_{i}")
             x = block(x, n, num_keys, text, given)
         x = x.reshape(n, -1, self.width)[:, : h * w].reshape(n * h * w, self.width)
         x = _norm(jnp.float32, "ln_f")(x)

@@ -7,8 +7,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from binlatent.runtime.errors import UserError
-
 Array = jax.Array
 
 AXIS = "batch"  # the one pmap axis
@@ -91,24 +89,6 @@ def mean_over_devices(tree: Any) -> Any:
     if jax.lax.axis_size(AXIS) == 1:  # XLA would copy every array, on CPUs
         return tree
     return jax.lax.pmean(tree, AXIS)
-
-
-def sample_keys(key: Array, num: int, first: int = 0) -> Array:
-    """Returns a key for each of `num` samples, from the `first` on, whatever batches they are in.
-
-    Args:
-      key: a typed PRNG key of all; or already those of the samples, (num,), which come back.
-      num: how many.
-      first: number of the first.
-
-    Raises:
-      UserError: for another number of keys.
-    """
-    if key.shape == (num,):
-        return key
-    if key.shape:
-        raise UserError(f"Give one key, or one for each of {num} samples, not {key.shape}.")
-    return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(first, first + num))
 
 
 def map_batches(function: Callable, batch_size: int, *arrays: Any) -> Any:

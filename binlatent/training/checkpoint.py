@@ -1,10 +1,11 @@
 """Saving and restoring a stage; the only user of Orbax.
 
 A stage's folder holds its last checkpoints, each named by its step with three parts: `state`, all
-that training needs but the EMA; `ema_params`, all that sampling needs; `meta`, JSON: the config,
-the data iterator's state, the fingerprints of the images and of the encoder that a prior belongs
-to, and the seconds trained so far; with fingerprints of all three, which reading compares, as Orbax
-and its formats see to it that a checkpoint is complete, but do not see each flipped bit.
+that training needs but the EMA; `ema_params`, all that sampling needs; `meta`, JSON: the version
+of binlatent, the config, the data iterator's state, the fingerprints of the images and of the
+encoder that a prior belongs to, and the seconds trained so far; with fingerprints of all three,
+which reading compares, as Orbax and its formats see to it that a checkpoint is complete, but do not
+see each flipped bit.
 """
 
 import errno
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import ml_collections
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+import binlatent
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.weights import fingerprint
 from binlatent.training.state import TrainState
@@ -42,29 +43,6 @@ def _fingerprint_of_json(content: dict[str, Any]) -> str:
 def exists(workdir: Path, stage: str) -> bool:
     """Tells whether a stage has a finished checkpoint in a workdir."""
     return (workdir / stage).is_dir() and bool(ocp.utils.checkpoint_steps(workdir / stage))
-
-
-# Keys that are younger than some checkpoints, and the value that keeps the old behaviour.
-_LATER = {"prior.train.accumulate": 1, "prior.cudnn": True}
-
-
-def as_config(content: dict[str, Any]) -> ml_collections.ConfigDict:
-    """Returns a config out of JSON, which has lists for tuples and may lack later keys."""
-
-    def with_tuples(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: with_tuples(entry) for key, entry in value.items()}
-        return tuple(value) if isinstance(value, list) else value
-
-    content = with_tuples(content)
-    for name, value in _LATER.items():
-        *sections, key = name.split(".")
-        section = content
-        for one in sections:
-            section = section.get(one) if isinstance(section, dict) else None
-        if isinstance(section, dict):  # otherwise `checks.check_stored` says what is wrong
-            section.setdefault(key, value)
-    return ml_collections.ConfigDict(content)
 
 
 def on_first_device(like: Any) -> Any:
@@ -103,11 +81,7 @@ class Checkpoints:
 
     @classmethod
     def open(cls, workdir: Path, stage: str) -> "Checkpoints":
-        """Opens a trained stage for reading.
-
-        Raises:
-          UserError: if it has no checkpoint.
-        """
+        """Opens a trained stage for reading."""
         if not exists(workdir, stage):
             raise UserError(
                 f"{workdir} has no checkpoint of the {stage}: run --mode=train_{stage} first."
@@ -136,9 +110,6 @@ class Checkpoints:
             before, if a part is damaged.
           set_aside: whether to rename the damaged ones, so that training, when it comes to their
             steps again, can save them. Their files stay.
-
-        Raises:
-          UserError: if none is whole.
         """
         while True:
             try:
@@ -177,11 +148,8 @@ class Checkpoints:
         self._manager.close()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Saves, and returns when all is on disk.
-
-        Raises:
-          UserError: if it cannot be written, or another process does not take part.
-        """
+        """Saves, and returns when all is on disk."""
+        meta = {"version": binlatent.__version__, **meta}
         # As NumPy's arrays, of which process 0 writes each once.
         state = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
         parts = {"state": state.replace(ema_params={}), "ema_params": state.ema_params}
@@ -226,9 +194,9 @@ class Checkpoints:
         try:
             meta, fingerprints = stored["content"], stored["fingerprints"]
             expected = fingerprints["meta"], fingerprints["state"], fingerprints["ema_params"]
-            as_config(meta["config"])
             typed = (
-                isinstance(meta["data"], dict | None)
+                isinstance(meta["config"], dict)
+                and isinstance(meta["data"], dict | None)
                 and isinstance(meta["source"], str)
                 and isinstance(meta["encoder"], str)
                 and isinstance(meta["seconds"], int | float)
@@ -267,16 +235,8 @@ class Checkpoints:
         """Returns the newest checkpoint's `meta`."""
         return self._meta_and_fingerprints()[0]
 
-    def config(self) -> ml_collections.ConfigDict:
-        """Returns the config that the newest checkpoint was trained with."""
-        return as_config(self.meta()["config"])
-
     def check_encoder(self, fingerprint: str) -> None:
-        """Refuses a prior that was trained on the codes of another encoder.
-
-        Raises:
-          UserError: if the newest checkpoint's encoder has another fingerprint.
-        """
+        """Refuses a prior that was trained on the codes of another encoder."""
         if self.meta()["encoder"] != fingerprint:
             raise UserError(
                 f"The prior in {self.directory} was trained for another autoencoder than the one "

@@ -1,33 +1,28 @@
 """The one training loop of both stages."""
 
-import functools
+import dataclasses
 import logging
 import math
-import operator
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 
-from binlatent import build, checks
 from binlatent.runtime import processes
 from binlatent.runtime.devices import largest, replicate, shard
 from binlatent.runtime.errors import UserError
-from binlatent.stages import Stage, setup_autoencoder, setup_prior
-from binlatent.training.checkpoint import Checkpoints, as_config, exists
+from binlatent.training.checkpoint import Checkpoints
 from binlatent.training.logbook import Logbook
+from binlatent.training.optimizer import Training
 from binlatent.training.state import TrainState, updates_made
 
 log = logging.getLogger(__name__)
-
-Config = ml_collections.ConfigDict
 
 
 @contextmanager
@@ -69,9 +64,6 @@ def _means(
       saved: step of the last good checkpoint.
       finite: the last finite metrics before the window, with their `step`; {} without any.
       skip: whether steps that are not finite were skipped; they are counted as `skipped`.
-
-    Raises:
-      UserError: if a metric is not finite and `skip` is not set, naming the first step that has it.
     """
     broken, kept = None, []  # the sentence of the first step that is not finite; the others
     for number, metrics in enumerate(jax.device_get(window), step - len(window) + 1):
@@ -104,68 +96,86 @@ def _device_bytes() -> dict[str, int]:
     return {} if used is None else {"device_bytes": used}
 
 
-def _resume(
-    stage: Stage, config: Config, like: TrainState, checkpoints: Checkpoints
-) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the newest checkpoint, placed as `like`, and its `meta`, if training can go on.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a run logs, saves and treats steps whose loss or gradient is not finite.
 
-    Raises:
-      UserError: if it is of another model, other data or another encoder.
+    Fields:
+      log_every, preview_every, checkpoint_every: steps.
+      keep_checkpoints: how many of the last stay.
+      on_nonfinite: "stop", or "skip" such a step.
+      debug_nans: slow, but names the operation that made a NaN.
     """
-    meta = checkpoints.meta()
-    trained = checkpoints.config()
-    trained_here = meta["data"] is not None  # and not converted alone
-    checks.check_stored(trained, checkpoints.directory)
-    checks.check_resumable(config, trained, stage.name)
-    checkpoints.check_encoder(stage.encoder)
-    if trained_here and meta["source"] != stage.source:
-        log.warning(
-            "The images, or their labels, are not those that the %s began with: it goes on with "
-            "these, from the same place in another order.",
-            stage.name,
-        )
-    for name in ("seed", f"{stage.name}.train.batch_size", "data.crop", "data.flip"):
-        here, there = (
-            functools.reduce(operator.getitem, name.split("."), x) for x in (config, trained)
-        )
-        if trained_here and here != there:
-            log.warning(
-                "config.%s was %r and is %r: the %s goes on, but not as it would have.",
-                *(name, there, here, stage.name),
-            )
-    return checkpoints.restore(like), meta
+
+    log_every: int
+    preview_every: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    on_nonfinite: str
+    debug_nans: bool
 
 
-def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
+class Stage(NamedTuple):
+    """What the loop needs of a stage.
+
+    Fields:
+      name: of its folder.
+      train: its batches, steps and optimiser.
+      state: before the first step.
+      step: pmapped, (state, batch, number of the step) -> (state, metrics).
+      batches: a Grain iterator.
+      meta: of its checkpoints: `config`, `source`, `encoder`, ...
+      check_resumable: refuses a checkpoint's `meta` if training cannot go on from it.
+      check_unfinished: refuses to go on with a stage that is not at its last step.
+      evaluate: EMA parameters -> metrics.
+      preview: EMA parameters -> a picture.
+      judge: EMA parameters -> metrics of samples, every `judge_every` steps, or None.
+    """
+
+    name: str
+    train: Training
+    state: TrainState
+    step: Callable[[TrainState, Any, int], tuple[TrainState, dict]]
+    batches: Any
+    meta: dict[str, Any]
+    check_resumable: Callable[[dict[str, Any]], None]
+    check_unfinished: Callable[[], None]
+    evaluate: Callable[[Any], dict[str, float]]
+    preview: Callable[[Any], np.ndarray]
+    judge: Callable[[Any], dict[str, float]] | None = None
+    judge_every: int = 0
+
+
+def run(stage: Stage, settings: Run, workdir: Path) -> TrainState:
     """Trains a stage from its newest checkpoint, if there is one, to its last step.
 
     Returns:
       The state after the last step.
 
     Raises:
-      UserError: if the loss is not finite, the checkpoint is of another model, no checkpoint is
-        whole, or none can be written.
       SystemExit: after a signal, when the state has been saved: 0 for SIGTERM, 130 for Ctrl-C.
     """
-    num_steps, learning_rate = stage.train.num_steps, build.schedule(stage.train)
+    num_steps, learning_rate = stage.train.num_steps, stage.train.schedule()
     writes = jax.process_index() == 0  # metrics and pictures; checkpoints are all processes'
     state, step, seconds = replicate(stage.state), 0, 0.0
-    with Checkpoints(workdir / stage.name, config.keep_checkpoints) as checkpoints:
+    with Checkpoints(workdir / stage.name, settings.keep_checkpoints) as checkpoints:
         saved = checkpoints.latest_step()
         processes.check_same(f"the newest checkpoint of the {stage.name}", str(saved))
         if saved is not None:
-            resume = functools.partial(_resume, stage, config, state)
+
+            def resume(checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+                meta = checkpoints.meta()
+                stage.check_resumable(meta)
+                checkpoints.check_encoder(stage.meta["encoder"])
+                return checkpoints.restore(state), meta
+
             state, meta = checkpoints.newest(resume, set_aside=True)
             step, seconds = checkpoints.latest_step(), meta["seconds"]
             saved = step
             if step >= num_steps:
                 log.info("The %s is trained: %d steps in %s.", stage.name, step, workdir)
                 return state
-            if stage.name == "autoencoder" and exists(workdir, "prior"):
-                raise UserError(
-                    f"The prior in {workdir} belongs to its autoencoder as it is: copy the folder "
-                    "autoencoder alone into another workdir to train it on there."
-                )
+            stage.check_unfinished()
             log.info("The %s goes on from step %d in %s.", stage.name, step, workdir)
             if meta["data"] is not None:
                 stage.batches.set_state(meta["data"])
@@ -174,7 +184,7 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
         with (
             _interruption() as stop,
             Logbook(workdir, stage.name, step, num_steps, silent=not writes) as logbook,
-            jax.debug_nans(True) if config.debug_nans else nullcontext(),
+            jax.debug_nans(True) if settings.debug_nans else nullcontext(),
         ):
             while step < num_steps:
                 tick = time.monotonic()
@@ -192,21 +202,16 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                 logbook.tick()
                 stopping = received()  # read once: the signal may come at any line
                 last = step == num_steps
-                save = stopping or last or step % config.checkpoint_every == 0
-                due = save or len(window) == config.log_every
+                save = stopping or last or step % settings.checkpoint_every == 0
+                due = save or len(window) == settings.log_every
                 if due:  # waits for the steps
-                    skip = config.on_nonfinite == "skip"
+                    skip = settings.on_nonfinite == "skip"
                     means, finite = _means(window, step, saved, finite, skip)
                 window_seconds += time.monotonic() - tick
                 if save:  # before all that may take a while, or fail
-                    meta = {
-                        "config": config.to_dict(),
-                        "data": stage.batches.get_state(),
-                        "source": stage.source,
-                        "encoder": stage.encoder,
-                        "seconds": time.monotonic() - started,
-                    }
-                    checkpoints.save(state, meta)
+                    seconds = time.monotonic() - started
+                    meta = {"data": stage.batches.get_state(), "seconds": seconds}
+                    checkpoints.save(state, stage.meta | meta)
                     saved = step
                 if due:
                     speed = len(window) / window_seconds
@@ -215,11 +220,11 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     means["data_wait"] = waited / window_seconds
                     logbook.record(step, means | _device_bytes(), (num_steps - step) / speed)
                     window, window_seconds, waited = [], 0.0, 0.0
-                if writes and not stopping and (last or step % config.preview_every == 0):
+                if writes and not stopping and (last or step % settings.preview_every == 0):
                     params = jax.device_get(state.ema_params)
                     logbook.record(step, stage.evaluate(params))
                     logbook.picture(step, "preview", stage.preview(params))
-                if stage.judge and not stopping and step % config.evaluate.every == 0:
+                if stage.judge and not stopping and step % stage.judge_every == 0:
                     logbook.record(step, stage.judge(jax.device_get(state.ema_params)))
                 if last:  # one may have come meanwhile; and no process leaves before the others
                     stopping = _signals(stop)()
@@ -227,33 +232,3 @@ def run(stage: Stage, config: Config, workdir: Path) -> TrainState:
                     log.info("Interrupted: the %s is saved at step %d.", stage.name, step)
                     raise SystemExit(0 if stopping == signal.SIGTERM else 130)
     return state
-
-
-def _check_data(config: Config, workdir: Path, stage: str) -> None:
-    """Refuses other data than a stage began with, before hours go into preparing that.
-
-    Raises:
-      UserError: naming what differs.
-    """
-    if not exists(workdir, stage):
-        return
-    with Checkpoints.open(workdir, stage) as checkpoints:
-        meta = checkpoints.newest(Checkpoints.meta)
-    trained = as_config(meta["config"])
-    checks.check_stored(trained, workdir / stage)
-    if meta["data"] is not None:  # trained here, and not converted alone
-        checks.check_same_data(config, trained, stage)
-
-
-def train_autoencoder(config: Config, workdir: Path) -> TrainState:
-    """Trains stage 1 in `workdir`, or goes on with it, or finds it done."""
-    _check_data(config, Path(workdir), "autoencoder")
-    stage, config = setup_autoencoder(config, Path(workdir))
-    return run(stage, config, Path(workdir))
-
-
-def train_prior(config: Config, workdir: Path) -> TrainState:
-    """Trains stage 2 in `workdir` after stage 1."""
-    _check_data(config, Path(workdir), "prior")
-    stage, config = setup_prior(config, Path(workdir))
-    return run(stage, config, Path(workdir))

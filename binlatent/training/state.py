@@ -1,4 +1,4 @@
-"""What both stages' steps share: the state, its update, its keys and its devices."""
+"""What both stages' steps share: the state, its update and its keys."""
 
 from collections.abc import Callable
 from typing import Any
@@ -52,48 +52,9 @@ def create_state(
     )
 
 
-def create_schedule(
-    learning_rate: float, warmup_steps: int, num_steps: int, decay: str
-) -> optax.Schedule:
-    """Returns the learning rate by the number of updates made before; see `create_optimizer`."""
-    if decay == "constant":
-        after = optax.constant_schedule(learning_rate)
-    elif decay == "cosine":
-        after = optax.cosine_decay_schedule(learning_rate, max(num_steps - warmup_steps, 1))
-    else:
-        raise ValueError(f"decay must be 'constant' or 'cosine', got {decay!r}")
-    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-    return optax.join_schedules([warmup, after], [warmup_steps])
-
-
 def updates_made(state: TrainState) -> int:
     """Returns how many updates Adam has made: fewer than steps, if some were skipped."""
     return int(optax.tree.get_all_with_path(state.opt_state, "count")[0][1])
-
-
-def create_optimizer(
-    learning_rate: float, warmup_steps: int, num_steps: int, decay: str, max_grad_norm: float
-) -> optax.GradientTransformation:
-    """Returns Adam with linear warm-up and clipping by global norm (supplement B: lr, warm-up).
-
-    Args:
-      learning_rate: after the warm-up.
-      warmup_steps: steps of linear warm-up from 0, 0 for none.
-      num_steps: of the whole training, where the cosine decay reaches 0.
-      decay: "constant", as in the paper, or "cosine".
-      max_grad_norm: largest global norm of a gradient.
-
-    Raises:
-      ValueError: for another decay.
-    """
-    schedule = create_schedule(learning_rate, warmup_steps, num_steps, decay)
-
-    def clip(gradients: Any, _: Any) -> Any:
-        # As `optax.clip_by_global_norm`, whose division XLA would write to memory, and its norm.
-        scale = jnp.minimum(1, max_grad_norm / global_norm(gradients))
-        return jax.tree.map(lambda x: (scale * x).astype(x.dtype), gradients)
-
-    return optax.chain(optax.stateless(clip), optax.adam(schedule))
 
 
 def global_norm(tree: Any) -> Array:

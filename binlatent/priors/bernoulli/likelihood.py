@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from binlatent.priors.bernoulli import losses, process
-from binlatent.priors.bernoulli.sampling import Noise
+from binlatent.priors.guidance import Noise
 
 Array = jax.Array
 

@@ -5,101 +5,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from binlatent.priors.bernoulli import process, targets
+from binlatent.priors.guidance import Noise
 
 Array = jax.Array
 
 # (z_t, t, w) -> the flip logits of the pair, float32, the shape of z_t: t a scalar in (0, T], w
 # the guidance at t. Temperature is the denoiser's affair.
 Denoise = Callable[[Array, Array, Array], Array]
-# i -> uniforms in [0, 1) of the codes' shape, for the i-th draw.
-Noise = Callable[[Array], Array]
-
-GUIDANCE_SHAPES = ("constant", "linear", "cosine", "power")
-
-
-def noise_from_keys(keys: Array, shape: tuple[int, ...]) -> Noise:
-    """Returns the noise of n samples from a key each, whoever else is in their batch.
-
-    Args:
-      keys: (n,) typed PRNG keys.
-      shape: of one sample.
-    """
-
-    def uniforms(i: Array) -> Array:
-        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, i), shape))(keys)
-
-    return uniforms
-
-
-def guidance_weights(
-    guidance: float,
-    times: np.ndarray,
-    num_timesteps: int,
-    *,
-    shape: str = "constant",
-    power: float = 1.0,
-    interval: tuple[float, float] = (0.0, 1.0),
-) -> np.ndarray:
-    """Returns w at each step of a sampler: (S,), float32.
-
-    Args:
-      guidance: w >= 0 (supplement C), the largest value it takes.
-      times: (S + 1,), from at most T to 0; a step's time is where it starts.
-      num_timesteps: T.
-      shape: "constant", or growing with r = 1 - t/T from 0 to w: "linear", w r; "cosine",
-        w (1 - cos(pi r)) / 2; "power", w r^power.
-      power: above 0, of the shape "power".
-      interval: (low, high) in t/T, both included; w is 0 outside, where a step then costs one
-        network call and not two.
-
-    Raises:
-      ValueError: for another shape, a power that is not above 0, or an interval outside [0, 1].
-
-    References:
-      Kynkaanniemi et al., Applying Guidance in a Limited Interval, 2024; Wang et al., Analysis of
-      Classifier-Free Guidance Weight Schedulers, 2024.
-    """
-    u = np.asarray(times[:-1]) / num_timesteps
-    r = 1 - u
-    if not power > 0:
-        raise ValueError(f"the guidance's power must be above 0; got {power:g}")
-    low, high = interval
-    if not 0 <= low <= high <= 1:
-        raise ValueError(f"the guidance's interval must be 0 <= low <= high <= 1; got {interval}")
-    shapes = {
-        "constant": np.ones_like(r),
-        "linear": r,
-        "cosine": (1 - np.cos(np.pi * r)) / 2,
-        "power": r**power,
-    }
-    if shape not in shapes:
-        raise ValueError(
-            f"the guidance's shape must be one of {', '.join(GUIDANCE_SHAPES)}; got {shape!r}"
-        )
-    inside = (low <= u) & (u <= high)
-    return (guidance * shapes[shape] * inside).astype(np.float32)
-
-
-def guide(conditional: Callable, unconditional: Callable) -> Denoise:
-    """Returns the guided denoiser (1 + w) T(z_t, t, c) - w T(z_t, t) (supplement C).
-
-    The unconditional half is computed only where w is not 0, in the same compiled program, so
-    that changing the guidance never compiles anew.
-
-    Args:
-      conditional, unconditional: (z_t, t) -> logits.
-    """
-
-    def guided(z_t: Array, t: Array, w: Array) -> Array:
-        def combine():
-            return (1 + w) * conditional(z_t, t) - w * unconditional(z_t, t)
-
-        return jax.lax.cond(w == 0, lambda: conditional(z_t, t), combine)
-
-    return guided
 
 
 class Known(NamedTuple):

@@ -1,0 +1,204 @@
+"""Stage 1 as its config describes it: networks, losses and training, checked when it is built."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from binlatent.autoencoder import adversarial, lpips, step
+from binlatent.autoencoder.bottleneck import BOTTLENECKS, Binary, Bottleneck
+from binlatent.autoencoder.discriminator import NORMS, Discriminator, logits_side
+from binlatent.autoencoder.modules import Autoencoder, Decoder, Encoder, Levels
+from binlatent.autoencoder.step import Networks, Objective
+from binlatent.runtime.devices import AXIS
+from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import key_for
+from binlatent.training.optimizer import Training
+from binlatent.training.state import TrainState, create_state
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderSpec:
+    """Everything that the config fixes about stage 1.
+
+    Fields:
+      networks: all modules, None for those that no loss needs.
+      objective: the weights of the losses.
+      train: batches, optimiser, EMA.
+      start_step: of the adversarial loss and its discriminator.
+      vgg16: path of the weights for the perceptual loss.
+      image_shape: (height, width, channels).
+    """
+
+    networks: Networks
+    objective: Objective
+    train: Training
+    start_step: int
+    vgg16: str
+    image_shape: tuple[int, int, int]
+
+    @property
+    def bottleneck(self) -> Bottleneck:
+        """The module between encoder and decoder."""
+        return self.networks.autoencoder.bottleneck
+
+    @property
+    def code_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of a code; of "vq", c is the width of a vector."""
+        side = self.image_shape[0] // downsampling(self.networks.autoencoder.encoder.levels)
+        return side, side, self.bottleneck.code_width
+
+    def check_bits(self) -> None:
+        """Refuses an autoencoder without bits, which the prior is over."""
+        if not isinstance(self.bottleneck, Binary):
+            name = next(key for key, x in BOTTLENECKS.items() if isinstance(self.bottleneck, x))
+            raise UserError(
+                'The prior is over bits: config.autoencoder.bottleneck must be "binary", not '
+                f"{name!r}; --mode=train_autoencoder trains any."
+            )
+
+    def init(self, key: jax.Array) -> dict[str, Any]:
+        """Returns fresh parameters of the autoencoder."""
+        image = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
+        return self.networks.autoencoder.lazy_init(key, image)
+
+    def init_state(self, seed: int) -> TrainState:
+        """Returns the state before the first step."""
+        init_key, base_key = jax.random.split(key_for(seed, "autoencoder"))
+        adam, discriminator = self.train.optimizer(), None
+        if self.networks.discriminator:
+            discriminator = step.create_discriminator_state(
+                *(self.networks.discriminator, key_for(seed, "discriminator")),
+                *(self.image_shape, adam),
+            )
+        return create_state(base_key, self.init(init_key), adam, discriminator)
+
+    def step(self, networks: Networks) -> Callable:
+        """Returns the training step, (state, batch, LPIPS's parameters) -> (state, metrics).
+
+        Args:
+          networks: those of this object; without the discriminator, the step before it starts.
+        """
+        return functools.partial(
+            step.train_step,
+            code_shape=self.code_shape,
+            networks=networks,
+            objective=self.objective,
+            optimizer=self.train.optimizer(),
+            ema_decay=self.train.ema_decay,
+            accumulate=self.train.accumulate,
+        )
+
+
+def downsampling(levels: Levels) -> int:
+    """Returns k, pixels a side of a token."""
+    return levels.patch * 2 ** (len(levels.multipliers) - 1)
+
+
+def build_autoencoder(
+    bottleneck: Bottleneck,
+    levels: Levels,
+    image_shape: tuple[int, int, int],
+    *,
+    num_blocks: int,
+    decoder_depth: float,
+    norm_first: bool,
+) -> Autoencoder:
+    """Returns the autoencoder if its levels fit together and divide the image.
+
+    Args:
+      bottleneck, levels: as built.
+      image_shape: (height, width, channels).
+      num_blocks: of a level of the encoder; the decoder has int(num_blocks * decoder_depth).
+      decoder_depth: see above.
+      norm_first: whether the decoder normalises what it gets.
+    """
+    multipliers = levels.multipliers
+    if min(multipliers, default=0) < 1:
+        raise UserError(
+            "config.autoencoder.multipliers must have at least one entry, each at least 1, not "
+            f"{multipliers}."
+        )
+    side, k = image_shape[0], downsampling(levels)
+    if side % k:
+        raise UserError(
+            f"config.data.image_size is {side}, which the downsampling of config.autoencoder, "
+            f"{k} (patch {levels.patch}, {len(multipliers)} levels), does not divide."
+        )
+    sides = [side // levels.patch // 2**level for level in range(len(multipliers))]
+    if absent := sorted(set(levels.attention_resolutions) - set(sides)):
+        raise UserError(
+            f"config.autoencoder.attention_resolutions names {absent[0]}, but the levels of an "
+            f"image of {side} have the sides {', '.join(map(str, sides))}."
+        )
+    if levels.attention_resolutions and not num_blocks:
+        raise UserError(
+            "config.autoencoder.attention_resolutions needs num_blocks of at least 1, as attention "
+            "follows a residual block; set it to () or num_blocks to 1."
+        )
+    embedding_width = bottleneck.embedding_width
+    widths = [levels.base_width * multiplier for multiplier in multipliers]
+    widths += [levels.base_width] + [embedding_width] * norm_first
+    if bad := [width for width in widths if width % 32]:
+        raise UserError(
+            "config.autoencoder.base_width times each multiplier, and embedding_width if "
+            f"norm_first, must be multiples of the 32 groups of a norm, not {bad[0]}."
+        )
+    return Autoencoder(
+        Encoder(levels, num_blocks, embedding_width),
+        bottleneck,
+        Decoder(levels, int(num_blocks * decoder_depth), image_shape[2], norm_first),
+    )
+
+
+def build_networks(
+    autoencoder: Autoencoder,
+    objective: Objective,
+    side: int,
+    dtype: Any,
+    *,
+    width: int,
+    num_layers: int,
+    norm: str,
+) -> Networks:
+    """Returns all modules that the losses need.
+
+    Args:
+      autoencoder, objective: as built.
+      side: of an image, in pixels.
+      dtype: of the computation.
+      width, num_layers, norm: of the discriminator, see `Discriminator`.
+    """
+    perceptual = critic = None
+    if not (objective.mse or objective.l1 or objective.perceptual):
+        raise UserError(
+            "config.autoencoder.loss: one of mse, l1 and perceptual must be above 0, or nothing "
+            "compares the reconstruction with the image."
+        )
+    if objective.perceptual:
+        if side < lpips.MIN_SIZE:
+            raise UserError(
+                f"config.autoencoder.loss.perceptual needs images of at least {lpips.MIN_SIZE} "
+                f"pixels a side, not {side}: set it to 0."
+            )
+        perceptual = lpips.LPIPS(dtype)
+    if objective.adversarial:
+        if norm not in NORMS:
+            raise UserError(
+                f"config.autoencoder.discriminator.norm must be {' or '.join(NORMS)}, not {norm!r}."
+            )
+        if unknown := sorted(set(objective.augment) - set(adversarial.POLICIES)):
+            raise UserError(
+                f"config.autoencoder.discriminator.augment knows "
+                f"{' and '.join(adversarial.POLICIES)}, not {unknown[0]!r}."
+            )
+        if logits_side(side, num_layers) < 1:
+            raise UserError(
+                f"An image of {side} is too small for config.autoencoder.discriminator.num_layers "
+                f"= {num_layers}: have fewer layers, or set loss.adversarial to 0."
+            )
+        critic = Discriminator(width, num_layers, norm, AXIS, dtype)
+    return Networks(autoencoder, critic, perceptual)

@@ -1,0 +1,387 @@
+"""A config becomes typed, checked, frozen objects, once a command: the only reader of ConfigDicts.
+
+Numbers and choices that stand alone are checked against the two tables here, what must fit together
+where the object is built.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import operator
+import textwrap
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import ml_collections
+
+from binlatent.autoencoder import spec as autoencoder_spec
+from binlatent.autoencoder.bottleneck import BOTTLENECKS
+from binlatent.autoencoder.modules import Levels
+from binlatent.autoencoder.spec import AutoencoderSpec
+from binlatent.autoencoder.step import Objective
+from binlatent.data.splits import Data
+from binlatent.priors.conditions import Conditioning
+from binlatent.priors.kinds import KINDS
+from binlatent.priors.settings import make_settings
+from binlatent.priors.spec import PriorSpec
+from binlatent.priors.transformer import Transformer
+from binlatent.runtime.errors import UserError
+from binlatent.training.loop import Run
+from binlatent.training.optimizer import DECAYS, Training
+
+T = TypeVar("T")
+Content = Mapping[str, Any]  # a config as nested dictionaries
+
+# The least and the most that a number may be. More is a slip, or somebody's config that would keep
+# the machine busy for ever.
+_AT_LEAST_0, _AT_LEAST_1, _SHARE = (0, math.inf), (1, math.inf), (0, 1)
+_RANGES = {
+    "seed": (0, 2**32 - 1),
+    **dict.fromkeys(("log_every", "preview_every", "checkpoint_every"), _AT_LEAST_1),
+    "keep_checkpoints": _AT_LEAST_1,
+    "data.image_size": (11, 2**14),  # 11 is the window of SSIM
+    "data.max_broken": _SHARE,
+    **{
+        f"autoencoder.{name}": _AT_LEAST_1
+        for name in (
+            *("num_bits", "codebook_size", "codebook_width", "num_channels", "base_width"),
+            *("patch", "embedding_width", "discriminator.width"),
+        )
+    },
+    "autoencoder.discriminator.num_layers": (1, 100),
+    "autoencoder.num_blocks": (0, 100),
+    "autoencoder.decoder_depth": (0, 100),
+    **{
+        f"autoencoder.loss.{name}": _AT_LEAST_0
+        for name in ("mse", "l1", "perceptual", "adversarial", "r1", "entropy", "commitment", "kl")
+    },
+    "autoencoder.train.accumulate": _AT_LEAST_1,
+    "prior.text_width": _AT_LEAST_1,
+    "prior.label_dropout": _SHARE,
+    "prior.network.num_layers": (0, 200),
+    "prior.network.num_heads": _AT_LEAST_1,
+    "prior.train.accumulate": _AT_LEAST_0,
+    **{
+        f"{stage}.train.{name}": limits
+        for stage in ("autoencoder", "prior")
+        for name, limits in (
+            ("batch_size", _AT_LEAST_1),
+            ("num_steps", _AT_LEAST_1),
+            ("ema_decay", _SHARE),
+        )
+    },
+    "sample.batch_size": _AT_LEAST_1,
+    **{
+        f"evaluate.{name}": _AT_LEAST_1
+        for name in (
+            *("num_images", "num_samples", "classifier_images", "bound_draws"),
+            *("cas_epochs", "cas_batch_size"),
+        )
+    },
+    "evaluate.every": _AT_LEAST_0,
+}
+
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "data.crop": ("centre", "random"),
+    "autoencoder.bottleneck": tuple(BOTTLENECKS),
+    "autoencoder.train.decay": DECAYS,
+    "prior.train.decay": DECAYS,
+    "evaluate.network": ("inception", "efficientnet", "classifier"),
+    "evaluate.labels": ("balanced", "data"),
+    "on_nonfinite": ("stop", "skip"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """How to sample: images at a time on all devices, and the settings of the prior's sampler."""
+
+    batch_size: int
+    settings: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """The section `evaluate` of a config; `configs/default.py` says what each key is."""
+
+    num_images: int
+    num_samples: int
+    bound_draws: int
+    classifier_images: int
+    network: str
+    weights: str
+    reference: str
+    labels: str
+    every: int
+    metrics: tuple[str, ...]
+    cas_epochs: int
+    cas_batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A config, resolved.
+
+    Fields:
+      seed: of everything random.
+      dtype: of the computation; parameters and losses stay float32.
+      data, autoencoder, prior, sample, evaluate, run: the parts.
+      content: the config as nested dictionaries, for checkpoints, and for `change`.
+    """
+
+    seed: int
+    dtype: Any
+    data: Data
+    autoencoder: AutoencoderSpec
+    prior: PriorSpec
+    sample: Sample
+    evaluate: Evaluate
+    run: Run
+    content: Content = dataclasses.field(repr=False, compare=False)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """A copy of the config as nested dictionaries."""
+        return copy.deepcopy(dict(self.content))
+
+    def change(self, values: Mapping[str, Any]) -> "Experiment":
+        """Returns a copy with other values by key, such as {"sample.steps": 16}, all checked."""
+        content = self.config
+        for name, value in values.items():
+            *sections, key = name.split(".")
+            section = functools.reduce(operator.getitem, sections, content)
+            if key not in section:
+                raise KeyError(name)
+            section[key] = value
+        return resolve(content)
+
+    def with_classes(self, num_classes: int) -> "Experiment":
+        """Returns a copy of which the number of classes is known."""
+        if self.data.num_classes == num_classes:
+            return self
+        return self.change({"data.num_classes": num_classes})
+
+
+def resolve(config: ml_collections.ConfigDict | Content) -> Experiment:
+    """Returns the experiment of a config; refuses numbers out of range, and what does not fit.
+
+    Called before anything starts, so that what stage 2 or a picture at the end would refuse does
+    not cost the training before it.
+    """
+    content = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    content = with_tuples(content)
+    _check_numbers(content)
+    dtype = jnp.dtype(content["dtype"])
+    data = _take(Data, content, "data")
+    section = content["prior"]
+    if (data.flip or data.crop == "random") and (section["cache_codes"] or section["codes"]):
+        raise UserError(
+            "Codes on disk (prior.cache_codes, prior.codes) are of images as they are: learn from "
+            'the images, or set data.crop to "centre" and data.flip to False.'
+        )
+    autoencoder = _autoencoder(content, data, dtype)
+    prior = _prior(content, data, autoencoder.code_shape, dtype)
+    return Experiment(
+        seed=content["seed"],
+        dtype=dtype,
+        data=data,
+        autoencoder=autoencoder,
+        prior=prior,
+        sample=Sample(
+            content["sample"]["batch_size"], make_settings(prior.prior, content["sample"])
+        ),
+        evaluate=_take(Evaluate, content, "evaluate"),
+        run=_take(Run, content),
+        content=content,
+    )
+
+
+def with_tuples(value: Any) -> Any:
+    """Returns a copy with tuples for lists, which is what JSON makes of them."""
+    if isinstance(value, Mapping):
+        return {key: with_tuples(entry) for key, entry in value.items()}
+    return tuple(map(with_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _get(content: Content, name: str) -> Any:
+    return functools.reduce(operator.getitem, name.split("."), content)
+
+
+def _take(cls: type[T], content: Content, name: str = "") -> T:
+    """Returns a dataclass of a section, whose keys are its fields."""
+    section = _get(content, name) if name else content
+    names = [field.name for field in dataclasses.fields(cls)]
+    return cls(**{key: section[key] for key in names})
+
+
+def _check_numbers(content: Content) -> None:
+    kind = content["prior"]["kind"]
+    if kind not in KINDS:
+        raise UserError(
+            f"config.prior.kind must be one of {', '.join(KINDS)}, not {kind!r}; a kind of your "
+            "own needs --config with the file that registers it."
+        )
+    of_kind = {f"prior.{kind}.{key}": limits for key, limits in KINDS[kind].ranges.items()}
+    for name, (least, most) in (_RANGES | of_kind).items():
+        value = _get(content, name)
+        if not least <= value <= most or not math.isfinite(value):
+            limits = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise UserError(f"config.{name} must be {limits}, not {value}.")
+    for name, choices in _CHOICES.items():
+        value = _get(content, name)
+        if value not in choices:
+            shown = ", ".join(f'"{x}"' for x in choices[:-1])
+            raise UserError(f'config.{name} must be {shown} or "{choices[-1]}", not {value!r}.')
+
+
+def _autoencoder(content: Content, data: Data, dtype: Any) -> AutoencoderSpec:
+    section = content["autoencoder"]
+    bottleneck_type = BOTTLENECKS[section["bottleneck"]]
+    keys = bottleneck_keys(section["bottleneck"])
+    bottleneck = bottleneck_type(
+        embedding_width=section["embedding_width"], **{key: section[key] for key in keys}
+    )
+    levels = Levels(
+        base_width=section["base_width"],
+        multipliers=section["multipliers"],
+        attention_resolutions=section["attention_resolutions"],
+        patch=section["patch"],
+        remat=section["remat"],
+        dtype=dtype,
+    )
+    model = autoencoder_spec.build_autoencoder(
+        *(bottleneck, levels, data.image_shape),
+        num_blocks=section["num_blocks"],
+        decoder_depth=section["decoder_depth"],
+        norm_first=section["norm_first"],
+    )
+    critic, losses = dict(section["discriminator"]), section["loss"]
+    augment = critic.pop("augment")
+    weights = {key: losses[key] for key in Objective._fields if key != "augment"}
+    objective = Objective(**weights, augment=augment)
+    return AutoencoderSpec(
+        networks=autoencoder_spec.build_networks(
+            *(model, objective, data.image_size, dtype), **critic
+        ),
+        objective=objective,
+        train=_take(Training, content, "autoencoder.train"),
+        start_step=losses["start_step"],
+        vgg16=losses["vgg16"],
+        image_shape=data.image_shape,
+    )
+
+
+def bottleneck_keys(name: str) -> list[str]:
+    """Returns the keys of `config.autoencoder` that a bottleneck takes: its fields."""
+    fields = [field.name for field in dataclasses.fields(BOTTLENECKS[name])]
+    return [key for key in fields if key not in ("embedding_width", "parent", "name")]
+
+
+def _prior(content: Content, data: Data, code_shape: tuple[int, int, int], dtype: Any) -> PriorSpec:
+    section = content["prior"]
+    conditioning = Conditioning.of_config(
+        section["condition"], data.num_classes, section["text_width"]
+    )
+    width, num_heads = (section["network"][key] for key in ("width", "num_heads"))
+    if width < 4 or width % num_heads or width % 4:
+        raise UserError(
+            "config.prior.network.width must be a multiple of 4 and of "
+            f"config.prior.network.num_heads; {width} and {num_heads} are not."
+        )
+    network = Transformer(
+        **section["network"],
+        condition=conditioning.kind,
+        num_classes=conditioning.num_classes,
+        text_width=conditioning.text_width,
+        dtype=dtype,
+    )
+    kind = section["kind"]
+    return PriorSpec(
+        kind=kind,
+        prior=KINDS[kind](code_shape=code_shape, network=network, **section.get(kind, {})),
+        conditioning=conditioning,
+        train=_take(Training, content, "prior.train"),
+        **{key: section[key] for key in ("label_dropout", "cache_codes", "codes")},
+    )
+
+
+# A checkpoint's config, beside the one that is given
+
+
+def of_checkpoint(meta: Mapping[str, Any], where: Any) -> Experiment:
+    """Returns the experiment of a checkpoint, which may come from anyone.
+
+    Args:
+      meta: of `Checkpoints.meta`.
+      where: the checkpoint is, for messages.
+    """
+    try:
+        return resolve(meta["config"])
+    except KeyError as error:
+        raise UserError(
+            f"{where} was written by binlatent {meta.get('version', '0.1.0')}, whose config has no "
+            f"{error.args[0]}: use that version, or train anew in another --workdir."
+        ) from error
+    except Exception as error:  # also of a value of another type
+        reason = textwrap.shorten(str(error), 300) or type(error).__name__
+        raise UserError(f"The config in {where} describes no model: {reason}") from error
+
+
+# What fixes the meaning of a stage's arrays, beside the keys of bottleneck and kind.
+_AUTOENCODER_KEYS = (
+    *("data.image_size", "data.channels"),
+    *(
+        f"autoencoder.{name}"
+        for name in (
+            *("bottleneck", "base_width", "multipliers", "patch", "num_blocks", "decoder_depth"),
+            *("attention_resolutions", "embedding_width", "norm_first"),
+        )
+    ),
+)
+
+
+def _model_keys(experiment: Experiment, stage: str) -> list[str]:
+    own = bottleneck_keys(experiment.content["autoencoder"]["bottleneck"])
+    keys = [*_AUTOENCODER_KEYS, *(f"autoencoder.{key}" for key in own)]
+    if stage == "prior":
+        spec = experiment.prior
+        keys += ["data.num_classes", "prior.kind", "prior.condition", "prior.text_width"]
+        keys += [f"prior.network.{key}" for key in experiment.content["prior"]["network"]]
+        keys += [f"prior.{spec.kind}.{key}" for key in spec.prior.trained]
+    return keys
+
+
+def _get_or_none(content: Content, name: str) -> Any:
+    try:
+        return _get(content, name)
+    except (KeyError, TypeError):
+        return None
+
+
+def check_same_model(here: Experiment, there: Experiment, stage: str) -> None:
+    """Refuses an experiment with another model than a checkpoint's.
+
+    Args:
+      here: as given now.
+      there: as stored in the checkpoint.
+      stage: "autoencoder", or "prior", which is made for one autoencoder.
+    """
+    pairs = {
+        name: (_get_or_none(there.content, name), _get_or_none(here.content, name))
+        for name in _model_keys(here, stage)
+    }
+    differences = [
+        f"{name} is {before} there and {now} here"
+        for name, (before, now) in pairs.items()
+        # As JSON: tuples come back from a checkpoint as lists.
+        if json.dumps(before, default=str) != json.dumps(now, default=str)
+    ]
+    if differences:
+        raise UserError(
+            f"The config does not fit the trained {stage} in the workdir: "
+            f"{'; '.join(differences)}. Use the same values, or another --workdir."
+        )

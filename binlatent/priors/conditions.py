@@ -1,0 +1,144 @@
+"""What a prior can be asked for: a class, the features of a text, or nothing."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from binlatent.data.sources import Source
+from binlatent.runtime.errors import UserError
+
+Array = jax.Array
+
+# Dimensions of one label, by the value of config.prior.condition: a class; a text's vector, that
+# becomes one token; a text's tokens, that are attended to.
+CONDITIONS = {"class": 0, "text_token": 1, "text_cross": 2}
+
+
+class Condition(NamedTuple):
+    """The labels of a batch, as networks and priors take them.
+
+    Fields:
+      label: int (n,) of classes, (n, e) or (n, m, e) of texts.
+      given: bool (n,), which images have their label; None for all.
+    """
+
+    label: Array
+    given: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioning:
+    """What a prior is asked by.
+
+    Fields:
+      kind: of `CONDITIONS`, or "none".
+      num_classes: of "class"; -1 as long as no data was opened that could tell.
+      text_width: e, of the features of texts.
+    """
+
+    kind: str = "none"
+    num_classes: int = 0
+    text_width: int = 0
+
+    @classmethod
+    def of_config(cls, condition: str, num_classes: int, text_width: int) -> "Conditioning":
+        """Returns the conditioning of a config; data without classes has none of "class"."""
+        if condition not in CONDITIONS:
+            raise UserError(
+                f"config.prior.condition must be one of {', '.join(CONDITIONS)}; got {condition!r}."
+            )
+        if condition == "class" and not num_classes:
+            condition = "none"
+        return cls(condition, num_classes, text_width)
+
+    @property
+    def of_texts(self) -> bool:
+        """Whether labels are the features of texts."""
+        return CONDITIONS.get(self.kind, 0) > 0
+
+    def example(self, n: int = 1) -> jax.ShapeDtypeStruct | None:
+        """Returns the shape and type of the labels of n images, None without a condition."""
+        if self.kind == "none":
+            return None
+        shape = {"class": (), "text_token": (self.text_width,), "text_cross": (1, self.text_width)}
+        dtype = jnp.int32 if self.kind == "class" else jnp.float32
+        return jax.ShapeDtypeStruct((n, *shape[self.kind]), dtype)
+
+    def labels(self, label: Any, num: int) -> np.ndarray | None:
+        """Returns the labels of `num` samples as the network takes them; None stays None.
+
+        Args:
+          label: a class, or `num` of them; the features of one text, or of `num`.
+          num: n.
+        """
+        if label is None:
+            return None
+        if self.kind == "none":
+            raise UserError("This prior is unconditional, so it takes no label.")
+        if self.of_texts:
+            return self._features(label, num, CONDITIONS[self.kind])
+        given = np.asarray(label)
+        whole = given.dtype.kind in "iuf" and not np.any(given % 1)
+        if given.shape not in ((), (num,)) or not whole:
+            shown = label if given.ndim == 0 else f"an array of {given.dtype} {given.shape}"
+            raise UserError(
+                f"This prior is asked for by classes: one integer or {num} of them, not {shown}."
+            )
+        labels = np.broadcast_to(np.asarray(label, np.int32), num)
+        if labels.min() < 0 or labels.max() >= self.num_classes:
+            raise UserError(
+                f"A label must be between 0 and {self.num_classes - 1}; "
+                f"got {labels.min() if labels.min() < 0 else labels.max()}."
+            )
+        return labels
+
+    def _features(self, features: Any, num: int, ndim: int) -> np.ndarray:
+        """Returns the features of `num` samples' texts, each an array of `ndim` dimensions."""
+        features, width = np.asarray(features), self.text_width
+        one = features.ndim == ndim
+        if (
+            features.dtype.kind not in "fiu"
+            or not (one or (features.ndim == ndim + 1 and len(features) in (1, num)))
+            or features.shape[-1] != width
+            or not features.size
+        ):
+            shape = f"({width},)" if ndim == 1 else f"(tokens, {width})"
+            raise UserError(
+                f"This prior is asked for by the features {shape} of a text, or {num} of them, not "
+                f"by an array of {features.dtype} {features.shape}."
+            )
+        with np.errstate(over="ignore"):
+            features = features.astype(np.float32)
+        if not np.isfinite(features).all():
+            raise UserError("The features of a text must be finite.")
+        return np.broadcast_to(features, (num, *features.shape[-ndim:]))
+
+    def known(self, source: Source, labels: np.ndarray) -> np.ndarray | None:
+        """Returns labels of images as the prior takes them; None if the images have none for it.
+
+        Args:
+          source: that the images are from.
+          labels: of some of its images.
+        """
+        if self.kind == "none":
+            return None
+        if self.kind == "class":
+            if self.num_classes != -1 and source.num_classes not in (0, self.num_classes):
+                raise UserError(
+                    f"The prior has {self.num_classes} classes, but the images have "
+                    f"{source.num_classes}: give those that it was trained on."
+                )
+            return labels if source.num_classes else None
+        if labels.dtype.kind != "f":
+            return None
+        if labels.ndim - 1 != CONDITIONS[self.kind] or labels.shape[-1] != self.text_width:
+            tokens = "" if self.kind == "text_token" else "tokens, "
+            expected = f"({tokens}{self.text_width}{'' if tokens else ','})"
+            raise UserError(
+                f"The features of texts beside the images have the shape {labels.shape[1:]}, but "
+                f"the prior, with config.prior.condition = {self.kind!r}, takes {expected}."
+            )
+        return labels

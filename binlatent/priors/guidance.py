@@ -1,0 +1,79 @@
+"""Classifier-free guidance, and the noise of samplers (supplement C)."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from binlatent.runtime.errors import UserError
+
+Array = jax.Array
+
+# i -> uniforms in [0, 1) of the codes' shape, for the i-th draw.
+Noise = Callable[[Array], Array]
+
+
+def noise_from_keys(keys: Array, shape: tuple[int, ...]) -> Noise:
+    """Returns the noise of n samples from a key each, whoever else is in their batch.
+
+    Args:
+      keys: (n,) typed PRNG keys.
+      shape: of one sample.
+    """
+
+    def uniforms(i: Array) -> Array:
+        return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, i), shape))(keys)
+
+    return uniforms
+
+
+def check_guidance(guidance: float, interval: tuple[float, float]) -> None:
+    """Refuses a guidance below 0, or an interval outside [0, 1]."""
+    if not 0 <= guidance < np.inf:
+        raise UserError(f"The guidance must not be negative nor infinite; got {guidance}.")
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(
+            f"the guidance's interval must be 0 <= low <= high <= 1; got {tuple(interval)}."
+        )
+
+
+def guidance_weights(
+    guidance: float, times: np.ndarray, interval: tuple[float, float] = (0.0, 1.0)
+) -> np.ndarray:
+    """Returns w at each step of a sampler: (S,), float32.
+
+    Args:
+      guidance: w >= 0 (supplement C).
+      times: t/T at each step's start and at the end, (S + 1,), from at most 1 to 0.
+      interval: (low, high) in t/T, both included; w is 0 outside, where a step then costs one
+        network call and not two.
+
+    References:
+      Kynkaanniemi et al., Applying Guidance in a Limited Interval, 2024.
+    """
+    u = np.asarray(times[:-1])
+    low, high = interval
+    return (guidance * ((low <= u) & (u <= high))).astype(np.float32)
+
+
+def guide(conditional: Callable, unconditional: Callable) -> Callable:
+    """Returns the guided network (1 + w) T(z_t, t, c) - w T(z_t, t) (supplement C).
+
+    The unconditional half is computed only where w is not 0, in the same compiled program, so
+    that changing the guidance never compiles anew.
+
+    Args:
+      conditional, unconditional: (z_t, t) -> logits.
+
+    Returns:
+      (z_t, t, w) -> logits.
+    """
+
+    def guided(z_t: Array, t: Array, w: Array) -> Array:
+        def combine():
+            return (1 + w) * conditional(z_t, t) - w * unconditional(z_t, t)
+
+        return jax.lax.cond(w == 0, lambda: conditional(z_t, t), combine)
+
+    return guided

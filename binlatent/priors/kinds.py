@@ -1,0 +1,6 @@
+"""The kinds of prior by the value of config.prior.kind; a user's own is added to this table."""
+
+from binlatent.priors.bernoulli.prior import BernoulliPrior
+from binlatent.priors.prior import Prior
+
+KINDS: dict[str, type[Prior]] = {"bernoulli": BernoulliPrior}

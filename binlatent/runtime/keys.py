@@ -1,0 +1,31 @@
+"""PRNG keys: one for each purpose of a seed, one for each sample of a batch."""
+
+import functools
+import zlib
+
+import jax
+import numpy as np
+
+from binlatent.runtime.errors import UserError
+
+Array = jax.Array
+
+
+def key_for(seed: int, purpose: str) -> Array:
+    """Returns the key of a seed for one purpose, so that no two purposes share randomness."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
+
+
+def sample_keys(key: Array, num: int, first: int = 0) -> Array:
+    """Returns a key for each of `num` samples, from the `first` on, whatever batches they are in.
+
+    Args:
+      key: a typed PRNG key of all; or already those of the samples, (num,), which come back.
+      num: how many.
+      first: number of the first.
+    """
+    if key.shape == (num,):
+        return key
+    if key.shape:
+        raise UserError(f"Give one key, or one for each of {num} samples, not {key.shape}.")
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(np.arange(first, first + num))
