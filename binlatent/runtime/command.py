@@ -1,4 +1,4 @@
-"""What the commands have in common: JAX's settings, their log, how they report what went wrong."""
+"""What the commands have in common: flags, JAX's settings, the log, how errors are reported."""
 
 import atexit
 import logging
@@ -21,10 +21,14 @@ from ml_collections import config_flags
 from binlatent.runtime.errors import UserError
 
 
+def _end(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"{message}\n")
+    sys.exit(code)
+
+
 def bad_usage(message: str) -> NoReturn:
     """Says what is wrong with the command line, and exits with code 2."""
-    sys.stderr.write(f"Bad usage: {message} (--help lists the flags, the config file the keys)\n")
-    sys.exit(2)
+    _end(f"Bad usage: {message} (--help lists the flags, the config file the keys)", 2)
 
 
 # What Python and absl say of a flag's value, and what we do.
@@ -36,7 +40,7 @@ _PLAINER = (
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses absl's flags; a misspelt flag or config key is one sentence and exit code 2.
+    """Parses absl's flags, or reports what is wrong with them and exits with code 2.
 
     Returns:
       The name of the program and the arguments that are no flags.
@@ -92,11 +96,10 @@ _KNOWN_IN = ((0, 10), (0, 13))
 
 
 def prepare_jax() -> None:
-    """Chooses kernels for CPUs, and makes JAX keep what it compiles, for the next start.
+    """Chooses kernels for CPUs, and makes JAX keep what it compiles for the next start.
 
-    That is in `binlatent/compiled` of XDG_CACHE_HOME or `~/.cache`, and may be deleted. XLA_FLAGS
-    and JAX's own settings, if the user gave some, stay as they are. To be called before JAX looks
-    for devices.
+    The cache is `binlatent/compiled` in XDG_CACHE_HOME or `~/.cache`, and may be deleted. XLA_FLAGS
+    and JAX's own settings that the user gave stay as they are. Call it before JAX looks for devices.
     """
     given = os.environ.get("XLA_FLAGS", "").strip()
     is_file = bool(given) and not given.startswith("-")  # XLA then reads its flags there
@@ -128,7 +131,7 @@ def _cache_folder() -> Path | None:
 
 @contextmanager
 def deferring_interrupt() -> Iterator[None]:
-    """Lets what is inside end before Ctrl-C counts: writing that would otherwise end in noise."""
+    """Delays Ctrl-C until what is inside has ended, for writing that must not be cut off."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals reach the main thread only
         return
@@ -156,7 +159,7 @@ def end_on_sigterm() -> None:
 
 
 def _unraisable(event: Any) -> None:
-    """Python's own hook, but for what the threads of a save that has failed still have to say."""
+    """Python's own hook, without what the threads of a failed save still report."""
     if "Event loop is closed" not in str(event.exc_value):
         sys.__unraisablehook__(event)
 
@@ -173,7 +176,7 @@ def _end_if_set(interrupted: threading.Event) -> None:
 
 
 def _missing_device(error: Exception) -> str | None:
-    """Returns how JAX says, if that is the error, that JAX_PLATFORMS has no device; None if not."""
+    """Returns JAX's message if the error is that JAX_PLATFORMS has no device; otherwise None."""
     platforms = jax.config.jax_platforms
     if not platforms:
         return None
@@ -194,14 +197,14 @@ _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
 
 @contextmanager
 def reporting() -> Iterator[None]:
-    """Logs the package's progress; a user's error, raised inside, is one sentence and exit code 1.
+    """Logs the package's progress, and reports errors that are raised inside in one line.
 
-    So are an error of the file system, too little memory and a device that is not there; Ctrl-C is
-    one word and exit code 130.
+    A UserError, an error of the file system, too little memory and a missing device end the process
+    with code 1, Ctrl-C with 130. Other errors pass.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("binlatent").setLevel(logging.INFO)
-    # Orbax logs pages of what its threads meet, which is raised, and told in a sentence, as well.
+    # Orbax logs pages of what its threads meet, which is raised and reported as well.
     for noisy in ("absl", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     sys.unraisablehook = _unraisable
@@ -214,28 +217,27 @@ def reporting() -> Iterator[None]:
         message = str(error)
         if re.match(r"[a-z]+[ ,:']", message):  # not a key or a path, as the user types it
             message = message[:1].upper() + message[1:]
-        sys.stderr.write(f"Error: {message}\n")
-        sys.exit(1)
+        _end(f"Error: {message}", 1)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         by_xla = isinstance(error, jax.errors.JaxRuntimeError)
         if by_xla and not str(error).startswith(_OUT_OF_MEMORY):
             raise
         what = (str(error).strip() or "Out of memory").splitlines()[0].rstrip(".")
-        sys.stderr.write(
-            f"Error: {what.removeprefix('RESOURCE_EXHAUSTED: ')}: there is too little memory; take "
-            "a smaller batch, or in training more parts of it (train.accumulate).\n"
+        what = what.removeprefix("RESOURCE_EXHAUSTED: ")
+        _end(
+            f"Error: {what}: there is too little memory; take a smaller batch, or in training more "
+            "parts of it (train.accumulate).",
+            1,
         )
-        sys.exit(1)
     except (AssertionError, RuntimeError) as error:
         missing = _missing_device(error)
         if missing is None:
             raise
-        sys.stderr.write(
+        _end(
             f"Error: {missing}: leave JAX_PLATFORMS out, or install what JAX needs for it "
-            '("jax[cuda13]" for "cuda").\n'
+            '("jax[cuda13]" for "cuda").',
+            1,
         )
-        sys.exit(1)
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted.\n")
         interrupted.set()
-        sys.exit(130)
+        _end("Interrupted.", 130)

@@ -1,0 +1,115 @@
+"""Codes on disk, of an encoder that is a plain function."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from binlatent.data import codes, loader
+from binlatent.data.sources import Source
+from binlatent.data.splits import Data
+from binlatent.runtime.errors import UserError
+
+DATA = Data("folder", "", 4, 1)
+SHAPE = (2, 2, 8)
+
+
+class Images:
+    def __init__(self, count, label=int):
+        self.count, self.label = count, label
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        range(self.count)[index]
+        return {"image": np.full((4, 4, 1), index % 256, np.uint8), "label": self.label(index)}
+
+
+def probabilities(images):
+    """An encoder: (n, 4, 4, 1) in [-1, 1] -> (n, 2, 2, 8) in [0, 1]."""
+    mean = (np.asarray(images, np.float32).mean(axis=(1, 2, 3)) + 1) / 2
+    return np.broadcast_to(mean[:, None, None, None] ** 2, (len(mean), *SHAPE))
+
+
+def write(folder, images, encode_probs=probabilities, data=DATA, encoder="e", **changes):
+    source = Source(images, 10, **({"fingerprint": "f"} | changes))
+    options = dict(encoder=encoder, encode_probs=encode_probs, code_shape=SHAPE)
+    return codes.write_codes(source, Path(folder), **options, data=data, batch_size=20)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(codes, "_SHARD", 50)
+
+
+def test_codes_are_the_encoders_probabilities(tmp_path):
+    sizes = set()
+
+    def encode_probs(images):
+        sizes.add(len(images))
+        return probabilities(images)
+
+    source = codes.open_codes(write(tmp_path, Images(130), encode_probs), "e")
+    assert sizes == {20}  # the last batches of shards are filled up
+    assert len(source.examples) == 130 and source.num_classes == 10 and source.fingerprint == "f"
+    for i in range(130):
+        example = source.examples[i]
+        assert example["probs"].dtype == np.uint8 and example["probs"].shape == SHAPE
+        # Rounding to 255ths adds at most half of one.
+        np.testing.assert_allclose(example["probs"] / 255, (i / 255) ** 2, atol=0.5 / 255 + 1e-6)
+        assert example["label"] == i
+    batch = next(loader.train_batches(source, 7, seed=0))
+    assert batch["probs"].dtype == np.uint8 and batch["label"].dtype == np.int32
+
+
+def test_features_of_texts_stay_beside_codes(tmp_path):
+    images = Images(7, lambda index: np.full((2, 3), index / 7, np.float32))
+    source = codes.open_codes(write(tmp_path, images), "e")
+    np.testing.assert_array_equal(source.examples[5]["label"], images[5]["label"], strict=True)
+
+
+def test_writing_goes_on_where_it_was_interrupted(tmp_path):
+    encoded = []
+
+    def interrupted(images):
+        encoded.append(len(images))
+        if len(encoded) == 5:  # in the second of three shards
+            raise KeyboardInterrupt
+        return probabilities(images)
+
+    images = Images(130)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, images, interrupted)
+    (folder,) = tmp_path.iterdir()
+    with pytest.raises(UserError, match="no complete codes in .*: make them with --mode=encode"):
+        codes.open_codes(folder, "e")
+    assert write(tmp_path, images, interrupted) == folder
+    assert len(encoded) == 5 + 3 + 2  # both shards that were missing, anew
+    assert write(tmp_path, images, interrupted) == folder and len(encoded) == 10
+    resumed = codes.open_codes(folder, "e").examples
+    whole = codes.open_codes(write(tmp_path / "whole", images), "e").examples
+    for i in range(130):
+        np.testing.assert_array_equal(resumed[i]["probs"], whole[i]["probs"])
+
+
+def test_codes_of_another_encoder_or_other_images_are_not_taken(tmp_path):
+    folder = write(tmp_path, Images(7))
+    with pytest.raises(UserError, match="are of another encoder than that of this workdir"):
+        codes.open_codes(folder, "another")
+    others = [
+        write(tmp_path, Images(7), encoder="another"),
+        write(tmp_path, Images(7), fingerprint="g"),
+        write(tmp_path, Images(7), data=Data("folder", "", 8, 1)),
+    ]
+    assert len({folder, *others}) == 4
+    # Where they lie, and how training crops, does not change them.
+    assert write(tmp_path, Images(7), data=Data("folder", "elsewhere", 4, 1, flip=True)) == folder
+
+
+@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
+def test_codes_that_a_full_disk_does_not_hold_are_one_sentence(small_disk, monkeypatch):
+    monkeypatch.setattr(codes, "_SHARD", 4_096)
+    rng = np.random.default_rng(0)
+    with pytest.raises(UserError, match="The codes could not be written to .*No space left on dev"):
+        write(small_disk, Images(4_000), lambda images: rng.random((len(images), *SHAPE)))
