@@ -103,6 +103,11 @@ def test_codes_of_another_encoder_or_other_images_are_not_taken(tmp_path):
         write(tmp_path, Images(7), data=Data("folder", "", 8, 1)),
     ]
     assert len({folder, *others}) == 4
+    # An `info.json` that is damaged, or of another kind.
+    for content in ("", "[]", "{}", (folder / "info.json").read_text().replace("<i4", "O")):
+        (others[0] / "info.json").write_text(content)
+        with pytest.raises(UserError, match="no complete codes"):
+            codes.open_codes(others[0], "e")
     # Where they lie, and how training crops, does not change them.
     assert write(tmp_path, Images(7), data=Data("folder", "elsewhere", 4, 1, flip=True)) == folder
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import textwrap
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from binlatent.data import loader
 from binlatent.data.sources import Source
 from binlatent.data.splits import Data
 from binlatent.data.transforms import to_float
+from binlatent.runtime import files
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -128,7 +128,6 @@ def write_codes(
     if (target / "info.json").exists():
         return target
     log.info("Encoding %d images into %s", count, target)
-    target.mkdir(parents=True, exist_ok=True)
     names = _shard_names(count)
     this, turns = jax.process_index(), jax.process_count()
     with tqdm(total=count, unit=" images", disable=True if this else None) as progress:
@@ -154,9 +153,8 @@ def write_codes(
         "count": count,
         "data": about,
     }
-    unfinished = target / "info.json.unfinished"
-    unfinished.write_text(json.dumps(info, indent=2) + "\n")
-    os.replace(unfinished, target / "info.json")
+    with files.atomic(target / "info.json") as unfinished:
+        unfinished.write_text(json.dumps(info, indent=2) + "\n")
     return target
 
 
@@ -172,22 +170,21 @@ def _write_shard(
     path: Path,
     progress: tqdm,
 ) -> None:
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
-    for batch in loader.in_order(len(part), lambda i: source.examples[part[i]], batch_size):
-        num = len(batch["image"])
-        # The last batch is filled up with its last image, so that one compiled program serves all.
-        images = batch["image"][np.minimum(np.arange(batch_size), num - 1)]
-        codes = np.rint(255 * encode_probs(to_float(images))[:num]).astype(np.uint8)
-        labels = np.asarray(batch["label"])
-        labels = labels.astype(_label_type(labels))
+    with files.atomic(path) as unfinished:
+        writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
+        for batch in loader.in_order(len(part), lambda i: source.examples[part[i]], batch_size):
+            num = len(batch["image"])
+            # The last batch is filled up, so that one compiled program serves all.
+            images = batch["image"][np.minimum(np.arange(batch_size), num - 1)]
+            codes = np.rint(255 * encode_probs(to_float(images))[:num]).astype(np.uint8)
+            labels = np.asarray(batch["label"])
+            labels = labels.astype(_label_type(labels))
+            with _writing(path):
+                for label, code in zip(labels, codes, strict=True):
+                    writer.write(label.tobytes() + code.tobytes())
+            progress.update(num)
         with _writing(path):
-            for label, code in zip(labels, codes, strict=True):
-                writer.write(label.tobytes() + code.tobytes())
-        progress.update(num)
-    with _writing(path):
-        writer.close()
-    os.replace(unfinished, path)
+            writer.close()
 
 
 @contextmanager

@@ -210,33 +210,8 @@ def _kept(root: str) -> list[str] | None:
 def _from_table(root: str, path: str, split: str) -> Listing:
     rows = _read_table(path)
     images = {"train": [], "test": []}
-    with_split = any("split" in row for row in rows)
     for line, row in enumerate(rows, start=1):
-        where = f"line {line} of {path!r}"
-        if not isinstance(row.get("file"), str) or not row["file"]:
-            columns = reprlib.repr(list(row))
-            raise UserError(
-                f"{where}, not counting a header, has no file: every line needs one, in a column "
-                f"of that name; its columns are {columns}"
-            )
-        label = row.get("label", "")
-        if not isinstance(label, str | int) or isinstance(label, bool):
-            raise UserError(
-                f"{where} has the label {reprlib.repr(label)}, which is no name or whole number"
-            )
-        text = row.get("text") or ""
-        if not isinstance(text, str) or (text and not text.endswith(".npy")):
-            raise UserError(
-                f"{where} has the text {reprlib.repr(text)}, which is no .npy file of features"
-            )
-        own_split = row.get("split") or "train"
-        if own_split not in ("train", "test"):
-            raise UserError(
-                f"{where} is of the split {reprlib.repr(own_split)}, not of train or test"
-            )
-        text = os.path.join(root, text) if text else ""
-        name = str(int(label)) if str(label).isdecimal() and len(str(label)) < 7 else str(label)
-        image = _Image(name, os.path.join(root, row["file"]), text)
+        own_split, image = _read_row(root, row, f"line {line} of {path!r}")
         images[own_split].append(image)
     every = images["train"] + images["test"]
     if 0 < sum(not image.name for image in every) < len(every):
@@ -245,13 +220,37 @@ def _from_table(root: str, path: str, split: str) -> Listing:
         log.warning("Of %s, these columns are not used: %s", path, reprlib.repr(ignored))
     classes = _classes(every)
     # Numbers are classes themselves, some of which may have no image.
-    if classes and all(name.isdecimal() and len(name) < 7 for name in classes):
+    if classes and all(map(_is_number, classes)):
         classes = [str(i) for i in range(max(map(int, classes)) + 1)]
-    if not with_split:
+    if not any("split" in row for row in rows):
         return _split_listing(path, every, split, classes)
     if not images[split]:
         raise UserError(f"{path!r} has no image of the split {split!r}: add some")
     return _listing(images[split], classes, path)
+
+
+def _read_row(root: str, row: dict[str, Any], where: str) -> tuple[str, _Image]:
+    """Returns the split and the image of a table's line."""
+    file, label = row.get("file"), row.get("label", "")
+    text, split = row.get("text") or "", row.get("split") or "train"
+    shown = reprlib.repr
+    if not isinstance(file, str) or not file:
+        raise UserError(
+            f"{where}, not counting a header, has no file: every line needs one, in a column of "
+            f"that name; its columns are {shown(list(row))}"
+        )
+    if not isinstance(label, str | int) or isinstance(label, bool):
+        raise UserError(f"{where} has the label {shown(label)}, which is no name or whole number")
+    if not isinstance(text, str) or (text and not text.endswith(".npy")):
+        raise UserError(f"{where} has the text {shown(text)}, which is no .npy file of features")
+    if split not in ("train", "test"):
+        raise UserError(f"{where} is of the split {shown(split)}, not of train or test")
+    name = str(int(label)) if _is_number(str(label)) else str(label)
+    return split, _Image(name, os.path.join(root, file), os.path.join(root, text) if text else "")
+
+
+def _is_number(name: str) -> bool:
+    return name.isdecimal() and len(name) < 7
 
 
 def _read_table(path: str) -> list[dict[str, Any]]:

@@ -54,14 +54,10 @@ def _strokes(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
-    """Returns the mask of a file, cropped and scaled as its image is, True where a pixel is kept.
+    """Returns the mask in a file, bool (image_size, image_size), True where a pixel is kept.
 
-    White, or transparent, is drawn anew; black is kept.
-
-    Args:
-      path: of the mask.
-      image_path: of the image that it belongs to, of the same size.
-      image_size: side of the result.
+    White and transparent pixels are drawn anew, black ones are kept. The mask must have the size of
+    the image in `image_path`, and is cropped and scaled as that is.
     """
     for file in (path, image_path):
         read_image(file, repr(file), image_size, 1)  # says what is wrong with a file
@@ -92,7 +88,7 @@ def known_tokens(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
     Args:
       mask: bool (n, height, width), True where a pixel is known.
-      grid: (h, w) of the code, which divide the mask's.
+      grid: (h, w) of the code, which divide height and width.
     """
     n, height, width = mask.shape
     h, w = grid

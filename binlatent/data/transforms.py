@@ -7,12 +7,12 @@ from PIL import Image, ImageOps
 def to_square(
     image: Image.Image, image_size: int, channels: int, position: float = 0.5
 ) -> np.ndarray:
-    """Turns an image of any mode upright, fits its shorter side and crops a square.
+    """Returns an image upright, its shorter side scaled to `image_size`, cropped to a square.
 
     An image that already has the right size and mode keeps its values.
 
     Args:
-      image: of any size and of any mode but "F".
+      image: as of `to_channels`.
       image_size: side of the result in pixels.
       channels: 1 (luminance) or 3 (RGB).
       position: of the square along the longer side, in [0, 1]; 0.5 is the centre.
@@ -35,13 +35,9 @@ def to_square(
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Turns an image of any mode upright, and into 8 bits of one or three channels.
+    """Returns an image upright, of 8 bits, of one channel (luminance) or three (RGB).
 
     Transparency is composited on white, 16-bit values are scaled to 8 bits.
-
-    Args:
-      image: of any mode but "F".
-      channels: 1 (luminance) or 3 (RGB).
 
     Raises:
       ValueError: for floating-point images (mode "F"), whose range is not known.

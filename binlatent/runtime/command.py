@@ -98,8 +98,8 @@ _KNOWN_IN = ((0, 10), (0, 13))
 def prepare_jax() -> None:
     """Chooses kernels for CPUs, and makes JAX keep what it compiles for the next start.
 
-    The cache is `binlatent/compiled` in XDG_CACHE_HOME or `~/.cache`, and may be deleted. XLA_FLAGS
-    and JAX's own settings that the user gave stay as they are. Call it before JAX looks for devices.
+    The cache is `binlatent/compiled` in XDG_CACHE_HOME or `~/.cache`, and may be deleted. What the
+    user gave in XLA_FLAGS and JAX's own settings stays. Call it before JAX looks for devices.
     """
     given = os.environ.get("XLA_FLAGS", "").strip()
     is_file = bool(given) and not given.startswith("-")  # XLA then reads its flags there

@@ -11,14 +11,7 @@ _BACKGROUND = 96
 
 
 def grid(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Lays out rows of images with gaps between them.
-
-    Args:
-      rows: arrays uint8 (n, h, w, channels), all of one shape.
-
-    Returns:
-      uint8, (height, width, channels).
-    """
+    """Lays out rows, each uint8 (n, h, w, channels), with gaps; uint8 (height, width, channels)."""
     images = np.stack(rows)
     num_rows, num_columns, h, w, channels = images.shape
     pad = ((0, 0), (0, 0), (_GAP, 0), (_GAP, 0), (0, 0))
@@ -29,12 +22,9 @@ def grid(rows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def save_png(path: Path, image: np.ndarray, min_side: int = 400) -> None:
-    """Writes a picture as PNG, enlarged by a whole factor if its longer side is under `min_side`.
+    """Writes uint8 (height, width, 1 or 3) as PNG; makes the folder.
 
-    Args:
-      path: of the file; its folder is made.
-      image: uint8 (height, width, 1 or 3).
-      min_side: pixels that the longer side should have at least.
+    An image whose longer side has fewer than `min_side` pixels is enlarged by a whole factor.
     """
     factor = -(-min_side // max(image.shape[:2]))
     image = image.repeat(factor, axis=0).repeat(factor, axis=1)

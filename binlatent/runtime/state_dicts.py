@@ -3,7 +3,6 @@
 import codecs
 import io
 import logging
-import os
 import warnings
 import zipfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from binlatent.runtime import torchscript
+from binlatent.runtime import files, torchscript
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -113,15 +112,13 @@ def import_torch() -> Any:
     return torch
 
 
-def write(files: dict[str, State], out: Path) -> None:
+def write(states: dict[str, State], out: Path) -> None:
     """Writes state dicts to out/saved_models, by the names of their files, never over one."""
-    torch, folder = import_torch(), out / "saved_models"
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {folder / f"{name}.th": state for name, state in files.items()}
+    torch = import_torch()
+    paths = {out / "saved_models" / f"{name}.th": state for name, state in states.items()}
     if there := [path for path in paths if path.exists()]:
         raise UserError(f"There is a file {there[0]} already: choose another --out.")
     for path, state in paths.items():
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        torch.save({key: torch.tensor(x) for key, x in state.items()}, unfinished)
-        os.replace(unfinished, path)
+        with files.atomic(path) as unfinished:
+            torch.save({key: torch.tensor(x) for key, x in state.items()}, unfinished)
         log.info("Wrote %s", path)

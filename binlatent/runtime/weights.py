@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 from flax import linen as nn
 from flax import traverse_util
 
+from binlatent.runtime import files
 from binlatent.runtime.errors import UserError
 
 
@@ -77,11 +77,5 @@ def read_npz(
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Writes arrays by name to an .npz file, all of it or nothing; makes its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            np.savez(file, **arrays)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with files.atomic(path) as unfinished, unfinished.open("wb") as file:
+        np.savez(file, **arrays)
