@@ -10,7 +10,8 @@ from flax import traverse_util
 from binlatent.autoencoder import lpips
 from binlatent.convert import __main__ as convert
 from binlatent.convert import published
-from binlatent.runtime import state_dicts, weights
+from binlatent.evaluation.networks import weights as published_weights
+from binlatent.runtime import state_dicts
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_the_command_writes_variables_with_statistics(network, tmp_path, monkeyp
     monkeypatch.setattr(state_dicts, "read", lambda path: drawn.state(network))
     path = tmp_path / "x.npz"
     convert.main([network, "--from", "x.pth", "--out", str(path)])
-    variables = getattr(weights, f"read_{network}")(path)
+    variables = getattr(published_weights, f"read_{network}")(path)
     arrays = getattr(published, network)(drawn.state(network))
     assert variables.keys() == {"params", "batch_stats"}
     flat = traverse_util.flatten_dict(variables, sep="/")

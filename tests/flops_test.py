@@ -5,16 +5,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import traverse_util
 
-from binlatent import build
 from binlatent.autoencoder import lpips
 from binlatent.autoencoder.discriminator import Discriminator
 from binlatent.autoencoder.lpips import VGG16
-from binlatent.benchmark import flops
-from binlatent.priors import step as prior_stage
+from binlatent.benchmark import flops, workloads
+from binlatent.experiment import resolve
 from binlatent.priors.transformer import Transformer
 
 
@@ -60,7 +58,7 @@ def test_the_transformer_within_two_percent(condition, label):
     code, time = array(1, 6, 6, 16), array(1)
     params = jax.eval_shape(network.init, jax.random.key(0), code, time, label)
     counted = by_xla(network.apply, params, code, time, label)
-    ours = flops.transformer(network, (6, 6, 16), label is not None, 20)
+    ours = flops.count_transformer(network, (6, 6, 16), label is not None, 20)
     assert 0.98 < ours / counted <= 1
     # Nearly all of it is two for each weight of a block and token.
     kernels = [math.prod(x.shape) for x in jax.tree.leaves(params["params"]["blocks_0"])]
@@ -77,26 +75,23 @@ AUTOENCODERS = {
 }
 
 
-def a_config(tiny_config, **changes):
-    tiny_config.data.image_size = 32
+def stage_1(tiny_config, **changes):
     # Wide, as norms and activations count for less then.
-    settings = {"patch": 1, "base_width": 128, "embedding_width": 64} | changes
-    tiny_config.update_from_flattened_dict(
-        {f"autoencoder.{name}": value for name, value in settings.items()}
-    )
-    return tiny_config
+    values = {"patch": 1, "base_width": 128, "embedding_width": 64} | changes
+    values = {f"autoencoder.{name}": value for name, value in values.items()}
+    return resolve(tiny_config).change({"data.image_size": 32, **values}).autoencoder
 
 
 @pytest.mark.parametrize("name", AUTOENCODERS)
 def test_the_autoencoder_within_one_percent(tiny_config, name):
-    config = a_config(tiny_config, **AUTOENCODERS[name])
-    model, shape, code = build.autoencoder(config), (32, 32, 1), build.code_shape(config)
-    params = jax.eval_shape(functools.partial(build.init_autoencoder, config), jax.random.key(0))
+    spec = stage_1(tiny_config, **AUTOENCODERS[name])
+    model, shape, code = spec.networks.autoencoder, spec.image_shape, spec.code_shape
+    params = jax.eval_shape(spec.init, jax.random.key(0))
     encode = functools.partial(model.apply, method="encode")
     decode = functools.partial(model.apply, method="decode")
     ratios = [
-        flops.encode(model, shape, code) / by_xla(encode, params, array(1, *shape)),
-        flops.decode(model, code) / by_xla(decode, params, array(1, *code)),
+        flops.count_encoding(model, shape, code) / by_xla(encode, params, array(1, *shape)),
+        flops.count_decoding(model, code) / by_xla(decode, params, array(1, *code)),
     ]
     assert all(0.99 < ratio <= 1 for ratio in ratios), ratios
 
@@ -105,62 +100,53 @@ def test_the_discriminator_and_vgg16_within_one_percent():
     module = Discriminator(norm="group")
     params = jax.eval_shape(module.init, jax.random.key(0), array(1, 64, 64, 3))
     counted = by_xla(module.apply, params, array(1, 64, 64, 3))
-    assert 0.99 < flops.discriminator(module, (64, 64, 3)) / counted <= 1
+    assert 0.99 < flops.count_discriminator(module, (64, 64, 3)) / counted <= 1
     params = jax.eval_shape(VGG16().init, jax.random.key(0), array(1, 64, 64, 3))
     counted = by_xla(VGG16().apply, params, array(1, 64, 64, 3))
-    assert 0.99 < flops.vgg16((64, 64, 3)) / counted <= 1
+    assert 0.99 < flops.count_vgg16((64, 64, 3)) / counted <= 1
 
 
 @pytest.mark.parametrize("r1", [0.0, 1.0])
 def test_a_training_step_within_one_percent(tiny_config, r1):
-    settings = {"multipliers": (1, 1), "num_blocks": 1, "attention_resolutions": (16,)}
-    settings |= {"loss.perceptual": 1.0, "loss.adversarial": 1.0, "loss.r1": r1}
-    config = a_config(tiny_config, **settings)
-    config.autoencoder.discriminator.num_layers = 2
-    config.autoencoder.discriminator.norm = "group"
-    networks = build.networks(config)
-    step = build.autoencoder_step(config, networks)
-    state = jax.eval_shape(functools.partial(build.init_autoencoder_state, config))
+    changes = {"multipliers": (1, 1), "num_blocks": 1, "attention_resolutions": (16,)}
+    changes |= {"loss.perceptual": 1.0, "loss.adversarial": 1.0, "loss.r1": r1}
+    changes |= {"discriminator.num_layers": 2, "discriminator.norm": "group"}
+    spec = stage_1(tiny_config, **changes)
+    state = jax.eval_shape(functools.partial(spec.init_state, 0))
     vgg16 = {"params": traverse_util.unflatten_dict(lpips.vgg16_shapes(), sep="/")}
     # A device of one, as a vmapped axis.
-    on_one = jax.vmap(step, axis_name="batch", in_axes=(None, 0, None))
+    on_one = jax.vmap(spec.step(spec.networks), axis_name="batch", in_axes=(None, 0, None))
     counted = by_xla(on_one, state, {"image": array(1, 16, 32, 32, 1)}, vgg16)
-    ours = 16 * flops.train_autoencoder(networks, (32, 32, 1), build.code_shape(config), bool(r1))
-    assert 0.99 < ours / counted <= 1
+    per_image = flops.count_autoencoder_step(spec.networks, (32, 32, 1), spec.code_shape, bool(r1))
+    assert 0.99 < 16 * per_image / counted <= 1
 
 
 def test_the_priors_training_step_within_three_percent(tiny_config):
-    config = tiny_config
-    config.data.num_classes, config.prior.width = 10, 1024
-    denoiser, num = build.denoiser(config), 64
-    step = functools.partial(
-        prior_stage.train_step,
-        encode=None,
-        denoiser=denoiser,
-        objective=build.prior_objective(config),
-        optimizer=build.optimizer(config.prior.train),
-        ema_decay=0.9,
-    )
-    on_one = jax.vmap(step, axis_name="batch", in_axes=(None, 0, None))
-    batch = {"probs": array(1, num, *build.code_shape(config), dtype=jnp.uint8)}
-    batch["label"] = array(1, num, dtype=jnp.int32)
-    state = jax.eval_shape(functools.partial(build.init_prior_state, config))
+    changes = {"data.num_classes": 10, "prior.network.width": 1024, "prior.train.accumulate": 1}
+    spec, num = resolve(tiny_config).change(changes).prior, 64
+    network, code = spec.prior.network, spec.prior.code_shape
+    on_one = jax.vmap(spec.step(encode=None), axis_name="batch", in_axes=(None, 0, None))
+    batch = {
+        "probs": array(1, num, *code, dtype=jnp.uint8),
+        "label": array(1, num, dtype=jnp.int32),
+    }
+    state = jax.eval_shape(functools.partial(spec.init_state, 0))
     counted = by_xla(on_one, state, batch, None)
-    ours = num * 3 * flops.transformer(denoiser.network, build.code_shape(config), True)
+    ours = num * 3 * flops.count_transformer(network, code, True)
     assert 0.97 < ours / counted <= 1
 
 
-def test_sampling_counts_its_passes():
-    network = Transformer(8, 1, 2, "class", 10)
-    labelled = flops.transformer(network, (2, 2, 4), True)
-    bare = flops.transformer(network, (2, 2, 4), False)
-    assert labelled > bare
-
-    def count(guidance, label=True, corrector_steps=0):
-        return flops.sample(network, (2, 2, 4), label, np.array(guidance), corrector_steps)
-
-    assert count([0.0, 0.0, 0.0]) == 3 * labelled
-    assert count([0.0, 2.0, 1.0]) == 3 * labelled + 2 * bare
-    assert count([0.0, 2.0, 1.0], label=False) == 3 * bare
-    # A step's two correctors come after it, at the guidance of the next; none after the last.
-    assert count([0.0, 2.0, 1.0], corrector_steps=2) == (3 + 4) * labelled + (2 + 4) * bare
+def test_a_sample_is_its_calls_of_the_network(tiny_config):
+    changes = {"data.num_classes": 10, "sample.guidance_interval": (0.0, 0.5)}
+    experiment = resolve(tiny_config).change({**changes, "sample.corrector_steps": 2})
+    prior, model = experiment.prior.prior, experiment.autoencoder.networks.autoencoder
+    with_label, without = (
+        flops.count_transformer(prior.network, prior.code_shape, labelled)
+        for labelled in (True, False)
+    )
+    # Of four steps, at t/T of 1, 3/4, 1/2 and 1/4, the last two are guided. A step's two
+    # correctors come after it, at the guidance of the next; none after the last.
+    expected = (4 + 3 * 2) * with_label + 2 * (1 + 2) * without
+    expected += flops.count_decoding(model, prior.code_shape)
+    work = workloads.sample_work(experiment, 8, 2)
+    assert work.flops == 2 * expected and work.xla_flops is None

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import reference
 
-from binlatent import build
 from binlatent.configs import default
 from binlatent.convert import hyperparameters, released
+from binlatent.experiment import resolve
 from binlatent.priors.bernoulli import schedules
 from binlatent.runtime.errors import UserError
 
@@ -25,8 +25,8 @@ AUTOENCODER = {
 PRIOR = {
     "tokens": 64,
     "num_bits": 16,
-    "prior.width": 64,
-    "prior.num_layers": 3,
+    "prior.network.width": 64,
+    "prior.network.num_layers": 3,
     "data.num_classes": 0,
 }
 
@@ -59,12 +59,16 @@ def test_priors(name, more):
     assert hyperparameters.find_schedule(found) == ("linear", 64)
 
 
+def released_with(changes):
+    """The experiment of the released variant with other values by key."""
+    return resolve(default.get_config("released")).change(changes)
+
+
 def layout(**changes):
     """The state dict of zeros of another architecture, by the keys of its config."""
-    config = default.get_config("released").unlock()
-    config.update_from_flattened_dict({"data.image_size": 64, "data.num_classes": 0, **changes})
-    params = reference.zeros(build.init_autoencoder, config)
-    return config, released.autoencoder_state(config, params, {})
+    experiment = released_with({"data.image_size": 64, "data.num_classes": 0, **changes})
+    spec = experiment.autoencoder
+    return experiment, released.autoencoder_state(spec, reference.zeros(spec), {})
 
 
 @pytest.mark.parametrize(
@@ -79,10 +83,10 @@ def layout(**changes):
 def test_other_architectures_are_found_again(changes):
     small = {"base_width": 32, "embedding_width": 32, "num_bits": 5, "attention_resolutions": ()}
     small = {f"autoencoder.{name}": value for name, value in {**small, **changes}.items()}
-    config, state = layout(**small)
+    experiment, state = layout(**small)
     found = hyperparameters.of_autoencoder(released.Checkpoint(state, "x"), 64)
     section = {k.split(".")[1]: v for k, v in found.items() if k.startswith("autoencoder.")}
-    assert section == {name: config.autoencoder[name] for name in section}
+    assert section == {name: experiment.content["autoencoder"][name] for name in section}
     assert "discriminator.width" not in found and len(section) == 8
 
 
@@ -124,29 +128,29 @@ def test_a_schedule_of_ones_own_or_none():
 
 
 def test_flags_describe_the_released_models():
-    config = default.get_config("released").unlock()
-    config.autoencoder.num_bits, config.autoencoder.decoder_depth = 128, 3.0
-    config.data.num_classes = 0
-    words = hyperparameters.flags(config, prior=True)
+    changes = {"autoencoder.num_bits": 128, "autoencoder.decoder_depth": 3.0, "data.num_classes": 0}
+    words = hyperparameters.describe_as_flags(released_with(changes), has_prior=True)
     for flag in (
         *("--codebook_size 128", "--latent_shape 1 16 16", "--ch_mult 1 1 2 2 4", "--gen_mul 3.0"),
         *("--nf 128", "--emb_dim 256", "--total_steps 64", "--norm_first", "--p_flip"),
-        *("--sampler bld", "--dataset custom", "--focal -1", "--loss_final mean"),
+        *("--sampler bld", "--dataset custom", "--focal -1", "--loss_final mean", "--ndf 64"),
     ):
         assert flag in words
     assert "--use_tanh" not in words and "--cross" not in words
-    config.prior.condition, config.autoencoder.signed = "text_cross", True
-    config.prior.evidence, config.prior.pair = False, "balanced_plugin"
-    words = hyperparameters.flags(config, prior=True)
+    changes |= {"prior.condition": "text_cross", "autoencoder.signed": True}
+    changes |= {"prior.bernoulli.evidence": False, "prior.bernoulli.pair": "balanced_plugin"}
+    words = hyperparameters.describe_as_flags(released_with(changes), has_prior=True)
     assert "--dataset laion" in words and "--cross" in words and "--focal 0" in words
     assert "--use_tanh" in words
-    config.prior.condition, config.data.num_classes = "class", 10
-    words = hyperparameters.flags(config, prior=True)
+    changes |= {"prior.condition": "class", "data.num_classes": 10}
+    words = hyperparameters.describe_as_flags(released_with(changes), has_prior=True)
     assert "--dataset imagenet" in words and "--cross" not in words
-    assert "bert" not in hyperparameters.flags(config, prior=False)
+    changes |= {"autoencoder.loss.adversarial": 0.0}  # no discriminator to describe
+    words = hyperparameters.describe_as_flags(released_with(changes), has_prior=False)
+    assert "bert" not in words and "--ndf" not in words
 
 
-@pytest.mark.parametrize("blocks, depth", [(7, 61), (11, 15), (13, 15), (2, 6), (3, 1)])
+@pytest.mark.parametrize("blocks, depth", [(7, 61), (11, 15), (13, 15), (2, 6), (3, 1), (0, 0)])
 def test_any_depth_of_a_decoder_comes_out_as_it_went_in(blocks, depth):
     assert int(blocks * hyperparameters.depth_ratio(depth, blocks)) == depth
 
@@ -176,9 +180,8 @@ def test_what_is_missing_or_odd_is_named(name, change, message):
     found = released.Checkpoint({k: x for k, x in state.items() if x is not None}, "checkpoint")
     with pytest.raises(UserError, match=message):
         if name == "ae_c16":
-            config = default.get_config("released").unlock()
-            config.update_from_flattened_dict(hyperparameters.of_autoencoder(found, 32))
-            released.autoencoder(found, config)
+            changes = hyperparameters.of_autoencoder(found, 32)
+            released.read_autoencoder(found, released_with(changes).autoencoder)
         else:
             hyperparameters.of_prior(found)
             hyperparameters.find_schedule(found)

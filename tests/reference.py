@@ -56,12 +56,12 @@ def variables(name, like, tensors):
     Args:
       name: of the checkpoint.
       like: the tree's shapes.
-      tensors: of `binlatent.released`, what each is called there.
+      tensors: of `convert.released`, what each is called there.
     """
     return released.Checkpoint(state(name), "checkpoint").pop_tree(like, tensors(like))
 
 
-def zeros(init, config):
-    """A tree of zeros in place of a model's parameters, of `build.init_*`."""
-    like = jax.eval_shape(lambda key: init(config, key), jax.random.key(0))
+def zeros(spec):
+    """A tree of zeros in place of the parameters of a stage's spec."""
+    like = jax.eval_shape(spec.init, jax.random.key(0))
     return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), like)

@@ -5,24 +5,29 @@ import numpy as np
 import pytest
 import reference
 
-from binlatent import build
 from binlatent.configs import default
 from binlatent.convert import hyperparameters, released
+from binlatent.experiment import resolve
 from binlatent.runtime.errors import UserError
 
 
-def config_of(name):
-    """The config of a reference checkpoint; of a prior, with a fitting autoencoder."""
-    config = default.get_config("released").unlock()
-    found = hyperparameters.of_autoencoder(checkpoint("ae_c16"), 32)
-    if name in reference.AUTOENCODERS:
-        found = hyperparameters.of_autoencoder(checkpoint(name), 32)
-    config.update_from_flattened_dict({**found, "data.num_classes": 0})
+def experiment_of(name, **changes):
+    """The experiment of a reference checkpoint; of a prior, with a fitting autoencoder."""
+    like = name if name in reference.AUTOENCODERS else "ae_c16"
+    values = {**hyperparameters.of_autoencoder(checkpoint(like), 32), "data.num_classes": 0}
     if name in reference.PRIORS:
-        found = hyperparameters.of_prior(checkpoint(name))
-        del found["tokens"], found["num_bits"]
-        config.update_from_flattened_dict({**found, "prior.num_heads": 4})
-    return config
+        values |= {**hyperparameters.of_prior(checkpoint(name)), "prior.network.num_heads": 4}
+        del values["tokens"], values["num_bits"]
+    return resolve(default.get_config("released")).change({**values, **changes})
+
+
+def autoencoder_of(name, **changes):
+    return experiment_of(name, **changes).autoencoder
+
+
+def prior_of(name, **changes):
+    changes = {f"prior.bernoulli.{key}": value for key, value in changes.items()}
+    return experiment_of(name, **changes).prior
 
 
 def checkpoint(name, change=None):
@@ -37,14 +42,14 @@ def shapes(state):
 
 @pytest.mark.parametrize("name", reference.AUTOENCODERS)
 def test_an_autoencoder_comes_back_as_it_was(name):
-    found, config = checkpoint(name), config_of(name)
-    params, discriminator = released.autoencoder(found, config)
+    found, spec = checkpoint(name), autoencoder_of(name)
+    params, discriminator = released.read_autoencoder(found, spec)
     assert found.unused(released.AUTOENCODER_UNUSED) == {
         "ae.generator.logsigma": 4,
         "conv_out of equal widths": 16 + 6 * (name != "ae_c16"),
         "num_batches_tracked": 3,
     }
-    again = released.autoencoder_state(config, params, discriminator)
+    again = released.autoencoder_state(spec, params, discriminator)
     assert shapes(again) == reference.SHAPES[name]
     for key, x in reference.state(name).items():  # what is not used is 0 in both
         assert again[key].dtype == x.dtype
@@ -54,10 +59,10 @@ def test_an_autoencoder_comes_back_as_it_was(name):
 
 @pytest.mark.parametrize("name", reference.PRIORS)
 def test_a_prior_comes_back_as_it_was(name):
-    found, config, state = checkpoint(name), config_of(name), reference.state(name)
-    params = released.prior(found, config)
+    found, spec, state = checkpoint(name), prior_of(name), reference.state(name)
+    params = released.read_prior(found, spec)
     assert set(found.unused(released.PRIOR_UNUSED)) == {"scheduler", "embedding_weight"}
-    again = released.prior_state(config, params, state["embedding_weight"])
+    again = released.prior_state(spec, params, state["embedding_weight"])
     assert shapes(again) == reference.SHAPES[name]
     for key, x in state.items():
         np.testing.assert_allclose(again[key], x, rtol=0, atol=1e-6 * key.startswith("scheduler."))
@@ -65,12 +70,12 @@ def test_a_prior_comes_back_as_it_was(name):
 
 def test_a_tree_of_another_layout_would_not_come_back():
     # Kernels are transposed in all of their dimensions: an order that is wrong moves numbers.
-    params = released.prior(checkpoint("prior_uncond"), config_of("prior_uncond"))["params"]
+    params = released.read_prior(checkpoint("prior_uncond"), prior_of("prior_uncond"))["params"]
     state = reference.state("prior_uncond")
     kernel = params["blocks_1"]["attn"]["qkv"]["kernel"]
     assert kernel[3, 100] == state["_denoise_fn.blocks.1.attn.qkv.weight"][100, 3]
     assert params["tok_emb"]["kernel"][3, 5] == state["_denoise_fn.tok_emb.weight"][3, 5]
-    params, critic = released.autoencoder(checkpoint("ae_c16"), config_of("ae_c16"))
+    params, critic = released.read_autoencoder(checkpoint("ae_c16"), autoencoder_of("ae_c16"))
     state = reference.state("ae_c16")
     kernel = params["params"]["decoder"]["blocks_8"]["conv1"]["kernel"]
     assert kernel[0, 2, 5, 7] == state["ae.generator.blocks.8.conv1.weight"][7, 5, 0, 2]
@@ -95,13 +100,13 @@ def test_a_tree_of_another_layout_would_not_come_back():
     ],
 )
 def test_what_does_not_fit_is_an_error_that_names_it(name, change, message):
-    found, config = checkpoint(name, change), config_of(name)
+    found, experiment = checkpoint(name, change), experiment_of(name)
     with pytest.raises(UserError, match=f"of the authors' code: .*{message}"):
         if name in reference.AUTOENCODERS:
-            released.autoencoder(found, config)
+            released.read_autoencoder(found, experiment.autoencoder)
             found.unused(released.AUTOENCODER_UNUSED)
         else:
-            released.prior(found, config)
+            released.read_prior(found, experiment.prior)
             found.unused(released.PRIOR_UNUSED)
 
 
@@ -113,7 +118,7 @@ def test_weights_saved_from_several_gpus_are_the_same():
 
 def test_lpips_in_a_checkpoint_is_not_used():
     found = checkpoint("ae_c16", {"perceptual.net.slice1.0.weight": np.zeros(3)})
-    released.autoencoder(found, config_of("ae_c16"))
+    released.read_autoencoder(found, autoencoder_of("ae_c16"))
     assert found.unused(released.AUTOENCODER_UNUSED)["perceptual"] == 1
 
 
@@ -125,25 +130,21 @@ def test_lpips_in_a_checkpoint_is_not_used():
     ],
 )
 def test_what_their_code_does_not_have_is_not_exported(key, value, message):
-    config = config_of("ae_c16")
-    config.update_from_flattened_dict({key: value})
+    spec = autoencoder_of("ae_c16", **{key: value})
     with pytest.raises(UserError, match=message):
-        released.autoencoder_state(config, reference.zeros(build.init_autoencoder, config), {})
+        released.autoencoder_state(spec, reference.zeros(spec), {})
 
 
 def test_a_prior_of_z_s_is_not_exported():
-    config = config_of("prior_uncond")
-    config.prior.target, config.prior.evidence = "z_s", False
+    spec = prior_of("prior_uncond", target="z_s", evidence=False)
     with pytest.raises(UserError, match='cannot sample a prior of the target "z_s"'):
-        released.prior_state(config, reference.zeros(build.init_prior, config), np.zeros((16, 64)))
+        released.prior_state(spec, reference.zeros(spec), np.zeros((16, 64)))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cos", "sigmoid"])
 def test_the_buffers_of_a_schedule_are_theirs(schedule):
-    config = config_of("prior_uncond")
-    config.prior.schedule = schedule
-    params = reference.zeros(build.init_prior, config)
-    state = released.prior_state(config, params, np.zeros((16, 64)))
+    spec = prior_of("prior_uncond", schedule=schedule)
+    state = released.prior_state(spec, reference.zeros(spec), np.zeros((16, 64)))
     golden = np.load("tests/data/schedules.npz")
     for theirs, name in (("k_final", "k"), ("b_final", "b"), ("beta", "keep")):
         expected = golden[f"{schedule}_64_{name}"]
@@ -153,20 +154,19 @@ def test_the_buffers_of_a_schedule_are_theirs(schedule):
 
 
 def test_a_schedule_of_ones_own_goes_with_the_weights():
-    config = config_of("prior_uncond")
-    config.prior.num_timesteps, config.prior.schedule = 3, "given"
-    config.prior.keep = (1.0, 0.5, 0.25, 0.125)
-    params = reference.zeros(build.init_prior, config)
-    state = released.prior_state(config, params, np.zeros((16, 64)))
-    np.testing.assert_array_equal(state["scheduler.k_final"], np.float32([1, 0.5, 0.25, 0.125]))
+    keep = (1.0, 0.5, 0.25, 0.125)
+    changes = {"num_timesteps": 3, "schedule": "given", "keep": keep}
+    changes = {f"prior.bernoulli.{key}": value for key, value in changes.items()}
+    spec = experiment_of("prior_uncond", **changes, **{"sample.steps": 3}).prior
+    state = released.prior_state(spec, reference.zeros(spec), np.zeros((16, 64)))
+    np.testing.assert_array_equal(state["scheduler.k_final"], np.float32(keep))
     np.testing.assert_array_equal(state["scheduler.beta"], np.float32([1, 0.5, 0.5, 0.5]))
 
 
 def test_a_prior_trained_here_has_their_names(tiny_config):
     """The digits' prior, with classes, in the layout of the reference checkpoint with classes."""
-    tiny_config.data.num_classes = 10
-    params = build.init_prior(tiny_config, jax.random.key(0))
-    state = released.prior_state(tiny_config, params, np.zeros((8, 16)))
+    spec = resolve(tiny_config).change({"data.num_classes": 10}).prior
+    state = released.prior_state(spec, spec.init(jax.random.key(0)), np.zeros((8, 16)))
     expected = {
         key for key in reference.SHAPES["prior_class"] if ".blocks." not in key or "blocks.0" in key
     }

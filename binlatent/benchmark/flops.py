@@ -10,10 +10,11 @@ Dimensions: c bits of a token, d width, m tokens of a text, e width of a text's 
 
 import numpy as np
 
-from binlatent.autoencoder import bottleneck, lpips
-from binlatent.autoencoder import step as autoencoder_stage
+from binlatent.autoencoder import lpips
+from binlatent.autoencoder.bottleneck import Bottleneck, Real, VectorQuantized
 from binlatent.autoencoder.discriminator import Discriminator
 from binlatent.autoencoder.modules import Autoencoder, Decoder, Encoder, Levels
+from binlatent.autoencoder.step import Networks
 from binlatent.priors.transformer import Transformer
 
 Shape = tuple[int, int, int]
@@ -45,7 +46,7 @@ def conv(
     return matmul(taps**2, width_in, width_out)
 
 
-def attention(queries: int, keys: int, width: int) -> int:
+def _attention(queries: int, keys: int, width: int) -> int:
     """Returns the FLOPs of the scores and of the weighted sum, whatever the number of heads."""
     return 2 * matmul(queries, keys, width)
 
@@ -53,7 +54,7 @@ def attention(queries: int, keys: int, width: int) -> int:
 # The prior
 
 
-def transformer(
+def count_transformer(
     network: Transformer, code_shape: Shape, labelled: bool, text_tokens: int = 1
 ) -> int:
     """Returns the FLOPs of the forward pass.
@@ -69,36 +70,13 @@ def transformer(
     labelled = labelled and network.condition != "none"
     appended = labelled and network.condition in ("class", "text_token")
     n = h * w + 1 + appended  # with the time's token and the label's
-    block = matmul(n, d, (3 + 1 + 4 + 4) * d) + attention(n, n, d)
+    block = matmul(n, d, (3 + 1 + 4 + 4) * d) + _attention(n, n, d)
     if network.condition == "text_cross":
         m = text_tokens if labelled else 1
-        block += matmul(n, d, 2 * d) + matmul(m, e, 2 * d) + attention(n, m, d)
+        block += matmul(n, d, 2 * d) + matmul(m, e, 2 * d) + _attention(n, m, d)
     label = matmul(1, e, d) if appended and network.condition == "text_token" else 0
     ends = matmul(h * w, c, d) + matmul(h * w, d, c) + 2 * matmul(1, d, d) + label
     return network.num_layers * block + ends
-
-
-def sample(
-    network: Transformer,
-    code_shape: Shape,
-    labelled: bool,
-    guidance: np.ndarray,
-    corrector_steps: int = 0,
-    text_tokens: int = 1,
-) -> int:
-    """Returns the FLOPs of drawing a code.
-
-    Args:
-      network, code_shape, labelled, text_tokens: as of `transformer`.
-      guidance: (S,), w at each step; where it is not 0, a step with a label takes two passes.
-      corrector_steps: after each step but the last, at the guidance of the next.
-    """
-    times_called = np.full(len(guidance), 1)
-    times_called[1:] += corrector_steps
-    guided = int(np.sum(times_called[np.asarray(guidance) != 0])) if labelled else 0
-    conditional = transformer(network, code_shape, labelled, text_tokens)
-    unconditional = transformer(network, code_shape, False)
-    return int(np.sum(times_called)) * conditional + guided * unconditional
 
 
 # The autoencoder
@@ -110,7 +88,7 @@ def _residual(side: int, width_in: int, width_out: int) -> int:
 
 
 def _attention_block(side: int, width: int) -> int:
-    return matmul(side**2, width, 4 * width) + attention(side**2, side**2, width)
+    return matmul(side**2, width, 4 * width) + _attention(side**2, side**2, width)
 
 
 def _blocks(levels: Levels, level: int, side: int, width_in: int, num_blocks: int) -> int:
@@ -128,8 +106,7 @@ def _middle(levels: Levels, side: int, width_in: int) -> int:
     return first + _attention_block(side, width) + _residual(side, width, width)
 
 
-def encoder(module: Encoder, image_shape: Shape) -> int:
-    """Returns the FLOPs of the forward pass; image_shape is (height, width, channels)."""
+def _encoder(module: Encoder, image_shape: Shape) -> int:
     levels, width = module.levels, module.levels.base_width
     side, patch = image_shape[0] // levels.patch, levels.patch
     total = conv(side, patch**2 * image_shape[2], width)
@@ -143,8 +120,7 @@ def encoder(module: Encoder, image_shape: Shape) -> int:
     return total + conv(side, levels.width(-1), module.embedding_width)
 
 
-def decoder(module: Decoder, side: int, embedding_width: int) -> int:
-    """Returns the FLOPs of the forward pass from features (side, side, embedding_width)."""
+def _decoder(module: Decoder, side: int, embedding_width: int) -> int:
     levels, width = module.levels, module.levels.width(-1)
     total = conv(side, embedding_width, width) + _middle(levels, side, width)
     for level in reversed(range(len(levels.multipliers))):
@@ -156,29 +132,28 @@ def decoder(module: Decoder, side: int, embedding_width: int) -> int:
     return total + conv(side, width, levels.patch**2 * module.num_channels)
 
 
-def _to_code(module: bottleneck.Bottleneck, code_shape: Shape) -> int:
+def _to_code(module: Bottleneck, code_shape: Shape) -> int:
     h, w, c = code_shape
-    width = c
-    if isinstance(module, bottleneck.VectorQuantized):
-        return matmul(h * w, module.embedding_width, c) + matmul(h * w, c, module.codebook_size)
-    if isinstance(module, bottleneck.Real) and module.variational:
-        width = 2 * c
-    return matmul(h * w, module.embedding_width, width)
+    width = 2 * c if isinstance(module, Real) and module.variational else c
+    total = matmul(h * w, module.embedding_width, width)
+    if isinstance(module, VectorQuantized):
+        total += matmul(h * w, c, module.codebook_size)
+    return total
 
 
-def encode(model: Autoencoder, image_shape: Shape, code_shape: Shape) -> int:
+def count_encoding(model: Autoencoder, image_shape: Shape, code_shape: Shape) -> int:
     """Returns the FLOPs from an image to its code."""
-    return encoder(model.encoder, image_shape) + _to_code(model.bottleneck, code_shape)
+    return _encoder(model.encoder, image_shape) + _to_code(model.bottleneck, code_shape)
 
 
-def decode(model: Autoencoder, code_shape: Shape) -> int:
+def count_decoding(model: Autoencoder, code_shape: Shape) -> int:
     """Returns the FLOPs from a code to its image."""
     h, w, c = code_shape
     width = model.bottleneck.embedding_width
-    return matmul(h * w, c, width) + decoder(model.decoder, h, width)
+    return matmul(h * w, c, width) + _decoder(model.decoder, h, width)
 
 
-def discriminator(module: Discriminator, image_shape: Shape) -> int:
+def count_discriminator(module: Discriminator, image_shape: Shape) -> int:
     """Returns the FLOPs of the forward pass."""
     side, _, width_in = image_shape
     total = 0
@@ -191,7 +166,7 @@ def discriminator(module: Discriminator, image_shape: Shape) -> int:
     return total
 
 
-def vgg16(image_shape: Shape) -> int:
+def count_vgg16(image_shape: Shape) -> int:
     """Returns the FLOPs of the forward pass of LPIPS's VGG16 on one image."""
     total = 0
     for name, like in lpips.vgg16_shapes().items():
@@ -201,8 +176,8 @@ def vgg16(image_shape: Shape) -> int:
     return total
 
 
-def train_autoencoder(
-    networks: autoencoder_stage.Networks, image_shape: Shape, code_shape: Shape, r1: bool = False
+def count_autoencoder_step(
+    networks: Networks, image_shape: Shape, code_shape: Shape, r1: bool = False
 ) -> int:
     """Returns the FLOPs of a training step, an image.
 
@@ -211,10 +186,10 @@ def train_autoencoder(
     gradient of an image and differentiates that.
     """
     model = networks.autoencoder
-    total = 3 * (encode(model, image_shape, code_shape) + decode(model, code_shape))
+    total = 3 * (count_encoding(model, image_shape, code_shape) + count_decoding(model, code_shape))
     if networks.lpips:
-        total += 3 * vgg16(image_shape)
+        total += 3 * count_vgg16(image_shape)
     if networks.discriminator:
         passes = 2 + 6 + (6 if r1 else 0)
-        total += passes * discriminator(networks.discriminator, image_shape)
+        total += passes * count_discriminator(networks.discriminator, image_shape)
     return total

@@ -1,6 +1,5 @@
 """The rows of docs/performance.md's table for GPUs: the paper's networks, most wanted first."""
 
-import copy
 import gc
 import json
 import logging
@@ -8,95 +7,72 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_collections
-
+from binlatent import experiment
 from binlatent.benchmark import speed
+from binlatent.benchmark.rows import Row
+from binlatent.configs import churches256, ffhq1024, imagenet256
+from binlatent.experiment import Experiment
 from binlatent.runtime.errors import UserError
-from binlatent.training.logbook import drop_torn_line
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("binlatent.benchmark")
 
 
-class Row(NamedTuple):
-    """A row to measure, as `speed.measure` takes it."""
+class Subject(NamedTuple):
+    """What is to be measured, as `speed.measure_speed` takes it."""
 
     name: str
-    config: ml_collections.ConfigDict
+    experiment: Experiment
     batch_size: int
 
 
-def rows() -> list[Row]:
+def paper_subjects() -> list[Subject]:
     """Returns all: 24 x 512 without classes and 24 x 768 with them, 256 and 1,024 tokens, bfloat16.
 
     A training step of 24 x 768 at 1,024 tokens, which the paper has not, is left out: it takes a
     minute to compile.
-
-    Raises:
-      UserError: outside of a checkout, which has the configs.
     """
-    try:
-        from binlatent.configs import churches256, ffhq1024, imagenet256
-    except ImportError as error:
-        raise UserError("Start this in the checkout, which has the folder configs.") from error
-    churches, imagenet, ffhq = (
-        module.get_config() for module in (churches256, imagenet256, ffhq1024)
+    def at_16_steps(module, **changes):
+        common = {"dtype": "bfloat16", "prior.cache_codes": True, "sample.steps": 16}
+        return experiment.resolve(module.get_config()).change({**common, **changes})
+
+    churches, ffhq = at_16_steps(churches256), at_16_steps(ffhq1024)
+    churches64 = churches.change({"sample.steps": 64})
+    imagenet = at_16_steps(imagenet256, **{"data.num_classes": 1000})
+    imagenet512 = imagenet.change(
+        {"data.image_size": 512, "autoencoder.attention_resolutions": (32,)}
     )
-    for config in (churches, imagenet, ffhq):
-        config.dtype = "bfloat16"
-        config.prior.cache_codes = True
-        config.sample.steps = 16
-    imagenet.data.num_classes = 1000
-    imagenet512 = copy.deepcopy(imagenet)
-    imagenet512.data.image_size = 512
-    imagenet512.autoencoder.attention_resolutions = (32,)
-    churches64 = copy.deepcopy(churches)
-    churches64.sample.steps = 64
     return [
-        Row("sample", churches, 1),
-        Row("sample", churches64, 1),
-        Row("sample", churches, 64),
-        Row("train_prior", imagenet, 64),
-        Row("sample", imagenet, 1),
-        Row("sample", imagenet, 64),
-        Row("train_autoencoder", churches, 8),
-        Row("train_prior", churches, 64),
-        Row("decode", churches, 1),
-        Row("decode", churches, 64),
-        Row("encode", churches, 64),
-        Row("train_prior", ffhq, 16),
-        Row("network", churches, 1),
-        Row("network", churches, 64),
-        Row("network", imagenet, 64),
-        Row("network", ffhq, 1),
-        Row("network", ffhq, 16),
-        Row("network", imagenet512, 16),
+        Subject("sample", churches, 1),
+        Subject("sample", churches64, 1),
+        Subject("sample", churches, 64),
+        Subject("train_prior", imagenet, 64),
+        Subject("sample", imagenet, 1),
+        Subject("sample", imagenet, 64),
+        Subject("train_autoencoder", churches, 8),
+        Subject("train_prior", churches, 64),
+        Subject("decode", churches, 1),
+        Subject("decode", churches, 64),
+        Subject("encode", churches, 64),
+        Subject("train_prior", ffhq, 16),
+        Subject("network", churches, 1),
+        Subject("network", churches, 64),
+        Subject("network", imagenet, 64),
+        Subject("network", ffhq, 1),
+        Subject("network", ffhq, 16),
+        Subject("network", imagenet512, 16),
     ]
 
 
-def known(path: str | Path, rows: list[Row]) -> dict[int, dict[str, Any]]:
-    """Returns what a file has of the rows, measured on these devices with this JAX and driver.
+def known_rows(path: str | Path, subjects: list[Subject]) -> dict[int, Row]:
+    """Returns what a file has of the subjects, measured on these devices with this JAX and driver.
 
     Args:
-      path: of lines of JSON, as `speed.measure` returns them; there need be no such file.
-      rows: to look for.
+      path: of lines of JSON, as `speed.measure_speed` returns them; there need be no such file.
+      subjects: to look for.
 
     Returns:
-      By the number of the row; the last line that is of it.
-
-    Raises:
-      UserError: if the file holds something else.
+      By the number of the subject; the last line that is about it.
     """
-    lines = _lines(path)
-    found = {}
-    for number, row in enumerate(rows):
-        subject = speed.subject(*row).items()
-        if same := [x for x in lines if subject <= x.items() and "compile_seconds" in x]:
-            found[number] = same[-1]
-    return found
-
-
-def _lines(path: str | Path) -> list[dict[str, Any]]:
-    """Returns the objects of a file of JSON lines, [] if there is none."""
     lines = []
     if Path(path).exists():
         for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
@@ -107,57 +83,27 @@ def _lines(path: str | Path) -> list[dict[str, Any]]:
                     f"{path}, line {number}, is no row of the benchmark: delete that line, or "
                     "have the rows written elsewhere."
                 ) from error
-    return lines
+    found = {}
+    for number, subject in enumerate(subjects):
+        about = speed.subject(*subject).items()
+        if same := [x for x in lines if about <= x.items() and "compile_seconds" in x]:
+            found[number] = same[-1]
+    return found
 
 
-def missing(path: str, rows: list[Row]) -> tuple[list[Row], Path]:
-    """Returns the rows that a file of `known` has not, those first that were begun least often.
-
-    A line of either file that a kill has cut is dropped.
-
-    Args:
-      path: of the rows that are there.
-      rows: all.
-
-    Returns:
-      The rows, and the file of attempts beside `path`, for `measure`.
-
-    Raises:
-      UserError: if a file holds something else.
-    """
-    attempts = Path(f"{path}.attempts")
-    for file in (Path(path), attempts):
-        drop_torn_line(file, b'{"program"')
-    there, begun = known(path, rows), _lines(attempts)
-    if there:
-        log.info("%d of %d rows are there already", len(there), len(rows))
-    left = [row for number, row in enumerate(rows) if number not in there]
-    return sorted(left, key=lambda row: begun.count(speed.subject(*row))), attempts
-
-
-def measure(
-    rows: list[Row], attempts: Path | None = None, **options: Any
-) -> Iterator[dict[str, Any]]:
-    """Yields a row of `speed.measure` for each; what fails costs no other.
+def measure_subjects(subjects: list[Subject], **options: Any) -> Iterator[Row]:
+    """Yields a row of `speed.measure_speed` for each; what fails costs no other.
 
     Args:
-      rows: to measure.
-      attempts: file to append a line to before each row: one that ends the whole process then
-        keeps no other from its turn in the next.
-      **options: of `speed.measure`.
-
-    Raises:
-      UserError: after the last row, if some failed.
+      subjects: to measure.
+      **options: of `speed.measure_speed`.
     """
     failed = 0
-    for number, row in enumerate(rows, 1):
-        log.info("%d of %d: %s", number, len(rows), speed.title(*row))
-        if attempts:
-            with attempts.open("a") as file:
-                file.write(json.dumps(speed.subject(*row)) + "\n")
+    for number, subject in enumerate(subjects, 1):
+        log.info("%d of %d: %s", number, len(subjects), speed.describe(*subject))
         measured = None
         try:
-            measured = speed.measure(*row, **options)
+            measured = speed.measure_speed(*subject, **options)
         except Exception as error:  # of memory, of a compiler, of cuDNN: the next may fare better
             what = (str(error).strip() or type(error).__name__).splitlines()[0]
             log.error("That failed: %s", what)
@@ -168,5 +114,5 @@ def measure(
             gc.collect()  # what it held must not make the next one fail
     if failed:
         raise UserError(
-            f"{failed} of {len(rows)} rows failed; with --out a second run tries these alone."
+            f"{failed} of {len(subjects)} rows failed; with --out a second run tries these alone."
         )

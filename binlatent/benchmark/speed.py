@@ -3,21 +3,19 @@
 A program runs on all devices that JAX sees; a batch is that of one of them.
 """
 
-import functools
 import hashlib
 import json
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import ml_collections
+import jax.numpy as jnp
 
-from binlatent.benchmark import workloads
-from binlatent.runtime import machine
+from binlatent.benchmark import rows, workloads
+from binlatent.benchmark.rows import Row, or_dash, significant
+from binlatent.experiment import Experiment
 
 # Dense FLOP/s by JAX's `device_kind`: of bfloat16; of float32 as JAX multiplies it there unless
 # told otherwise, in TF32 on GPUs and in bfloat16 on TPUs; of float32 proper, None where the device
@@ -52,26 +50,6 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     return exact if wants_all else default
 
 
-def device_name(device: Any) -> str:
-    """Returns what a device of JAX's is called; of a CPU also which, and its cores for us."""
-    return cpu_name() if device.platform == "cpu" else device.device_kind
-
-
-def cpu_name() -> str:
-    """Returns what the processor is called, and its cores for us."""
-    return f"cpu ({machine.processor()}, {machine.cores()} cores)"
-
-
-@functools.cache
-def driver() -> str | None:
-    """Returns the version of the NVIDIA driver, None where there is none."""
-    if not shutil.which("nvidia-smi"):
-        return None
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    result = subprocess.run(query, capture_output=True, text=True)
-    return result.stdout.split("\n")[0].strip() or None
-
-
 def seconds_a_call(call: Callable[[], Any], repeats: int) -> list[float]:
     """Returns how long a call takes, one number a repeat.
 
@@ -97,44 +75,42 @@ def _peak_bytes() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def subject(name: str, config: ml_collections.ConfigDict, batch_size: int) -> dict[str, Any]:
-    """Returns the part of a row that says what is measured, and on what; see `measure`."""
-    content = json.dumps(config.to_dict(), sort_keys=True)
+def subject(name: str, experiment: Experiment, batch_size: int) -> Row:
+    """Returns the part of a row that says what is measured, and on what; see `measure_speed`."""
+    content = json.dumps(experiment.config, sort_keys=True)
+    settings = experiment.sample.settings if name == "sample" else None
     return {
         "program": name,
-        "size": workloads.size(name, config),
+        "size": workloads.describe_size(name, experiment),
         "batch_size": batch_size,
-        "steps": config.sample.steps if name == "sample" else None,
-        "guidance": config.sample.guidance if name == "sample" else None,
-        "dtype": config.dtype,
+        "steps": getattr(settings, "steps", None),
+        "guidance": getattr(settings, "guidance", None),
+        "dtype": jnp.dtype(experiment.dtype).name,
         "config": hashlib.sha256(content.encode()).hexdigest()[:8],
-        "device": device_name(jax.devices()[0]),
-        "devices": jax.local_device_count(),
-        "jax": jax.__version__,
-        "driver": driver(),
+        **rows.place(jax.devices()[0], jax.local_device_count()),
     }
 
 
-def title(name: str, config: ml_collections.ConfigDict, batch_size: int) -> str:
-    """Returns what `measure` measures, for people."""
-    steps = f", {config.sample.steps} steps" if name == "sample" else ""
-    return f"{name} of {workloads.size(name, config)} at batch size {batch_size}{steps}"
+def describe(name: str, experiment: Experiment, batch_size: int) -> str:
+    """Returns what `measure_speed` measures, for people."""
+    steps = subject(name, experiment, batch_size)["steps"]
+    size = workloads.describe_size(name, experiment)
+    return f"{name} of {size} at batch size {batch_size}{f', {steps} steps' if steps else ''}"
 
 
-def measure(
+def measure_speed(
     name: str,
-    config: ml_collections.ConfigDict,
+    experiment: Experiment,
     batch_size: int,
     *,
     repeats: int = 10,
     peak: float | None = None,
-) -> dict[str, Any]:
+) -> Row:
     """Returns how fast a program runs, and what it depends on.
 
     Args:
       name: of `workloads.PROGRAMS`.
-      config: of the whole run, that `workloads.check` lets pass; for `sample` it also says steps,
-        guidance and the like.
+      experiment: that `workloads.check_measurable` lets pass; for `sample` its settings count too.
       batch_size: images on each device.
       repeats: of the measurement.
       peak: FLOP/s that the device can reach, in place of what is known of it.
@@ -142,18 +118,16 @@ def measure(
     Returns:
       What `subject` does, and among others: `seconds`, the median of the repeats, `seconds_min` and
       `seconds_max`, of a step or a batch; `compile_seconds`, of tracing and compiling; `flops` of
-      one device by `binlatent.flops`, `xla_flops` as XLA counts them in the compiled program, None
+      one device by `benchmark.flops`, `xla_flops` as XLA counts them in the compiled program, None
       where it cannot; `mfu`, of `flops`, None if there is no `peak_flops`; `memory_bytes`, of the
       device, or if its peak is of an earlier row or not known, as asked for by the program, None
       if neither tells (`memory_from`).
-
-    Raises:
-      UserError: for a number of sampling steps that cannot be.
     """
     device, devices = jax.devices()[0], jax.local_device_count()
-    peak = peak or peak_flops(device.device_kind, config.dtype)
+    about = subject(name, experiment, batch_size)
+    peak = peak or peak_flops(device.device_kind, about["dtype"])
     peak_bytes = _peak_bytes()
-    work = workloads.PROGRAMS[name](config, batch_size * devices, batch_size)
+    work = workloads.PROGRAMS[name](experiment, batch_size * devices, batch_size)
     times = seconds_a_call(work.call, repeats)
     seconds = statistics.median(times)
     asked = [program.memory for program in work.programs]
@@ -161,7 +135,7 @@ def measure(
     if peak_bytes is not None and _peak_bytes() > peak_bytes:
         memory, memory_from = _peak_bytes(), "device"
     return {
-        **subject(name, config, batch_size),
+        **about,
         "seconds": seconds,
         "seconds_min": min(times),
         "seconds_max": max(times),
@@ -178,42 +152,28 @@ def measure(
     }
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Returns the rows of `measure` in Markdown, and below them what they were measured on."""
-    names = ("program", "size", "batch", "steps", "guidance", "compute", "ms (least to most)")
-    names += ("images/s", "TFLOP", "XLA's", "TFLOP/s", "of peak", "memory", "compiled in")
-    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
-    for row in rows:
-        least, median, most = (1e3 * row[f"seconds{end}"] for end in ("_min", "", "_max"))
-        cells = [
-            row["program"],
-            row["size"],
-            row["batch_size"],
-            "-" if row["steps"] is None else row["steps"],
-            "-" if row["guidance"] is None else f"{row['guidance']:g}",
-            row["dtype"],
-            f"{_number(median)} ({_number(least)} to {_number(most)})",
-            _number(row["images_per_second"]),
-            _number(row["flops"] / 1e12),
-            "-" if row["xla_flops"] is None else _number(row["xla_flops"] / 1e12),
-            _number(row["flops_per_second"] / 1e12),
-            "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
-            "-" if row["memory_bytes"] is None else f"{_number(row['memory_bytes'] / 2**30)} GiB",
-            f"{row['compile_seconds']:.1f} s",
-        ]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join([*lines, *measured_on(rows)]) + "\n"
+def _milliseconds(row: Row) -> str:
+    median, least, most = (significant(1e3 * row[f"seconds{end}"]) for end in ("", "_min", "_max"))
+    return f"{median} ({least} to {most})"
 
 
-def measured_on(rows: list[dict[str, Any]]) -> list[str]:
-    """Returns the lines below a table: the `devices`, `device`, `jax` and `driver` of its rows."""
-    places = {(row["devices"], row["device"], row["jax"], row["driver"]) for row in rows}
-    lines = []
-    for devices, device, version, driver in sorted(places, key=str):
-        driver = f", driver {driver}" if driver else ""
-        lines.append(f"\n{devices} x {device}, JAX {version}{driver}")
-    return lines
+def _tera(flops: float) -> str:
+    return significant(flops / 1e12)
 
 
-def _number(x: float) -> str:
-    return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"
+COLUMNS: rows.Columns = {
+    "program": lambda row: row["program"],
+    "size": lambda row: row["size"],
+    "batch": lambda row: row["batch_size"],
+    "steps": lambda row: or_dash(row["steps"]),
+    "guidance": lambda row: or_dash(row["guidance"], lambda w: f"{w:g}"),
+    "compute": lambda row: row["dtype"],
+    "ms (least to most)": _milliseconds,
+    "images/s": lambda row: significant(row["images_per_second"]),
+    "TFLOP": lambda row: _tera(row["flops"]),
+    "XLA's": lambda row: or_dash(row["xla_flops"], _tera),
+    "TFLOP/s": lambda row: _tera(row["flops_per_second"]),
+    "of peak": lambda row: or_dash(row["mfu"], lambda share: f"{share:.1%}"),
+    "memory": lambda row: or_dash(row["memory_bytes"], lambda x: f"{significant(x / 2**30)} GiB"),
+    "compiled in": lambda row: f"{row['compile_seconds']:.1f} s",
+}

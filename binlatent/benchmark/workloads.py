@@ -4,30 +4,27 @@ Weights are drawn here: to initialise a network JAX compiles dozens of small pro
 as long as the measurement.
 """
 
-import copy
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from flax import traverse_util
 
-from binlatent import build, checks, programs
-from binlatent.autoencoder import lpips
+from binlatent.autoencoder import lpips, programs
+from binlatent.autoencoder.spec import AutoencoderSpec
 from binlatent.benchmark import flops
-from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.priors.bernoulli import schedules
+from binlatent.experiment import Experiment
+from binlatent.priors.conditions import Condition, Conditioning
 from binlatent.priors.step import parts_for_caches
-from binlatent.runtime import devices
 from binlatent.runtime.devices import parallel, replicate, shard, spread
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import sample_keys
 from binlatent.training.state import TrainState
-
-Config = ml_collections.ConfigDict
 
 TEXT_TOKENS = 77  # of a text to attend to, as of CLIP
 
@@ -45,7 +42,7 @@ class Program(NamedTuple):
 
     @property
     def flops(self) -> float | None:
-        """Returns the FLOPs on one device, as XLA counts them, the body of a loop once.
+        """The FLOPs on one device as XLA counts them, the body of a loop once.
 
         None where it does not count: JAX promises no analysis on any platform.
         """
@@ -53,7 +50,7 @@ class Program(NamedTuple):
 
     @property
     def memory(self) -> int | None:
-        """Returns the bytes that it asks for on one device, None where XLA does not tell."""
+        """The bytes that it asks for on one device, None where XLA does not tell."""
         stats = self.compiled.memory_analysis()
         if stats is None:
             return None
@@ -82,7 +79,7 @@ class Work(NamedTuple):
     Fields:
       call: makes one step, or one batch, and returns what to wait for.
       programs: that it runs.
-      flops: of a call on one device, by `binlatent.flops`.
+      flops: of a call on one device, by `benchmark.flops`.
       xla_flops: as XLA counts them, None where it cannot tell.
     """
 
@@ -92,26 +89,48 @@ class Work(NamedTuple):
     xla_flops: float | None
 
 
-def _images(config: Config, num: int) -> np.ndarray:
-    shape = (num, *build.image_shape(config))
+def check_measurable(name: str, experiment: Experiment) -> None:
+    """Refuses an experiment that lacks what one of `PROGRAMS` needs."""
+    if name not in ("train_prior", "sample", "network"):
+        return
+    experiment.autoencoder.check_bits()
+    conditioning = experiment.prior.conditioning
+    if conditioning.kind == "class" and conditioning.num_classes == -1:
+        raise UserError(
+            "Say how many classes there are, as in --config.data.num_classes=10, 0 for none: to "
+            "measure a prior, no data is opened that could tell."
+        )
+
+
+def describe_size(name: str, experiment: Experiment) -> str:
+    """Returns the size of what one of `PROGRAMS` runs, for people."""
+    if name in ("train_autoencoder", "decode", "encode"):
+        height, width, _ = experiment.autoencoder.image_shape
+        return f"{height}x{width}"
+    prior = experiment.prior.prior
+    h, w, _ = prior.code_shape
+    return f"{prior.network.num_layers}x{prior.network.width}, {h * w} tokens"
+
+
+def _images(spec: AutoencoderSpec, num: int) -> np.ndarray:
+    shape = (num, *spec.image_shape)
     return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
 
 
-def _bits(config: Config, num: int) -> np.ndarray:
-    shape = (num, *build.code_shape(config))
+def _bits(spec: AutoencoderSpec, num: int) -> np.ndarray:
+    shape = (num, *spec.code_shape)
     return np.random.default_rng(0).integers(0, 2, shape).astype(np.float32)
 
 
-def _labels(config: Config, num: int) -> np.ndarray | None:
+def _labels(conditioning: Conditioning, num: int) -> np.ndarray | None:
     """Returns labels of the prior's condition, None if it has none."""
-    condition, e = build.condition(config), config.prior.text_width
-    shapes = {"text_token": (num, e), "text_cross": (num, TEXT_TOKENS, e)}
-    rng = np.random.default_rng(0)
-    if condition in shapes:
-        return rng.standard_normal(shapes[condition]).astype(np.float32)
-    if condition == "none":
+    like, rng = conditioning.example(num), np.random.default_rng(0)
+    if like is None:
         return None
-    return rng.integers(0, config.data.num_classes, num, dtype=np.int32)
+    if not conditioning.of_texts:
+        return rng.integers(0, conditioning.num_classes, num, dtype=np.int32)
+    tokens = (TEXT_TOKENS,) * (like.ndim - 2)
+    return rng.standard_normal((num, *tokens, conditioning.text_width)).astype(np.float32)
 
 
 def _drawn(shapes: Any) -> Any:
@@ -124,14 +143,14 @@ def _drawn(shapes: Any) -> Any:
     return jax.tree.map(draw, shapes)
 
 
-def _weights(init: Callable, config: Config) -> Any:
-    """Returns weights for what `init(config, key)` would initialise."""
-    return _drawn(jax.eval_shape(functools.partial(init, config), jax.random.key(0)))
+def _weights(init: Callable) -> Any:
+    """Returns weights, on all devices, for what `init(key)` would initialise."""
+    return replicate(_drawn(jax.eval_shape(init, jax.random.key(0))))
 
 
-def _state(init: Callable, config: Config) -> TrainState:
-    """Returns a state such as that of `init(config)`, with Adam's moments and the EMA at 0."""
-    shapes = jax.eval_shape(functools.partial(init, config))
+def _state(init_state: Callable) -> TrainState:
+    """Returns a state such as that of `init_state(seed)`, with Adam's moments and the EMA at 0."""
+    shapes = jax.eval_shape(functools.partial(init_state, 0))
     zeros = jax.tree.map(
         lambda like: jnp.array(np.zeros(like.shape, like.dtype)), shapes.replace(key=None)
     )
@@ -140,28 +159,9 @@ def _state(init: Callable, config: Config) -> TrainState:
     return zeros.replace(key=jax.random.key(0), params=_drawn(shapes.params))
 
 
-def check(name: str, config: Config) -> None:
-    """Raises a UserError if the config lacks what one of `PROGRAMS` needs."""
-    if name not in ("train_prior", "sample", "network"):
-        return
-    checks.check_bits(config)
-    if config.prior.condition == "class" and config.data.num_classes == -1:
-        raise UserError(
-            "Say how many classes there are, as in --config.data.num_classes=10, 0 for none: to "
-            "measure a prior, no data is opened that could tell."
-        )
-
-
-def size(name: str, config: Config) -> str:
-    """Returns what one of `PROGRAMS` is as large as, for people."""
-    if name in ("train_autoencoder", "decode", "encode"):
-        height, width, _ = build.image_shape(config)
-        return f"{height}x{width}"
-    height, width, _ = build.code_shape(config)
-    return f"{config.prior.num_layers}x{config.prior.width}, {height * width} tokens"
-
-
-def _train(state: Any, batch: Any, frozen: Any, step: Callable) -> tuple[Callable, Program]:
+def _compile_step(
+    state: TrainState, batch: dict, frozen: Any, step: Callable
+) -> tuple[Callable, Program]:
     """Returns what takes a step from where the last one ended, and its program."""
     state, batch, frozen = replicate(state), shard(batch), replicate(frozen)
     program = compile_program(parallel(step, num_frozen=1), state, batch, frozen)
@@ -174,165 +174,130 @@ def _train(state: Any, batch: Any, frozen: Any, step: Callable) -> tuple[Callabl
     return call, program
 
 
-def train_autoencoder(config: Config, num: int, on_device: int) -> Work:
+def _forward_work(
+    function: Any, on_device: int, flops_an_image: int, *arguments: Any, **statics: Any
+) -> Work:
+    """Returns the work of a program without a loop, on arguments that are on the devices."""
+    program = compile_program(function, *arguments, **statics)
+    call = functools.partial(program.compiled, *arguments)
+    return Work(call, [program], on_device * flops_an_image, program.flops)
+
+
+def train_autoencoder_work(experiment: Experiment, num: int, on_device: int) -> Work:
     """Training's step of stage 1 with its discriminator, whenever that starts."""
-    networks = build.networks(config)
-    lpips_params = {}
-    if networks.lpips:
-        vgg16 = traverse_util.unflatten_dict(lpips.vgg16_shapes(), sep="/")
-        lpips_params = {"params": _drawn(vgg16)}
-    call, program = _train(
-        _state(build.init_autoencoder_state, config),
-        {"image": _images(config, num)},
-        lpips_params,
-        build.autoencoder_step(config, networks),
+    spec = experiment.autoencoder
+    vgg16 = traverse_util.unflatten_dict(lpips.vgg16_shapes(), sep="/")
+    call, program = _compile_step(
+        _state(spec.init_state),
+        {"image": _images(spec, num)},
+        {"params": _drawn(vgg16)} if spec.networks.lpips else {},
+        spec.step(spec.networks),
     )
-    per_image = flops.train_autoencoder(
-        networks,
-        build.image_shape(config),
-        build.code_shape(config),
-        r1=bool(config.autoencoder.loss.r1),
+    per_image = flops.count_autoencoder_step(
+        spec.networks, spec.image_shape, spec.code_shape, r1=bool(spec.objective.r1)
     )
-    parts = config.autoencoder.train.accumulate
-    xla_flops = counted_flops((parts, program))
+    xla_flops = counted_flops((spec.train.accumulate, program))
     return Work(call, [program], on_device * per_image, xla_flops)
 
 
-def train_prior(config: Config, num: int, on_device: int) -> Work:
+def train_prior_work(experiment: Experiment, num: int, on_device: int) -> Work:
     """Training's step of stage 2, with the encoder unless the config caches codes."""
-    model, denoiser = build.autoencoder(config), build.denoiser(config)
-    step = build.prior_step(config)
-    labels = _labels(config, num)
+    spec, autoencoder = experiment.prior, experiment.autoencoder
+    model, debug = autoencoder.networks.autoencoder, experiment.run.debug_nans
+    labels = _labels(spec.conditioning, num)
     batch = {"label": np.zeros(num, np.int32) if labels is None else labels}
-    code_shape, image_shape = build.code_shape(config), build.image_shape(config)
-    per_image = 3 * flops.transformer(denoiser.network, code_shape, True, TEXT_TOKENS)
+    code_shape = spec.prior.code_shape
+    per_image = 3 * flops.count_transformer(spec.prior.network, code_shape, True, TEXT_TOKENS)
     frozen = None
-    if config.prior.cache_codes or config.prior.codes:
-        batch["probs"] = (255 * _bits(config, num)).astype(np.uint8)
+    if spec.cache_codes or spec.codes:
+        batch["probs"] = (255 * _bits(autoencoder, num)).astype(np.uint8)
     else:
-        batch["image"] = _images(config, num)
-        frozen = _weights(build.init_autoencoder, config)
-        per_image += flops.encode(model, image_shape, code_shape)
-    call, program = _train(_state(build.init_prior_state, config), batch, frozen, step)
+        batch["image"] = _images(autoencoder, num)
+        frozen = _weights(autoencoder.init)
+        per_image += flops.count_encoding(model, autoencoder.image_shape, code_shape)
+    step = spec.step(functools.partial(model.apply, method="probs"), debug)
+    call, program = _compile_step(_state(spec.init_state), batch, frozen, step)
     h, w, _ = code_shape
-    parts = step.keywords["accumulate"] or parts_for_caches(on_device, h * w)
+    parts = 1 if debug else spec.train.accumulate or parts_for_caches(on_device, h * w)
     # XLA counts a loop once; the encoder, before the parts, is not in it.
     xla_flops = None if parts > 1 and "image" in batch else counted_flops((parts, program))
     return Work(call, [program], on_device * per_image, xla_flops)
 
 
-def decode(config: Config, num: int, on_device: int) -> Work:
+def decode_work(experiment: Experiment, num: int, on_device: int) -> Work:
     """Codes to images, both in the device's memory."""
-    model = build.autoencoder(config)
-    params = replicate(_weights(build.init_autoencoder, config))
-    codes = spread(_bits(config, num))
-    program = compile_program(programs.decode_codes, params, codes, model=model)
-    return Work(
-        lambda: program.compiled(params, codes),
-        [program],
-        on_device * flops.decode(model, build.code_shape(config)),
-        program.flops,
-    )
+    spec = experiment.autoencoder
+    model = spec.networks.autoencoder
+    per_image = flops.count_decoding(model, spec.code_shape)
+    arguments = (_weights(spec.init), spread(_bits(spec, num)))
+    return _forward_work(programs.decode_codes, on_device, per_image, *arguments, model=model)
 
 
-def encode(config: Config, num: int, on_device: int) -> Work:
+def encode_work(experiment: Experiment, num: int, on_device: int) -> Work:
     """Images to deterministic codes, both in the device's memory."""
-    model = build.autoencoder(config)
-    params = replicate(_weights(build.init_autoencoder, config))
-    images = spread(_images(config, num))
-    program = compile_program(programs.encode, params, images, model=model)
-    return Work(
-        lambda: program.compiled(params, images),
-        [program],
-        on_device * flops.encode(model, build.image_shape(config), build.code_shape(config)),
-        program.flops,
-    )
+    spec = experiment.autoencoder
+    model = spec.networks.autoencoder
+    per_image = flops.count_encoding(model, spec.image_shape, spec.code_shape)
+    arguments = (_weights(spec.init), spread(_images(spec, num)))
+    return _forward_work(programs.encode, on_device, per_image, *arguments, model=model)
 
 
-def network(config: Config, num: int, on_device: int) -> Work:
+def network_work(experiment: Experiment, num: int, on_device: int) -> Work:
     """The prior's network once, with labels if it knows any."""
-    denoiser, labels = build.denoiser(config), _labels(config, num)
-    params = replicate(_weights(build.init_prior, config))
-    codes, times, labels = spread([_bits(config, num), np.ones(num, np.float32), labels])
-    program = compile_program(jax.jit(denoiser.output), params, codes, times, labels)
-    per_image = flops.transformer(denoiser.network, build.code_shape(config), True, TEXT_TOKENS)
-    return Work(
-        lambda: program.compiled(params, codes, times, labels),
-        [program],
-        on_device * per_image,
-        program.flops,
-    )
+    spec = experiment.prior
+    network = spec.prior.network
+    per_image = flops.count_transformer(network, spec.prior.code_shape, True, TEXT_TOKENS)
+    bits, labels = _bits(experiment.autoencoder, num), _labels(spec.conditioning, num)
+    arguments = spread([bits, np.zeros(num, np.float32), labels])
+    function = jax.jit(network.apply)
+    return _forward_work(function, on_device, per_image, _weights(spec.init), *arguments)
 
 
-def sample(config: Config, num: int, on_device: int) -> Work:
-    """The pipeline's own call, from the key to images in the host's memory."""
-    config = copy.deepcopy(config)
-    config.sample.batch_size = num
-    settings, labels = checks.sample_settings(config), _labels(config, num)
-    model, denoiser = build.autoencoder(config), build.denoiser(config)
-    try:
-        times = schedules.visited_times(
-            settings.steps, denoiser.num_timesteps, continuous=denoiser.continuous
-        )
-    except ValueError as error:
-        raise UserError(f"{error}.") from error
-    guidance = checks.guidance_weights(settings, times, denoiser.num_timesteps)
-    if labels is None:
-        guidance = np.zeros_like(guidance)
-    pipeline = BinaryLatentDiffusion(
-        config,
-        _weights(build.init_autoencoder, config),
-        _weights(build.init_prior, config),
-    )
-    start = np.full((num, *pipeline.code_shape), 0.5, np.float32)
-    # As the pipeline calls them, so that it finds them compiled.
-    sampler = compile_program(
-        programs.sampler(start, denoiser),
-        pipeline.prior_params,
-        *spread([devices.sample_keys(jax.random.key(0), num), labels, start]),
-        None,
-        times,
-        guidance,
-        float(settings.temperature),
-        float(settings.corrector_size),
-        denoiser=denoiser,
-        pair=settings.pair,
-        threshold_last=settings.threshold_last,
-        corrector_steps=settings.corrector_steps,
-        return_trajectory=False,
-    )
-    decoder = compile_program(
-        programs.decode_codes, pipeline.autoencoder_params, spread(start), model=model
-    )
-    keys = iter(range(10**9))
+def sample_work(experiment: Experiment, num: int, on_device: int) -> Work:
+    """The two programs of sampling, from the key to images in the host's memory."""
+    spec, prior = experiment.prior, experiment.prior.prior
+    settings, model = experiment.sample.settings, experiment.autoencoder.networks.autoencoder
+    labels = _labels(spec.conditioning, num)
+
+    @jax.jit
+    def sample(params, keys, label):
+        condition = None if label is None else Condition(label)
+        return prior.sample(params, keys, condition, settings)
+
+    def inputs(number):
+        return spread([sample_keys(jax.random.key(number), num), labels])
+
+    prior_params, decoder_params = _weights(spec.init), _weights(experiment.autoencoder.init)
+    sampler = compile_program(sample, prior_params, *inputs(0))
+    codes = spread(_bits(experiment.autoencoder, num))
+    decoder = compile_program(programs.decode_codes, decoder_params, codes, model=model)
+    numbers = itertools.count()
 
     def call():
-        return pipeline.sample(num, jax.random.key(next(keys)), labels)
+        codes = jax.device_get(sampler.compiled(prior_params, *inputs(next(numbers))))
+        return jax.device_get(decoder.compiled(decoder_params, spread(codes)))
 
-    per_image = flops.sample(
-        denoiser.network,
-        pipeline.code_shape,
-        labels is not None,
-        guidance,
-        settings.corrector_steps,
-        TEXT_TOKENS,
-    ) + flops.decode(model, pipeline.code_shape)
-    # Of a condition XLA counts the dearer branch, whichever is taken.
-    exact = not settings.corrector_steps and (labels is None or bool(np.all(guidance)))
-    return Work(
-        call,
-        [sampler, decoder],
-        on_device * per_image,
-        counted_flops((settings.steps, sampler), (1, decoder)) if exact else None,
-    )
+    calls = prior.network_calls(settings, labels is not None)
+    costs = [
+        flops.count_transformer(prior.network, prior.code_shape, labelled, TEXT_TOKENS)
+        for labelled in (True, False)
+    ]
+    per_image = sum(times * cost for times, cost in zip(calls, costs, strict=True))
+    per_image += flops.count_decoding(model, prior.code_shape)
+    # XLA counts the loop over the steps once, and of a condition the dearer branch, whichever is
+    # taken: only where all steps are alike is the count that of a step, that many times.
+    steps = getattr(settings, "steps", None)
+    alike = calls == (steps, steps) if labels is not None else sum(calls) == steps
+    xla_flops = counted_flops((steps, sampler), (1, decoder)) if alike else None
+    return Work(call, [sampler, decoder], on_device * per_image, xla_flops)
 
 
-# Each takes the config, the images of all devices together and those of one.
+# Each takes the experiment, the images of all devices together and those of one.
 PROGRAMS = {
-    "train_autoencoder": train_autoencoder,
-    "train_prior": train_prior,
-    "sample": sample,
-    "decode": decode,
-    "encode": encode,
-    "network": network,
+    "train_autoencoder": train_autoencoder_work,
+    "train_prior": train_prior_work,
+    "sample": sample_work,
+    "decode": decode_work,
+    "encode": encode_work,
+    "network": network_work,
 }

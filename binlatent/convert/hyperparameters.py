@@ -3,11 +3,10 @@
 import re
 from typing import Any
 
-import ml_collections
 import numpy as np
 
-from binlatent import build
 from binlatent.convert import released
+from binlatent.experiment import Experiment
 from binlatent.priors.bernoulli import schedules
 
 
@@ -45,9 +44,6 @@ def of_autoencoder(checkpoint: released.Checkpoint, image_size: int) -> dict[str
     Args:
       checkpoint: of an autoencoder, with or without a discriminator.
       image_size: which they do not say.
-
-    Raises:
-      UserError: naming what is missing or not as expected.
     """
     encoder, decoder = "ae.encoder.blocks.", "ae.generator.blocks."
     base_width, channels, _, _ = checkpoint.shape(f"{encoder}0.weight", 4)
@@ -95,6 +91,8 @@ def of_autoencoder(checkpoint: released.Checkpoint, image_size: int) -> dict[str
 
 def depth_ratio(depth: int, num_blocks: int) -> float:
     """Returns the decoder_depth of which int(num_blocks * decoder_depth) is `depth` again."""
+    if not num_blocks:
+        return 1.0
     ratio = depth / num_blocks
     return ratio if int(num_blocks * ratio) == depth else float(np.nextafter(ratio, np.inf))
 
@@ -103,17 +101,14 @@ def of_prior(checkpoint: released.Checkpoint) -> dict[str, Any]:
     """Returns what the names and shapes of a prior say, by keys of a config.
 
     Besides, `tokens` and `num_bits`, of its codes.
-
-    Raises:
-      UserError: naming what is missing or not as expected.
     """
     num_bits, width = checkpoint.shape("_denoise_fn.tok_emb.weight", 2)
     _, tokens, _ = checkpoint.shape("_denoise_fn.pos_emb", 3)
     found = {
         "tokens": tokens,
         "num_bits": num_bits,
-        "prior.width": width,
-        "prior.num_layers": checkpoint.count("_denoise_fn.blocks."),
+        "prior.network.width": width,
+        "prior.network.num_layers": checkpoint.count("_denoise_fn.blocks."),
         "data.num_classes": 0,
     }
     label = "_denoise_fn.cls_embedding"
@@ -147,54 +142,56 @@ def find_schedule(checkpoint: released.Checkpoint) -> tuple[str | tuple[float, .
     return tuple(float(k) for k in keep), length - 1
 
 
-def flags(config: ml_collections.ConfigDict, *, prior: bool) -> str:
-    """Returns the flags of their code that describe a config's models.
+def describe_as_flags(experiment: Experiment, *, has_prior: bool) -> str:
+    """Returns the flags of their code that describe an experiment's models.
 
     Their `--dataset` is what chooses the condition. Widths of texts' features and numbers of
     classes have no flag there.
 
     Args:
-      config: of the models.
-      prior: whether there is one.
+      experiment: of the models.
+      has_prior: whether there is one.
     """
-    h, w, c = build.code_shape(config)
-    section, critic = config.autoencoder, config.autoencoder.discriminator
+    spec = experiment.autoencoder
+    model, critic = spec.networks.autoencoder, spec.networks.discriminator
+    h, w, c = spec.code_shape
+    levels, num_blocks = model.encoder.levels, model.encoder.num_blocks
     values = {
-        "img_size": config.data.image_size,
-        "n_channels": config.data.channels,
+        "img_size": spec.image_shape[0],
+        "n_channels": spec.image_shape[2],
         "codebook_size": c,
         "latent_shape": (1, h, w),
-        "emb_dim": section.embedding_width,
-        "nf": section.base_width,
-        "ch_mult": tuple(section.multipliers),
-        "res_blocks": section.num_blocks,
-        "gen_mul": section.decoder_depth,
-        "attn_resolutions": tuple(section.attention_resolutions) or (0,),
-        "ndf": critic.width,
-        "disc_layers": critic.num_layers,
+        "emb_dim": spec.bottleneck.embedding_width,
+        "nf": levels.base_width,
+        "ch_mult": levels.multipliers,
+        "res_blocks": num_blocks,
+        "gen_mul": depth_ratio(model.decoder.num_blocks, num_blocks),
+        "attn_resolutions": levels.attention_resolutions or (0,),
     }
+    if critic:
+        values |= {"ndf": critic.width, "disc_layers": critic.num_layers}
     switches = {
-        "norm_first": section.norm_first,
-        "use_tanh": section.signed,
-        "deterministic": section.deterministic,
+        "norm_first": model.decoder.norm_first,
+        "use_tanh": spec.bottleneck.signed,
+        "deterministic": spec.bottleneck.deterministic,
     }
-    if prior:
-        section, condition = config.prior, build.condition(config)
+    if has_prior:
+        prior, condition = experiment.prior.prior, experiment.prior.conditioning.kind
         values |= {
             "sampler": "bld",
             "dataset": {"none": "custom", "class": "imagenet"}.get(condition, "laion"),
-            "bert_n_emb": section.width,
-            "bert_n_layers": section.num_layers,
-            "bert_n_head": section.num_heads,
+            "bert_n_emb": prior.network.width,
+            "bert_n_layers": prior.network.num_layers,
+            "bert_n_head": prior.network.num_heads,
             "block_size": h * w,
-            "total_steps": section.num_timesteps,
-            "sample_steps": section.num_timesteps,
+            "total_steps": prior.num_timesteps,
+            "sample_steps": prior.num_timesteps,
             # Of others, the buffers that come with the weights count.
-            "beta_type": section.schedule if section.schedule in schedules.NAMES else "linear",
-            "focal": 0 if section.pair == "balanced_plugin" else -1,
-            "loss_final": "mean" if section.time_weight == "mean" else "weighted",
+            "beta_type": prior.schedule if prior.schedule in schedules.NAMES else "linear",
+            "focal": 0 if prior.pair == "balanced_plugin" else -1,
+            "loss_final": "mean" if prior.time_weight == "mean" else "weighted",
         }
-        switches |= {"p_flip": section.target == "flip", "cross": condition == "text_cross"}
+        switches |= {"p_flip": prior.target == "flip", "cross": condition == "text_cross"}
     words = [f"--{name} {_words(value)}" for name, value in values.items()]
     return " ".join(words + [f"--{name}" for name, on in switches.items() if on])
 

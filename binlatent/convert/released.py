@@ -10,16 +10,16 @@ from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
 from flax import traverse_util
 
-from binlatent import build
+from binlatent.autoencoder.bottleneck import BOTTLENECKS, Binary
+from binlatent.autoencoder.spec import AutoencoderSpec
 from binlatent.priors.bernoulli import schedules
+from binlatent.priors.bernoulli.prior import BernoulliPrior
+from binlatent.priors.spec import PriorSpec
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.state_dicts import State
-
-Config = ml_collections.ConfigDict
 
 # How the two differ in the order of a kernel's dimensions.
 _CONVOLUTION = (2, 3, 1, 0)  # theirs is (out, in, height, width)
@@ -60,14 +60,17 @@ def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.argsort(axes))
 
 
-def _kernel(name: str, shape: tuple[int, ...]) -> Tensor:
-    """Returns a convolution's kernel, which here may be (in, out) if it is 1x1."""
-    full = shape if len(shape) == 4 else (1, 1, *shape)
-    return Tensor(name, tuple(full[i] for i in _inverse(_CONVOLUTION)), _CONVOLUTION)
-
-
 def _plain(name: str, shape: tuple[int, ...]) -> Tensor:
     return Tensor(name, shape, tuple(range(len(shape))))
+
+
+def _convolutional(module: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
+    """Returns a tensor of a module of convolutions; here a kernel of 1x1 may be (in, out)."""
+    name = f"{module}.{_LEAVES.get(leaf, leaf)}"
+    if leaf != "kernel":
+        return _plain(name, shape)
+    full = shape if len(shape) == 4 else (1, 1, *shape)
+    return Tensor(name, tuple(full[i] for i in _inverse(_CONVOLUTION)), _CONVOLUTION)
 
 
 def autoencoder_tensors(params: Any) -> dict[str, Tensor]:
@@ -83,8 +86,7 @@ def autoencoder_tensors(params: Any) -> dict[str, Tensor]:
 
     def tensor(module: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
         module = modules.get(module, module.replace("ae.decoder", "ae.generator"))
-        name = f"{module}.{_LEAVES.get(leaf, leaf)}"
-        return _kernel(name, shape) if leaf == "kernel" else _plain(name, shape)
+        return _convolutional(module, leaf, shape)
 
     return _tensors(params, "ae.", tensor)
 
@@ -97,8 +99,7 @@ def discriminator_tensors(variables: Any) -> dict[str, Tensor]:
     """
 
     def tensor(module: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
-        name = f"disc.{module.split('.', 1)[1]}.{_LEAVES.get(leaf, leaf)}"
-        return _kernel(name, shape) if leaf == "kernel" else _plain(name, shape)
+        return _convolutional(f"disc.{module.split('.', 1)[1]}", leaf, shape)
 
     return _tensors(variables, "", tensor)
 
@@ -110,9 +111,7 @@ def prior_tensors(params: Any) -> dict[str, Tensor]:
         name = f"{module}.{_LEAVES.get(leaf, leaf)}"
         if leaf == "kernel" and not module.endswith("tok_emb"):
             return Tensor(name, shape[::-1], _LINEAR)
-        if leaf in ("pos_emb", "null_emb"):
-            return _plain(name, (1, *shape))
-        return _plain(name, shape)
+        return _plain(name, (1, *shape) if leaf in ("pos_emb", "null_emb") else shape)
 
     return _tensors(params, "_denoise_fn.", tensor)
 
@@ -168,9 +167,6 @@ class Checkpoint:
         Args:
           tree: of shapes.
           tensors: what each is there.
-
-        Raises:
-          UserError: naming a tensor that is missing or of another shape.
         """
         arrays = {}
         for path, like in traverse_util.flatten_dict(tree, sep="/").items():
@@ -193,9 +189,6 @@ class Checkpoint:
 
         Args:
           patterns: what such names match, with what to call them.
-
-        Raises:
-          UserError: naming a tensor that is left over and of none.
         """
         counts = {}
         for name in sorted(self.left):
@@ -222,33 +215,27 @@ PRIOR_UNUSED = {
 # To ours
 
 
-def autoencoder(checkpoint: Checkpoint, config: Config) -> tuple[Any, Any]:
-    """Returns the variables of a config's autoencoder and of its discriminator, NumPy, float32.
+def read_autoencoder(checkpoint: Checkpoint, spec: AutoencoderSpec) -> tuple[Any, Any]:
+    """Returns the variables of an autoencoder and of its discriminator, NumPy, float32.
 
     Args:
       checkpoint: used up, but for what is of no use.
-      config: of the model; without an adversarial loss there is no discriminator, and None.
-
-    Raises:
-      UserError: naming a tensor that is missing or of another shape.
+      spec: of the model; without an adversarial loss there is no discriminator, and None.
     """
-    like = jax.eval_shape(lambda key: build.init_autoencoder(config, key), jax.random.key(0))
-    tensors = autoencoder_tensors(like["params"])
-    params = {"params": checkpoint.pop_tree(like["params"], tensors)}
-    discriminator = build.networks(config).discriminator
+    like = jax.eval_shape(spec.init, jax.random.key(0))["params"]
+    params = {"params": checkpoint.pop_tree(like, autoencoder_tensors(like))}
+    discriminator = spec.networks.discriminator
     if discriminator is None:
         return params, None
-    shape = (1, *build.image_shape(config))
-    like = jax.eval_shape(
-        lambda key: discriminator.init(key, np.zeros(shape, np.float32)), jax.random.key(0)
-    )
+    image = jax.ShapeDtypeStruct((1, *spec.image_shape), np.float32)
+    like = jax.eval_shape(discriminator.init, jax.random.key(0), image)
     return params, checkpoint.pop_tree(like, discriminator_tensors(like))
 
 
-def prior(checkpoint: Checkpoint, config: Config) -> Any:
-    """Returns the variables of a config's prior; arguments and errors as of `autoencoder`."""
-    like = jax.eval_shape(lambda key: build.init_prior(config, key), jax.random.key(0))
-    return {"params": checkpoint.pop_tree(like["params"], prior_tensors(like["params"]))}
+def read_prior(checkpoint: Checkpoint, spec: PriorSpec) -> Any:
+    """Returns the variables of a prior, NumPy, float32; the checkpoint is used up."""
+    like = jax.eval_shape(spec.init, jax.random.key(0))["params"]
+    return {"params": checkpoint.pop_tree(like, prior_tensors(like))}
 
 
 # And back
@@ -263,25 +250,23 @@ def _to_theirs(tree: Any, tensors: dict[str, Tensor]) -> State:
     return state
 
 
-def autoencoder_state(config: Config, params: Any, discriminator: Any) -> State:
+def autoencoder_state(spec: AutoencoderSpec, params: Any, discriminator: Any) -> State:
     """Returns the state dict of an autoencoder as their code has it.
 
     Tensors that it has and never uses are 0; those of LPIPS are not there.
 
     Args:
-      config: of the model.
+      spec: of the model.
       params: the autoencoder's variables.
       discriminator: its {"params": ..., "batch_stats": ...}, or {} if there is none.
-
-    Raises:
-      UserError: for what their code does not have.
     """
-    section = config.autoencoder
-    if section.bottleneck != "binary":
-        raise UserError(f"The authors' code has no bottleneck {section.bottleneck!r}, only binary.")
-    if section.patch != 1:
+    levels = spec.networks.autoencoder.encoder.levels
+    if not isinstance(spec.bottleneck, Binary):
+        name = next(key for key, x in BOTTLENECKS.items() if isinstance(spec.bottleneck, x))
+        raise UserError(f"The authors' code has no bottleneck {name!r}, only binary.")
+    if levels.patch != 1:
         raise UserError(
-            f"The authors' code has no autoencoder.patch = {section.patch}, so it cannot load this."
+            f"The authors' code has no autoencoder.patch = {levels.patch}, so it cannot load this."
         )
     state = _to_theirs(params["params"], autoencoder_tensors(params["params"]))
     unused = {}
@@ -290,12 +275,12 @@ def autoencoder_state(config: Config, params: Any, discriminator: Any) -> State:
         if module != name and f"{module}.conv_out.weight" not in state:
             unused[f"{module}.conv_out.weight"] = (len(x), len(x), 1, 1)
             unused[f"{module}.conv_out.bias"] = (len(x),)
-    width = section.base_width * section.multipliers[0]
+    width, channels = levels.width(0), spec.image_shape[2]
     unused |= {
         "ae.generator.logsigma.0.weight": (width, width, 3, 3),
         "ae.generator.logsigma.0.bias": (width,),
-        "ae.generator.logsigma.2.weight": (config.data.channels, width, 1, 1),
-        "ae.generator.logsigma.2.bias": (config.data.channels,),
+        "ae.generator.logsigma.2.weight": (channels, width, 1, 1),
+        "ae.generator.logsigma.2.bias": (channels,),
     }
     critic = _to_theirs(discriminator, discriminator_tensors(discriminator))
     for name in critic:
@@ -306,23 +291,21 @@ def autoencoder_state(config: Config, params: Any, discriminator: Any) -> State:
     return state | {name: np.zeros(shape, np.float32) for name, shape in unused.items()}
 
 
-def prior_state(config: Config, params: Any, embed: np.ndarray) -> State:
+def prior_state(spec: PriorSpec, params: Any, embed: np.ndarray) -> State:
     """Returns the state dict of a prior as their code has it.
 
     Args:
-      config: of the model.
+      spec: of the model.
       params: the prior's variables.
       embed: the autoencoder's (c, e), which theirs has a copy of.
-
-    Raises:
-      UserError: for a target that their code does not have.
     """
-    section = config.prior
-    if section.target == "z_s":
+    prior = spec.prior
+    if not isinstance(prior, BernoulliPrior):
+        raise UserError(f"The authors' code has no prior of the kind {spec.kind}, only bernoulli.")
+    if prior.target == "z_s":
         raise UserError('The authors\' code cannot sample a prior of the target "z_s".')
     state = _to_theirs(params["params"], prior_tensors(params["params"]))
-    schedule = tuple(section.keep) or section.schedule
-    keep = schedules.keep_schedule(schedule, section.num_timesteps)
+    keep = schedules.keep_schedule(prior.curve, prior.num_timesteps)
     beta = np.append(1.0, keep[1:] / keep[:-1])
     buffers = {"k_final": keep, "b_final": (1 - keep) / 2, "beta": beta, "cumbeta": keep}
     state |= {f"scheduler.{name}": x.astype(np.float32) for name, x in buffers.items()}

@@ -1,0 +1,65 @@
+"""How many images a second training's loader delivers."""
+
+import logging
+import statistics
+import time
+
+import numpy as np
+
+from binlatent.benchmark import rows
+from binlatent.benchmark.rows import Row
+from binlatent.data import loader, splits
+from binlatent.data.splits import Data
+
+log = logging.getLogger("binlatent.benchmark")
+
+
+def measure_loading(data: Data, seed: int, batch_size: int, seconds: float = 20.0) -> Row:
+    """Returns how many training images a second the loader delivers.
+
+    Args:
+      data: what is read.
+      seed: of the shuffling.
+      batch_size: images a batch.
+      seconds: to measure for, after what was prepared ahead has been taken.
+
+    Returns:
+      `images_per_second`, the median of up to ten parts of that time, `images_per_second_min` and
+      `images_per_second_max`, and what they depend on. JAX's devices are left alone.
+    """
+    source = splits.open_split(data, "train", keep=False)  # each is decoded, as of large data
+    batches = loader.train_batches(
+        source, batch_size, seed, random_crop=data.crop == "random", random_flip=data.flip
+    )
+    log.info("Measuring %s at batch size %d", data.name, batch_size)
+    for _ in range(10):
+        next(batches)
+    times = [time.perf_counter()]
+    while times[-1] - times[0] < seconds:
+        next(batches)
+        times.append(time.perf_counter())
+    # Several batches may come at once; their mean is what keeps a step fed.
+    tenths = np.array_split(np.diff(times), min(10, len(times) - 1))
+    speeds = [batch_size / float(np.mean(part)) for part in tenths]
+    return {
+        "data": data.name,
+        "image_size": data.image_size,
+        "batch_size": batch_size,
+        "images_per_second": statistics.median(speeds),
+        "images_per_second_min": min(speeds),
+        "images_per_second_max": max(speeds),
+        **rows.place(),
+    }
+
+
+def _speeds(row: Row) -> str:
+    median, least, most = (row[f"images_per_second{end}"] for end in ("", "_min", "_max"))
+    return f"{median:.0f} ({least:.0f} to {most:.0f})"
+
+
+COLUMNS: rows.Columns = {
+    "data": lambda row: row["data"],
+    "image": lambda row: row["image_size"],
+    "batch": lambda row: row["batch_size"],
+    "images/s (least to most)": _speeds,
+}

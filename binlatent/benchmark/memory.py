@@ -1,0 +1,126 @@
+"""What memory the compiled programs of stage 1 ask for; nothing is run for it."""
+
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from binlatent.autoencoder import lpips
+from binlatent.autoencoder.spec import AutoencoderSpec
+from binlatent.benchmark import rows, workloads
+from binlatent.benchmark.rows import Row, or_dash
+from binlatent.experiment import Experiment
+from binlatent.runtime.devices import AXIS
+from binlatent.runtime.errors import UserError
+
+log = logging.getLogger("binlatent.benchmark")
+
+
+def device_to_compile_for(topology: str | None) -> Any:
+    """Returns JAX's first device, or one of TPUs that need not be there."""
+    if not topology:
+        return jax.devices()[0]
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(topology, platform="tpu").devices[0]
+    except Exception as error:  # of JAX's runtime, of several types
+        raise UserError(
+            f"Cannot compile for {topology!r} ({str(error).splitlines()[0]}): name one as "
+            "v5p:2x2x1, and `pip install libtpu` in the version that this JAX asks for."
+        ) from error
+
+
+def train_step_memory(spec: AutoencoderSpec, batch_size: int, device: Any) -> Row:
+    """Returns what the autoencoder's training step asks for, in bytes.
+
+    Args:
+      spec: stage 1.
+      batch_size: images on the device.
+      device: to compile for.
+
+    Returns:
+      `arguments`: state, images and frozen weights. `temporary`: what the step needs beside them.
+      `total`, the sum, as the new state takes the place of the old one. `flops`, as the compiler
+      counts them, None if it does not.
+    """
+    mesh = jax.sharding.Mesh(np.array([device]), (AXIS,))
+    axes = jax.sharding.PartitionSpec
+    # What jax.pmap makes of a step, on a mesh of one.
+    step = jax.jit(
+        jax.shard_map(
+            spec.step(spec.networks),
+            mesh=mesh,
+            in_specs=(axes(), axes(AXIS), axes()),
+            out_specs=(axes(), axes()),
+            check_vma=False,
+        ),
+        donate_argnums=0,
+    )
+    state = jax.eval_shape(functools.partial(spec.init_state, 0))
+    image = jax.ShapeDtypeStruct((batch_size, *spec.image_shape), jnp.float32)
+    vgg16 = traverse_util.unflatten_dict(lpips.vgg16_shapes(), sep="/")
+    frozen = {"params": vgg16} if spec.networks.lpips else {}
+    return _memory(step, device, state, {"image": image}, frozen, times=spec.train.accumulate)
+
+
+def decode_memory(spec: AutoencoderSpec, batch_size: int, device: Any) -> Row:
+    """Returns what decoding asks for, in bytes; arguments and result as of `train_step_memory`."""
+    params = jax.eval_shape(spec.init, jax.random.key(0))
+    code = jax.ShapeDtypeStruct((batch_size, *spec.code_shape), jnp.float32)
+    decode = jax.jit(functools.partial(spec.networks.autoencoder.apply, method="decode"))
+    return _memory(decode, device, params, code)
+
+
+def _memory(function: Any, device: Any, *arguments: Any, times: int = 1) -> Row:
+    """Returns the row; `times` is how often the loop that is nearly all of it goes round."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
+    )
+    program = workloads.compile_program(function, *arguments)
+    given = program.compiled.memory_analysis().argument_size_in_bytes
+    return {
+        "arguments": given,
+        "temporary": program.memory - given,
+        "total": program.memory,
+        "flops": workloads.counted_flops((times, program)),
+    }
+
+
+def measure_memory(experiment: Experiment, batch_sizes: list[int], device: Any) -> Iterator[Row]:
+    """Yields a row for the training step, and one for the decoder, at each batch size."""
+    spec = experiment.autoencoder
+    levels = spec.networks.autoencoder.encoder.levels
+    for batch_size in batch_sizes:
+        for what, function in (("train", train_step_memory), ("decode", decode_memory)):
+            log.info("Compiling %s at batch size %d", what, batch_size)
+            yield {
+                "what": what,
+                "image_size": spec.image_shape[0],
+                "batch_size": batch_size,
+                "dtype": jnp.dtype(levels.dtype).name,
+                "remat": levels.remat,
+                **function(spec, batch_size, device),
+                **rows.place(device),
+            }
+
+
+def _gib(name: str) -> Any:
+    return lambda row: f"{row[name] / 2**30:.3g} GiB"
+
+
+COLUMNS: rows.Columns = {
+    "program": lambda row: row["what"],
+    "image": lambda row: row["image_size"],
+    "batch": lambda row: row["batch_size"],
+    "compute": lambda row: row["dtype"],
+    "remat": lambda row: "yes" if row["remat"] else "no",
+    **{name: _gib(name) for name in ("arguments", "temporary", "total")},
+    "TFLOP": lambda row: or_dash(row["flops"], lambda flops: f"{flops / 1e12:.3g}"),
+}

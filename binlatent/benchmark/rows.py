@@ -1,0 +1,63 @@
+"""What all rows of the benchmark have: where they were measured, and their table in Markdown."""
+
+import functools
+import shutil
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from binlatent.runtime import machine
+
+Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], Any]]  # the text of a cell by the column's name
+
+
+def place(device: Any = None, devices: int = 1) -> Row:
+    """Returns where a row is measured: `device`, `devices`, `jax` and `driver`.
+
+    Args:
+      device: one of JAX's; None for the processor, and JAX's devices are left alone.
+      devices: how many of them.
+    """
+    platform = "cpu" if device is None else device.platform
+    cpu = f"cpu ({machine.processor()}, {machine.cores()} cores)"
+    return {
+        "device": cpu if platform == "cpu" else device.device_kind,
+        "devices": devices,
+        "jax": jax.__version__,
+        "driver": _driver() if platform == "gpu" else None,
+    }
+
+
+@functools.cache
+def _driver() -> str | None:
+    """Returns the version of the NVIDIA driver, None where there is none."""
+    if not shutil.which("nvidia-smi"):
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    result = subprocess.run(query, capture_output=True, text=True)
+    return result.stdout.split("\n")[0].strip() or None
+
+
+def table_head(columns: Columns, row: Row) -> str:
+    """Returns the lines before a table's first row: where that was measured, and the names."""
+    driver = f", driver {row['driver']}" if row["driver"] else ""
+    where = f"{row['devices']} x {row['device']}, JAX {row['jax']}{driver}"
+    return f"{where}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+
+
+def table_line(columns: Columns, row: Row) -> str:
+    """Returns a row of the table."""
+    return f"| {' | '.join(str(cell(row)) for cell in columns.values())} |"
+
+
+def or_dash(value: Any, shown: Callable[[Any], str] = str) -> str:
+    """Returns a number as it is shown, "-" for None."""
+    return "-" if value is None else shown(value)
+
+
+def significant(x: float) -> str:
+    """Returns a number with four digits or all before the point."""
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"

@@ -1,0 +1,276 @@
+"""The authors' checkpoints into workdirs, and workdirs into the authors' checkpoints."""
+
+import functools
+import logging
+import operator
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from binlatent.configs import default
+from binlatent.convert import hyperparameters, released
+from binlatent.experiment import Experiment, of_checkpoint, resolve
+from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime import command
+from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import key_for
+from binlatent.runtime.state_dicts import State
+from binlatent.training.checkpoint import Checkpoints, exists, on_first_device
+from binlatent.training.state import TrainState, create_state
+
+log = logging.getLogger("binlatent.convert")
+
+
+def convert_autoencoder(
+    state: State,
+    out: Path,
+    *,
+    image_size: int = 256,
+    norm_first: bool | None = None,
+    signed: bool = False,
+    deterministic: bool = False,
+) -> None:
+    """Converts an autoencoder of the authors' code, and its discriminator, into a workdir.
+
+    Args:
+      state: a state dict, of `binaryae_ema_*.th` or `binaryae_*.th`.
+      out: the workdir; it must have no autoencoder yet.
+      image_size: side of the images in pixels.
+      norm_first: what the decoder is expected to do, None for whatever the weights say.
+      signed: embed -1 and 1, `--use_tanh` there.
+      deterministic: never draw bits.
+    """
+    refuse_existing(out, "autoencoder")
+    checkpoint = released.Checkpoint(state, "autoencoder")
+    found = hyperparameters.of_autoencoder(checkpoint, image_size)
+    if norm_first not in (None, found["autoencoder.norm_first"]):
+        has = "has" if found["autoencoder.norm_first"] else "has no"
+        raise UserError(
+            f"--norm_first: the checkpoint {has} norm before the decoder: leave it out."
+        )
+    values = {
+        "data.num_classes": 0,
+        "autoencoder.signed": signed,
+        "autoencoder.deterministic": deterministic,
+        # Steps are counted from here, and a trained discriminator need not wait.
+        "autoencoder.loss.start_step": 0,
+    }
+    if "autoencoder.discriminator.width" not in found:
+        values["autoencoder.loss.adversarial"] = 0.0
+        log.info("There is no discriminator: training on would be without the adversarial loss.")
+    experiment = _released_with(values | found)
+    spec = experiment.autoencoder
+    params, discriminator = released.read_autoencoder(checkpoint, spec)
+    unused = checkpoint.unused(released.AUTOENCODER_UNUSED)
+    optimizer = spec.train.optimizer()
+    if discriminator is not None:
+        opt_state = optimizer.init(discriminator["params"])
+        discriminator = {"batch_stats": {}, **discriminator, "opt_state": opt_state}
+    _, base_key = jax.random.split(key_for(experiment.seed, "autoencoder"))
+    state = create_state(base_key, params, optimizer, discriminator)
+    _save(out, "autoencoder", state, experiment)
+    _report(experiment, found, unused)
+
+
+# Of a prior, what is not in its names and shapes.
+_PRIOR_KEYS = (
+    *(f"prior.bernoulli.{name}" for name in ("schedule", "num_timesteps", "target", "pair")),
+    "prior.network.num_heads",
+)
+
+
+def convert_prior(
+    state: State,
+    out: Path,
+    *,
+    autoencoder: Path,
+    num_heads: int | None = None,
+    schedule: str | None = None,
+    num_timesteps: int | None = None,
+    target: str = "flip",
+    pair: str | None = None,
+) -> None:
+    """Converts a prior of the authors' code into a workdir beside its autoencoder.
+
+    Args:
+      state: a state dict, of `bld_ema_*.th` or `bld_*.th`.
+      out: the workdir; the autoencoder is copied into it, if it has none.
+      autoencoder: the workdir with the autoencoder of the codes that the prior is over.
+      num_heads: of attention; None for a head of 64.
+      schedule, num_timesteps: None for what the checkpoint says, else "linear" and 64.
+      target: "flip", or "z_0" if it was trained without `--p_flip`.
+      pair: of `losses.PAIRS`; None for "balanced_plugin" with the flip, which is what the authors'
+        code trains, and "plain_mixture" with z_0, where it balances nothing.
+    """
+    refuse_existing(out, "prior")
+    if not exists(autoencoder, "autoencoder"):
+        raise UserError(
+            f"There is no autoencoder in {autoencoder}: name the folder that `python -m "
+            "binlatent.convert autoencoder --out` has written as --autoencoder."
+        )
+    model = BinaryLatentDiffusion.from_workdir(autoencoder, prior=False)
+    if out.resolve() != autoencoder.resolve() and exists(out, "autoencoder"):
+        raise UserError(
+            f"There is an autoencoder in {out} already: give that as --autoencoder, or choose "
+            "another --out."
+        )
+    checkpoint = released.Checkpoint(state, "prior")
+    found = hyperparameters.of_prior(checkpoint)
+    h, w, c = model.code_shape
+    if (tokens := found.pop("tokens"), bits := found.pop("num_bits")) != (h * w, c):
+        raise UserError(
+            f"The prior is over {tokens} tokens of {bits} bits, but the codes of {autoencoder} "
+            f"have {h} x {w} tokens of {c}: give the autoencoder that it was trained with."
+        )
+    stored = hyperparameters.find_schedule(checkpoint)
+    schedule, num_timesteps = _agree(stored, schedule, num_timesteps)
+    named = isinstance(schedule, str)
+    width = found["prior.network.width"]
+    experiment = _released_with(
+        {
+            **{section: model.experiment.config[section] for section in ("data", "autoencoder")},
+            "prior.network.num_heads": max(width // 64, 1) if num_heads is None else num_heads,
+            "prior.bernoulli.num_timesteps": num_timesteps,
+            "prior.bernoulli.schedule": schedule if named else "given",
+            "prior.bernoulli.keep": () if named else schedule,
+            "prior.bernoulli.target": target,
+            "prior.bernoulli.pair": pair
+            or ("balanced_plugin" if target == "flip" else "plain_mixture"),
+            "prior.bernoulli.evidence": False,
+            "prior.bernoulli.vlb_weight": 0.0,
+            "prior.train.learning_rate": 2e-4,
+            "prior.train.max_grad_norm": 1e6,
+            "prior.train.ema_decay": 0.9995,
+            "sample.steps": num_timesteps,
+            "sample.threshold_last": True,
+            **found,
+        }
+    )
+    spec = experiment.prior
+    params = released.read_prior(checkpoint, spec)
+    embed = checkpoint.left.get("embedding_weight")
+    own = model.autoencoder_params["params"]["bottleneck"]["embed"]
+    if embed is not None and not (embed.shape == own.shape and np.allclose(embed, own, atol=1e-4)):
+        log.warning(
+            "The prior was trained beside another autoencoder, as its copy of the vectors that "
+            "embed the bits differs: its pictures may make no sense."
+        )
+    unused = checkpoint.unused(released.PRIOR_UNUSED)
+    _, base_key = jax.random.split(key_for(experiment.seed, "prior"))
+    if out.resolve() != autoencoder.resolve():
+        unfinished = out / "autoencoder.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(autoencoder / "autoencoder", unfinished)
+        shutil.rmtree(out / "autoencoder", ignore_errors=True)  # of a conversion cut short
+        unfinished.rename(out / "autoencoder")
+    state = create_state(base_key, params, spec.train.optimizer())
+    _save(out, "prior", state, experiment, encoder=model.encoder_fingerprint)
+    _report(experiment, (*_PRIOR_KEYS, *found), unused)
+
+
+def _agree(stored: Any, schedule: str | None, num_timesteps: int | None) -> tuple[Any, int]:
+    """Returns the schedule and T, from the checkpoint's buffers if any, which flags must match."""
+    if stored is None:
+        return schedule or "linear", 64 if num_timesteps is None else num_timesteps
+    given = (schedule or stored[0], stored[1] if num_timesteps is None else num_timesteps)
+    if given != stored:
+        name = stored[0] if isinstance(stored[0], str) else "one of its own"
+        raise UserError(
+            f"The checkpoint's schedule is {name} in {stored[1]} steps: leave out --schedule and "
+            "--num_timesteps."
+        )
+    return stored
+
+
+def _released_with(values: Mapping[str, Any]) -> Experiment:
+    """Returns the experiment of `configs/default.py:released` with values by key."""
+    try:
+        return resolve(default.get_config("released")).change(values)
+    except UserError as error:
+        raise UserError(f"What the checkpoint and the flags say makes no model: {error}") from error
+
+
+def refuse_existing(out: Path, stage: str) -> None:
+    """Refuses a workdir that has such a stage already."""
+    if exists(out, stage):
+        raise UserError(
+            f"There is a checkpoint of the {stage} in {out} already: choose another --out."
+        )
+
+
+def _save(
+    out: Path, stage: str, state: TrainState, experiment: Experiment, encoder: str = ""
+) -> None:
+    """Saves a stage as of step 0, so that training goes on with all of its own steps."""
+    meta = {"config": experiment.config, "data": None, "source": "", "encoder": encoder}
+    meta["seconds"] = 0.0
+    with command.deferring_interrupt(), Checkpoints(out / stage) as checkpoints:
+        checkpoints.save(state, meta)
+    log.info("Wrote %s", out / stage)
+
+
+def _report(experiment: Experiment, keys: Iterable[str], unused: dict[str, int]) -> None:
+    """Says what the checkpoint was taken to be, and what in it is of no use."""
+    for key in keys:
+        log.info(
+            "  %s = %s", key, functools.reduce(operator.getitem, key.split("."), experiment.config)
+        )
+    kinds = [f"{kind} ({count})" for kind, count in unused.items()]
+    log.info("Tensors not used: %s", ", ".join(kinds) or "none")
+
+
+def export_workdir(workdir: Path) -> tuple[dict[str, State], str]:
+    """Returns a workdir as the authors' code wants it.
+
+    Args:
+      workdir: with an autoencoder and perhaps a prior; their EMA weights and the others are each
+        a file.
+
+    Returns:
+      State dicts by the names of their files, and the flags that describe them.
+    """
+    model = BinaryLatentDiffusion.from_workdir(workdir)
+    experiment, files = model.experiment, {}
+    state, name = _restore(workdir, "autoencoder")
+    critic = {k: state.discriminator[k] for k in ("params", "batch_stats") if state.discriminator}
+    if critic and not critic["batch_stats"]:
+        critic = {}
+        log.warning("The discriminator is left out: the authors' code knows batch norms alone.")
+    for suffix, params in (("_ema", state.ema_params), ("", state.params)):
+        state_dict = released.autoencoder_state(experiment.autoencoder, params, critic)
+        files[f"binaryae{suffix}_{name}"] = state_dict
+    if model.has_prior:
+        state, name = _restore(workdir, "prior")
+        embed = model.autoencoder_params["params"]["bottleneck"]["embed"]
+        averaged, raw = (
+            released.prior_state(experiment.prior, params, embed)
+            for params in (state.ema_params, state.params)
+        )
+        files[f"bld_ema_{name}"] = averaged
+        # Their training saves and loads it as wrapped for several GPUs.
+        files[f"bld_{name}"] = {f"module.{key}": x for key, x in raw.items()}
+        prior = experiment.prior.prior
+        if prior.pair == "plain_mixture" and not prior.evidence:
+            log.warning(
+                "This prior was trained with plain BCE, and the authors' code samples by the "
+                "plug-in posterior: its samples will be worse there."
+            )
+    return files, hyperparameters.describe_as_flags(experiment, has_prior=model.has_prior)
+
+
+def _restore(workdir: Path, stage: str) -> tuple[TrainState, int]:
+    """Returns a stage's state, and the step that its files are named by."""
+
+    def read(checkpoints: Checkpoints) -> TrainState:
+        spec = getattr(of_checkpoint(checkpoints.meta(), workdir / stage), stage)
+        like = jax.eval_shape(functools.partial(spec.init_state, 0))
+        return checkpoints.restore(on_first_device(like))
+
+    with Checkpoints.open(workdir, stage) as checkpoints:
+        state = checkpoints.newest(read)
+    # Their code takes step 0 for "load nothing".
+    return jax.device_get(state), max(int(state.step), 1)
