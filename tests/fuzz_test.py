@@ -16,16 +16,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from binlatent import build, checks
 from binlatent.configs import digits
 from binlatent.data import codes, folder, images, masks
 from binlatent.data.images import UnreadableImage
+from binlatent.experiment import of_checkpoint, resolve
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import weights
 from binlatent.runtime.devices import replicate
 from binlatent.runtime.errors import UserError
 from binlatent.training import checkpoint
-from binlatent.training.checkpoint import Checkpoints, as_config
+from binlatent.training.checkpoint import Checkpoints
 
 # Of decoders, which say what is odd about a file.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -316,17 +316,14 @@ def test_codes(place, shard, data):
 CONFIG = digits.get_config().unlock()
 CONFIG.update_from_flattened_dict(TINY)
 CONFIG = json.loads(json.dumps(CONFIG.to_dict()))
+META = {"config": CONFIG, "data": None, "source": "", "encoder": "", "seconds": 0.0}
 
 
 @fuzz
 @given(content=changed(CONFIG))
 def test_configs(content):
     try:
-        config = as_config(content)
-    except ValueError:
-        return  # which `Checkpoints` takes for damage
-    try:
-        checks.check_stored(config, "x")
+        of_checkpoint({"config": content}, "x")
     except UserError as error:
         said(error)
 
@@ -335,11 +332,9 @@ def test_configs(content):
 def workdir(tmp_path_factory):
     """A workdir with an autoencoder that has not learned anything."""
     path = tmp_path_factory.mktemp("workdir")
-    config = as_config(CONFIG)
-    meta = {"config": CONFIG, "data": None, "source": "", "encoder": ""}
-    meta["seconds"] = 0.0
+    state = resolve(CONFIG).autoencoder.init_state(0)
     with Checkpoints(path / "autoencoder") as checkpoints:
-        checkpoints.save(replicate(build.init_autoencoder_state(config)), meta)
+        checkpoints.save(replicate(state), META)
     return path
 
 
@@ -348,9 +343,7 @@ def workdir(tmp_path_factory):
 def test_workdirs(workdir, data):
     path = workdir / "autoencoder" / "0" / "meta" / "metadata"
     stored = json.loads(path.read_text())
-    meta = {"config": CONFIG, "data": None, "source": "", "encoder": ""}
-    meta["seconds"] = 0.0
-    meta = data.draw(changed(CONFIG).map(lambda config: meta | {"config": config}) | changed(meta))
+    meta = data.draw(changed(CONFIG).map(lambda config: META | {"config": config}) | changed(META))
     # Whoever can write the one can write the other.
     stored["content"] = meta
     stored["fingerprints"]["meta"] = checkpoint._fingerprint_of_json(meta)
