@@ -16,6 +16,7 @@ from binlatent.runtime.errors import UserError
 
 
 def shapes(model: nn.Module, size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and types of a model's variables by name, for RGB images of a side."""
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return traverse_util.flatten_dict(variables, sep="/")
