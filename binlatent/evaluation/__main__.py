@@ -13,14 +13,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from binlatent.evaluation import comparison, exchange
+from binlatent.evaluation import comparison, exchange, results
 from binlatent.evaluation.metrics import pairs
 from binlatent.evaluation.networks import features
-from binlatent.runtime import command, weights
+from binlatent.runtime import command
 from binlatent.runtime.errors import UserError
 from binlatent.training import logbook
 
 log = logging.getLogger("binlatent.evaluation")  # also as __main__
+
+_METRICS = comparison.METRICS | pairs.METRICS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     flag(
         "--metrics",
         default="fid,kid,is,pr,dc",
-        help=f"of {','.join((*comparison.METRICS, *pairs.METRICS))}; default: %(default)s",
+        help=f"of {','.join(_METRICS)}; default: %(default)s",
     )
     flag("--network", choices=features.WIDTHS, help="default: inception, or that of the statistics")
     flag("--weights", type=Path, help="its .npz file; default: NETWORK.npz")
@@ -58,8 +60,8 @@ def _feature_metrics(
     names: list[str], flags: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Returns the metrics that compare features, and their protocol; writes statistics if asked."""
-    if flags.images is not None:
-        comparison.check_reference(flags.reference, names)
+    if flags.images is not None and flags.reference is None:
+        comparison.check_reference(None, names)
     paths = {"reference": flags.reference, "images": flags.images}
     for path in paths.values():
         if path is not None and not path.exists():
@@ -68,16 +70,16 @@ def _feature_metrics(
     network = None
     if not all(exchange.holds_statistics(x) and not exchange.holds_images(x) for x in read):
         network = features.published(flags.network or "inception", flags.weights or "")
-        comparison.check_network(network, names)
+        comparison.check_network(network.name, names, network.logits)
     protocol: dict[str, Any] = {}
     found: dict[str, Any] = dict.fromkeys(paths)
     for name, path in paths.items():
         if path is not None:
-            found[name], protocol[name] = comparison.load(
+            found[name], protocol[name] = comparison.load_features(
                 path, network, flags.batch_size, flags.size
             )
             if name == "reference" and flags.images is not None:  # before the images are read
-                comparison.check_known(found[name], names)
+                comparison.check_reference(found[name], names)
     name, protocol["network"] = _network(network, protocol, found, flags.network)
     if flags.write_statistics:
         described = {**protocol["reference"], "network": protocol["network"]}
@@ -88,9 +90,10 @@ def _feature_metrics(
     sizes = {protocol[x].get("size") for x in found if "size" in protocol.get(x, ())}
     if len(sizes) > 1:
         log.warning("The two sets have images of different sizes, %s.", " and ".join(sizes))
-    protocol["metrics"] = comparison.settings(found["reference"], found["images"], names)
-    suffix = features.SUFFIXES[name]
-    return comparison.compare(found["reference"], found["images"], names, suffix), protocol
+    values, protocol["metrics"] = comparison.compare(
+        found["reference"], found["images"], names, features.SUFFIXES[name]
+    )
+    return values, protocol
 
 
 def _network(
@@ -101,10 +104,7 @@ def _network(
 ) -> tuple[str, Any]:
     """Returns the name of the network that all features are of, and what is known of it.
 
-    Takes it out of the protocols of the two sets.
-
-    Raises:
-      UserError: if they are of different networks, or it is not known which.
+    Takes it out of the protocols of the two sets; refuses two networks.
     """
     known = [x.pop("network") for x in protocol.values() if "network" in x]
     if network is not None:
@@ -133,7 +133,7 @@ def _pair_metrics(
     """Returns the metrics that compare images in pairs, and their protocol."""
     if flags.reference is None or flags.images is None:
         raise UserError(f"{', '.join(names)} compare pairs: give --reference and --images.")
-    x, y = (exchange.open_images(path, flags.size) for path in (flags.reference, flags.images))
+    x, y = (exchange.open_set(path, flags.size) for path in (flags.reference, flags.images))
     if x.count != y.count or x.protocol["size"] != y.protocol["size"]:
         raise UserError(
             f"{', '.join(names)} compare pairs, but there are {x.count} images of "
@@ -144,11 +144,11 @@ def _pair_metrics(
         pair = next(pair for pair in zip(x.names, y.names, strict=True) if pair[0] != pair[1])
         log.warning("Pairs are in sorted order, so that %s goes with %s, for example.", *pair)
     both = zip(x.batches(flags.batch_size), y.batches(flags.batch_size), strict=True)
-    values = pairs.pair_metrics(both, names, vgg16=flags.vgg16, batch_size=flags.batch_size)
+    values, settings = pairs.pair_metrics(
+        both, names, vgg16=flags.vgg16, batch_size=flags.batch_size
+    )
     protocol = {"reference": x.protocol, "images": y.protocol, "pairs": "in sorted order"}
-    if "lpips" in names:
-        protocol["lpips"] = f"VGG16, {weights.sha256(flags.vgg16)}"
-    return values, protocol
+    return values, protocol | settings
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -164,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     command.prepare_jax()
     with command.reporting():
         names = [name.strip() for name in flags.metrics.split(",") if name.strip()]
-        comparison.check_metrics(names, (*comparison.METRICS, *pairs.METRICS))
+        comparison.check_metrics(names, _METRICS)
         for path, suffixes in ((flags.out, (".json",)), (flags.write_statistics, (".npz", ".pt"))):
             if path is not None and path.suffix not in suffixes:
                 raise UserError(f"{str(path)!r} must end in {' or '.join(suffixes)}.")
@@ -180,10 +180,10 @@ def main(argv: list[str] | None = None) -> None:
             values, protocol = values | more, by | protocol
         if not values:
             return
-        protocol |= {"quantised": "uint8", **comparison.machine()}
-        print(f"{comparison.table(values)}\n\n{comparison.describe(protocol)}")
+        protocol |= {"quantised": "uint8", **results.machine()}
+        print(f"{results.table(values, _METRICS)}\n\n{results.describe(protocol)}")
         if flags.out:
-            comparison.write(flags.out, values, protocol)
+            results.write(flags.out, values, protocol)
         if flags.tensorboard:
             logbook.write_scalars(flags.tensorboard, values)
 

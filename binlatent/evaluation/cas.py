@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from binlatent.evaluation.networks.classifier import (
-    Images,
+    ImageRows,
     apply_classifier,
     check_labels,
     shuffled_batches,
@@ -28,7 +28,7 @@ from binlatent.runtime.devices import (
     replicate,
     shard,
 )
-from binlatent.training.state import create_schedule
+from binlatent.training.optimizer import Training
 
 Array = jax.Array
 
@@ -86,7 +86,7 @@ def classification_accuracy(
       Ravuri and Vinyals, "Classification accuracy score for conditional generative models", 2019;
       supplement B.2 of the binary latent diffusion paper.
     """
-    sample_images, real_images = Images(samples), Images(images)
+    sample_images, real_images = ImageRows(samples), ImageRows(images)
     sample_labels = check_labels(sample_labels, len(sample_images), num_classes)
     labels = check_labels(labels, len(real_images), num_classes)
     if sample_images.shape[1:] != real_images.shape[1:]:
@@ -170,7 +170,7 @@ def train_resnet(
     Raises:
       ValueError: For fewer images, or a smaller batch_size, than devices, or numbers out of range.
     """
-    images, labels = Images(images), np.asarray(labels)
+    images, labels = ImageRows(images), np.asarray(labels)
     devices = jax.local_device_count()
     batch_size = min(batch_size, len(images)) // devices * devices
     if batch_size < 1 or num_epochs < 1 or not 0 <= label_smoothing < 1:
@@ -209,7 +209,7 @@ def apply_resnet(
       batch_size: Images at a time; it changes memory and speed, not the result.
     """
     return map_batches(
-        functools.partial(_logits, variables, model=model), batch_size, Images(images)
+        functools.partial(_logits, variables, model=model), batch_size, ImageRows(images)
     )
 
 
@@ -264,12 +264,13 @@ def _optimizer(batch_size: int, epoch: int, num_epochs: int) -> optax.GradientTr
     num_steps = epoch * num_epochs
     warmup_steps = min(_WARMUP_EPOCHS * epoch, num_steps // 2)
     rate = _LEARNING_RATE * batch_size / 256
+    training = Training(batch_size, num_steps, rate, warmup_steps, "cosine")
     return optax.chain(
         # Not of scales and biases (Goyal et al., 2017).
         optax.add_decayed_weights(
             _WEIGHT_DECAY, lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
         ),
-        optax.sgd(create_schedule(rate, warmup_steps, num_steps, "cosine"), 0.9, nesterov=True),
+        optax.sgd(training.schedule(), 0.9, nesterov=True),
     )
 
 

@@ -16,16 +16,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from binlatent.data import folder, loader, sources
-from binlatent.evaluation.metrics.feature_metrics import Statistics
-from binlatent.evaluation.networks.features import Features, Gaussian
+from binlatent.data import folder, loader
+from binlatent.data.images import read_image, read_whole
+from binlatent.evaluation.metrics.feature_metrics import Gaussian, Statistics
+from binlatent.evaluation.networks.features import Features
 from binlatent.runtime import state_dicts, weights
 from binlatent.runtime.errors import UserError
+
+CENTRE_SQUARE = "centre square, bicubic with antialiasing where its size is another"
 
 _GAUSSIANS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
-class Images(NamedTuple):
+class ImageSet(NamedTuple):
     """A set of images.
 
     Fields:
@@ -41,17 +44,15 @@ class Images(NamedTuple):
     names: list[str] | None = None
 
 
-def open_images(path: Path, image_size: int | None = None) -> Images:
+def open_set(path: Path, image_size: int | None = None) -> ImageSet:
     """Opens a folder of images, or an .npz file of them.
+
+    An image that cannot be read, or has another size than the first, is refused by `batches`.
 
     Args:
       path: of either.
       image_size: to which squares around the centre are brought; None for images of one size,
         which stay as they are. Not for .npz files.
-
-    Raises:
-      UserError: if there is nothing, no image or, later, from the batches, one that cannot be read
-        or is of another size than the first.
     """
     if path.is_dir():
         return _open_folder(path, image_size)
@@ -60,29 +61,28 @@ def open_images(path: Path, image_size: int | None = None) -> Images:
     if image_size is not None:
         raise UserError(f"--size is for folders: the images in {path} have one size.")
     count, shape = _npz_header(path)
-    protocol = {
-        "images": str(path),
-        "count": count,
-        "size": f"{shape[0]}x{shape[1]}",
-        "transform": "none",
-    }
-    return Images(count, lambda batch_size: _npz_batches(path, batch_size), protocol)
+    protocol = _protocol(path, count, shape[:2], "none")
+    return ImageSet(count, lambda batch_size: _npz_batches(path, batch_size), protocol)
 
 
-def _open_folder(path: Path, image_size: int | None) -> Images:
+def _protocol(path: Path, count: int, size: tuple[int, ...], transform: str) -> dict[str, Any]:
+    height, width = size
+    described = {"size": f"{height}x{width}", "transform": transform}
+    return {"images": str(path), "count": count, **described}
+
+
+def _open_folder(path: Path, image_size: int | None) -> ImageSet:
     files = folder.find_images(str(path))
     if image_size is None:
-        size = _size(files[0])
-        transform = "none"
+        size, transform = read_whole(files[0], repr(files[0])).shape[:2], "none"
     else:
-        size = (image_size, image_size)
-        transform = "centre square, bicubic with antialiasing where its size is another"
+        size, transform = (image_size, image_size), CENTRE_SQUARE
 
     def read(index: int) -> np.ndarray:
         file = files[index]
         if image_size is not None:
-            return sources.read_image(file, repr(file), image_size, 3)
-        image = sources.read_whole(file, repr(file))
+            return read_image(file, repr(file), image_size, 3)
+        image = read_whole(file, repr(file))
         if image.shape[:2] != size:
             raise UserError(
                 f"The images in {path} have several sizes: {Path(files[0]).name} is "
@@ -92,17 +92,8 @@ def _open_folder(path: Path, image_size: int | None) -> Images:
         return image
 
     names = [str(Path(file).relative_to(path).with_suffix("")) for file in files]
-    protocol = {
-        "images": str(path),
-        "count": len(files),
-        "size": f"{size[0]}x{size[1]}",
-        "transform": transform,
-    }
-    return Images(len(files), lambda b: loader.in_order(len(files), read, b), protocol, names)
-
-
-def _size(file: str) -> tuple[int, int]:
-    return sources.read_whole(file, repr(file)).shape[:2]
+    protocol = _protocol(path, len(files), size, transform)
+    return ImageSet(len(files), lambda b: loader.in_order(len(files), read, b), protocol, names)
 
 
 def _damaged(path: Path, error: Exception | str) -> UserError:
@@ -173,11 +164,8 @@ def write_batch(
             part = np.broadcast_to(part, (*part.shape[:-1], 3))
             if stream is None:
                 stream = archive.open("arr_0.npy", "w", force_zip64=True)
-                header = {
-                    "descr": "|u1",
-                    "fortran_order": False,
-                    "shape": (count, *part.shape[1:]),
-                }
+                shape = (count, *part.shape[1:])
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(stream, header)
             stream.write(np.ascontiguousarray(part).tobytes())
         stream.close()
@@ -215,9 +203,6 @@ def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
 
     Returns:
       The features, and the protocol they were made by: {} if the file has none.
-
-    Raises:
-      UserError: if it has no statistics, or those that cannot be.
     """
     if path.suffix == ".pt":
         return _read_cache(path), {}
@@ -275,10 +260,9 @@ def _read_cache(path: Path) -> Features:
         return Features(0, {"pool": _gaussian(path, content, "mu", "sigma")})
     try:
         found = Statistics.of(content)
-        gaussians = {"pool": Gaussian(found.mean, found.covariance)}
     except ValueError as error:
         raise _damaged(path, error) from error
-    return Features(found.count, gaussians, content)
+    return Features(found.count, {"pool": found.gaussian}, content)
 
 
 def write_statistics(path: Path, features: Features, protocol: dict[str, Any]) -> None:

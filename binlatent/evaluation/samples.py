@@ -1,5 +1,6 @@
 """Samples of a prior for the metrics: drawn shard by shard, with their features, resumably."""
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -7,21 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_collections
 import numpy as np
 from tqdm import tqdm
 
-from binlatent import build, checks
+from binlatent.data.splits import open_split
 from binlatent.data.transforms import to_uint8
-from binlatent.evaluation import exchange, report
+from binlatent.evaluation import exchange
 from binlatent.evaluation.networks import features
 from binlatent.evaluation.networks.features import Features, Network
+from binlatent.experiment import Experiment
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.runtime import devices, png, weights
+from binlatent.runtime import png, weights
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import key_for, sample_keys
 from binlatent.runtime.weights import digest
-
-Config = ml_collections.ConfigDict
 
 _SHARD = 500  # samples drawn before their features are written, at most
 
@@ -52,24 +52,23 @@ class Samples:
           folder: in which the folder of these samples lies.
           num: how many samples; with a larger number they are the first.
           seed: of the draw.
-          options: in place of `config.sample`.
+          options: of the sampler, in place of `config.sample`.
           keep: "png" for a file each in `png`, "npz" for one file as ADM's evaluator reads, "none".
           images: whether the samples themselves are needed, not their features alone.
         """
         self._pipeline, self._network, self._num = pipeline, network, num
         self._seed, self._options, self._keep = seed, options or {}, keep
         self._with_images = images or keep == "npz"
-        config = pipeline.config
-        settings = checks.sample_settings(config, self._options).to_dict()
-        del settings["batch_size"]
-        self._labels = _Labels(config, seed)
+        experiment = pipeline.experiment
+        self._labels = _Labels(experiment, seed)
         self.protocol = {
             "weights": f"EMA, {weights.fingerprint(pipeline.prior_params)}",
             "autoencoder": weights.fingerprint(pipeline.autoencoder_params),
-            "dtype": config.dtype,
+            "prior": experiment.prior.kind,
+            "dtype": experiment.dtype.name,
             "seed": seed,
             "labels": self._labels.protocol,
-            **settings,
+            **dataclasses.asdict(pipeline.settings(self._options)),
         }
         described = network.protocol if network else {}
         self.folder = folder / f"samples_{digest(self.protocol, described)}"
@@ -84,12 +83,12 @@ class Samples:
 
     def _draw(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        key = build.key(self._seed, "evaluate")
+        key = key_for(self._seed, "evaluate")
         this, turns = jax.process_index(), jax.process_count()
         with tqdm(total=self._num, unit=" samples", disable=True if this else None) as progress:
             for shard, (start, size, path) in enumerate(self._parts()):
                 if shard % turns == this and not self._is_whole(start, size, path):
-                    self._draw_shard(start, size, path, devices.sample_keys(key, size, start))
+                    self._draw_shard(start, size, path, sample_keys(key, size, start))
                 progress.update(size)
         # If another process fails, this one is ended.
         while not this and not all(self._is_whole(*part) for part in self._parts()):
@@ -111,7 +110,7 @@ class Samples:
         images = to_uint8(self._pipeline.sample(size, keys, labels, **self._options))
         arrays = {} if labels is None or labels.ndim > 1 else {"labels": labels}
         if self._network is not None:
-            batch_size = self._pipeline.config.sample.batch_size
+            batch_size = self._pipeline.experiment.sample.batch_size
             arrays |= self._network.apply(images, batch_size)
         if self._keep == "png":
             for i, image in enumerate(images, start):
@@ -148,7 +147,7 @@ class Samples:
         images = self.images()
         size = "x".join(map(str, images[0].shape[:2]))
         path = self.folder / f"samples_{self._num}x{size}x3.npz"
-        labels = self.labels() if self._pipeline.num_classes else None
+        labels = self.labels() if self._labels.num_classes else None
         exchange.write_batch(path, iter(images.parts), self._num, labels)
         return path
 
@@ -183,16 +182,16 @@ class Stored:
 class _Labels:
     """The labels of samples by their index: classes in turn, or those of training images."""
 
-    def __init__(self, config: Config, seed: int):
-        condition = build.condition(config)
-        self._num_classes = config.data.num_classes if condition == "class" else 0
+    def __init__(self, experiment: Experiment, seed: int):
+        conditioning = experiment.prior.conditioning
+        self.num_classes = conditioning.num_classes if conditioning.kind == "class" else 0
         self._examples = self._order = None
-        if condition == "none":
+        if conditioning.kind == "none":
             self.protocol = "none"
-        elif condition == "class" and config.evaluate.labels == "balanced":
-            self.protocol = f"balanced, {self._num_classes} classes in turn"
+        elif self.num_classes and experiment.evaluate.labels == "balanced":
+            self.protocol = f"balanced, {self.num_classes} classes in turn"
         else:
-            source = report.open_data(config, "train", keep=False)
+            source = open_split(experiment.data, "train", keep=False)
             order = "those of training images in a random order"
             self.protocol = f"{order}, {source.fingerprint}"
             self._examples = source.examples
@@ -203,4 +202,4 @@ class _Labels:
         if self._examples is not None:
             order = self._order[indices % len(self._order)]
             return np.stack([np.asarray(self._examples[int(i)]["label"]) for i in order])
-        return (indices % self._num_classes).astype(np.int32) if self._num_classes else None
+        return (indices % self.num_classes).astype(np.int32) if self.num_classes else None

@@ -11,13 +11,17 @@ from scipy import special
 from binlatent.evaluation.metrics import distances
 
 
-class Statistics(NamedTuple):
-    """Mean and scatter of features, which add up batch by batch.
+class Gaussian(NamedTuple):
+    """Mean (d,) and covariance (d, d), singular or not, of features."""
 
-    Fields:
-      count: n.
-      mean: (d,).
-      scatter: (d, d), the sum over samples of (x - mean)(x - mean)^T.
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+class Statistics(NamedTuple):
+    """Mean (d,) and scatter (d, d) of `count` samples of features, which add up batch by batch.
+
+    The scatter is the sum over samples of (x - mean)(x - mean)^T.
     """
 
     count: int
@@ -26,11 +30,7 @@ class Statistics(NamedTuple):
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Statistics":
-        """Returns the statistics of features (n, d).
-
-        Raises:
-          ValueError: If the features are not finite or not two-dimensional.
-        """
+        """Returns the statistics of features (n, d); ValueError if they are not finite."""
         features = _checked(features, "features")
         n, d = features.shape
         mean = np.mean(features, axis=0, dtype=np.float64) if n else np.zeros(d)
@@ -54,27 +54,13 @@ class Statistics(NamedTuple):
         )
 
     @property
-    def covariance(self) -> np.ndarray:
-        """The unbiased covariance, (d, d).
-
-        Raises:
-          ValueError: If there are fewer than two samples.
-        """
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}.")
-        return self.scatter / (self.count - 1)
+    def gaussian(self) -> Gaussian:
+        """With the unbiased covariance; that of a single sample is 0."""
+        return Gaussian(self.mean, self.scatter / max(self.count - 1, 1))
 
 
-def gaussian_frechet_distance(
-    mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.ndarray, covariance_b: np.ndarray
-) -> float:
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet distance between two Gaussians; of Inception features, the FID.
-
-    `metrics.frechet_distance` takes the features themselves, and is exact for few of them.
-
-    Args:
-      mean_a, mean_b: (d,).
-      covariance_a, covariance_b: (d, d), symmetric, singular or not.
 
     Returns:
       |m_a - m_b|^2 + Tr S_a + Tr S_b - 2 Tr sqrt(S_a S_b), at least 0.
@@ -86,19 +72,19 @@ def gaussian_frechet_distance(
       Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash
       equilibrium", 2017.
     """
-    d = np.size(mean_a)
-    shapes = [np.shape(x) for x in (mean_a, covariance_a, mean_b, covariance_b)]
-    if shapes != [(d,), (d, d), (d,), (d, d)]:
+    d = np.size(a.mean)
+    shapes = [np.shape(x) for x in (*a, *b)]
+    if shapes != [(d,), (d, d)] * 2:
         raise ValueError(
             f"means (d,) and covariances (d, d) of one width are needed, got {shapes}."
         )
     # With S = R R^T, Tr sqrt(S_a S_b) is the sum of the singular values of R_a^T R_b: roots of each
     # need no eigenvalue of a product, which rounding can make negative or complex.
-    trace_of_root = np.linalg.norm(_root(covariance_a).T @ _root(covariance_b), "nuc")
+    trace_of_root = np.linalg.norm(_root(a.covariance).T @ _root(b.covariance), "nuc")
     distance = (
-        np.sum(np.square(np.subtract(mean_a, mean_b, dtype=np.float64)))
-        + np.trace(covariance_a)
-        + np.trace(covariance_b)
+        np.sum(np.square(np.subtract(a.mean, b.mean, dtype=np.float64)))
+        + np.trace(a.covariance)
+        + np.trace(b.covariance)
         - 2.0 * trace_of_root
     )
     return max(float(distance), 0.0)
@@ -248,18 +234,6 @@ def manifold_metrics(
         "density": inside / (k_dc * len(generated)),
         "coverage": float(np.mean(covered)),
     }
-
-
-def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Returns `manifold_metrics`' precision and recall alone, of the k-th neighbour."""
-    metrics = manifold_metrics(real, generated, k, k)
-    return metrics["precision"], metrics["recall"]
-
-
-def density_coverage(real: np.ndarray, generated: np.ndarray, k: int = 5) -> tuple[float, float]:
-    """Returns `manifold_metrics`' density and coverage alone, of the k-th neighbour."""
-    metrics = manifold_metrics(real, generated, k, k)
-    return metrics["density"], metrics["coverage"]
 
 
 def _pair(a: np.ndarray, b: np.ndarray, at_least: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,6 @@
-"""Metrics of images, features and codes as pure NumPy functions in float64.
+"""Metrics of images and codes as pure NumPy functions in float64.
 
-Dimension legend: `n` batch, `h w` grid, `c` channels of an image or bits of a code, `d` feature
-width.
+Dimension legend: `n` batch, `h w` grid, `c` channels of an image or bits of a code.
 """
 
 import numpy as np
@@ -10,7 +9,7 @@ from skimage import metrics as skimage_metrics
 
 _MAX_PIXEL = 255.0
 # scikit-image truncates the Gaussian of sigma 1.5 at 3.5 sigma: an 11 x 11 window.
-_SSIM_WINDOW = 11
+SSIM_WINDOW = 11
 
 
 def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -54,9 +53,9 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
       2004, as implemented by scikit-image with the settings its documentation gives for it.
     """
     _check_image_pair(x, y)
-    if min(x.shape[1:3]) < _SSIM_WINDOW:
+    if min(x.shape[1:3]) < SSIM_WINDOW:
         raise ValueError(
-            f"ssim needs images of at least {_SSIM_WINDOW} x {_SSIM_WINDOW} pixels, "
+            f"ssim needs images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, "
             f"got {x.shape[1]} x {x.shape[2]}."
         )
     values = [
@@ -72,44 +71,6 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         for x_i, y_i in zip(x, y, strict=True)
     ]
     return np.asarray(values, np.float64)
-
-
-def frechet_distance(features_a: np.ndarray, features_b: np.ndarray) -> float:
-    """Squared Frechet distance between the Gaussians fitted to two sets of features.
-
-    It is |m_a - m_b|^2 + Tr S_a + Tr S_b - 2 Tr sqrt(S_a S_b) with means m and unbiased
-    covariances S; on Inception features, the FID.
-
-    Args:
-      features_a: (n_a, d), n_a >= 2.
-      features_b: (n_b, d), n_b >= 2.
-
-    Returns:
-      The distance, at least 0.
-
-    Raises:
-      ValueError: If the features are not finite, not two-dimensional, of different widths or
-        fewer than two.
-
-    References:
-      Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash
-      equilibrium", 2017.
-    """
-    mean_a, root_a = _mean_and_covariance_root(features_a, "features_a")
-    mean_b, root_b = _mean_and_covariance_root(features_b, "features_b")
-    if mean_a.shape != mean_b.shape:
-        raise ValueError(f"features must have the same width, got {mean_a.size} and {mean_b.size}.")
-    # With S = R^T R, the eigenvalues of S_a S_b are the squared singular values of R_a R_b^T, so
-    # Tr sqrt(S_a S_b) is their sum. No eigenvalue can be negative, and none is a rounding error
-    # whose square root counts, however singular the covariances are.
-    trace_of_root = np.linalg.norm(root_a @ root_b.T, "nuc")
-    distance = (
-        np.sum(np.square(mean_a - mean_b))
-        + np.sum(np.square(root_a))
-        + np.sum(np.square(root_b))
-        - 2.0 * trace_of_root
-    )
-    return max(float(distance), 0.0)
 
 
 def bernoulli_entropy_bits(p: np.ndarray | float) -> np.ndarray:
@@ -201,17 +162,3 @@ def _check_image_pair(x: np.ndarray, y: np.ndarray) -> None:
         )
     if x.dtype != np.uint8 or y.dtype != np.uint8:
         raise ValueError(f"images must be uint8, got {x.dtype} and {y.dtype}.")
-
-
-def _mean_and_covariance_root(features: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The mean (d,) and a matrix R (min(n, d), d) with R^T R the unbiased covariance."""
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or features.shape[1] == 0:
-        raise ValueError(f"{name} must have shape (n, d), got {features.shape}.")
-    if len(features) < 2:
-        raise ValueError(f"{name} needs at least 2 samples, got {len(features)}.")
-    if not np.all(np.isfinite(features)):
-        raise ValueError(f"{name} must be finite.")
-    mean = np.mean(features, axis=0)
-    root = np.linalg.qr((features - mean) / np.sqrt(len(features) - 1), mode="r")
-    return mean, root

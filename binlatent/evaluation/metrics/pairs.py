@@ -13,12 +13,12 @@ import numpy as np
 from binlatent.autoencoder.lpips import LPIPS, MIN_SIZE, read_vgg16
 from binlatent.data.transforms import to_float
 from binlatent.evaluation.metrics import image_metrics
+from binlatent.evaluation.metrics.table import Metric
 from binlatent.runtime.devices import map_batches, replicate
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.weights import sha256
 
 log = logging.getLogger(__name__)
-
-METRICS = ("psnr", "ssim", "lpips")
 
 
 @jax.jit
@@ -39,13 +39,26 @@ def lpips(variables: Any, x: np.ndarray, y: np.ndarray, batch_size: int) -> np.n
     return map_batches(distance, batch_size, to_float(x), to_float(y))
 
 
+# A row measures x and y, uint8 (n, h, w, c), as (n,); one that needs "vgg16" takes its variables
+# first, and batch_size.
+METRICS = {
+    "psnr": Metric(image_metrics.psnr, {"psnr": "PSNR"}),
+    "ssim": Metric(image_metrics.ssim, {"ssim": "SSIM"}, smallest=image_metrics.SSIM_WINDOW),
+    "lpips": Metric(
+        *(lpips, {"lpips": "LPIPS"}, ("vgg16",)),
+        settles=lambda vgg16: f"VGG16, {sha256(vgg16)}",
+        smallest=MIN_SIZE,
+    ),
+}
+
+
 def pair_metrics(
     pairs: Iterable[tuple[np.ndarray, np.ndarray]],
     names: Sequence[str],
     *,
     vgg16: str | Path = "",
     batch_size: int = 16,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], dict[str, str]]:
     """Returns means over all pairs, and standard deviations over them, of metrics in `METRICS`.
 
     Args:
@@ -55,34 +68,29 @@ def pair_metrics(
       batch_size: pairs at a time for LPIPS.
 
     Returns:
-      For example `psnr` and `psnr_std`, in dB; see `psnr`, `ssim` and `LPIPS`.
-
-    Raises:
-      UserError: if the images are too small for a metric, or LPIPS has no weights.
+      Numbers by name, for example `psnr` and `psnr_std`, in dB; and how metrics were measured.
     """
-    if "lpips" in names and not Path(vgg16).is_file():
-        raise UserError(
-            f"There is no file {str(vgg16)!r} with VGG16's weights for the metric lpips: leave it "
-            "out, or make one by `python -m binlatent.convert vgg16`."
-        )
-    variables = read_vgg16(vgg16) if "lpips" in names else None
+    measures = {name: METRICS[name].measure for name in names}
+    for name in names:
+        if "vgg16" in METRICS[name].needs:
+            if not Path(vgg16).is_file():
+                raise UserError(
+                    f"There is no file {str(vgg16)!r} with VGG16's weights for the metric {name}: "
+                    "leave it out, or make one by `python -m binlatent.convert vgg16`."
+                )
+            variables = read_vgg16(vgg16)
+            measures[name] = functools.partial(measures[name], variables, batch_size=batch_size)
     values: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for x, y in pairs:
         if x.shape[-1] != y.shape[-1]:  # grey is r = g = b
             x, y = (np.broadcast_to(z, (*z.shape[:-1], 3)) for z in (x, y))
-        smallest = {"ssim": 11, "lpips": MIN_SIZE}
-        for name in names:
-            if min(x.shape[1:3]) < smallest.get(name, 1):
+        for name, measure in measures.items():
+            if min(x.shape[1:3]) < (smallest := METRICS[name].smallest):
                 raise UserError(
-                    f"The metric {name} needs images of at least {smallest[name]} pixels a side, "
+                    f"The metric {name} needs images of at least {smallest} pixels a side, "
                     f"not {x.shape[1]}x{x.shape[2]}: leave it out."
                 )
-            if name == "lpips":
-                values[name].append(lpips(variables, x, y, batch_size))
-            else:
-                values[name].append(
-                    {"psnr": image_metrics.psnr, "ssim": image_metrics.ssim}[name](x, y)
-                )
+            values[name].append(measure(x, y))
     results = {}
     for name, parts in values.items():
         joined = np.concatenate(parts).astype(np.float64)
@@ -97,4 +105,5 @@ def pair_metrics(
                 continue
             joined = joined[finite]
         results |= {name: float(np.mean(joined)), f"{name}_std": float(np.std(joined))}
-    return results
+    settled = [name for name in names if METRICS[name].settles]
+    return results, {name: METRICS[name].settles(vgg16) for name in settled}

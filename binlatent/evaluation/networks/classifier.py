@@ -56,7 +56,7 @@ class Classifier(nn.Module):
         return nn.silu(nn.GroupNorm(num_groups=_NUM_GROUPS)(x))
 
 
-class Images:
+class ImageRows:
     """Images of any sequence, such as files mapped into memory, read a batch at a time."""
 
     def __init__(self, images: Sequence[np.ndarray]):
@@ -100,7 +100,7 @@ def check_labels(labels: np.ndarray, num_images: int, num_classes: int) -> np.nd
 
 
 def shuffled_batches(
-    images: Images, labels: np.ndarray, key: jax.Array, num_epochs: int, batch_size: int
+    images: ImageRows, labels: np.ndarray, key: jax.Array, num_epochs: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
     """Yields shuffled batches, and shows how far they are.
 
@@ -148,7 +148,7 @@ def train_classifier(
     Raises:
       ValueError: If shapes, dtypes or labels are not as above.
     """
-    images = Images(images)
+    images = ImageRows(images)
     labels = check_labels(labels, len(images), num_classes)
     if num_epochs < 1 or batch_size < 1:
         raise ValueError(
@@ -184,7 +184,7 @@ def apply_classifier(
     Raises:
       ValueError: If the images are not as above or batch_size is not positive.
     """
-    images = Images(images)
+    images = ImageRows(images)
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}.")
     apply = functools.partial(_apply, params, num_classes=num_classes)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from binlatent.evaluation.metrics.feature_metrics import Statistics
+from binlatent.evaluation.metrics.feature_metrics import Gaussian, Statistics
 from binlatent.evaluation.networks import weights as published_weights
 from binlatent.evaluation.networks.classifier import apply_classifier
 from binlatent.evaluation.networks.efficientnet import EfficientNetLite0
@@ -51,13 +51,6 @@ class Network(NamedTuple):
     def suffix(self) -> str:
         """Of the metrics' names; "" for those of the literature, which are Inception's."""
         return SUFFIXES[self.name]
-
-
-class Gaussian(NamedTuple):
-    """Mean (d,) and covariance (d, d) of features."""
-
-    mean: np.ndarray
-    covariance: np.ndarray
 
 
 class Features(NamedTuple):
@@ -201,10 +194,7 @@ def collect(parts: Iterable[dict[str, np.ndarray]], count: int) -> Features:
     add()
     if start != count:
         raise ValueError(f"expected the features of {count} images, got {start}.")
-    gaussians = {
-        name: Gaussian(x.mean, x.covariance if x.count > 1 else np.zeros_like(x.scatter))
-        for name, x in statistics.items()
-    }
+    gaussians = {name: x.gaussian for name, x in statistics.items()}
     return Features(
         count, gaussians, np.concatenate(pool), np.concatenate(logits) if logits else None
     )

@@ -1,0 +1,111 @@
+"""What a workdir's images are compared with: its network, and real images as that sees them.
+
+All of it is kept in `evaluation` of the workdir, under names made of all that it depends on.
+"""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from binlatent.data import loader, sources
+from binlatent.data.splits import load_images, open_split
+from binlatent.evaluation import comparison, exchange
+from binlatent.evaluation.exchange import ImageSet
+from binlatent.evaluation.networks import features
+from binlatent.evaluation.networks.classifier import train_classifier
+from binlatent.evaluation.networks.features import Features, Network
+from binlatent.experiment import Experiment
+from binlatent.runtime import weights
+from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import key_for
+from binlatent.runtime.weights import digest
+
+log = logging.getLogger(__name__)
+
+
+def network(experiment: Experiment, workdir: Path) -> Network:
+    """Returns the network that `evaluate.network` names."""
+    if experiment.evaluate.network == "classifier":
+        return classifier(experiment, workdir)
+    return features.published(experiment.evaluate.network, experiment.evaluate.weights)
+
+
+def classifier(experiment: Experiment, workdir: Path) -> Network:
+    """Returns a classifier of the training images, trained once a workdir."""
+    source = open_split(experiment.data, "train")
+    num_images = min(experiment.evaluate.classifier_images, len(source.examples))
+    if not source.num_classes:
+        raise UserError(
+            'config.evaluate.network = "classifier" needs images with classes: use "inception" or '
+            '"efficientnet".'
+        )
+    shape, stamp = experiment.data.image_shape, sources.stamp(source.files)
+    name = digest(source.fingerprint, stamp, shape, num_images, experiment.seed)
+    path = workdir / "evaluation" / f"classifier_{name}.npz"
+    if not path.exists() and jax.process_index() == 0:
+        log.info("Training a classifier on %d real images", num_images)
+        images, labels = load_images(source, num_images)
+        key = key_for(experiment.seed, "classifier")
+        params = jax.device_get(train_classifier(images, labels, source.num_classes, key))
+        weights.write_npz(path, traverse_util.flatten_dict(params, sep="/"))
+    while not path.exists():  # all processes judge by the same; if one fails, this one is ended
+        time.sleep(0.5)
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            params = traverse_util.unflatten_dict(dict(file.items()), sep="/")
+    except Exception as error:  # by where the damage is
+        raise UserError(f"{path} is damaged: delete it, and it is made anew.") from error
+    return features.classifier(params, source.num_classes)
+
+
+def reference(
+    experiment: Experiment, network: Network, workdir: Path
+) -> tuple[Features, dict[str, Any]]:
+    """Returns the features of the real images of `evaluate.reference`, and which these are."""
+    name = experiment.evaluate.reference
+    if name in ("train", "test"):
+        return features_of_split(experiment, network, workdir, name)
+    batch_size = experiment.sample.batch_size
+    known, protocol = comparison.load_features(Path(name), network, batch_size)
+    protocol.pop("network", None)
+    return known, protocol
+
+
+def features_of_split(
+    experiment: Experiment, network: Network, workdir: Path, split: str
+) -> tuple[Features, dict[str, Any]]:
+    """Returns the features of all images of a split, "train" or "test", and which these are."""
+    source = open_split(experiment.data, split, workdir, keep=False)
+    count = len(source.examples)
+    protocol = {
+        "images": experiment.data.name,
+        "split": split,
+        "fingerprint": source.fingerprint,
+        "count": count,
+        "size": "x".join(map(str, experiment.data.image_shape)),
+        "transform": exchange.CENTRE_SQUARE,
+    }
+    name = f"reference_{digest(protocol, sources.stamp(source.files), network.protocol)}.npz"
+    path = workdir / "evaluation" / name
+    if path.exists():
+        try:
+            found, stored = exchange.read_statistics(path)
+            del stored["network"]
+            return found, stored
+        except (UserError, KeyError):
+            log.warning("%s is damaged: it is made anew.", path)
+    log.info("Judging %d real images", count)
+
+    def read(index: int) -> np.ndarray:
+        return source.examples[index]["image"]
+
+    images = ImageSet(count, lambda size: loader.in_order(count, read, size), protocol)
+    found, protocol = comparison.features_of(network, images, experiment.sample.batch_size)
+    found = found._replace(logits=None)
+    exchange.write_statistics(path, found, {**protocol, "network": network.protocol})
+    return found, protocol

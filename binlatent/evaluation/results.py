@@ -1,0 +1,63 @@
+"""Results: metrics and the protocol that they were measured by, for a terminal and as JSON."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from binlatent.evaluation.metrics.table import Table, title
+
+
+def table(metrics: dict[str, float], *tables: Table) -> str:
+    """Returns metrics as a table for a terminal, a standard deviation beside its mean.
+
+    Args:
+      metrics: numbers by name.
+      *tables: of the metrics, which have their titles.
+    """
+    lines = []
+    for name, value in metrics.items():
+        if not name.endswith("_std"):
+            std = metrics.get(f"{name}_std")
+            shown = f"{value:.6g}" + ("" if std is None else f" ± {std:.3g}")
+            lines.append((title(name, *tables), shown))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def describe(protocol: dict[str, Any]) -> str:
+    """Returns a protocol as lines for a terminal."""
+    lines = []
+    for name, value in protocol.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        lines.append(f"{name}: {value}")
+    return "\n".join(lines)
+
+
+def machine() -> dict[str, str]:
+    """Returns the devices and the version of JAX, for a protocol."""
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    return {"device": device, "jax": jax.__version__}
+
+
+def write(path: Path, metrics: dict[str, float], protocol: dict[str, Any]) -> None:
+    """Writes metrics and their protocol as JSON."""
+    write_json(path, {"metrics": metrics, "protocol": protocol})
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Writes JSON, all of it or nothing; null for numbers that are not finite."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    os.replace(unfinished, path)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    return None if isinstance(content, float) and not math.isfinite(content) else content
