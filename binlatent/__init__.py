@@ -1,1 +1,27 @@
 """Binary Latent Diffusion (Wang et al., CVPR 2023) for JAX and Flax."""
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from binlatent.pipeline import BinaryLatentDiffusion
+
+__version__ = "0.2.0"
+__all__ = ["BinaryLatentDiffusion", "__version__"]
+
+if not os.path.isdir(os.path.join(__path__[0], "configs")):
+    # A checkout: configs/, which is binlatent.configs, lies beside this folder, not in it.
+    __path__.append(os.path.dirname(__path__[0]))
+
+
+def __getattr__(name: str) -> Any:
+    """Imports `BinaryLatentDiffusion` on first use, as it imports JAX, which takes a second."""
+    if name == "BinaryLatentDiffusion":
+        from binlatent.pipeline import BinaryLatentDiffusion
+
+        return BinaryLatentDiffusion
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -35,23 +35,28 @@ def _silenced_stderr() -> Iterator[None]:
         os.close(stderr)
 
 
-def _summary_writer(directory: Path):
-    """Returns clu's TensorBoard writer, or None where TensorFlow is not installed."""
+@functools.cache  # says once what is missing
+def _summary_writer() -> type | None:
+    """Returns the class of clu's TensorBoard writer, or None where TensorFlow is not installed."""
     try:
         with _silenced_stderr():
             import tensorflow as tf
         from clu.metric_writers import SummaryWriter
     except ImportError:
-        log.info("TensorFlow or clu is not installed: metrics go to metrics.jsonl only.")
+        log.info(
+            "No files for TensorBoard are written, as TensorFlow or TensorBoard is not installed: "
+            'pip install "binlatent[tfds]"'
+        )
         return None
     tf.config.set_visible_devices([], "GPU")  # they are JAX's
-    return SummaryWriter(str(directory))
+    return SummaryWriter
 
 
 def write_scalars(directory: Path, metrics: dict[str, float], step: int = 0) -> None:
     """Writes metrics to TensorBoard alone, where TensorFlow is installed."""
-    writer = _summary_writer(directory)
-    if writer is not None:
+    summary_writer = _summary_writer()
+    if summary_writer is not None:
+        writer = summary_writer(str(directory))
         writer.write_scalars(step, metrics)
         writer.close()
 
@@ -103,7 +108,8 @@ class Logbook:
     @functools.cached_property
     def _writer(self):
         """Opened with the first record: no first step waits for TensorFlow's import, seconds."""
-        return None if self._events is None else _summary_writer(self._events)
+        summary_writer = None if self._events is None else _summary_writer()
+        return summary_writer and summary_writer(str(self._events))
 
     def __enter__(self) -> "Logbook":
         self._redirect.__enter__()
