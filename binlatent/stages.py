@@ -58,6 +58,12 @@ def check_batch(train: Training, stage: str) -> None:
         )
 
 
+def check_prior(experiment: Experiment) -> None:
+    """Refuses an autoencoder without bits, or a batch that cannot be split."""
+    experiment.autoencoder.check_bits()
+    check_batch(experiment.prior.train, "prior")
+
+
 def check_same_data(here: Experiment, there: Experiment, stage: str) -> None:
     """Refuses other data than a checkpoint's training began with.
 
@@ -233,8 +239,7 @@ def encode(experiment: Experiment, workdir: Path) -> Path:
 
 def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
     """Returns stage 2 at its first step, on the codes of the workdir's autoencoder."""
-    experiment.autoencoder.check_bits()
-    check_batch(experiment.prior.train, "prior")
+    check_prior(experiment)
     encoder, source, experiment = _open_codes_or_images(experiment, workdir)
     spec, conditioning = experiment.prior, experiment.prior.conditioning
     if conditioning.of_texts and not experiment.data.texts:

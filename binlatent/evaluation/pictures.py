@@ -1,13 +1,21 @@
 """The pictures of a run, as uint8 arrays (height, width, channels)."""
 
-from typing import Any
+import ast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from binlatent.data.transforms import to_uint8
+from binlatent.data import masks
+from binlatent.data.images import read_image
+from binlatent.data.transforms import to_float, to_uint8
+from binlatent.evaluation.report import test_images
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.priors.prior import has
 from binlatent.runtime import png
+from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import key_for
 
 
 def class_rows(num_classes: int, columns: int = 10) -> tuple[int, np.ndarray | None]:
@@ -116,3 +124,123 @@ def trajectory(pipeline: BinaryLatentDiffusion, key: jax.Array, columns: int = 9
     states = pipeline.trajectory(num, key, labels).z_t
     shown = np.unique(np.linspace(0, states.shape[1] - 1, columns).round().astype(int))
     return png.grid([to_uint8(pipeline.decode(row[shown])) for row in states])
+
+
+# What a user asks for
+
+
+class Request(NamedTuple):
+    """A picture that a user asks for, by flags of `binlatent.main`.
+
+    Fields:
+      options: of the sampler, in place of `config.sample`.
+      num: images, or results of each; None for as many as the picture has room for.
+      seed: of the draw.
+      label, features: the class of all, or the path of a text's features; None for neither.
+      image: path of the user's own; None for test images.
+      mask: a preset or a path; None for every preset in turn.
+      strength: of variations.
+    """
+
+    options: dict[str, Any]
+    num: int | None = None
+    seed: int = 0
+    label: int | None = None
+    features: str | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float = 0.5
+
+
+def parse_options(options: Sequence[str]) -> dict[str, Any]:
+    """Returns sampling options from NAME=VALUE."""
+    values = {}
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not equals:
+            raise UserError(f"--option={option} must be --option=NAME=VALUE.")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            values[name] = value  # a word
+    return values
+
+
+def has_trajectory(pipeline: BinaryLatentDiffusion) -> bool:
+    """Whether the prior's kind can show its way to a sample."""
+    return has(pipeline.experiment.prior.prior, "trajectory")
+
+
+def draw_samples(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
+    """Draws `samples`."""
+    key = key_for(asked.seed, "sample")
+    return samples(pipeline, key, asked.num, _label(asked), **asked.options)
+
+
+def draw_reconstructions(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
+    """Draws `reconstructions` of test images."""
+    return reconstructions(pipeline, test_images(pipeline.experiment, asked.num or 20)[0])
+
+
+def draw_inpaintings(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
+    """Draws `inpaintings` of the user's image, or of test images."""
+    images, label = _subjects(pipeline, asked, len(masks.PRESETS) if asked.mask is None else 8)
+    keep = _masks(pipeline, asked, len(images))
+    key = key_for(asked.seed, "inpaint")
+    return inpaintings(pipeline, images, keep, label, key, asked.num or 6, **asked.options)
+
+
+def draw_variations(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
+    """Draws `variations` of the user's image, or of test images."""
+    images, label = _subjects(pipeline, asked, 8)
+    key, options = key_for(asked.seed, "vary"), asked.options
+    return variations(
+        pipeline, images, label, key, asked.num or 6, strength=asked.strength, **options
+    )
+
+
+def draw_trajectory(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
+    """Draws `trajectory`."""
+    return trajectory(pipeline, key_for(asked.seed, "trajectory"))
+
+
+def _label(asked: Request) -> Any:
+    """Returns the class or the features of the text that is asked for; None without either."""
+    if asked.features is None:
+        return asked.label
+    if asked.label is not None:
+        raise UserError("Give --label for a class or --features for a text, not both.")
+    try:
+        return np.load(asked.features, allow_pickle=False)
+    except OSError:
+        raise
+    except Exception as error:  # by where the damage is
+        raise UserError(f"{asked.features} is no .npy file of numbers: {error}") from error
+
+
+def _subjects(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> tuple[np.ndarray, Any]:
+    """Returns the images to inpaint or vary, and their labels: the user's one, or test images."""
+    if asked.image:
+        data = pipeline.experiment.data
+        image = read_image(asked.image, repr(asked.image), data.image_size, data.channels)
+        return to_float(image[None]), _label(asked)
+    images, labels = test_images(pipeline.experiment, num)
+    label = _label(asked)
+    return images, labels if label is None else label
+
+
+def _masks(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> np.ndarray:
+    """Returns the pixels to keep of `num` images, bool (num, height, width)."""
+    height, width, _ = pipeline.experiment.data.image_shape
+    if asked.image and asked.mask is None:
+        raise UserError(f"--image needs --mask: a file, or one of {', '.join(masks.PRESETS)}.")
+    if asked.mask is None or asked.mask in masks.PRESETS:
+        names = masks.PRESETS if asked.mask is None else (asked.mask,)
+        return np.stack(
+            [masks.preset(names[i % len(names)], height, width, asked.seed + i) for i in range(num)]
+        )
+    if not asked.image:
+        raise UserError(
+            f"--mask={asked.mask} is none of {', '.join(masks.PRESETS)}; a file needs --image."
+        )
+    return masks.read_mask(asked.mask, asked.image, height)[None]

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from contextlib import contextmanager, suppress
 import jax
 import numpy as np
 
+from binlatent.runtime import command
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -25,6 +27,19 @@ HEARTBEAT_SECONDS = 30
 
 # How long those that are done wait for process 0, which evaluates and draws.
 _EXIT_SECONDS = 24 * 3600
+
+
+def check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Refuses flags of `join` that do not go together; bad usage ends the process."""
+    given = [value is not None for value in (coordinator, num_processes, process_id)]
+    if not any(given):
+        return
+    if not all(given):
+        command.bad_usage("--coordinator, --num_processes, --process_id go together")
+    if not re.fullmatch(r".+:\d+", coordinator):
+        command.bad_usage(f"--coordinator={coordinator} must be HOST:PORT")
+    if not 0 <= process_id < num_processes:
+        command.bad_usage("--process_id must be at least 0 and less than --num_processes")
 
 
 def join(

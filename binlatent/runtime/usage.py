@@ -1,0 +1,117 @@
+"""The help of the main command, and configs by name."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags as absl_flags
+
+import binlatent
+from binlatent import configs
+from binlatent.runtime import command
+
+
+class Mode(NamedTuple):
+    """A row of a table of modes.
+
+    Fields:
+      does: one sentence.
+      example: flags of its own, for --help.
+      run: the function that does it.
+      needs_config: whether it trains or reads data, for which --config is needed.
+    """
+
+    does: str
+    example: str
+    run: Callable[[Any], Any]
+    needs_config: bool = False
+
+
+class Flag(NamedTuple):
+    """A row of a table of flags.
+
+    Fields:
+      define: absl's function.
+      default: value.
+      modes: that it means something to; () for all.
+      does: one sentence.
+    """
+
+    define: Callable[..., Any]
+    default: Any
+    modes: tuple[str, ...]
+    does: str
+
+
+def config_names() -> list[str]:
+    """Returns the names of the configs that come with the package."""
+    files = (path for folder in configs.__path__ for path in Path(folder).glob("[a-z]*.py"))
+    return sorted(path.stem for path in files)
+
+
+def with_config_paths(argv: Iterable[str]) -> list[str]:
+    """Returns arguments with the file of --config=NAME for a name: `digits`, `ffhq256:released`."""
+    arguments, is_config = [], False
+    for argument in argv:
+        flag, equals, value = argument.partition("=") if not is_config else ("", "", argument)
+        if is_config or (equals and flag.lstrip("-") == "config"):
+            name, colon, variant = value.partition(":")
+            if name in config_names():
+                path = Path(next(iter(configs.__path__))) / f"{name}.py"
+                argument = f"{flag}{equals}{path}{colon}{variant}"
+        is_config = argument in ("--config", "-config")
+        arguments.append(argument)
+    return arguments
+
+
+def show_help(argv: Iterable[str], modes: Mapping[str, Mode], flags: Mapping[str, Flag]) -> None:
+    """Answers --help and --version, and exits with code 0."""
+    asked = {argument.lstrip("-") for argument in argv if argument.startswith("-")}
+    if "version" in asked:
+        sys.stdout.write(f"binlatent {binlatent.__version__}\n")
+        sys.exit(0)
+    if not asked & {"help", "h", "helpshort", "helpfull"}:
+        return
+
+    def lines(names: Iterable[str]) -> list[str]:
+        return [f"    --{name}: {flags[name].does}" for name in names]
+
+    text = ["usage: python -m binlatent.main [--config=CONFIG] --workdir=DIR [--mode=MODE] [FLAGS]"]
+    text += ["", "For every mode:", *lines(name for name in flags if not flags[name].modes)]
+    text += [
+        f"    --config: A config file, or one of {', '.join(config_names())}.",
+        "    --config.KEY=VALUE: any key of the config, which configs/default.py lists, such as",
+        "      --config.prior.train.num_steps=5000 --config.dtype=bfloat16",
+    ]
+    for name, mode in modes.items():
+        example = f"--config=digits {'' if name == 'all' else f'--mode={name}'}".strip()
+        example = example if mode.needs_config else f"--mode={name} {mode.example}"
+        text += ["", f"--mode={name}: {mode.does}"]
+        text += [f"    Example: python -m binlatent.main --workdir=runs/digits {example}"]
+        text += lines(flag for flag in flags if name in flags[flag].modes)
+    sys.stdout.write("\n".join(text) + "\n")
+    sys.exit(0)
+
+
+def parse_flags(argv: list[str], modes: Mapping[str, Mode], flags: Mapping[str, Flag]) -> list[str]:
+    """Parses flags, or says what is wrong with them in one sentence and exits with code 2."""
+    show_help(argv[1:], modes, flags)
+    unparsed, values = command.parse_flags(with_config_paths(argv)), absl_flags.FLAGS
+    mode = values.mode
+    if len(unparsed) > 1:
+        command.bad_usage(f"Unexpected argument {unparsed[1]!r}: flags start with --")
+    if mode not in modes:
+        command.bad_usage(f"--mode={mode} is none of {', '.join(modes)}")
+    if values.workdir is None:
+        command.bad_usage("--workdir=DIR is needed, the folder of checkpoints and pictures")
+    if modes[mode].needs_config and not values["config"].present:
+        command.bad_usage(f"--mode={mode} needs --config, for example configs/digits.py")
+    for name, flag in flags.items():
+        if values[name].present and flag.modes and mode not in flag.modes:
+            command.bad_usage(f"--{name} is for --mode={' or '.join(flag.modes)}")
+    if values.num is not None and values.num < 1:
+        command.bad_usage(f"--num must be at least 1, not {values.num}")
+    if values.out and not values.out.lower().endswith(".png"):
+        command.bad_usage("--out must be a file that ends in .png")
+    return unparsed
