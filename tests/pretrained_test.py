@@ -4,7 +4,6 @@ The state dicts are those of tests/reference.py, which needs no PyTorch; the las
 reads PyTorch's files where it is installed.
 """
 
-import copy
 import functools
 import importlib
 import shutil
@@ -17,21 +16,23 @@ import pytest
 import reference
 from PIL import Image
 
-from binlatent import build
+from binlatent import stages
 from binlatent.convert import __main__ as convert
+from binlatent.convert.workdirs import convert_autoencoder, convert_prior, export_workdir
 from binlatent.data import masks
 from binlatent.evaluation import report
+from binlatent.experiment import resolve
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import state_dicts
 from binlatent.runtime.errors import UserError
-from binlatent.training import checkpoint, loop
+from binlatent.training import checkpoint
 
 
 @pytest.fixture(scope="module", params=reference.AUTOENCODERS)
 def any_autoencoder(request, tmp_path_factory):
     """A reference autoencoder's name, and its workdir."""
     workdir = tmp_path_factory.mktemp(request.param)
-    convert.autoencoder(reference.state(request.param), workdir, image_size=32)
+    convert_autoencoder(reference.state(request.param), workdir, image_size=32)
     return request.param, workdir
 
 
@@ -39,7 +40,7 @@ def any_autoencoder(request, tmp_path_factory):
 def autoencoder(tmp_path_factory):
     """A workdir of the autoencoder whose codes are as those of the reference priors."""
     workdir = tmp_path_factory.mktemp("autoencoder")
-    convert.autoencoder(reference.state("ae_c16"), workdir, image_size=32)
+    convert_autoencoder(reference.state("ae_c16"), workdir, image_size=32)
     return workdir
 
 
@@ -48,12 +49,12 @@ def converted(autoencoder, tmp_path_factory):
     """Gives the workdir of a reference prior, beside the autoencoder."""
 
     @functools.cache
-    def convert_prior(name):
+    def workdir_of(name):
         workdir = tmp_path_factory.mktemp(name)
-        convert.prior(reference.state(name), workdir, autoencoder=autoencoder, num_heads=4)
+        convert_prior(reference.state(name), workdir, autoencoder=autoencoder, num_heads=4)
         return workdir
 
-    return convert_prior
+    return workdir_of
 
 
 def test_a_converted_autoencoder_gives_the_reference_numbers(any_autoencoder):
@@ -67,9 +68,8 @@ def test_a_converted_autoencoder_gives_the_reference_numbers(any_autoencoder):
 
 def test_bfloat16_draws_from_the_same_distribution(converted):
     exact = BinaryLatentDiffusion.from_workdir(converted("prior_class"))
-    config = copy.deepcopy(exact.config)
-    config.dtype = "bfloat16"
-    half = BinaryLatentDiffusion(config, exact.autoencoder_params, exact.prior_params)
+    experiment = exact.experiment.change({"dtype": "bfloat16"})
+    half = BinaryLatentDiffusion(experiment, exact.autoencoder_params, exact.prior_params)
     both = (exact, half)
     codes, others = (x.sample_codes(20, jax.random.key(0), 3, steps=8) for x in both)
     assert 0 < np.mean(codes != others) < 0.05  # the uniforms are the same
@@ -84,7 +84,8 @@ def label_of(name):
 @pytest.mark.parametrize("name", reference.PRIORS)
 def test_a_converted_prior_samples_inpaints_and_measures(converted, name):
     model = BinaryLatentDiffusion.from_workdir(converted(name))
-    assert model.config.prior.pair == "balanced_plugin" and model.config.sample.threshold_last
+    assert model.experiment.prior.prior.pair == "balanced_plugin"
+    assert model.experiment.sample.settings.threshold_last
     label = label_of(name)
     draw = dict(steps=4, guidance=2.0)
     codes = model.sample_codes(3, jax.random.key(0), label, **draw)
@@ -135,28 +136,33 @@ def test_a_prior_is_put_beside_its_own_autoencoder_only(autoencoder, tmp_path, c
     state = reference.state("prior_class")
     out = tmp_path / "out"
     with pytest.raises(UserError, match="There is no autoencoder in .*--autoencoder"):
-        convert.prior(state, out, autoencoder=tmp_path, num_heads=4)
+        convert_prior(state, out, autoencoder=tmp_path, num_heads=4)
     other = tmp_path / "other"
-    convert.autoencoder(reference.state("ae_c24_genmul2"), other, image_size=32)
+    convert_autoencoder(reference.state("ae_c24_genmul2"), other, image_size=32)
     with pytest.raises(UserError, match="over 64 tokens of 16 bits, but .* 8 x 8 tokens of 24"):
-        convert.prior(state, out, autoencoder=other, num_heads=4)
+        convert_prior(state, out, autoencoder=other, num_heads=4)
     with pytest.raises(UserError, match="There is an autoencoder in .*other already"):
-        convert.prior(state, other, autoencoder=autoencoder, num_heads=4)
+        convert_prior(state, other, autoencoder=autoencoder, num_heads=4)
     with pytest.raises(UserError, match="width must be a multiple of 4 and of"):
-        convert.prior(state, out, autoencoder=autoencoder, num_heads=5)
+        convert_prior(state, out, autoencoder=autoencoder, num_heads=5)
     with pytest.raises(UserError, match="schedule is linear in 64 steps: leave out --schedule"):
-        convert.prior(state, out, autoencoder=autoencoder, num_heads=4, schedule="cos")
+        convert_prior(state, out, autoencoder=autoencoder, num_heads=4, schedule="cos")
     assert not out.exists()
-    convert.prior(state, out, autoencoder=autoencoder, num_heads=4)
+    convert_prior(state, out, autoencoder=autoencoder, num_heads=4)
     assert "was trained beside another autoencoder" in caplog.text
     caplog.clear()
     with pytest.raises(UserError, match="There is a checkpoint of the prior in .*out already"):
-        convert.prior(state, out, autoencoder=out, num_heads=4)
+        convert_prior(state, out, autoencoder=out, num_heads=4)
     # The vectors that embed the bits are the autoencoder's own: nothing to warn of.
     shutil.rmtree(out / "prior")
     embed = reference.state("ae_c16")["ae.quantize.embed.weight"]
-    convert.prior({**state, "embedding_weight": embed}, out, autoencoder=out, num_heads=4)
+    convert_prior({**state, "embedding_weight": embed}, out, autoencoder=out, num_heads=4)
     assert "another autoencoder" not in caplog.text
+
+
+def config_in(workdir, stage):
+    with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
+        return checkpoints.meta()["config"]
 
 
 def test_what_a_prior_does_not_say_of_itself_is_an_argument(autoencoder, tmp_path):
@@ -171,21 +177,21 @@ def test_what_a_prior_does_not_say_of_itself_is_an_argument(autoencoder, tmp_pat
         ({"pair": "plain_mixture"}, ("linear", 64, "flip", "plain_mixture", 1)),
     ):
         out = tmp_path / f"{len(options)}"
-        convert.prior(state, out, autoencoder=autoencoder, **options)
-        with checkpoint.Checkpoints.open(out, "prior") as checkpoints:
-            prior = checkpoints.config().prior
-        found = (prior.schedule, prior.num_timesteps, prior.target, prior.pair, prior.num_heads)
-        assert found == expected
+        convert_prior(state, out, autoencoder=autoencoder, **options)
+        section = config_in(out, "prior")["prior"]
+        names = ("schedule", "num_timesteps", "target", "pair")
+        found = [section["bernoulli"][name] for name in names]
+        assert (*found, section["network"]["num_heads"]) == expected
 
 
 def test_an_autoencoder_is_not_what_a_flag_says_against_its_weights(autoencoder, tmp_path):
     state = reference.state("ae_c16")
     with pytest.raises(UserError, match="--norm_first: the checkpoint has norm"):
-        convert.autoencoder(state, tmp_path, image_size=32, norm_first=False)
+        convert_autoencoder(state, tmp_path, image_size=32, norm_first=False)
     with pytest.raises(UserError, match="image_size is 34, which the downsampling"):
-        convert.autoencoder(state, tmp_path, image_size=34)
+        convert_autoencoder(state, tmp_path, image_size=34)
     with pytest.raises(UserError, match="There is a checkpoint of the autoencoder in"):
-        convert.autoencoder(state, autoencoder, image_size=32)
+        convert_autoencoder(state, autoencoder, image_size=32)
     assert not any(tmp_path.iterdir())
 
 
@@ -201,11 +207,11 @@ def photos(tmp_path_factory):
 
 
 def fine_tuning(workdir, photos, **overrides):
-    """The config of a workdir, to train on two steps on other data."""
-    config = importlib.import_module("configs.workdir").get_config(str(workdir)).unlock()
+    """The experiment of a workdir, to train on two steps on other data."""
+    config = importlib.import_module("binlatent.configs.workdir").get_config(str(workdir))
     tiny = {"batch_size": 4, "num_steps": 2, "warmup_steps": 1}
     tiny = {f"{stage}.train.{k}": x for stage in ("autoencoder", "prior") for k, x in tiny.items()}
-    config.update_from_flattened_dict(
+    return resolve(config).change(
         {
             **tiny,
             "data.name": "folder",
@@ -217,7 +223,6 @@ def fine_tuning(workdir, photos, **overrides):
             **overrides,
         }
     )
-    return config
 
 
 def params_of(workdir, stage, step):
@@ -233,7 +238,7 @@ def test_a_converted_autoencoder_is_trained_on_with_its_discriminator(
 ):
     workdir = shutil.copytree(autoencoder, tmp_path / "workdir")
     before = params_of(workdir, "autoencoder", 0)
-    state = loop.train_autoencoder(fine_tuning(workdir, photos), workdir)
+    state = stages.train_autoencoder(fine_tuning(workdir, photos), workdir)
     # The discriminator took part, and moved, from its own weights.
     theirs = reference.state("ae_c16")["disc.main.2.weight"].transpose(2, 3, 1, 0)
     moved = np.abs(np.asarray(state.discriminator["params"]["main_2"]["kernel"]) - theirs)
@@ -247,26 +252,25 @@ def test_a_converted_autoencoder_is_trained_on_with_its_discriminator(
 @pytest.mark.parametrize("name", ["prior_class", "prior_text_cross"])
 def test_a_converted_prior_is_trained_on(converted, photos, tmp_path, name):
     workdir = shutil.copytree(converted(name), tmp_path / "workdir")
-    config = fine_tuning(workdir, photos)
+    experiment = fine_tuning(workdir, photos)
     if name == "prior_class":
         with pytest.raises(UserError, match="num_classes is 10, but the data has 0"):
-            loop.train_prior(config, workdir)
+            stages.train_prior(experiment, workdir)
         for i in range(10):
             (tmp_path / f"data/{i}").mkdir(parents=True)
             for j in range(2):
                 shutil.copy(photos / f"{i + j:02}.png", tmp_path / f"data/{i}/{j}.png")
-        config.data.path = str(tmp_path / "data")
+        experiment = experiment.change({"data.path": str(tmp_path / "data")})
     else:
         with pytest.raises(
             UserError, match="condition is 'text_cross': set config.data.texts=True"
         ):
-            loop.train_prior(config, workdir)
-        config.data.texts = True
-        config.prior.text_width = 31
+            stages.train_prior(experiment, workdir)
+        narrow = experiment.change({"data.texts": True, "prior.text_width": 31})
         with pytest.raises(UserError, match=r"have the shape \(5, 32\), .* takes \(tokens, 31\)"):
-            loop.train_prior(config, workdir)
-        config.prior.text_width = 32
-    state = loop.train_prior(config, workdir)
+            stages.train_prior(narrow, workdir)
+        experiment = experiment.change({"data.texts": True})
+    state = stages.train_prior(experiment, workdir)
     head = np.asarray(state.params["params"]["head"]["kernel"]).T
     moved = np.abs(head - reference.state(name)["_denoise_fn.head.weight"])
     assert 0 < moved.max() < 1e-3
@@ -278,7 +282,7 @@ def test_a_converted_prior_is_trained_on(converted, photos, tmp_path, name):
 
 @pytest.mark.parametrize("name", reference.PRIORS)
 def test_a_workdir_is_exported_as_it_was(converted, name):
-    files = convert.export(converted(name))
+    files, _ = export_workdir(converted(name))
     assert list(files) == ["binaryae_ema_1", "binaryae_1", "bld_ema_1", "bld_1"]
     for file, golden in (("binaryae_ema_1", "ae_c16"), ("bld_ema_1", name)):
         state = files[file]
@@ -295,16 +299,17 @@ def test_a_workdir_is_exported_as_it_was(converted, name):
 def test_each_exported_file_has_its_own_weights(autoencoder, tmp_path):
     """The averaged weights in one, the others in the other, once training has set them apart."""
     workdir = shutil.copytree(autoencoder, tmp_path / "workdir")
-    convert.prior(reference.state("prior_class"), workdir, autoencoder=workdir, num_heads=4)
+    convert_prior(reference.state("prior_class"), workdir, autoencoder=workdir, num_heads=4)
     for stage in ("autoencoder", "prior"):
         with checkpoint.Checkpoints.open(workdir, stage) as checkpoints:
-            meta, init = checkpoints.meta(), getattr(build, f"init_{stage}_state")
-            like = jax.eval_shape(functools.partial(init, checkpoints.config()))
+            meta = checkpoints.meta()
+            spec = getattr(resolve(meta["config"]), stage)
+            like = jax.eval_shape(functools.partial(spec.init_state, 0))
             state = checkpoints.restore(checkpoint.on_first_device(like))
         shifted = jax.tree.map(lambda x: x + 1, state.params)
         with checkpoint.Checkpoints(workdir / stage) as checkpoints:
             checkpoints.save(state.replace(step=state.step + 7, params=shifted), meta)
-    files = convert.export(workdir)
+    files, _ = export_workdir(workdir)
     assert list(files) == ["binaryae_ema_7", "binaryae_7", "bld_ema_7", "bld_7"]
     key, theirs = "ae.quantize.proj.0.bias", reference.state("ae_c16")
     np.testing.assert_array_equal(files["binaryae_ema_7"][key], theirs[key])
@@ -317,22 +322,22 @@ def test_each_exported_file_has_its_own_weights(autoencoder, tmp_path):
 def test_training_the_autoencoder_on_does_not_spoil_a_prior_beside_it(converted, photos):
     workdir = converted("prior_uncond")
     with pytest.raises(UserError, match="belongs to its autoencoder as it is: copy the folder"):
-        loop.train_autoencoder(fine_tuning(workdir, photos), workdir)
+        stages.train_autoencoder(fine_tuning(workdir, photos), workdir)
 
 
 def test_images_without_the_labels_of_a_prior_are_judged_without(converted, photos):
     model = BinaryLatentDiffusion.from_workdir(converted("prior_class"))
-    config = fine_tuning(converted("prior_class"), photos)
-    images, labels = report.test_images(config, 2)
+    experiment = fine_tuning(converted("prior_class"), photos)
+    images, labels = report.test_images(experiment, 2)
     assert labels is None  # a folder without classes
     result = report.prior_metrics(model, model.encode_probs(images), labels)
     assert np.isfinite(result["bce"])
-    config.data.texts, config.prior.condition = True, "text_cross"
-    config.prior.text_width = 32
-    assert report.test_images(config, 2)[1].shape == (2, 5, 32)
-    config.prior.condition = "text_token"
+    texts = {"data.texts": True, "prior.condition": "text_cross", "prior.text_width": 32}
+    experiment = experiment.change(texts)
+    assert report.test_images(experiment, 2)[1].shape == (2, 5, 32)
+    experiment = experiment.change({"prior.condition": "text_token"})
     with pytest.raises(UserError, match=r"have the shape \(5, 32\), .* takes \(32,\)"):
-        report.test_images(config, 2)
+        report.test_images(experiment, 2)
 
 
 def test_the_command_reports_what_it_found_and_what_it_left(tmp_path, monkeypatch, capsys):
@@ -343,9 +348,8 @@ def test_the_command_reports_what_it_found_and_what_it_left(tmp_path, monkeypatc
     source, out = str(tmp_path / "binaryae_7.th"), str(tmp_path / "out")
     flags = ["--image_size", "32", "--signed", "--deterministic"]
     convert.main(["autoencoder", "--from", source, "--out", out, *flags])
-    with checkpoint.Checkpoints.open(tmp_path / "out", "autoencoder") as checkpoints:
-        section = checkpoints.config().autoencoder
-    assert section.signed and section.deterministic
+    section = config_in(tmp_path / "out", "autoencoder")["autoencoder"]
+    assert section["signed"] and section["deterministic"]
     said = capsys.readouterr().err
     assert "binaryae_ema_7.th beside it holds the EMA" in said
     assert "  autoencoder.attention_resolutions = (8,)\n" in said
