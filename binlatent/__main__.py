@@ -1,12 +1,6 @@
-"""`python -m binlatent`, and the command `binlatent`: the same as `python -m binlatent.main`."""
+"""`python -m binlatent`: the same as `python -m binlatent.main` and the command `binlatent`."""
 
-import runpy
-
-
-def run() -> None:
-    """Runs `binlatent.main` as a program, so that absl's --help lists its flags."""
-    runpy.run_module("binlatent.main", run_name="__main__", alter_sys=True)
-
+from binlatent.main import run
 
 if __name__ == "__main__":
     run()
