@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from binlatent import experiment, stages
 from binlatent.data.masks import PRESETS
 from binlatent.evaluation import pictures, quality, report
+from binlatent.evaluation.results import describe, table
 from binlatent.paper import bottlenecks
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.priors.settings import with_options
@@ -24,8 +25,6 @@ log = logging.getLogger("binlatent")
 
 _DRAWN = ("sample", "inpaint", "vary")
 _SAMPLED = ("all", *_DRAWN, "evaluate")
-_PROCESSES = ("coordinator", "num_processes", "process_id")
-_OPTIONS = ("steps", "temperature", "guidance")  # of config.sample that have flags of their own
 
 _int, _float, _str = flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_string
 _FLAGS = {
@@ -47,7 +46,7 @@ _FLAGS = {
     "strength": Flag(_float, 0.5, ("vary",), "How far from the image, above 0 to 1; default 0.5."),
     "out": Flag(_str, None, (*_DRAWN, "reconstruct"), "The PNG file to write."),
     "metrics": Flag(flags.DEFINE_list, None, ("evaluate",), f"Of {','.join(quality.METRICS)}."),
-    "keep": Flag(_str, "none", ("evaluate",), f"Samples: one of {', '.join(quality.KEEP)}."),
+    "keep": Flag(_str, "none", ("evaluate",), f"Samples to keep: {', '.join(quality.KEEP)}."),
 }
 for _name, _flag in _FLAGS.items():
     _flag.define(_name, _flag.default, _flag.does)
@@ -58,10 +57,10 @@ class Run:
     """What a mode works on: the workdir, the experiment of --config if any, options, a pipeline."""
 
     def __init__(self, workdir: Path, given: experiment.Experiment | None):
-        """Takes the rest from the flags."""
         self.workdir, self.given = workdir, given
         self.options = pictures.parse_options(FLAGS.option)
-        self.options |= {name: FLAGS[name].value for name in _OPTIONS if FLAGS[name].present}
+        for name in ("steps", "temperature", "guidance"):  # which have flags of their own
+            self.options |= {name: FLAGS[name].value} if FLAGS[name].present else {}
         if given is not None:  # before any training
             with_options(given.prior.prior, given.sample.settings, self.options)
 
@@ -71,13 +70,17 @@ class Run:
         return BinaryLatentDiffusion.from_workdir(self.workdir, self.given)
 
 
-def _draw(name: str, draw: Callable) -> Callable[[Run], None]:
-    """Returns a mode that writes a picture to --out, or to a file of the workdir."""
+def _given(function: Callable) -> Callable[[Run], None]:
+    return lambda run: function(run.given, run.workdir)
+
+
+def _draw(name: str) -> Callable[[Run], None]:
+    file_name, draw = pictures.PICTURES[name]
 
     def mode(run: Run) -> None:
         values = {field: FLAGS[field].value for field in pictures.Request._fields[1:]}
         picture = draw(run.pipeline, pictures.Request(run.options, **values))
-        png.save_png(path := Path(FLAGS.out or run.workdir / name), picture)
+        png.save_png(path := Path(FLAGS.out or run.workdir / file_name), picture)
         log.info("Wrote %s", path)
 
     return mode
@@ -85,8 +88,10 @@ def _draw(name: str, draw: Callable) -> Callable[[Run], None]:
 
 def _evaluate(run: Run) -> None:
     if FLAGS.metrics is not None:
-        draws = {"num": FLAGS.num, "seed": FLAGS.seed, "keep": FLAGS.keep}
-        quality.run(run.pipeline, run.workdir, FLAGS.metrics, **draws, **run.options)
+        asked = {name: FLAGS[name].value for name in ("num", "seed", "keep")} | run.options
+        values, protocol = quality.run(run.pipeline, run.workdir, FLAGS.metrics, **asked)
+        if values:
+            log.info("%s\n\n%s", table(values, quality.METRICS), describe(protocol))
     elif jax.process_index() == 0:
         log.info("%s", json.dumps(report.report(run.pipeline, run.workdir), indent=2))
 
@@ -97,65 +102,44 @@ def _all(run: Run) -> None:
     stages.train_prior(run.given, run.workdir)
     if jax.process_index():
         return  # what is left is process 0's; the others wait for it as they exit
-    for mode in ("evaluate", "sample", "reconstruct", "inpaint"):
-        MODES[mode].run(run)
-    if pictures.has_trajectory(run.pipeline):
-        _draw("trajectory.png", pictures.draw_trajectory)(run)
-
-
-def _with_config(function: Callable) -> Callable[[Run], None]:
-    return lambda run: function(run.given, run.workdir)
+    for mode in (_evaluate, *map(_draw, pictures.of_all(run.pipeline))):
+        mode(run)
 
 
 MODES = {
     "all": Mode("Trains both stages, evaluates, draws pictures.", "", _all, True),
-    "train_autoencoder": Mode("Trains stage 1.", "", _with_config(stages.train_autoencoder), True),
-    "train_prior": Mode("Trains stage 2.", "", _with_config(stages.train_prior), True),
-    "encode": Mode("Writes the training images' codes.", "", _with_config(stages.encode), True),
-    "table4": Mode("Compares the bottlenecks.", "", _with_config(bottlenecks.run), True),
-    "sample": Mode("Draws new images.", "--label=7", _draw("samples.png", pictures.draw_samples)),
-    "reconstruct": Mode(
-        "Draws test images above their reconstructions.",
-        "--num=20",
-        _draw("reconstructions.png", pictures.draw_reconstructions),
-    ),
-    "inpaint": Mode(
-        "Draws hidden parts of images anew.",
-        "--image=seven.png --mask=left",
-        _draw("inpainting.png", pictures.draw_inpaintings),
-    ),
-    "vary": Mode(
-        "Draws variations of images.",
-        "--image=seven.png --strength=0.4",
-        _draw("variations.png", pictures.draw_variations),
-    ),
+    "train_autoencoder": Mode("Trains stage 1.", "", _given(stages.train_autoencoder), True),
+    "train_prior": Mode("Trains stage 2.", "", _given(stages.train_prior), True),
+    "encode": Mode("Writes the training images' codes.", "", _given(stages.encode), True),
+    "table4": Mode("Compares the bottlenecks.", "", _given(bottlenecks.run), True),
+    "sample": Mode("Draws new images.", "--label=7 --num=20", _draw("sample")),
+    "reconstruct": Mode("Draws test images and reconstructions.", "--num=9", _draw("reconstruct")),
+    "inpaint": Mode("Draws hidden parts anew.", "--image=a.png --mask=left", _draw("inpaint")),
+    "vary": Mode("Draws variations.", "--image=a.png --strength=0.4", _draw("vary")),
     "evaluate": Mode("Writes report.json, or measures --metrics.", "--metrics=fid,psnr", _evaluate),
 }
 
 
-def main(argv: list[str]) -> None:
+def main(_: list[str]) -> None:
     """Dispatches on --mode; a user's error is one sentence and exit code 1."""
-    del argv
     command.prepare_jax()
     with processes.together(), command.reporting():
-        processes.join(*(FLAGS[name].value for name in _PROCESSES))
+        processes.join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         mode, config = MODES[FLAGS.mode], command.given_config()
         if mode.needs_config and jax.process_count() == 1:
             command.end_on_sigterm()  # of several processes, one that ends alone is seen to fail
         given = config and experiment.resolve(config)
-        same = json.dumps([FLAGS.mode, given and given.config])
-        processes.check_same("the config or --mode", same)
+        content = given and given.config
+        processes.check_same("the config or --mode", json.dumps([FLAGS.mode, content]))
         mode.run(Run(Path(FLAGS.workdir), given))
 
 
 def parse_flags(argv: list[str]) -> list[str]:
     """Parses flags; bad usage is one sentence and exit code 2."""
     unparsed = usage.parse_flags(argv, MODES, _FLAGS)
-    if FLAGS.mode == "evaluate" and FLAGS.metrics is None:
-        for name, flag in _FLAGS.items():
-            if FLAGS[name].present and flag.modes:
-                command.bad_usage(f"--{name} is for --mode=evaluate with --metrics")
-    processes.check_flags(*(FLAGS[name].value for name in _PROCESSES))
+    given = [name for name, flag in _FLAGS.items() if FLAGS[name].present and flag.modes]
+    if given and FLAGS.mode == "evaluate" and FLAGS.metrics is None:
+        command.bad_usage(f"--{given[0]} is for --mode=evaluate with --metrics")
     return unparsed
 
 

@@ -234,7 +234,9 @@ def encode(experiment: Experiment, workdir: Path) -> Path:
     source = open_split(experiment.data, "train", workdir)
     experiment = with_classes(experiment, source)
     encoder = BinaryLatentDiffusion.from_workdir(workdir, experiment, prior=False)
-    return _write_codes(encoder, source, workdir)
+    folder = _write_codes(encoder, source, workdir)
+    log.info("The codes are in %s", folder)
+    return folder
 
 
 def setup_prior(experiment: Experiment, workdir: Path) -> Stage:

@@ -166,11 +166,6 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def has_trajectory(pipeline: BinaryLatentDiffusion) -> bool:
-    """Whether the prior's kind can show its way to a sample."""
-    return has(pipeline.experiment.prior.prior, "trajectory")
-
-
 def draw_samples(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     """Draws `samples`."""
     key = key_for(asked.seed, "sample")
@@ -244,3 +239,19 @@ def _masks(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> np.ndar
             f"--mask={asked.mask} is none of {', '.join(masks.PRESETS)}; a file needs --image."
         )
     return masks.read_mask(asked.mask, asked.image, height)[None]
+
+
+# By mode, the file of the workdir, and what draws it.
+PICTURES = {
+    "sample": ("samples.png", draw_samples),
+    "reconstruct": ("reconstructions.png", draw_reconstructions),
+    "inpaint": ("inpainting.png", draw_inpaintings),
+    "vary": ("variations.png", draw_variations),
+    "trajectory": ("trajectory.png", draw_trajectory),
+}
+
+
+def of_all(pipeline: BinaryLatentDiffusion) -> list[str]:
+    """Returns which of `PICTURES` a finished run draws; not every prior has a trajectory."""
+    shows_its_way = has(pipeline.experiment.prior.prior, "trajectory")
+    return ["sample", "reconstruct", "inpaint"] + ["trajectory"] * shows_its_way

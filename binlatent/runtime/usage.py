@@ -9,7 +9,7 @@ from absl import flags as absl_flags
 
 import binlatent
 from binlatent import configs
-from binlatent.runtime import command
+from binlatent.runtime import command, processes
 
 
 class Mode(NamedTuple):
@@ -114,4 +114,5 @@ def parse_flags(argv: list[str], modes: Mapping[str, Mode], flags: Mapping[str, 
         command.bad_usage(f"--num must be at least 1, not {values.num}")
     if values.out and not values.out.lower().endswith(".png"):
         command.bad_usage("--out must be a file that ends in .png")
+    processes.check_flags(values.coordinator, values.num_processes, values.process_id)
     return unparsed
