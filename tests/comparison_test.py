@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent.evaluation import comparison, exchange
+from binlatent.evaluation import comparison, exchange, results
+from binlatent.evaluation.metrics.feature_metrics import Gaussian, Statistics, frechet_distance
 from binlatent.evaluation.networks import features
-from binlatent.evaluation.networks.features import Features, Gaussian, Network
+from binlatent.evaluation.networks.features import Features, Network
 from binlatent.runtime.devices import map_batches
 from binlatent.runtime.errors import UserError
 
@@ -33,7 +34,7 @@ def image_set(array, name="there"):
     def batches(size):
         return (array[i : i + size] for i in range(0, len(array), size))
 
-    return exchange.Images(len(array), batches, {"images": name})
+    return exchange.ImageSet(len(array), batches, {"images": name})
 
 
 def drawn(seed, n=40, d=4, shift=0.0, **more):
@@ -93,7 +94,7 @@ def test_batches_spread_over_four_devices_change_nothing():
         np.testing.assert_allclose(mean, expected.mean(axis=0), rtol=1e-9)
         np.testing.assert_allclose(covariance, np.cov(expected.T), rtol=1e-9, atol=1e-6)
     other = drawn(0, 200, 24)
-    values = [comparison.compare(other, x, ["fid", "pr"]) for x in found]
+    values = [comparison.compare(other, x, ["fid", "pr"])[0] for x in found]
     for value in values[:2]:
         assert value == pytest.approx(values[2], rel=1e-9)
 
@@ -118,47 +119,46 @@ def kernel(a, b, d=4):
 
 def test_means_give_closed_forms():
     reference, generated = drawn(0, 4_000), drawn(1, 4_000, shift=0.5)
-    values = comparison.compare(reference, generated, ["fid", "kid", "pr", "dc"])
+    values, _ = comparison.compare(reference, generated, ["fid", "kid", "pr", "dc"])
     assert values["fid"] == pytest.approx(4 * 0.25, abs=0.1)
     expected = kernel(0, 0) + kernel(0.5, 0.5) - 2 * kernel(0, 0.5)
     assert values["kid"] == pytest.approx(expected, rel=0.1) and values["kid_std"] > 0
     assert 0.8 < values["precision"] <= 1 and 0.8 < values["recall"] <= 1
-    same = comparison.compare(reference, drawn(2, 4_000), ["fid", "dc"])
+    same, _ = comparison.compare(reference, drawn(2, 4_000), ["fid", "dc"])
     assert same["fid"] < 0.01 and same["density"] == pytest.approx(1, abs=0.05)
 
 
 def test_inception_score_of_sure_and_unsure_classes():
     sure = np.eye(10, dtype=np.float32)[np.arange(2_000) % 10] * 100
-    values = comparison.compare(None, drawn(0, 2_000, logits=sure), ["is"])
+    values, _ = comparison.compare(None, drawn(0, 2_000, logits=sure), ["is"])
     # Ten, less what the classes' shares of 200 samples differ by chance.
     assert values["is"] == pytest.approx(10 * np.exp(-9 / 2 / 200), rel=0.02)
-    unsure = comparison.compare(None, drawn(0, 2_000, logits=0 * sure), ["is"])
+    unsure, _ = comparison.compare(None, drawn(0, 2_000, logits=0 * sure), ["is"])
     assert unsure == {"is": pytest.approx(1), "is_std": pytest.approx(0, abs=1e-9)}
 
 
 def test_other_networks_have_other_names():
     logits = np.zeros((40, 3), np.float32)
-    values = comparison.compare(
+    values, _ = comparison.compare(
         drawn(0, 50), drawn(1, logits=logits), ["fid", "kid", "is", "pr"], "_effnet"
     )
     assert list(values) == [
         *("fd_effnet", "kd_effnet", "kd_effnet_std", "score_effnet", "score_effnet_std"),
         *("precision_effnet", "recall_effnet"),
     ]
-    table = comparison.table(values)
+    table = results.table(values, comparison.METRICS)
     assert "FD-EffNet" in table and "FID" not in table
 
 
 def test_kid_of_all_samples_is_computed_once():
-    values = comparison.compare(drawn(0), drawn(1), ["kid"])
+    values, _ = comparison.compare(drawn(0), drawn(1), ["kid"])
     x, y = (drawn(seed).pool.astype(np.float64) for seed in (0, 1))
     within = [
         (np.sum(k) - np.trace(k)) / (40 * 39) for k in ((z @ z.T / 4 + 1) ** 3 for z in (x, y))
     ]
     assert values == {"kid": pytest.approx(sum(within) - 2 * np.mean((x @ y.T / 4 + 1) ** 3))}
-    several = comparison.compare(drawn(0), drawn(1, 60), ["kid"])
-    assert list(several) == ["kid", "kid_std"]
-    told = comparison.settings(drawn(0), drawn(1, 60), ["kid", "pr", "fid"])
+    several, told = comparison.compare(drawn(0), drawn(1, 60), ["kid", "pr", "fid"])
+    assert list(several) == ["fid", "kid", "kid_std", "precision", "recall"]
     assert told["kid"].startswith("100 subsets of 40 by seed 2020 of 40 real and 60 generated")
     assert list(told) == ["kid", "pr"]
 
@@ -173,12 +173,10 @@ def test_grey_images_are_counted(caplog):
 
 def test_too_few_images_for_the_features(caplog):
     with caplog.at_level(logging.WARNING):
-        values = comparison.compare(drawn(0, 10, 64), drawn(1, 10, 64), ["fid"])
+        values, _ = comparison.compare(drawn(0, 10, 64), drawn(1, 10, 64), ["fid"])
     assert "10 reference images for 64 features" in caplog.text
-    from binlatent.evaluation.metrics import image_metrics
-
-    expected = image_metrics.frechet_distance(drawn(0, 10, 64).pool, drawn(1, 10, 64).pool)
-    assert values["fid"] == pytest.approx(expected, rel=1e-5)
+    a, b = (Statistics.of(drawn(seed, 10, 64).pool).gaussian for seed in (0, 1))
+    assert values["fid"] == pytest.approx(frechet_distance(a, b), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -203,10 +201,10 @@ def test_what_cannot_be_compared(reference, generated, names, text):
 
 def test_what_a_network_has_not_is_refused_first():
     with pytest.raises(UserError, match="needs logits, which these weights of Inception lack"):
-        comparison.check_network(NETWORK._replace(logits=False), ["fid", "is"])
+        comparison.check_network("inception", ["fid", "is"], logits=False)
     with pytest.raises(UserError, match="sfid is of the network inception alone"):
-        comparison.check_network(NETWORK._replace(name="efficientnet"), ["sfid"])
-    comparison.check_network(NETWORK, comparison.METRICS)
+        comparison.check_network("efficientnet", ["sfid"])
+    comparison.check_network("inception", comparison.METRICS)
 
 
 def test_features_that_are_not_finite():
@@ -221,16 +219,16 @@ def test_statistics_of_another_network(tmp_path):
     path = tmp_path / "x.npz"
     exchange.write_statistics(path, drawn(0), {"network": {"network": "another"}})
     with pytest.raises(UserError, match="another network or of other weights"):
-        comparison.load(path, NETWORK, 4)
+        comparison.load_features(path, NETWORK, 4)
 
 
 def test_statistics_beside_images(tmp_path):
     """As in ADM's references: the statistics are of more images than the file has."""
     array = images(0)
     np.savez(tmp_path / "x.npz", arr_0=array, mu=np.ones(6), sigma=np.eye(6))
-    found, protocol = comparison.load(tmp_path / "x.npz", NETWORK, 16)
+    found, protocol = comparison.load_features(tmp_path / "x.npz", NETWORK, 16)
     np.testing.assert_array_equal(found.gaussians["pool"].mean, np.ones(6))
     assert found.pool.shape == (40, 6) and protocol["statistics"] == str(tmp_path / "x.npz")
     # They are Inception's: another network's are computed.
-    found, protocol = comparison.load(tmp_path / "x.npz", NETWORK._replace(width=5), 16)
+    found, protocol = comparison.load_features(tmp_path / "x.npz", NETWORK._replace(width=5), 16)
     assert np.any(found.gaussians["pool"].mean != 1) and "statistics" not in protocol

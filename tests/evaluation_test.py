@@ -10,7 +10,7 @@ from skimage import metrics as skimage_metrics
 
 from binlatent.evaluation import __main__ as evaluation
 from binlatent.evaluation import exchange
-from binlatent.evaluation.metrics import image_metrics
+from binlatent.evaluation.metrics.feature_metrics import Statistics, frechet_distance
 from binlatent.evaluation.networks import features
 from binlatent.evaluation.networks import weights as published_weights
 from binlatent.runtime import weights
@@ -73,8 +73,8 @@ def test_two_sets_their_statistics_and_the_protocol(capsys, sets, effnet, tmp_pa
     result = json.loads((tmp_path / "x.json").read_text())
     values, protocol = result["metrics"], result["protocol"]
     judge = features.efficientnet(effnet)
-    a, b = (judge.apply(x, 8)["pool"] for x in (real, generated))
-    assert values["fd_effnet"] == pytest.approx(image_metrics.frechet_distance(a, b), rel=1e-6)
+    a, b = (Statistics.of(judge.apply(x, 8)["pool"]).gaussian for x in (real, generated))
+    assert values["fd_effnet"] == pytest.approx(frechet_distance(a, b), rel=1e-6)
     assert "FD-EffNet" in out and "FID" not in out
     assert "24 reference images for 1280 features" in err
     assert values["psnr"] == pytest.approx(

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 from binlatent.evaluation import exchange
-from binlatent.evaluation.networks.features import Features, Gaussian
+from binlatent.evaluation.metrics.feature_metrics import Gaussian
+from binlatent.evaluation.networks.features import Features
 from binlatent.runtime.errors import UserError
 
 
@@ -29,9 +30,9 @@ def joined(images, batch_size):
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
 def test_folders_and_batches_hold_the_same_images(tmp_path, batch_size):
     images = pictures(0)
-    folder = exchange.open_images(save(tmp_path / "images", images))
+    folder = exchange.open_set(save(tmp_path / "images", images))
     np.savez(tmp_path / "adm.npz", arr_0=images, arr_1=np.arange(5))
-    batch = exchange.open_images(tmp_path / "adm.npz")
+    batch = exchange.open_set(tmp_path / "adm.npz")
     for found in (folder, batch):
         assert found.count == 5 and found.protocol["size"] == "12x16"
         np.testing.assert_array_equal(joined(found, batch_size), images)
@@ -53,7 +54,7 @@ def test_written_batches_are_what_numpy_reads(tmp_path):
 
 def test_size_crops_squares(tmp_path):
     images = pictures(2, 2, (12, 20))
-    found = exchange.open_images(save(tmp_path / "images", images), 12)
+    found = exchange.open_set(save(tmp_path / "images", images), 12)
     np.testing.assert_array_equal(joined(found, 2), images[:, :, 4:16])
     assert "centre square" in found.protocol["transform"]
 
@@ -119,7 +120,7 @@ def test_damaged_statistics(tmp_path, arrays, text):
 def test_batches_of_something_else(tmp_path, array, text):
     np.savez(tmp_path / "x.npz", arr_0=array)
     with pytest.raises(UserError, match=text):
-        exchange.open_images(tmp_path / "x.npz")
+        exchange.open_set(tmp_path / "x.npz")
 
 
 def test_cut_batch(tmp_path):
@@ -128,29 +129,29 @@ def test_cut_batch(tmp_path):
     content[5000] ^= 255  # in the images, which the archive's checksum then does not fit
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(UserError, match="ends after"):
-        list(exchange.open_images(tmp_path / "x.npz").batches(8))
+        list(exchange.open_set(tmp_path / "x.npz").batches(8))
     (tmp_path / "y.npz").write_bytes(content[:3000])
     with pytest.raises(UserError, match=r"y\.npz is no \.npz file"):
-        exchange.open_images(tmp_path / "y.npz")
+        exchange.open_set(tmp_path / "y.npz")
 
 
 def test_several_sizes(tmp_path):
     save(tmp_path, pictures(0))
     Image.fromarray(pictures(1, 1, (9, 9))[0]).save(tmp_path / "zoo.png")
     with pytest.raises(UserError, match=r"000\.png is 16x12, zoo\.png 9x9\. Give --size=N"):
-        list(exchange.open_images(tmp_path).batches(2))
-    assert joined(exchange.open_images(tmp_path, 8), 4).shape == (6, 8, 8, 3)
+        list(exchange.open_set(tmp_path).batches(2))
+    assert joined(exchange.open_set(tmp_path, 8), 4).shape == (6, 8, 8, 3)
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match="no images in"):
-        exchange.open_images(tmp_path)
+        exchange.open_set(tmp_path)
     with pytest.raises(UserError, match="no folder or"):
-        exchange.open_images(tmp_path / "missing")
+        exchange.open_set(tmp_path / "missing")
     save(tmp_path, pictures(0))
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read the image .*bad\.png"):
-        list(exchange.open_images(tmp_path).batches(2))
+        list(exchange.open_set(tmp_path).batches(2))
 
 
 def test_caches_of_torch_fidelity(tmp_path):

@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binlatent import build
+from binlatent import stages
+from binlatent.data.splits import load_images, open_split
 from binlatent.data.transforms import to_uint8
-from binlatent.evaluation import comparison, quality, report, samples
-from binlatent.evaluation.metrics import image_metrics
-from binlatent.evaluation.networks import classifier
+from binlatent.evaluation import comparison, quality, reference, report, samples
+from binlatent.evaluation.judge import Judge
+from binlatent.evaluation.metrics.feature_metrics import Statistics, frechet_distance
+from binlatent.experiment import resolve
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime.errors import UserError
-from binlatent.training import checkpoint, loop
+from binlatent.runtime.keys import key_for
+from binlatent.training import checkpoint
 
 PR = ("precision_classifier", "recall_classifier")
 
@@ -22,19 +25,25 @@ PR = ("precision_classifier", "recall_classifier")
 @pytest.fixture
 def pipeline(tiny_config):
     tiny_config.data.num_classes = 10
+    experiment = resolve(tiny_config)
     keys = jax.random.split(jax.random.key(0))
-    model = BinaryLatentDiffusion(
-        tiny_config,
-        build.init_autoencoder(tiny_config, keys[0]),
-        build.init_prior(tiny_config, keys[1]),
-    )
     noise = iter(jax.random.split(jax.random.key(1), 1_000))
     # Untrained, all samples would look alike.
-    for name in ("autoencoder_params", "prior_params"):
-        params = getattr(model, name)
-        moved = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), params)
-        setattr(model, name, moved)
-    return model
+    params = [
+        jax.tree.map(
+            lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), jax.jit(init)(key)
+        )
+        for init, key in zip(
+            (experiment.autoencoder.init, experiment.prior.init), keys, strict=True
+        )
+    ]
+    return BinaryLatentDiffusion(experiment, *params)
+
+
+def change(pipeline, **evaluate):
+    """Changes keys of `config.evaluate`."""
+    values = {f"evaluate.{name}": value for name, value in evaluate.items()}
+    pipeline.experiment = pipeline.experiment.change(values)
 
 
 @pytest.fixture
@@ -52,7 +61,7 @@ def test_samples_are_those_of_their_seed_and_class(pipeline, tmp_path, small_sha
     images = found.images()
     assert len(images) == 20
     # Whatever the shards, but for rounding: kernels add up otherwise for another batch size.
-    expected = to_uint8(pipeline.sample(20, build.key(3, "evaluate"), np.arange(20) % 10))
+    expected = to_uint8(pipeline.sample(20, key_for(3, "evaluate"), np.arange(20) % 10))
     difference = np.stack([images[i] for i in range(20)]).astype(int) - expected
     assert np.abs(difference).max() <= 1 and np.mean(difference != 0) < 0.001
     assert found.protocol["labels"] == "balanced, 10 classes in turn"
@@ -99,39 +108,41 @@ def test_samples_are_kept(pipeline, tmp_path, small_shards, keep):
 
 
 def test_labels_of_the_data(pipeline, tmp_path, small_shards):
-    pipeline.config.evaluate.labels = "data"
+    change(pipeline, labels="data")
     found = draw(pipeline, tmp_path, 40)
-    examples = report.open_data(pipeline.config, "train").examples
+    examples = open_split(pipeline.experiment.data, "train").examples
     order = np.random.default_rng(0).permutation(len(examples))
     expected = [examples[int(i)]["label"] for i in order[:40]]
     np.testing.assert_array_equal(found.labels(), expected)
 
 
 def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
-    names = ["fid", "kid", "is", "pr", "dc", "cas", "psnr", "ssim", "bound"]
+    names = ["fid", "kid", "is", "pr", "dc", "cas", "psnr", "ssim", "codes", "prior", "bound"]
     values, protocol = quality.run(pipeline, tmp_path, names, num=30, temperature=0.7)
     assert set(values) >= {
         *("fd_classifier", "kd_classifier", "kd_classifier_std", "score_classifier"),
         *("precision_classifier", "recall_classifier", "density_classifier"),
         *("coverage_classifier", "cas_top1", "cas_top5", "psnr", "psnr_std", "ssim"),
-        *("bits_per_image", "bits_per_dim"),
+        *("bit_rate", "dead_bits", "bce", "bits_per_image", "bits_per_dim"),
     }
     assert "fid" not in values and all(np.isfinite(list(values.values())))
     # The distance once more, by hand: all 4,500 training images, and the samples that were drawn.
     found = samples.Samples(
         pipeline, None, tmp_path / "x", 30, options={"temperature": 0.7}, images=True
     )
-    params, _ = quality._classifier(pipeline.config, tmp_path / "evaluation")
-    train_images, _ = report.load_images(report.open_data(pipeline.config, "train"), 10_000)
-    _, a = classifier.apply_classifier(params, train_images, 10)
-    _, b = classifier.apply_classifier(params, np.concatenate(found.images().parts), 10)
-    assert values["fd_classifier"] == pytest.approx(image_metrics.frechet_distance(a, b), rel=1e-3)
+    train_images, _ = load_images(open_split(pipeline.experiment.data, "train"), 10_000)
+    network = reference.network(pipeline.experiment, tmp_path)
+    a, b = (
+        Statistics.of(network.apply(x, 500)["pool"]).gaussian
+        for x in (train_images, np.concatenate(found.images().parts))
+    )
+    assert values["fd_classifier"] == pytest.approx(frechet_distance(a, b), rel=1e-3)
     assert protocol["reference"]["count"] == len(train_images)
     assert protocol["samples"]["temperature"] == 0.7
     assert len(protocol["network"]["weights"]) == 16
     stored = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
     assert stored == [{"metrics": values, "protocol": json.loads(json.dumps(protocol))}]
-    assert list(protocol["metrics"]) == ["kid", "pr", "dc", "is"]
+    assert list(protocol["metrics"]) == ["kid", "is", "pr", "dc"]
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["stage"] == "evaluation" and logged[-1]["psnr"] == values["psnr"]
     # Neither the reference nor the samples are judged again.
@@ -157,7 +168,8 @@ def test_changed_images_are_judged_again(pipeline, tmp_path):
             for i in range(4):
                 image = random.integers(0, 256, (28, 28), np.uint8)
                 Image.fromarray(image).save(folder / split / str(label) / f"{i}.png")
-    pipeline.config.data.name, pipeline.config.data.path = "folder", str(folder)
+    values = {"data.name": "folder", "data.path": str(folder)}
+    pipeline.experiment = pipeline.experiment.change(values)
     first, protocol = quality.run(pipeline, tmp_path, ["fid"])
     assert quality.run(pipeline, tmp_path, ["fid"])[0] == first
     for file in folder.rglob("*.png"):
@@ -184,7 +196,7 @@ def test_damaged_files_of_before(pipeline, tmp_path):
 def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "sample", None)
     path = tmp_path / "x.npz"
-    pipeline.config.evaluate.reference = str(path)
+    change(pipeline, reference=str(path))
     np.savez(path, mu=np.zeros(128), sigma=np.eye(128))
     with pytest.raises(UserError, match="of the reference only statistics are known"):
         quality.run(pipeline, tmp_path, ["kid"])
@@ -201,7 +213,7 @@ def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_
     [
         (["fdi"], 20, "no metric 'fdi'"),
         (["cas"], 5, "--num=5 is not enough"),
-        (["sfid"], 20, '"inception" alone'),
+        (["sfid"], 20, "of the network inception alone"),
         (["is"], 5, "--num=5 is not enough"),
         (["lpips"], 20, "no file .* with VGG16's weights"),
     ],
@@ -213,20 +225,21 @@ def test_what_cannot_be_measured_is_said_first(pipeline, tmp_path, names, num, t
 
 
 def test_what_the_prior_or_the_data_has_not(pipeline, tmp_path):
-    pipeline.config.evaluate.network = "inception"
-    pipeline.config.evaluate.weights = str(tmp_path / "none.npz")
+    change(pipeline, network="inception", weights=str(tmp_path / "none.npz"))
     with pytest.raises(UserError, match=r"none\.npz"):
         quality.run(pipeline, tmp_path, ["fid"])
-    pipeline.prior_params = None
-    with pytest.raises(UserError, match="has no prior yet"):
-        quality.run(pipeline, tmp_path, ["bound"])
+    without = BinaryLatentDiffusion(pipeline.experiment, pipeline.autoencoder_params)
+    for metric in ("bound", "prior", "fid"):
+        with pytest.raises(UserError, match="has no prior yet"):
+            quality.run(without, tmp_path, [metric])
 
 
-def test_metrics_while_training(tiny_config, tmp_path):
+def test_metrics_while_training_and_the_report(tiny_config, tmp_path, monkeypatch):
     tiny_config.evaluate.every = 3
     tiny_config.evaluate.metrics = ("fid", "pr")
-    loop.train_autoencoder(tiny_config, tmp_path)
-    loop.train_prior(tiny_config, tmp_path)
+    experiment = resolve(tiny_config)
+    stages.train_autoencoder(experiment, tmp_path)
+    stages.train_prior(experiment, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     judged = {line["step"]: line for line in lines if "fd_classifier" in line}
     assert list(judged) == [3, 6] and judged[3]["stage"] == "prior"
@@ -237,3 +250,10 @@ def test_metrics_while_training(tiny_config, tmp_path):
     values, _ = quality.run(model, tmp_path, ["fid"])
     assert values["fd_classifier"] == pytest.approx(judged[6]["fd_classifier"], rel=1e-6)
     assert checkpoint.exists(tmp_path, "prior")
+    # report.json has the numbers of --metrics, and its classifier is the one that is there.
+    monkeypatch.setattr(reference, "train_classifier", None)
+    found = report.report(model, tmp_path)
+    values, _ = quality.run(model, tmp_path, ["psnr", "ssim", "codes", "prior", "bound"])
+    assert found["autoencoder"] | found["prior"] == values
+    assert json.loads((tmp_path / "report.json").read_text()) == found
+    assert Judge(model.experiment, tmp_path).accuracy == found["samples"]["classifier_accuracy"]

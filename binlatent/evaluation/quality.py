@@ -137,11 +137,15 @@ def run(
     experiment = pipeline.experiment
     num = experiment.evaluate.num_samples if num is None else num
     check(experiment, metrics, num)
-    if any("vgg16" in METRICS[name].needs for name in metrics):
-        lpips.read_vgg16(experiment.autoencoder.vgg16)  # before any work
+    of_samples = _asked(comparison.METRICS | _OF_SAMPLES, metrics)
+    needs = {need for name in metrics for need in METRICS[name].needs}
+    if "vgg16" in needs:  # what is missing is said before any work
+        lpips.read_vgg16(experiment.autoencoder.vgg16)
+    if (of_samples or "prior" in needs) and not pipeline.has_prior:
+        raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
     values: dict[str, float] = {}
     protocol: dict[str, Any] = {}
-    if _asked(comparison.METRICS | _OF_SAMPLES, metrics):
+    if of_samples:
         options = {name: value for name, value in options.items() if value is not None}
         drawing = {"seed": seed, "keep": keep, "options": options}
         values, protocol = _of_samples(pipeline, workdir, metrics, num, drawing)
@@ -184,7 +188,6 @@ def _of_samples(
     What the samples are compared with comes first: it may be refused before hours of drawing.
     """
     experiment, folder, first = pipeline.experiment, workdir / "evaluation", not jax.process_index()
-    _ = pipeline.prior_params  # a workdir without a prior is refused
     of_features, of_images = (_asked(x, metrics) for x in (comparison.METRICS, _OF_SAMPLES))
     values, protocol, judge, known = {}, {}, None, None
     if of_features:
