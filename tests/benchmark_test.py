@@ -66,7 +66,7 @@ def test_decoding_counts_its_multiplications(tiny):
 
 def test_the_command_prints_a_table():
     command = [sys.executable, "-m", "binlatent.benchmark", "memory"]
-    flags = ["--config=configs/digits.py", "--config.autoencoder.base_width=32", "--batch_size=2"]
+    flags = ["--config=digits", "--config.autoencoder.base_width=32", "--batch_size=2"]
     result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     where, _, _, _, *lines = result.stdout.splitlines()
@@ -153,9 +153,9 @@ def test_each_batch_size_and_number_of_steps_is_a_row(tiny, monkeypatch):
     monkeypatch.setattr(speed, "measure_speed", measure)
     measured = list(benchmark.measure_speeds("sample", tiny, [1, 2], [3, 5], repeats=7))
     assert measured == [("sample", n, steps, 7) for n in (1, 2) for steps in (3, 5)]
-    title = speed.describe("sample", tiny, 2)
+    title = speed.caption("sample", tiny, 2)
     assert title.startswith("sample of ") and title.endswith(" at batch size 2, 4 steps")
-    assert speed.describe("decode", tiny, 2).endswith(" at batch size 2")
+    assert speed.caption("decode", tiny, 2).endswith(" at batch size 2")
     measured = list(benchmark.measure_speeds("sample", tiny, [1, 2], [], repeats=7))
     assert measured == [("sample", n, 4, 7) for n in (1, 2)]
     measured = benchmark.measure_speeds("sample", tiny, [1], [3, 999], repeats=7)

@@ -1,10 +1,10 @@
-"""What the networks cost: `python -m binlatent.benchmark NAME --config=configs/X.py`.
+"""Speed and memory of the networks: `python -m binlatent.benchmark NAME --config=configs/X.py`.
 
 `train_autoencoder`, `train_prior`, `sample`, `decode`, `encode` and `network` (the prior's, once)
 run the compiled programs with random weights, no data and no workdir, and say how fast they are;
-see docs/performance.md. As no data says how many classes there are, the prior has to be told, as by
---config.data.num_classes=10. `paper` measures all rows of that page's table for GPUs, but those
-that --out has already. `data` reads the config's training images as training does, and says how
+see docs/performance.md. As no data is opened, a prior's number of classes must be given, as by
+--config.data.num_classes=10. `paper` measures the rows of that page's table for GPUs that --out
+does not have yet. `data` reads the config's training images as training does, and says how
 many a second. `memory` compiles the autoencoder's training step and its decoder, without running
 them, and says what memory the compiled programs ask for. With --topology they are compiled for
 TPUs that need not be there (`pip install libtpu`).
@@ -25,7 +25,7 @@ from binlatent import experiment as experiments
 from binlatent.benchmark import loading, memory, paper_sizes, rows, speed, workloads
 from binlatent.benchmark.rows import Row
 from binlatent.experiment import Experiment
-from binlatent.runtime import command
+from binlatent.runtime import command, usage
 from binlatent.runtime.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -46,7 +46,7 @@ def measure_speeds(
     variants = [experiment.change({"sample.steps": num}) for num in steps] or [experiment]
     workloads.check_measurable(name, experiment)
     for batch_size, variant in itertools.product(batch_sizes, variants):
-        log.info("Measuring %s", speed.describe(name, variant, batch_size))
+        log.info("Measuring %s", speed.caption(name, variant, batch_size))
         yield speed.measure_speed(name, variant, batch_size, **options)
 
 
@@ -161,4 +161,4 @@ def _check_numbers(name: str, experiment: Experiment | None) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main, flags_parser=command.parse_flags)
+    app.run(main, flags_parser=lambda argv: command.parse_flags(usage.with_config_paths(argv)))

@@ -1,4 +1,4 @@
-"""What the networks multiply, counted by hand: FLOPs of one image, two for a multiply and add.
+"""FLOPs of the networks for one image, by formula: two for a multiplication and an addition.
 
 Matrix products and convolutions alone, as is usual for a share of a device's peak: no norms,
 activations or softmax. A convolution's taps that lie on its padding are not counted. Training is
@@ -62,7 +62,7 @@ def count_transformer(
     Args:
       network: the prior's.
       code_shape: (h, w, c).
-      labelled: whether it is given a label; without a condition it has none.
+      labelled: whether it gets a label; without a condition there is none.
       text_tokens: m, of the condition "text_cross".
     """
     h, w, c = code_shape

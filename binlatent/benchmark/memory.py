@@ -8,9 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from binlatent.autoencoder import lpips
 from binlatent.autoencoder.spec import AutoencoderSpec
 from binlatent.benchmark import rows, workloads
 from binlatent.benchmark.rows import Row, or_dash
@@ -64,8 +62,7 @@ def train_step_memory(spec: AutoencoderSpec, batch_size: int, device: Any) -> Ro
     )
     state = jax.eval_shape(functools.partial(spec.init_state, 0))
     image = jax.ShapeDtypeStruct((batch_size, *spec.image_shape), jnp.float32)
-    vgg16 = traverse_util.unflatten_dict(lpips.vgg16_shapes(), sep="/")
-    frozen = {"params": vgg16} if spec.networks.lpips else {}
+    frozen = workloads.lpips_shapes(spec.networks)
     return _memory(step, device, state, {"image": image}, frozen, times=spec.train.accumulate)
 
 

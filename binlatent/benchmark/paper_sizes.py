@@ -31,6 +31,7 @@ def paper_subjects() -> list[Subject]:
     A training step of 24 x 768 at 1,024 tokens, which the paper has not, is left out: it takes a
     minute to compile.
     """
+
     def at_16_steps(module, **changes):
         common = {"dtype": "bfloat16", "prior.cache_codes": True, "sample.steps": 16}
         return experiment.resolve(module.get_config()).change({**common, **changes})
@@ -100,7 +101,7 @@ def measure_subjects(subjects: list[Subject], **options: Any) -> Iterator[Row]:
     """
     failed = 0
     for number, subject in enumerate(subjects, 1):
-        log.info("%d of %d: %s", number, len(subjects), speed.describe(*subject))
+        log.info("%d of %d: %s", number, len(subjects), speed.caption(*subject))
         measured = None
         try:
             measured = speed.measure_speed(*subject, **options)

@@ -91,11 +91,11 @@ def subject(name: str, experiment: Experiment, batch_size: int) -> Row:
     }
 
 
-def describe(name: str, experiment: Experiment, batch_size: int) -> str:
+def caption(name: str, experiment: Experiment, batch_size: int) -> str:
     """Returns what `measure_speed` measures, for people."""
-    steps = subject(name, experiment, batch_size)["steps"]
-    size = workloads.describe_size(name, experiment)
-    return f"{name} of {size} at batch size {batch_size}{f', {steps} steps' if steps else ''}"
+    about = subject(name, experiment, batch_size)
+    steps = f", {about['steps']} steps" if about["steps"] else ""
+    return f"{name} of {about['size']} at batch size {batch_size}{steps}"
 
 
 def measure_speed(

@@ -1,4 +1,4 @@
-"""The programs that are measured, with random weights: what to call, and what it multiplies.
+"""The programs whose speed is measured, with random weights, and their FLOPs.
 
 Weights are drawn here: to initialise a network JAX compiles dozens of small programs, which takes
 as long as the measurement.
@@ -17,6 +17,7 @@ from flax import traverse_util
 
 from binlatent.autoencoder import lpips, programs
 from binlatent.autoencoder.spec import AutoencoderSpec
+from binlatent.autoencoder.step import Networks
 from binlatent.benchmark import flops
 from binlatent.experiment import Experiment
 from binlatent.priors.conditions import Condition, Conditioning
@@ -77,8 +78,8 @@ class Work(NamedTuple):
     """What is measured.
 
     Fields:
-      call: makes one step, or one batch, and returns what to wait for.
-      programs: that it runs.
+      call: runs one step, or one batch, and returns the arrays to wait for.
+      programs: the compiled programs that it runs.
       flops: of a call on one device, by `benchmark.flops`.
       xla_flops: as XLA counts them, None where it cannot tell.
     """
@@ -148,6 +149,12 @@ def _weights(init: Callable) -> Any:
     return replicate(_drawn(jax.eval_shape(init, jax.random.key(0))))
 
 
+def lpips_shapes(networks: Networks) -> dict[str, Any]:
+    """Returns the shapes of LPIPS's parameters, {} if no loss needs them."""
+    vgg16 = traverse_util.unflatten_dict(lpips.vgg16_shapes(), sep="/")
+    return {"params": vgg16} if networks.lpips else {}
+
+
 def _state(init_state: Callable) -> TrainState:
     """Returns a state such as that of `init_state(seed)`, with Adam's moments and the EMA at 0."""
     shapes = jax.eval_shape(functools.partial(init_state, 0))
@@ -186,11 +193,10 @@ def _forward_work(
 def train_autoencoder_work(experiment: Experiment, num: int, on_device: int) -> Work:
     """Training's step of stage 1 with its discriminator, whenever that starts."""
     spec = experiment.autoencoder
-    vgg16 = traverse_util.unflatten_dict(lpips.vgg16_shapes(), sep="/")
     call, program = _compile_step(
         _state(spec.init_state),
         {"image": _images(spec, num)},
-        {"params": _drawn(vgg16)} if spec.networks.lpips else {},
+        _drawn(lpips_shapes(spec.networks)),
         spec.step(spec.networks),
     )
     per_image = flops.count_autoencoder_step(

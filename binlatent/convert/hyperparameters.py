@@ -39,11 +39,11 @@ def _levels(checkpoint: released.Checkpoint, prefix: str, kinds: str) -> list[st
 
 
 def of_autoencoder(checkpoint: released.Checkpoint, image_size: int) -> dict[str, Any]:
-    """Returns what the names and shapes of an autoencoder say, by keys of a config.
+    """Returns the hyper-parameters that an autoencoder's names and shapes imply, by config keys.
 
     Args:
       checkpoint: of an autoencoder, with or without a discriminator.
-      image_size: which they do not say.
+      image_size: side of the images in pixels, which they do not imply.
     """
     encoder, decoder = "ae.encoder.blocks.", "ae.generator.blocks."
     base_width, channels, _, _ = checkpoint.shape(f"{encoder}0.weight", 4)
@@ -98,7 +98,7 @@ def depth_ratio(depth: int, num_blocks: int) -> float:
 
 
 def of_prior(checkpoint: released.Checkpoint) -> dict[str, Any]:
-    """Returns what the names and shapes of a prior say, by keys of a config.
+    """Returns the hyper-parameters that a prior's names and shapes imply, by config keys.
 
     Besides, `tokens` and `num_bits`, of its codes.
     """

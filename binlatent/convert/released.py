@@ -45,7 +45,7 @@ class Tensor(NamedTuple):
 
 
 def _tensors(tree: Any, prefix: str, tensor: Callable[[str, str, tuple], Tensor]) -> dict:
-    """Returns a tree's paths, "a/b", with what each is there, of (module, leaf, our shape)."""
+    """Returns the tensor of theirs for each path "a/b"; `tensor` takes module, leaf, shape here."""
     tensors = {}
     for path, x in traverse_util.flatten_dict(tree, sep="/").items():
         *modules, leaf = path.split("/")
@@ -74,7 +74,7 @@ def _convolutional(module: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def autoencoder_tensors(params: Any) -> dict[str, Tensor]:
-    """Returns what each of an autoencoder's parameters is there, by its path.
+    """Returns the tensor of theirs for each of an autoencoder's parameters, by its path.
 
     Args:
       params: {"encoder": ..., "bottleneck": ..., "decoder": ...}, arrays or their shapes.
@@ -92,7 +92,7 @@ def autoencoder_tensors(params: Any) -> dict[str, Tensor]:
 
 
 def discriminator_tensors(variables: Any) -> dict[str, Tensor]:
-    """Returns what each parameter and running statistic of a discriminator is there.
+    """Returns the same for a discriminator's parameters and running statistics.
 
     Args:
       variables: {"params": ..., "batch_stats": ...}.
@@ -105,7 +105,7 @@ def discriminator_tensors(variables: Any) -> dict[str, Tensor]:
 
 
 def prior_tensors(params: Any) -> dict[str, Tensor]:
-    """Returns what each of a prior's parameters is there."""
+    """Returns the same for a prior's parameters."""
 
     def tensor(module: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
         name = f"{module}.{_LEAVES.get(leaf, leaf)}"
@@ -166,7 +166,7 @@ class Checkpoint:
 
         Args:
           tree: of shapes.
-          tensors: what each is there.
+          tensors: those of theirs, by path.
         """
         arrays = {}
         for path, like in traverse_util.flatten_dict(tree, sep="/").items():
