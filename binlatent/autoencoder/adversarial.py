@@ -80,9 +80,6 @@ def draw_augmentation(
     Returns:
       By policy: the (n, 3) amounts of `colour`, the (n, 2) int shifts of `translate`, which are
       uniform over all within an eighth of the side each way.
-
-    Raises:
-      ValueError: for another policy.
     """
     _check(policy)
     noise = {}
@@ -105,9 +102,6 @@ def augment(images: Array, noise: dict[str, Array], policy: tuple[str, ...]) -> 
       images: (n, height, width, channels).
       noise: of `draw_augmentation`, for at least this policy.
       policy: some of `POLICIES`, applied in this order; none for the images as they are.
-
-    Raises:
-      ValueError: for another policy.
     """
     _check(policy)
     for name in policy:

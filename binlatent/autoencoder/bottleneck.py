@@ -41,9 +41,6 @@ def binarize(probs: Array, mode: str, uniform: Array | None = None) -> Array:
 
     Returns:
       The code, the shape and type of `probs`.
-
-    Raises:
-      ValueError: for another mode.
     """
     if mode == "sample":
         return straight_through(probs, (uniform < probs).astype(probs.dtype))

@@ -120,9 +120,6 @@ class Discriminator(nn.Module):
 
         Returns:
           Logits, (n, h', w', 1), float32, with the sides of `logits_side`; large is real.
-
-        Raises:
-          ValueError: for another norm.
         """
         x = nn.leaky_relu(self._conv(0, self.width, stride=2)(image), 0.2)
         for i in range(1, self.num_layers + 1):

@@ -108,11 +108,7 @@ def vgg16_shapes() -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def read_vgg16(path: str | Path) -> dict[str, Any]:
-    """Returns the variables {"params": ...} of `VGG16` and of `LPIPS`, NumPy arrays, float32.
-
-    Raises:
-      UserError: if the file is missing, damaged, or of something else.
-    """
+    """Returns the variables {"params": ...} of `VGG16` and of `LPIPS`, NumPy arrays, float32."""
     if not Path(path).is_file():
         raise UserError(
             f"There is no file {str(path)!r} with VGG16's weights for the perceptual loss: "

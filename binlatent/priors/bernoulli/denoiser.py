@@ -70,10 +70,7 @@ class Denoiser(Prior):
                 "config.prior.bernoulli.keep, k_0 to k_T, goes with "
                 'config.prior.bernoulli.schedule "given", and only so.'
             )
-        try:
-            schedules.keep_schedule(self.curve, self.num_timesteps)
-        except ValueError as error:
-            raise UserError(f"config.prior.bernoulli: {error}.") from error
+        schedules.keep_schedule(self.curve, self.num_timesteps)  # refuses what is none
 
     @property
     def curve(self) -> schedules.Schedule:

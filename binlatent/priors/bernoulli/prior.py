@@ -97,17 +97,14 @@ class BernoulliPrior(Denoiser):
           start: in (0, 1]; given times start where they do, whatever it is.
         """
         T, continuous = self.num_timesteps, self.continuous
-        try:
-            if settings is not None and settings.times is not None:
-                return schedules.check_times(settings.times, T)
-            steps = T if settings is None else settings.steps
-            even = schedules.visited_times(steps, T, continuous=continuous)
-            if start == 1:
-                return even
-            first = start * T if continuous else max(round(start * T), 1)
-            return np.concatenate([[first], even[even < first]]).astype(np.float32)
-        except ValueError as error:
-            raise UserError(f"{error}.") from error
+        if settings is not None and settings.times is not None:
+            return schedules.check_times(settings.times, T)
+        steps = T if settings is None else settings.steps
+        even = schedules.visited_times(steps, T, continuous=continuous)
+        if start == 1:
+            return even
+        first = start * T if continuous else max(round(start * T), 1)
+        return np.concatenate([[first], even[even < first]]).astype(np.float32)
 
     def draw_noise(self, keys: Array, n: int) -> objective.Noise:
         """Draws times and the noise of the forward process."""

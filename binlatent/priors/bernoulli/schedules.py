@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from binlatent.runtime.errors import UserError
+
 Array = jax.Array
 
 # A name, or k_0, ..., k_T at equally spaced times, with straight lines between them.
@@ -20,29 +22,24 @@ _SIGMOID_END = 3.75  # from 0 to 3 at a temperature of 0.8, as in the authors' c
 
 
 def check_schedule(schedule: Schedule) -> None:
-    """Refuses a schedule that no process has.
-
-    Raises:
-      ValueError: for an unknown name, or values that do not start at 1, do not fall strictly, or
-        end below 0.
-    """
+    """Refuses a schedule that no process has."""
     if isinstance(schedule, str):
         if schedule not in NAMES:
-            raise ValueError(f"schedule must be one of {', '.join(NAMES)}; got {schedule!r}")
+            raise UserError(f"schedule must be one of {', '.join(NAMES)}; got {schedule!r}.")
         return
     keep = np.asarray(schedule, np.float64)
     if keep.ndim != 1 or len(keep) < 2 or not np.all(np.isfinite(keep)):
-        raise ValueError("a schedule of one's own must be two or more numbers, k_0 to k_T")
+        raise UserError("a schedule of one's own must be two or more numbers, k_0 to k_T.")
     if keep[0] != 1:
-        raise ValueError(f"a schedule must start at k_0 = 1, not {keep[0]:g}")
+        raise UserError(f"a schedule must start at k_0 = 1, not {keep[0]:g}.")
     if keep[-1] < 0:
-        raise ValueError(f"a schedule must not end below 0; its last k is {keep[-1]:g}")
+        raise UserError(f"a schedule must not end below 0; its last k is {keep[-1]:g}.")
     rises = np.flatnonzero(np.diff(keep) >= 0)
     if len(rises):
         t = rises[0] + 1
-        raise ValueError(
+        raise UserError(
             f"a schedule must fall strictly, but k_{t} = {keep[t]:g} is not below "
-            f"k_{t - 1} = {keep[t - 1]:g}"
+            f"k_{t - 1} = {keep[t - 1]:g}."
         )
 
 
@@ -78,27 +75,20 @@ def keep_schedule(schedule: Schedule, num_timesteps: int) -> np.ndarray:
 
     Returns:
       float64, (T + 1,), falling from 1.
-
-    Raises:
-      ValueError: for T < 1, a schedule of one's own with another T, or one that no process has.
     """
     if num_timesteps < 1:
-        raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
+        raise UserError(f"num_timesteps must be at least 1, got {num_timesteps}.")
     check_schedule(schedule)
     if not isinstance(schedule, str) and len(schedule) != num_timesteps + 1:
-        raise ValueError(
+        raise UserError(
             f"{num_timesteps} timesteps need {num_timesteps + 1} values, k_0 to "
-            f"k_{num_timesteps}; got {len(schedule)}"
+            f"k_{num_timesteps}; got {len(schedule)}."
         )
     return keep_at(schedule, np.arange(num_timesteps + 1) / num_timesteps)
 
 
 def betas(keep: Sequence[float]) -> np.ndarray:
-    """Returns beta_1, ..., beta_T of k_0, ..., k_T: beta_t = 1 - k_t / k_{t-1} (paper, Section 4).
-
-    Raises:
-      ValueError: if k does not start at 1 or does not fall strictly.
-    """
+    """Returns beta_t = 1 - k_t / k_{t-1}, t from 1 to T, of k_0, ..., k_T (paper, Section 4)."""
     check_schedule(tuple(keep))
     keep = np.asarray(keep)
     return 1 - keep[1:] / keep[:-1]
@@ -115,14 +105,11 @@ def visited_times(num_steps: int, num_timesteps: int, *, continuous: bool = Fals
     Returns:
       float32, (num_steps + 1,), strictly decreasing, first T and last 0; whole numbers unless
       continuous.
-
-    Raises:
-      ValueError: if num_steps is below 1, or, unless continuous, above T.
     """
     if num_steps < 1 or (num_steps > num_timesteps and not continuous):
         most = "at least 1" if continuous else f"between 1 and {num_timesteps}"
         reason = "" if continuous else ", the number of timesteps that the prior was trained with"
-        raise ValueError(f"the number of sampling steps must be {most}{reason}; got {num_steps}")
+        raise UserError(f"the number of sampling steps must be {most}{reason}; got {num_steps}.")
     times = np.linspace(num_timesteps, 0, num_steps + 1)
     return (times if continuous else np.rint(times)).astype(np.float32)
 
@@ -133,15 +120,15 @@ def check_times(times: Sequence[float], num_timesteps: int) -> np.ndarray:
     Args:
       times: two or more, strictly decreasing, in [0, T], the last 0; whole or not.
       num_timesteps: T of the training schedule.
-
-    Raises:
-      ValueError: if they are not such.
     """
-    times = np.asarray(times, np.float32)
+    try:
+        times = np.asarray(times, np.float32)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"times must be a list of numbers; got {times!r}.") from error
     good = times.ndim == 1 and len(times) > 1 and times[0] <= num_timesteps and times[-1] == 0
     if not good or not np.all(np.diff(times) < 0):
-        raise ValueError(
+        raise UserError(
             f"times must be a list that falls strictly from at most {num_timesteps} to 0; "
-            f"got {np.array2string(times, threshold=8)}"
+            f"got {np.array2string(times, threshold=8)}."
         )
     return times
