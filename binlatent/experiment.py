@@ -208,18 +208,21 @@ def with_tuples(value: Any) -> Any:
 
 
 def _get(content: Content, name: str) -> Any:
-    return functools.reduce(operator.getitem, name.split("."), content)
+    """Returns the value of a key such as "prior.kind"."""
+    try:
+        return functools.reduce(operator.getitem, name.split("."), content)
+    except (KeyError, TypeError) as error:
+        raise KeyError(name) from error
 
 
 def _take(cls: type[T], content: Content, name: str = "") -> T:
     """Returns a dataclass of a section, whose keys are its fields."""
-    section = _get(content, name) if name else content
     names = [field.name for field in dataclasses.fields(cls)]
-    return cls(**{key: section[key] for key in names})
+    return cls(**{key: _get(content, f"{name}.{key}" if name else key) for key in names})
 
 
 def _check_numbers(content: Content) -> None:
-    kind = content["prior"]["kind"]
+    kind = _get(content, "prior.kind")
     if kind not in KINDS:
         raise UserError(
             f"config.prior.kind must be one of {', '.join(KINDS)}, not {kind!r}; a kind of your "
@@ -344,22 +347,16 @@ _AUTOENCODER_KEYS = (
 )
 
 
-def _model_keys(experiment: Experiment, stage: str) -> list[str]:
-    own = bottleneck_keys(experiment.content["autoencoder"]["bottleneck"])
+def _model_keys(here: Experiment, there: Experiment, stage: str) -> list[str]:
+    own = bottleneck_keys(here.content["autoencoder"]["bottleneck"])
     keys = [*_AUTOENCODER_KEYS, *(f"autoencoder.{key}" for key in own)]
     if stage == "prior":
-        spec = experiment.prior
+        kind = here.prior.kind
         keys += ["data.num_classes", "prior.kind", "prior.condition", "prior.text_width"]
-        keys += [f"prior.network.{key}" for key in experiment.content["prior"]["network"]]
-        keys += [f"prior.{spec.kind}.{key}" for key in spec.prior.trained]
+        keys += [f"prior.network.{key}" for key in here.content["prior"]["network"]]
+        if there.prior.kind == kind:
+            keys += [f"prior.{kind}.{key}" for key in here.prior.prior.trained]
     return keys
-
-
-def _get_or_none(content: Content, name: str) -> Any:
-    try:
-        return _get(content, name)
-    except (KeyError, TypeError):
-        return None
 
 
 def check_same_model(here: Experiment, there: Experiment, stage: str) -> None:
@@ -371,8 +368,8 @@ def check_same_model(here: Experiment, there: Experiment, stage: str) -> None:
       stage: "autoencoder", or "prior", which is made for one autoencoder.
     """
     pairs = {
-        name: (_get_or_none(there.content, name), _get_or_none(here.content, name))
-        for name in _model_keys(here, stage)
+        name: (_get(there.content, name), _get(here.content, name))
+        for name in _model_keys(here, there, stage)
     }
     differences = [
         f"{name} is {before} there and {now} here"

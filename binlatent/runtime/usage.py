@@ -57,9 +57,11 @@ def with_config_paths(argv: Iterable[str]) -> list[str]:
         flag, equals, value = argument.partition("=") if not is_config else ("", "", argument)
         if is_config or (equals and flag.lstrip("-") == "config"):
             name, colon, variant = value.partition(":")
-            if name in config_names():
+            if name in (names := config_names()):
                 path = Path(next(iter(configs.__path__))) / f"{name}.py"
                 argument = f"{flag}{equals}{path}{colon}{variant}"
+            elif not {".", "/"} & set(value):
+                command.bad_usage(f"--config={name} is no file, and none of {', '.join(names)}")
         is_config = argument in ("--config", "-config")
         arguments.append(argument)
     return arguments
