@@ -69,9 +69,7 @@ def test_four_devices_train_as_one():
     assert jax.local_device_count() == 4
     model = TINY(5, axis_name=AXIS)
     optimizer = cas._optimizer(16, 4, 2)
-    step = functools.partial(
-        cas._train_step, model=model, optimizer=optimizer, size=32, label_smoothing=0.1
-    )
+    step = functools.partial(cas._train_step, model=model, optimizer=optimizer, size=32)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     rng = np.random.default_rng(0)
     batch = {
@@ -101,10 +99,7 @@ def test_the_same_key_trains_the_same_network_from_any_sequence():
 
     def leaves(samples):
         variables = cas.train_resnet(
-            *(model, samples, labels, jax.random.key(0)),
-            num_epochs=2,
-            batch_size=8,
-            label_smoothing=0.1,
+            *(model, samples, labels, jax.random.key(0)), num_epochs=2, batch_size=8
         )
         return [np.asarray(x) for x in jax.tree.leaves(variables)]
 
@@ -198,8 +193,6 @@ def test_rejects_bad_arguments(tiny):
         run(samples, labels, (samples, labels + 1))
     with pytest.raises(ValueError, match="at least one image"):
         run(samples, labels, (samples[:0], labels[:0]))
-    with pytest.raises(ValueError, match=r"label_smoothing in \[0, 1\)"):
-        run(samples, labels, test, label_smoothing=1.0)
     model = TINY(6, axis_name=AXIS)
     with pytest.raises(ValueError, match="each of 4 devices"):
         cas.train_resnet(model, *test, jax.random.key(0), num_epochs=1, batch_size=3)

@@ -72,7 +72,7 @@ def test_two_sets_their_statistics_and_the_protocol(capsys, sets, effnet, tmp_pa
     assert code == 0, err
     result = json.loads((tmp_path / "x.json").read_text())
     values, protocol = result["metrics"], result["protocol"]
-    judge = features.efficientnet(effnet)
+    judge = features.published("efficientnet", effnet)
     a, b = (Statistics.of(judge.apply(x, 8)["pool"]).gaussian for x in (real, generated))
     assert values["fd_effnet"] == pytest.approx(frechet_distance(a, b), rel=1e-6)
     assert "FD-EffNet" in out and "FID" not in out

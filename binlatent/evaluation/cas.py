@@ -1,5 +1,7 @@
 """The classification accuracy score: train on samples, test on real images.
 
+Arguments that are not as documented raise a ValueError.
+
 Dimension legend: `n` images, `b` batch, `h w` image grid, `c` image channels, `k` classes.
 """
 
@@ -51,14 +53,12 @@ def classification_accuracy(
     *,
     num_epochs: int,
     batch_size: int,
-    label_smoothing: float = 0.0,
     dtype: Any = jnp.float32,
 ) -> dict[str, float]:
     """Classification accuracy score: of a network trained on samples, on real images.
 
     With sides of up to 64 pixels the network is the `Classifier` that judges digits, beyond that a
-    ResNet-50, on squares of 224 for images of 256.
-    The same key gives the same result.
+    ResNet-50, on squares of 224 for images of 256. The same key gives the same result.
 
     Args:
       samples: n of uint8 (h, w, c): an array, files mapped into memory or any other sequence,
@@ -71,7 +71,6 @@ def classification_accuracy(
       num_epochs: Passes over the samples.
       batch_size: Samples a step, on all devices, and images at a time. The ResNet-50's is rounded
         down to a multiple of their number.
-      label_smoothing: Of the ResNet-50, in [0, 1).
       dtype: Of the ResNet-50's computation, float32 or bfloat16.
 
     Returns:
@@ -79,8 +78,7 @@ def classification_accuracy(
       logit, and among those of the five largest; of all k with fewer than five classes, so 1 then.
 
     Raises:
-      ValueError: If shapes, dtypes, labels or numbers are not as above, a class has no sample, or
-        the training has diverged.
+      ValueError: Also if a class has no sample, or the training has diverged.
 
     References:
       Ravuri and Vinyals, "Classification accuracy score for conditional generative models", 2019;
@@ -102,14 +100,11 @@ def classification_accuracy(
         )
     if min(real_images.shape[1:3]) <= _SMALL:
         params = train_classifier(samples, sample_labels, num_classes, key, num_epochs, batch_size)
-        logits, _ = apply_classifier(params, images, num_classes, batch_size)
+        logits, _ = apply_classifier(params, images, batch_size)
     else:
         model = ResNet50(num_classes, dtype=dtype, axis_name=AXIS)
         variables = train_resnet(
-            *(model, samples, sample_labels, key),
-            num_epochs=num_epochs,
-            batch_size=batch_size,
-            label_smoothing=label_smoothing,
+            *(model, samples, sample_labels, key), num_epochs=num_epochs, batch_size=batch_size
         )
         logits = apply_resnet(model, variables, images, batch_size)
     return {
@@ -125,9 +120,6 @@ def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
       logits: (n, num_classes).
       labels: Integers (n,) in [0, num_classes).
       k: 1 to num_classes.
-
-    Raises:
-      ValueError: If the logits are not finite.
     """
     if not np.all(np.isfinite(logits)):
         raise ValueError("the logits are not finite, so the training has diverged.")
@@ -151,7 +143,6 @@ def train_resnet(
     *,
     num_epochs: int,
     batch_size: int,
-    label_smoothing: float = 0.0,
 ) -> dict[str, Any]:
     """Trains a ResNet-50 on all local devices: random crops and flips, SGD, a cosine (He et al.).
 
@@ -160,30 +151,24 @@ def train_resnet(
 
     Args:
       model: With `axis_name` = `AXIS`.
-      images: n of uint8 (h, w, c), of more than 32 pixels a side.
+      images: n of uint8 (h, w, c), of more than 32 pixels a side, n at least the devices.
       labels: Integers (n,).
-      key, num_epochs, batch_size, label_smoothing: As of `classification_accuracy`.
+      key, num_epochs, batch_size: As of `classification_accuracy`.
 
     Returns:
       Its variables, `params` and `batch_stats`, for `apply_resnet`.
-
-    Raises:
-      ValueError: For fewer images, or a smaller batch_size, than devices, or numbers out of range.
     """
     images, labels = ImageRows(images), np.asarray(labels)
     devices = jax.local_device_count()
     batch_size = min(batch_size, len(images)) // devices * devices
-    if batch_size < 1 or num_epochs < 1 or not 0 <= label_smoothing < 1:
+    if batch_size < 1 or num_epochs < 1:
         raise ValueError(
-            f"training needs an image for each of {devices} devices in a batch, num_epochs >= 1 and"
-            f" label_smoothing in [0, 1), got batches of {min(batch_size, len(images))}, "
-            f"{num_epochs} and {label_smoothing}."
+            f"training needs an image for each of {devices} devices in a batch and num_epochs >= 1,"
+            f" got batches of {batch_size} and {num_epochs}."
         )
     optimizer = _optimizer(batch_size, len(images) // batch_size, num_epochs)
     size = crop_size(*images.shape[1:3])
-    step = functools.partial(
-        _train_step, model=model, optimizer=optimizer, size=size, label_smoothing=label_smoothing
-    )
+    step = functools.partial(_train_step, model=model, optimizer=optimizer, size=size)
     step = parallel(step, num_frozen=1)
     init_key, batches_key = jax.random.split(key)
     variables = jax.jit(model.init)(init_key, jnp.zeros((1, size, size, images.shape[-1])))
@@ -282,14 +267,12 @@ def _train_step(
     model: ResNet50,
     optimizer: optax.GradientTransformation,
     size: int,
-    label_smoothing: float,
 ) -> tuple[State, dict[str, Array]]:
     """One step on this device's part of a batch; call under pmap over `AXIS`."""
     # By the place in the whole batch, so that the devices' number changes nothing.
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch["index"])
     images = random_crops(_to_float(batch["image"]), keys, size)
     targets = jax.nn.one_hot(batch["label"], model.num_classes)
-    targets = optax.smooth_labels(targets, label_smoothing)
 
     def loss_fn(params):
         variables = {"params": params, "batch_stats": state.batch_stats}

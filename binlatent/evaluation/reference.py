@@ -60,7 +60,7 @@ def classifier(experiment: Experiment, workdir: Path) -> Network:
             params = traverse_util.unflatten_dict(dict(file.items()), sep="/")
     except Exception as error:  # by where the damage is
         raise UserError(f"{path} is damaged: delete it, and it is made anew.") from error
-    return features.classifier(params, source.num_classes)
+    return features.classifier(params)
 
 
 def reference(

@@ -24,7 +24,7 @@ def table(metrics: dict[str, float], *tables: Table) -> str:
             std = metrics.get(f"{name}_std")
             shown = f"{value:.6g}" + ("" if std is None else f" ± {std:.3g}")
             lines.append((title(name, *tables), shown))
-    width = max(len(name) for name, _ in lines)
+    width = max((len(name) for name, _ in lines), default=0)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
 
 

@@ -1,5 +1,7 @@
 """Metrics between sets of features, as pure NumPy functions in float64.
 
+Features that are not as documented, or not finite, raise a ValueError.
+
 Dimension legend: `n` samples, `d` feature width, `k` classes.
 """
 
@@ -30,7 +32,7 @@ class Statistics(NamedTuple):
 
     @classmethod
     def of(cls, features: np.ndarray) -> "Statistics":
-        """Returns the statistics of features (n, d); ValueError if they are not finite."""
+        """Returns the statistics of features (n, d)."""
         features = _checked(features, "features")
         n, d = features.shape
         mean = np.mean(features, axis=0, dtype=np.float64) if n else np.zeros(d)
@@ -65,9 +67,6 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     Returns:
       |m_a - m_b|^2 + Tr S_a + Tr S_b - 2 Tr sqrt(S_a S_b), at least 0.
 
-    Raises:
-      ValueError: If the shapes do not fit.
-
     References:
       Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash
       equilibrium", 2017.
@@ -81,13 +80,9 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     # With S = R R^T, Tr sqrt(S_a S_b) is the sum of the singular values of R_a^T R_b: roots of each
     # need no eigenvalue of a product, which rounding can make negative or complex.
     trace_of_root = np.linalg.norm(_root(a.covariance).T @ _root(b.covariance), "nuc")
-    distance = (
-        np.sum(np.square(np.subtract(a.mean, b.mean, dtype=np.float64)))
-        + np.trace(a.covariance)
-        + np.trace(b.covariance)
-        - 2.0 * trace_of_root
-    )
-    return max(float(distance), 0.0)
+    of_means = np.sum(np.square(np.subtract(a.mean, b.mean, dtype=np.float64)))
+    traces = np.trace(a.covariance) + np.trace(b.covariance)
+    return max(float(of_means + traces - 2.0 * trace_of_root), 0.0)
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
@@ -109,9 +104,6 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
 
     Returns:
       Mean and standard deviation over the parts.
-
-    Raises:
-      ValueError: If the logits are not finite, or fewer than the parts.
 
     References:
       Salimans et al., "Improved techniques for training GANs", 2016.
@@ -145,9 +137,6 @@ def kernel_distance(
 
     Returns:
       Mean and standard deviation over the subsets.
-
-    Raises:
-      ValueError: If the features are not finite, of different widths or fewer than a subset.
 
     References:
       Binkowski et al., "Demystifying MMD GANs", 2018.
@@ -191,9 +180,6 @@ def manifold_metrics(
       the real within the generated manifold, in [0, 1]. `density`: how many real balls a generated
       sample lies in, in ks, at least 0, 1 for equal distributions. `coverage`: share of real balls
       with any generated sample, in [0, 1].
-
-    Raises:
-      ValueError: If the features are not finite, of different widths or too few.
 
     References:
       Kynkaanniemi et al., "Improved precision and recall metric", 2019.

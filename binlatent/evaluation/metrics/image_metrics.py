@@ -1,5 +1,7 @@
 """Metrics of images and codes as pure NumPy functions in float64.
 
+Arguments that are not as documented raise a ValueError.
+
 Dimension legend: `n` batch, `h w` grid, `c` channels of an image or bits of a code.
 """
 
@@ -16,14 +18,10 @@ def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Peak signal-to-noise ratio of each pair of images, in decibels.
 
     Args:
-      x: Images, uint8 (n, h, w, c).
-      y: Images of the same shape.
+      x, y: images, uint8 (n, h, w, c).
 
     Returns:
       10 log10(255^2 / mean squared error), float64 (n,); infinite for equal images.
-
-    Raises:
-      ValueError: If the images are not uint8 or their shapes are not equal and of rank 4.
     """
     _check_image_pair(x, y)
     # A pair at a time: float64 of a thousand large images does not fit in memory.
@@ -38,15 +36,10 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Structural similarity of each pair of images, with the usual Gaussian window of sigma 1.5.
 
     Args:
-      x: Images, uint8 (n, h, w, c) with h and w at least 11, the size of the window.
-      y: Images of the same shape.
+      x, y: images, uint8 (n, h, w, c) with h and w at least 11, the size of the window.
 
     Returns:
       The mean over pixels and channels, float64 (n,), at most 1.
-
-    Raises:
-      ValueError: If the images are not uint8, their shapes are not equal and of rank 4, or they
-        are smaller than the window.
 
     References:
       Wang et al., "Image quality assessment: from error visibility to structural similarity",
@@ -74,17 +67,7 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def bernoulli_entropy_bits(p: np.ndarray | float) -> np.ndarray:
-    """Entropy of Bernoulli variables with probabilities p, in bits.
-
-    Args:
-      p: Probabilities in [0, 1], of any shape.
-
-    Returns:
-      The entropies in [0, 1], float64 of the same shape; exactly 0 at p = 0 and p = 1.
-
-    Raises:
-      ValueError: If a probability is outside [0, 1] or not a number.
-    """
+    """Entropy in bits of Bernoulli variables with probabilities p, float64; 0 at p = 0 and 1."""
     p = np.asarray(p, np.float64)
     if not np.all((p >= 0.0) & (p <= 1.0)):
         raise ValueError("probabilities must lie in [0, 1].")
@@ -95,16 +78,13 @@ def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
     """How much of their capacity binary codes use.
 
     Args:
-      codes: Values in {0, 1} of any numeric or boolean type, (n, h, w, c).
+      codes: values in {0, 1} of any numeric or boolean type, (n, h, w, c).
 
     Returns:
       `bit_rate`: h * w * c, bits an image. `mean_bit_entropy`: in [0, 1], the mean over these
       bits of the entropy of the bit's frequency over the images. `dead_bits`: how many bits
       take the same value in every image. `duplicate_bits`: how many of the c bits of a token are
       alive and, in 99 of 100 tokens or more, what one before them is, or its opposite.
-
-    Raises:
-      ValueError: If the codes are empty, not of rank 4 or hold other values than 0 and 1.
     """
     codes = np.asarray(codes)
     if codes.ndim != 4 or codes.size == 0:
@@ -141,9 +121,6 @@ def codebook_statistics(indices: np.ndarray, size: int) -> dict[str, float | int
     Returns:
       `bit_rate`: h * w * log2(s), bits an image. `codebook_used`: share of the entries that occur,
       in (0, 1]. `codebook_perplexity`: 2 to the entropy of their frequencies, in [1, s].
-
-    Raises:
-      ValueError: If there are no indices, or one is outside [0, size).
     """
     if indices.ndim != 3 or indices.size == 0 or indices.min() < 0 or indices.max() >= size:
         raise ValueError(f"indices must be a non-empty (n, h, w) in [0, {size}).")

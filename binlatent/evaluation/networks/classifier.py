@@ -1,4 +1,7 @@
-"""Training and applying the digit classifier whose features and predictions judge samples."""
+"""Training and applying the digit classifier whose features and predictions judge samples.
+
+Images and labels that are not as documented raise a ValueError.
+"""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -60,7 +63,7 @@ class ImageRows:
     """Images of any sequence, such as files mapped into memory, read a batch at a time."""
 
     def __init__(self, images: Sequence[np.ndarray]):
-        """Takes n >= 1 images, uint8 (h, w, c); ValueError if the first is not such."""
+        """Takes n >= 1 images, uint8 (h, w, c)."""
         if len(images) == 0:
             raise ValueError("at least one image is needed, got none.")
         first = np.asarray(images[0])
@@ -80,11 +83,7 @@ class ImageRows:
 
 
 def check_labels(labels: np.ndarray, num_images: int, num_classes: int) -> np.ndarray:
-    """Returns labels as an array.
-
-    Raises:
-      ValueError: If they are not integers (num_images,) in [0, num_classes).
-    """
+    """Returns labels as an array of integers (num_images,) in [0, num_classes)."""
     labels = np.asarray(labels)
     if labels.shape != (num_images,):
         raise ValueError(
@@ -144,9 +143,6 @@ def train_classifier(
 
     Returns:
       The parameters, for `apply_classifier`.
-
-    Raises:
-      ValueError: If shapes, dtypes or labels are not as above.
     """
     images = ImageRows(images)
     labels = check_labels(labels, len(images), num_classes)
@@ -168,27 +164,22 @@ def train_classifier(
 
 
 def apply_classifier(
-    params: Params, images: Sequence[np.ndarray], num_classes: int, batch_size: int = 500
+    params: Params, images: Sequence[np.ndarray], batch_size: int = 500
 ) -> tuple[np.ndarray, np.ndarray]:
     """Judges the classes of images and gives their penultimate features.
 
     Args:
       params: From `train_classifier`.
       images: n >= 1 of uint8 (h, w, c), an array or another sequence.
-      num_classes: As in training.
       batch_size: Images at a time; it changes memory and speed, not the result.
 
     Returns:
       The logits, float32 (n, num_classes), and the features, float32 (n, d).
-
-    Raises:
-      ValueError: If the images are not as above or batch_size is not positive.
     """
     images = ImageRows(images)
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}.")
-    apply = functools.partial(_apply, params, num_classes=num_classes)
-    return map_batches(apply, batch_size, images)
+    return map_batches(functools.partial(_apply, params), batch_size, images)
 
 
 def _to_float(images: jax.Array) -> jax.Array:
@@ -234,6 +225,7 @@ def _train_step(state, images, labels, key, *, num_steps, num_classes):
     return optax.apply_updates(params, updates), optimizer_state
 
 
-@functools.partial(jax.jit, static_argnames="num_classes")
-def _apply(params, images, *, num_classes):
+@jax.jit
+def _apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    num_classes = params["Dense_0"]["bias"].size
     return Classifier(num_classes).apply({"params": params}, _to_float(images))

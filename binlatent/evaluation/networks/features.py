@@ -76,8 +76,25 @@ def _apply(variables: Any, images: jax.Array, *, model: Any) -> dict[str, jax.Ar
         return model.apply(variables, images)
 
 
-def _outputs(model: Any, variables: Any, names: dict[str, str]) -> Callable:
-    """Returns the `apply` of a published network, with its outputs under the names of ours."""
+def published(name: str, path: str | Path = "") -> Network:
+    """Returns a published network, by default with the weights in NAME.npz.
+
+    Args:
+      name: "inception", FID's; or "efficientnet", EfficientNet-lite0, which needs no download, and
+        whose distance is FD-EffNet, no FID.
+      path: of the weights; see `weights.read_inception` and `weights.read_efficientnet_lite0`.
+    """
+    path, logits = path or f"{name}.npz", True
+    if name == "inception":
+        variables = published_weights.read_inception(path)
+        logits = "fc" in variables["params"]
+        model, names = InceptionV3(logits), {"pool": "2048", "spatial": "spatial"}
+        names |= {"logits": "logits_unbiased"} if logits else {}
+        network, resize = "InceptionV3 of 2015, as FID's", "299x299, TensorFlow 1's bilinear"
+    else:
+        variables = published_weights.read_efficientnet_lite0(path)
+        model, names = EfficientNetLite0(), {"pool": "features", "logits": "logits"}
+        network, resize = "EfficientNet-lite0 of ImageNet", "224x224, antialiased"
     variables = replicate(variables)
 
     def outputs(images: jax.Array) -> dict[str, jax.Array]:
@@ -88,46 +105,16 @@ def _outputs(model: Any, variables: Any, names: dict[str, str]) -> Callable:
         grey_as_colour = np.broadcast_to(images, (*images.shape[:-1], 3))
         return map_batches(outputs, batch_size, grey_as_colour)
 
-    return apply
+    protocol = _protocol(name, network, resize, "float32", weights.sha256(path))
+    return Network(name, WIDTHS[name], apply, protocol, logits)
 
 
-def inception(path: str | Path) -> Network:
-    """Returns FID's network, with the weights of a file; see `published_weights.read_inception`."""
-    variables = published_weights.read_inception(path)
-    names, logits = {"pool": "2048", "spatial": "spatial"}, "fc" in variables["params"]
-    if logits:
-        names["logits"] = "logits_unbiased"
-    apply = _outputs(InceptionV3(logits), variables, names)
-    protocol = {
-        "name": "inception",
-        "network": "InceptionV3 of 2015, as FID's",
-        "resize": "299x299, TensorFlow 1's bilinear",
-        "precision": "float32",
-        "weights": weights.sha256(path),
-    }
-    return Network("inception", WIDTHS["inception"], apply, protocol, logits)
+def _protocol(name: str, network: str, resize: str, precision: str, made: str) -> dict[str, str]:
+    described = {"name": name, "network": network, "resize": resize, "precision": precision}
+    return described | {"weights": made}
 
 
-def efficientnet(path: str | Path) -> Network:
-    """Returns EfficientNet-lite0, which needs no download; its distance is FD-EffNet, no FID."""
-    names = {"pool": "features", "logits": "logits"}
-    apply = _outputs(EfficientNetLite0(), published_weights.read_efficientnet_lite0(path), names)
-    protocol = {
-        "name": "efficientnet",
-        "network": "EfficientNet-lite0 of ImageNet",
-        "resize": "224x224, antialiased",
-        "precision": "float32",
-        "weights": weights.sha256(path),
-    }
-    return Network("efficientnet", WIDTHS["efficientnet"], apply, protocol)
-
-
-def published(name: str, path: str | Path = "") -> Network:
-    """Returns "inception" or "efficientnet", by default with the weights in NAME.npz."""
-    return {"inception": inception, "efficientnet": efficientnet}[name](path or f"{name}.npz")
-
-
-def classifier(params: Any, num_classes: int) -> Network:
+def classifier(params: Any) -> Network:
     """Returns a classifier of the data's own classes, as of `classifier.train_classifier`."""
     channels, width = params["Conv_0"]["kernel"].shape[2], params["Dense_0"]["kernel"].shape[0]
 
@@ -139,16 +126,12 @@ def classifier(params: Any, num_classes: int) -> Network:
                 f"The classifier is of images of {channels} channel, and these have "
                 f"{images.shape[-1]}: compare with images of the data, or by another network."
             )
-        logits, pool = apply_classifier(params, images, num_classes, batch_size)
+        logits, pool = apply_classifier(params, images, batch_size)
         return {"pool": pool, "logits": logits}
 
-    protocol = {
-        "name": "classifier",
-        "network": "a small classifier of the training images",
-        "resize": "none",
-        "precision": "float32, the device's default of products",
-        "weights": weights.fingerprint(params),
-    }
+    described = "a small classifier of the training images", "none"
+    precision = "float32, the device's default of products"
+    protocol = _protocol("classifier", *described, precision, weights.fingerprint(params))
     return Network("classifier", width, apply, protocol)
 
 

@@ -14,12 +14,12 @@ from binlatent.runtime.weights import read_npz, shapes
 
 
 def inception_shapes(logits: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the same of InceptionV3's variables, such as `params/Mixed_5b/branch1x1/bn/scale`."""
+    """Returns shape and type of InceptionV3's variables, by names such as `params/fc/kernel`."""
     return shapes(InceptionV3(logits), inception.SIZE)
 
 
 def efficientnet_lite0_shapes() -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the same of EfficientNetLite0's variables, such as `params/blocks_0/bn1/scale`."""
+    """Returns shape and type of EfficientNetLite0's variables, by such names."""
     return shapes(EfficientNetLite0(), efficientnet.SIZE)
 
 
@@ -27,9 +27,6 @@ def read_inception(path: str | Path) -> dict[str, Any]:
     """Returns the variables {"params", "batch_stats"} of `InceptionV3`, NumPy arrays, float32.
 
     Those of its logits, `fc`, are missing if they were when the file was made.
-
-    Raises:
-      UserError: if the file is missing, damaged, or of something else.
     """
     if not Path(path).is_file():
         raise UserError(
@@ -48,11 +45,7 @@ def read_inception(path: str | Path) -> dict[str, Any]:
 
 
 def read_efficientnet_lite0(path: str | Path) -> dict[str, Any]:
-    """Returns the same of `EfficientNetLite0`.
-
-    Raises:
-      UserError: if the file is missing, damaged, or of something else.
-    """
+    """Returns the variables of `EfficientNetLite0`, as those of `read_inception`."""
     if not Path(path).is_file():
         raise UserError(
             f"There is no file {str(path)!r} with the weights of EfficientNet-lite0: run "
