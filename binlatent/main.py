@@ -110,7 +110,9 @@ MODES = {
     "all": Mode("Trains both stages, evaluates, draws pictures.", "", _all, True),
     "train_autoencoder": Mode("Trains stage 1.", "", _given(stages.train_autoencoder), True),
     "train_prior": Mode("Trains stage 2.", "", _given(stages.train_prior), True),
-    "encode": Mode("Writes the training images' codes.", "", _given(stages.encode), True),
+    "encode": Mode(
+        "Writes the training images' codes.", "", _given(stages.encode_training_images), True
+    ),
     "table4": Mode("Compares the bottlenecks.", "", _given(bottlenecks.run), True),
     "sample": Mode("Draws new images.", "--label=7 --num=20", _draw("sample")),
     "reconstruct": Mode("Draws test images and reconstructions.", "--num=9", _draw("reconstruct")),

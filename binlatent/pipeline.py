@@ -166,7 +166,7 @@ class BinaryLatentDiffusion:
         `binlatent.autoencoder.bottleneck`.
         """
         encode = functools.partial(
-            programs.encode, self.autoencoder_params, model=self._autoencoder
+            programs.encode_codes, self.autoencoder_params, model=self._autoencoder
         )
         return self._map(encode, self._check_images(images))
 

@@ -4,17 +4,22 @@ Each bottleneck is a module of two methods, `encode`: features to a code and wha
 know of it, and `features`: a code to the features that the decoder takes. The noise of `encode`
 is given, uniform in [0, 1) of the code's shape; without it the code is deterministic.
 
-For tables, each has a `title`, the `code_width` c, the `size` of a token as Table 4 writes it
-(codebook size, bits or channels) and the `bits` that a token counts for there.
+Beside these, each has `loss`, the loss of the code itself and what to log about it, from what
+`encode` told and the weights of the losses (under pmap); for tables a `title`, the `code_width` c,
+the `size` of a token as Table 4 writes it (codebook size, bits or channels) and the `bits` that a
+token counts for there; and the `products` that `encode` takes for a token.
 
 Dimensions: n batch, h w grid, e embedding width, c bits or channels of a code, s codebook size.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from binlatent.runtime.devices import mean_over_devices
 
 Array = jax.Array
 
@@ -92,6 +97,7 @@ class Binary(nn.Module):
 
     title = "Binary"
     code_width = size = bits = property(lambda self: self.num_bits)
+    products = property(lambda self: self.embedding_width * self.num_bits)
 
     def setup(self):
         self.proj = nn.Dense(self.num_bits)
@@ -110,6 +116,20 @@ class Binary(nn.Module):
     def features(self, code: Array) -> Array:
         """(n, h, w, c) in [0, 1] -> (n, h, w, e)."""
         return (2 * code - 1 if self.signed else code) @ self.embed
+
+    @nn.nowrap
+    def loss(self, aux: dict[str, Array], weights: Any) -> tuple[Array, dict[str, Array]]:
+        """Returns the entropy regulariser; `bit_entropy` is that of a bit given its image.
+
+        It is a mean, in bits: 0 when the encoder is sure, 1 when its codes are coin flips.
+        """
+        probs = aux["probs"]
+        metrics = {"bit_entropy": jnp.mean(bit_entropy(probs))}
+        if not weights.entropy:
+            return jnp.zeros(()), metrics
+        mean_probs = mean_over_devices(jnp.mean(probs, axis=(0, 1, 2)))
+        penalty = entropy_penalty(probs, mean_probs)
+        return weights.entropy * penalty, metrics | {"entropy_penalty": penalty}
 
 
 class VectorQuantized(nn.Module):
@@ -132,6 +152,9 @@ class VectorQuantized(nn.Module):
     code_width = property(lambda self: self.codebook_width)
     size = property(lambda self: self.codebook_size)
     bits = property(lambda self: math.log2(self.codebook_size))
+    products = property(
+        lambda self: self.codebook_width * (self.embedding_width + self.codebook_size)
+    )
 
     def setup(self):
         self.proj = nn.Dense(self.codebook_width)
@@ -162,6 +185,12 @@ class VectorQuantized(nn.Module):
         """(n, h, w, c) -> (n, h, w, e)."""
         return self.embed(code)
 
+    @nn.nowrap
+    def loss(self, aux: dict[str, Array], weights: Any) -> tuple[Array, dict[str, Array]]:
+        """Returns the distances that move vectors and features to each other."""
+        loss = aux["codebook"] + weights.commitment * aux["commitment"]
+        return loss, {"commitment": aux["commitment"]}
+
 
 class Real(nn.Module):
     """Real-valued channels, drawn from a Gaussian that is held near N(0, 1) (Rombach et al., 2022).
@@ -179,6 +208,9 @@ class Real(nn.Module):
     title = "Real value"
     code_width = size = property(lambda self: self.num_channels)
     bits = property(lambda self: 32 * self.num_channels)
+    products = property(
+        lambda self: self.embedding_width * (1 + self.variational) * self.num_channels
+    )
 
     def setup(self):
         self.proj = nn.Dense((1 + self.variational) * self.num_channels)
@@ -204,6 +236,13 @@ class Real(nn.Module):
     def features(self, code: Array) -> Array:
         """(n, h, w, c) -> (n, h, w, e)."""
         return self.embed(code)
+
+    @nn.nowrap
+    def loss(self, aux: dict[str, Array], weights: Any) -> tuple[Array, dict[str, Array]]:
+        """Returns the divergence from N(0, 1), 0 where nothing is drawn."""
+        if not self.variational:
+            return jnp.zeros(()), {}
+        return weights.kl * aux["kl"], {"kl": aux["kl"]}
 
 
 Bottleneck = Binary | VectorQuantized | Real

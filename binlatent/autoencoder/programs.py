@@ -18,7 +18,9 @@ def encode_probs(params: Any, images: Array, *, model: Autoencoder) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def encode(params: Any, images: Array, *, model: Autoencoder) -> tuple[Array, dict[str, Array]]:
+def encode_codes(
+    params: Any, images: Array, *, model: Autoencoder
+) -> tuple[Array, dict[str, Array]]:
     """Returns the images' deterministic codes, and what the bottleneck reports about each image."""
     code, aux = model.apply(params, images, method="encode")
     return code, {name: value for name, value in aux.items() if value.ndim}

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from binlatent.autoencoder import adversarial, bottleneck
+from binlatent.autoencoder import adversarial
 from binlatent.autoencoder.discriminator import Discriminator
 from binlatent.autoencoder.lpips import LPIPS
 from binlatent.autoencoder.modules import Autoencoder, last_kernel
@@ -105,32 +105,6 @@ def reconstruction_loss(
     return sum(weighted, jnp.zeros(())), terms
 
 
-def code_loss(aux: Metrics, objective: Objective) -> tuple[Array, Metrics]:
-    """Returns the loss of the code itself, and what to log of it; under pmap.
-
-    `bit_entropy` is the mean entropy of a bit given its image, in bits: 0 when the encoder is
-    sure, 1 when its codes are coin flips.
-
-    Args:
-      aux: what the bottleneck told.
-      objective: its weights `entropy`, `commitment` and `kl`.
-    """
-    if "probs" in aux:
-        probs = aux["probs"]
-        metrics = {"bit_entropy": jnp.mean(bottleneck.bit_entropy(probs))}
-        if not objective.entropy:
-            return jnp.zeros(()), metrics
-        mean_probs = devices.mean_over_devices(jnp.mean(probs, axis=(0, 1, 2)))
-        penalty = bottleneck.entropy_penalty(probs, mean_probs)
-        return objective.entropy * penalty, metrics | {"entropy_penalty": penalty}
-    if "indices" in aux:
-        loss = aux["codebook"] + objective.commitment * aux["commitment"]
-        return loss, {"commitment": aux["commitment"]}
-    if "kl" in aux:
-        return objective.kl * aux["kl"], {"kl": aux["kl"]}
-    return jnp.zeros(()), {}
-
-
 def discriminator_loss(
     params: Any,
     batch_stats: Any,
@@ -197,7 +171,7 @@ def gradients(
 
     def autoencode(params):
         reconstruction, aux = model.apply(params, image, noise.uniform)
-        loss, metrics = code_loss(aux, objective)
+        loss, metrics = model.bottleneck.loss(aux, objective)
         return (reconstruction, loss), metrics
 
     # Back to the image first, then through the autoencoder once for all terms together.

@@ -11,7 +11,6 @@ Dimensions: c bits of a token, d width, m tokens of a text, e width of a text's 
 import numpy as np
 
 from binlatent.autoencoder import lpips
-from binlatent.autoencoder.bottleneck import Bottleneck, Real, VectorQuantized
 from binlatent.autoencoder.discriminator import Discriminator
 from binlatent.autoencoder.modules import Autoencoder, Decoder, Encoder, Levels
 from binlatent.autoencoder.step import Networks
@@ -132,18 +131,10 @@ def _decoder(module: Decoder, side: int, embedding_width: int) -> int:
     return total + conv(side, width, levels.patch**2 * module.num_channels)
 
 
-def _to_code(module: Bottleneck, code_shape: Shape) -> int:
-    h, w, c = code_shape
-    width = 2 * c if isinstance(module, Real) and module.variational else c
-    total = matmul(h * w, module.embedding_width, width)
-    if isinstance(module, VectorQuantized):
-        total += matmul(h * w, c, module.codebook_size)
-    return total
-
-
 def count_encoding(model: Autoencoder, image_shape: Shape, code_shape: Shape) -> int:
     """Returns the FLOPs from an image to its code."""
-    return _encoder(model.encoder, image_shape) + _to_code(model.bottleneck, code_shape)
+    h, w, _ = code_shape
+    return _encoder(model.encoder, image_shape) + 2 * h * w * model.bottleneck.products
 
 
 def count_decoding(model: Autoencoder, code_shape: Shape) -> int:

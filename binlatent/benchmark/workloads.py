@@ -245,7 +245,7 @@ def encode_work(experiment: Experiment, num: int, on_device: int) -> Work:
     model = spec.networks.autoencoder
     per_image = flops.count_encoding(model, spec.image_shape, spec.code_shape)
     arguments = (_weights(spec.init), spread(_images(spec, num)))
-    return _forward_work(programs.encode, on_device, per_image, *arguments, model=model)
+    return _forward_work(programs.encode_codes, on_device, per_image, *arguments, model=model)
 
 
 def network_work(experiment: Experiment, num: int, on_device: int) -> Work:
