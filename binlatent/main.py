@@ -58,9 +58,8 @@ class Run:
 
     def __init__(self, workdir: Path, given: experiment.Experiment | None):
         self.workdir, self.given = workdir, given
-        self.options = pictures.parse_options(FLAGS.option)
-        for name in ("steps", "temperature", "guidance"):  # which have flags of their own
-            self.options |= {name: FLAGS[name].value} if FLAGS[name].present else {}
+        self.options = {name: FLAGS[name].value for name in ("steps", "temperature", "guidance")}
+        self.options |= pictures.parse_options(FLAGS.option)
         if given is not None:  # before any training
             with_options(given.prior.prior, given.sample.settings, self.options)
 
@@ -100,19 +99,16 @@ def _all(run: Run) -> None:
     stages.check_prior(run.given)  # before any training
     stages.train_autoencoder(run.given, run.workdir)
     stages.train_prior(run.given, run.workdir)
-    if jax.process_index():
-        return  # what is left is process 0's; the others wait for it as they exit
-    for mode in (_evaluate, *map(_draw, pictures.of_all(run.pipeline))):
-        mode(run)
+    if jax.process_index() == 0:  # the others wait for it as they exit
+        for mode in (_evaluate, *map(_draw, pictures.of_all(run.pipeline))):
+            mode(run)
 
 
 MODES = {
     "all": Mode("Trains both stages, evaluates, draws pictures.", "", _all, True),
     "train_autoencoder": Mode("Trains stage 1.", "", _given(stages.train_autoencoder), True),
     "train_prior": Mode("Trains stage 2.", "", _given(stages.train_prior), True),
-    "encode": Mode(
-        "Writes the training images' codes.", "", _given(stages.encode_training_images), True
-    ),
+    "encode": Mode("Writes the training images' codes.", "", _given(stages.write_codes), True),
     "table4": Mode("Compares the bottlenecks.", "", _given(bottlenecks.run), True),
     "sample": Mode("Draws new images.", "--label=7 --num=20", _draw("sample")),
     "reconstruct": Mode("Draws test images and reconstructions.", "--num=9", _draw("reconstruct")),

@@ -228,7 +228,7 @@ def _open_codes_or_images(
     return encoder, source, experiment
 
 
-def encode_training_images(experiment: Experiment, workdir: Path) -> Path:
+def write_codes(experiment: Experiment, workdir: Path) -> Path:
     """Writes the codes of the training images into `codes` of a workdir; returns their folder."""
     experiment.autoencoder.check_bits()
     source = open_split(experiment.data, "train", workdir)

@@ -90,7 +90,7 @@ def quality_by_steps(pipeline: BinaryLatentDiffusion, seed: int = 0) -> dict[str
       `steps`, and for each of them `bits_per_dim`, the bound for a sampler of these steps, and,
       for a prior with classes, `accuracy` and `frechet_distance` of `report.Judge`.
     """
-    T = pipeline.config.prior.num_timesteps
+    T = pipeline.config.prior.bernoulli.num_timesteps
     steps = sorted({min(2**i, T) for i in range(2, 20)})
     images, labels = report.test_images(pipeline.config, pipeline.config.evaluate.num_images)
     probs = pipeline.encode_probs(images)

@@ -257,7 +257,7 @@ def table6(
     if pipeline.prior_params is None:
         raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
     config = pipeline.config
-    T = math.inf if config.prior.continuous else config.prior.num_timesteps
+    T = math.inf if config.prior.bernoulli.continuous else config.prior.bernoulli.num_timesteps
     if beyond := [str(count) for count in steps if count > T]:
         log.info("Left out %s steps: the prior was trained with %s.", ", ".join(beyond), T)
     steps = [count for count in steps if count <= T]

@@ -88,7 +88,7 @@ def given_config() -> ml_collections.ConfigDict | None:
 
 # The flag by which XLA leaves work on CPUs to YNNPACK, in place of its own kernels and Eigen's, and
 # what it is to leave: products of two matrices, of which YNNPACK takes a transposed second one as
-# it is (docs/performance_tried.md has the numbers). JAX 0.10 to 0.12 know both; one that does not
+# it is (docs/performance.md has the numbers). JAX 0.10 to 0.12 know both; one that does not
 # would end the process.
 _YNN_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 _YNN_PRODUCTS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
