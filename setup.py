@@ -5,7 +5,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-_INIT = Path(__file__).parent / "binlatent" / "__init__.py"
+_VERSION = Path(__file__).parent / "binlatent" / "runtime" / "version.py"
 
 # 2.0 of the 3.3 GB of an environment, and 25 of the 56 seconds to install it. Training runs
 # without them.
@@ -16,7 +16,7 @@ _TFDS = [
 
 setup(
     name="binlatent",
-    version=re.search(r'^__version__ = "(.+)"$', _INIT.read_text(), re.MULTILINE)[1],
+    version=re.search(r'^VERSION = "(.+)"$', _VERSION.read_text(), re.MULTILINE)[1],
     description="Binary Latent Diffusion (Wang et al., CVPR 2023) for JAX and Flax",
     license="Apache-2.0",
     python_requires=">=3.11",

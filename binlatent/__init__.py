@@ -3,10 +3,11 @@
 import os
 from typing import TYPE_CHECKING, Any
 
+from binlatent.runtime.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from binlatent.pipeline import BinaryLatentDiffusion
 
-__version__ = "0.2.0"
 __all__ = ["BinaryLatentDiffusion", "__version__"]
 
 if not os.path.isdir(os.path.join(__path__[0], "configs")):

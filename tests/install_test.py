@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "binlatent/__init__.py").read_text())[1]
+VERSION = re.search(r'VERSION = "(.+)"', (ROOT / "binlatent/runtime/version.py").read_text())[1]
 
 # Of a user, outside of any checkout.
 OWN_CONFIG = """

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
-import binlatent
 from binlatent import configs
 from binlatent.runtime import command, processes
+from binlatent.runtime.version import VERSION
 
 
 class Mode(NamedTuple):
@@ -71,7 +71,7 @@ def show_help(argv: Iterable[str], modes: Mapping[str, Mode], flags: Mapping[str
     """Answers --help and --version, and exits with code 0."""
     asked = {argument.lstrip("-") for argument in argv if argument.startswith("-")}
     if "version" in asked:
-        sys.stdout.write(f"binlatent {binlatent.__version__}\n")
+        sys.stdout.write(f"binlatent {VERSION}\n")
         sys.exit(0)
     if not asked & {"help", "h", "helpshort", "helpfull"}:
         return
