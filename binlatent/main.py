@@ -138,6 +138,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     given = [name for name, flag in _FLAGS.items() if FLAGS[name].present and flag.modes]
     if given and FLAGS.mode == "evaluate" and FLAGS.metrics is None:
         command.bad_usage(f"--{given[0]} is for --mode=evaluate with --metrics")
+    if FLAGS.keep not in quality.KEEP:
+        command.bad_usage(f"--keep={FLAGS.keep} is none of {', '.join(quality.KEEP)}")
     return unparsed
 
 

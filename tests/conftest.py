@@ -1,9 +1,18 @@
-"""Four fake devices, strict rank promotion, real digits prepared once, one tiny config."""
+"""Four fake devices, strict rank promotion, real digits prepared once, one tiny config.
 
+What takes long to make is made once for all of pytest's workers: the digits, a trained workdir, one
+of untrained networks, and what is compiled. A test that writes into a workdir takes a copy of it.
+"""
+
+import fcntl
 import gc
 import os
+import shutil
+import signal
 import subprocess
+import sys
 import tempfile
+from unittest import mock
 
 import pytest
 
@@ -65,13 +74,31 @@ def no_tensorflow(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
+def once(tmp_path_factory):
+    """Makes a folder by its name, once for all workers: `once("name", function of its path)`."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def made(name, make):
+        path, unfinished = base / name, base / f"{name}.unfinished"
+        with (base / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not path.exists():
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                make(unfinished)
+                unfinished.rename(path)
+        return path
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def digits_dir(once):
     """A TFDS data directory that holds the prepared digits."""
     from binlatent.data.splits import Data, open_split
 
-    path = str(tmp_path_factory.mktemp("tfds"))
-    open_split(Data("digits", path, 28, 1), "train")
-    return path
+    return str(once("tfds", lambda path: open_split(Data("digits", str(path), 28, 1), "train")))
 
 
 # What makes the digits config train in seconds, as overrides; the command line takes them too.
@@ -103,14 +130,100 @@ TINY = {
 }
 
 
-@pytest.fixture
-def tiny_config(digits_dir):
-    """The digits config at a size that trains in seconds."""
+def tiny_flags(digits_dir):
+    """Returns the command line of the tiny config, but for --workdir."""
+    values = {**TINY, "data.path": digits_dir}
+    return ["--config=digits", *(f"--config.{key}={value}" for key, value in values.items())]
+
+
+def _tiny_config(digits_dir):
     from binlatent.configs import digits
 
     config = digits.get_config()
     config.update_from_flattened_dict({**TINY, "data.path": digits_dir})
     return config
+
+
+@pytest.fixture
+def tiny_config(digits_dir):
+    """The digits config at a size that trains in seconds."""
+    return _tiny_config(digits_dir)
+
+
+@pytest.fixture
+def tiny_experiment(digits_dir):
+    """The same resolved, with the ten classes of the digits."""
+    from binlatent.experiment import resolve
+
+    return resolve(_tiny_config(digits_dir)).with_classes(10)
+
+
+@pytest.fixture(scope="session")
+def trained_workdir(once, digits_dir):
+    """A workdir of the tiny config after `python -m binlatent`, with its output in output.txt."""
+
+    def train(path):
+        command = [sys.executable, "-m", "binlatent", *tiny_flags(digits_dir), f"--workdir={path}"]
+        with (path / "output.txt").open("w") as output:
+            result = subprocess.run(command, stdout=output, stderr=output, timeout=900)
+        assert result.returncode == 0, (path / "output.txt").read_text()
+
+    return once("trained", train)
+
+
+@pytest.fixture(scope="session")
+def untrained_workdir(once, digits_dir):
+    """A workdir of the tiny config with checkpoints of networks as they are at the start."""
+    from binlatent.experiment import resolve
+
+    def write(path):
+        write_checkpoints(path, resolve(_tiny_config(digits_dir)).with_classes(10))
+
+    return once("untrained", write)
+
+
+def write_checkpoints(path, experiment):
+    """Writes checkpoints of both stages' networks as they are at the start into a workdir."""
+    import jax
+
+    from binlatent.pipeline import BinaryLatentDiffusion
+    from binlatent.training.checkpoint import Checkpoints
+
+    meta = {"config": experiment.config, "data": {}, "source": "", "encoder": "", "seconds": 1.0}
+    for name, spec in (("autoencoder", experiment.autoencoder), ("prior", experiment.prior)):
+        state = jax.jit(spec.init_state)(experiment.seed)
+        with Checkpoints(path / name, 1) as checkpoints:
+            checkpoints.save(state, meta)
+        if name == "autoencoder":
+            encoder = BinaryLatentDiffusion(experiment, state.ema_params)
+            meta = meta | {"encoder": encoder.encoder_fingerprint}
+
+
+def parse_main(*flags):
+    """Parses the flags of `python -m binlatent.main` in this process; returns what is no flag."""
+    from binlatent import main
+
+    # Those that the call before this one defined, for keys of its config, which it read from argv.
+    for name in [name for name in main.FLAGS if name.startswith("config.")]:
+        delattr(main.FLAGS, name)
+    main.FLAGS.unparse_flags()
+    sys.modules.pop("config_config", None)  # ml_collections would run the new file in it
+    with mock.patch.object(sys, "argv", ["binlatent", *map(str, flags)]):
+        return main.parse_flags(sys.argv)
+
+
+def call_main(*flags):
+    """Runs `python -m binlatent.main` with these flags in this process; returns its exit code."""
+    from binlatent import main
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        main.main(parse_main(*flags))
+    except SystemExit as end:
+        return end.code
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    return 0
 
 
 @pytest.fixture
