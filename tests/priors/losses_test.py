@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.special import expit, rel_entr
 
-from binlatent.priors.bernoulli import likelihood, losses, process, sampling, schedules
+from binlatent.priors.bernoulli import likelihood, losses, process, schedules
+from binlatent.priors.guidance import noise_from_keys
 
 GOLDEN = np.load("tests/data/prior_losses.npz")
 Z_0, Z_T, LOGITS = (jnp.asarray(GOLDEN[name], jnp.float32) for name in ("z0", "zt", "logits"))
@@ -68,7 +69,7 @@ def test_posterior_kl_is_the_divergence_of_the_two_posteriors():
 
 
 def test_balanced_weights_are_the_shares_of_the_other_class():
-    # What they do to the minimum is tested in stages_test.py.
+    # What they do to the minimum is tested in objective_test.py.
     target = jnp.zeros((1, 1000)).at[:, :200].set(1.0)
     loss = losses.balanced_bce(jnp.zeros_like(target), target)
     np.testing.assert_allclose(loss[0, [0, -1]], np.log(2) * np.array([0.8, 0.2]), rtol=1e-6)
@@ -92,7 +93,7 @@ def bound(num_timesteps, schedule="linear", num_draws=1, copies=400, **changes):
     def denoise(z_t, t):
         return chain.denoise(z_t, jnp.interp(t, times[::-1], keep[::-1]))
 
-    noise = sampling.noise_from_keys(jax.random.split(jax.random.key(0), len(z_0)), (1, 1, 6))
+    noise = noise_from_keys(jax.random.split(jax.random.key(0), len(z_0)), (1, 1, 6))
     arguments = dict(times=times, keep=keep, num_draws=num_draws) | changes
     bits = likelihood.likelihood_bound(denoise, noise, z_0, **arguments)
     return np.asarray(bits, np.float64).reshape(copies, 64).mean(0)

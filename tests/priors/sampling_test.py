@@ -11,7 +11,8 @@ import reference
 
 from binlatent.convert import released
 from binlatent.priors.bernoulli import process, sampling, schedules
-from binlatent.priors.step import Denoiser
+from binlatent.priors.bernoulli.prior import BernoulliPrior
+from binlatent.priors.guidance import guidance_weights, guide, noise_from_keys
 from binlatent.priors.transformer import Transformer
 
 
@@ -19,7 +20,7 @@ def sample(denoise, n, steps, key=0, num_timesteps=64, shape=(1, 1, 6), **option
     times = options.pop("times", None)
     times = schedules.visited_times(steps, num_timesteps) if times is None else times
     arguments = dict(
-        noise=sampling.noise_from_keys(jax.random.split(jax.random.key(key), n), shape),
+        noise=noise_from_keys(jax.random.split(jax.random.key(key), n), shape),
         start_probs=jnp.full((n, *shape), 0.5),
         times=times,
         keep=schedules.keep_at("linear", jnp.asarray(times) / num_timesteps),
@@ -91,7 +92,7 @@ def test_reference_trajectories_are_reproduced_bit_for_bit(name):
     n = uniforms.shape[1]
     shape = (8, 8, 16)
     network = Transformer(width=64, num_layers=3, num_heads=4)
-    denoiser = Denoiser(network, "linear", 64, pair="balanced_plugin", evidence=False)
+    denoiser = BernoulliPrior(shape, network, 64, pair="balanced_plugin", evidence=False)
     like = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)), jnp.ones(1))
     params = reference.variables("prior_uncond", like["params"], released.prior_tensors)
 
@@ -128,9 +129,9 @@ def test_reference_trajectories_are_reproduced_bit_for_bit(name):
 
 def test_a_sample_depends_on_its_own_key_alone():
     keys = jax.random.split(jax.random.key(0), 8)
-    whole, _ = sample(true_denoise, 8, 8, noise=sampling.noise_from_keys(keys, (1, 1, 6)))
+    whole, _ = sample(true_denoise, 8, 8, noise=noise_from_keys(keys, (1, 1, 6)))
     parts = [
-        sample(true_denoise, 4, 8, noise=sampling.noise_from_keys(some, (1, 1, 6)))[0]
+        sample(true_denoise, 4, 8, noise=noise_from_keys(some, (1, 1, 6)))[0]
         for some in (keys[:4], keys[4:])
     ]
     np.testing.assert_array_equal(whole, np.concatenate(parts))
@@ -155,7 +156,7 @@ def test_every_draw_has_its_own_noise():
             corrector_size=0.1,
         )
     assert [int(i) for i in seen] == [0, 1, 2, 3, 4, 5, 6, 7]  # no corrector after the last
-    uniforms = sampling.noise_from_keys(jax.random.split(jax.random.key(0), 2), (5,))
+    uniforms = noise_from_keys(jax.random.split(jax.random.key(0), 2), (5,))
     assert len(np.unique([uniforms(i) for i in range(4)])) == 4 * 2 * 5
 
 
@@ -239,20 +240,7 @@ def test_completions_follow_the_known_bits(optimised, noised, correctors, share)
     assert np.all(error < share * far), error / far
 
 
-# Guidance and temperature
-
-
-def test_guidance_extrapolates_from_the_unconditional_logits():
-    def conditional(z_t, t):
-        return jnp.full_like(z_t, 2.0)
-
-    def unconditional(z_t, t):
-        return jnp.full_like(z_t, 0.5)
-
-    guided = sampling.guide(conditional, unconditional)
-    for w in (0.0, 1.0, 2.5):
-        got = guided(jnp.zeros((1, 1, 1, 2)), 1, jnp.float32(w))
-        np.testing.assert_allclose(got, (1 + w) * 2.0 - w * 0.5, rtol=1e-6)
+# Guidance
 
 
 def test_a_step_without_guidance_costs_one_network_call():
@@ -268,35 +256,9 @@ def test_a_step_without_guidance_costs_one_network_call():
 
         return network
 
-    guided = sampling.guide(counted("conditional"), counted("unconditional"))
-    guidance = sampling.guidance_weights(2.0, np.arange(64, -1, -8), 64, interval=(0.2, 0.6))
+    guided = guide(counted("conditional"), counted("unconditional"))
+    guidance = guidance_weights(2.0, np.arange(64, -1, -8) / 64, interval=(0.2, 0.6))
     jax.block_until_ready(sample(guided, 2, 8, guidance=guidance))
     jax.effects_barrier()
     # Of the times 64, 56, ..., 8 the interval holds 32, 24 and 16.
     assert calls == {"conditional": 8, "unconditional": 3}
-
-
-def test_guidance_shapes_follow_their_closed_forms():
-    times = np.array([64, 48, 32, 16, 0])
-    weights = functools.partial(sampling.guidance_weights, 3.0, times, 64)
-    np.testing.assert_allclose(weights(), [3, 3, 3, 3])
-    np.testing.assert_allclose(weights(shape="linear"), [0, 0.75, 1.5, 2.25])
-    cosine = 1.5 * (1 - np.cos(np.pi * np.array([0, 0.25, 0.5, 0.75])))
-    np.testing.assert_allclose(weights(shape="cosine"), cosine, atol=1e-6)
-    np.testing.assert_allclose(weights(shape="power", power=2), [0, 3 / 16, 0.75, 27 / 16])
-    np.testing.assert_allclose(weights(interval=(0.25, 0.5)), [0, 0, 3, 3])
-    np.testing.assert_allclose(weights(shape="linear", interval=(0, 0.6)), [0, 0, 1.5, 2.25])
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        (dict(shape="square"), "one of constant, linear, cosine, power; got 'square'"),
-        (dict(power=0.0), "above 0; got 0"),
-        (dict(interval=(0.5, 0.2)), "0 <= low <= high <= 1"),
-        (dict(interval=(0.5, 1.2)), "0 <= low <= high <= 1"),
-    ],
-)
-def test_wrong_guidance_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        sampling.guidance_weights(1.0, np.array([64, 0]), 64, **options)
