@@ -9,15 +9,14 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from binlatent import build
+from binlatent.data.splits import load_images, open_split
 from binlatent.data.transforms import to_float
-from binlatent.evaluation import quality, report
+from binlatent.evaluation import reference
 from binlatent.evaluation.metrics import pairs
 from binlatent.evaluation.networks import features
 from binlatent.paper import __main__ as plots
 from binlatent.paper import neighbours
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.runtime import weights
 from binlatent.runtime.errors import UserError
 
 
@@ -29,13 +28,10 @@ def close_figures():
 
 
 @pytest.fixture
-def pipeline(tiny_config):
-    tiny_config.data.num_classes = 10
-    tiny_config.sample.batch_size = 500  # 4,500 training images are judged
-    key = jax.random.key(0)
-    return BinaryLatentDiffusion(
-        tiny_config, build.init_autoencoder(tiny_config, key), build.init_prior(tiny_config, key)
-    )
+def pipeline(tiny_experiment):
+    experiment = tiny_experiment.change({"sample.batch_size": 500})  # 4,500 images are judged
+    stages, key = (experiment.autoencoder, experiment.prior), jax.random.key(0)
+    return BinaryLatentDiffusion(experiment, *(jax.jit(stage.init)(key) for stage in stages))
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +41,8 @@ def workdir(tmp_path_factory):
 
 
 @pytest.fixture
-def train_images(tiny_config):
-    return report.load_images(report.open_data(tiny_config, "train"), 10_000)[0]
+def train_images(tiny_experiment):
+    return load_images(open_split(tiny_experiment.data, "train"), 10_000)[0]
 
 
 def brute_force(queries, features):
@@ -63,7 +59,7 @@ def test_nearest_is_brute_force(monkeypatch, k):
     features = random.normal(1e4, 1.0, (53, 5)).astype(np.float32)
     queries = random.normal(1e4, 1.0, (37, 5)).astype(np.float32)
     queries[31] = features[17]
-    indices, distances = neighbours.nearest(queries, features, k)
+    indices, distances = neighbours.nearest_rows(queries, features, k)
     expected = brute_force(queries, features)
     np.testing.assert_allclose(distances, np.sort(expected)[:, :k], rtol=1e-12)
     np.testing.assert_array_equal(indices, np.argsort(expected)[:, :k])
@@ -73,10 +69,10 @@ def test_nearest_is_brute_force(monkeypatch, k):
 def test_memorised_is_all_of_copies_and_one_in_a_hundred_of_fresh_draws():
     random = np.random.default_rng(0)
     train, held_out = random.normal(size=(300, 4)), random.normal(size=(2_000, 4))
-    of_held_out = neighbours.nearest(held_out, train, 1)[1][:, 0]
-    copies = neighbours.memorised(neighbours.nearest(train, train, 1)[1][:, 0], of_held_out)
+    of_held_out = neighbours.nearest_rows(held_out, train, 1)[1][:, 0]
+    copies = neighbours.memorised(neighbours.nearest_rows(train, train, 1)[1][:, 0], of_held_out)
     assert copies["memorised"] == 1 and copies["median"] == 0
-    fresh = neighbours.nearest(random.normal(size=(20_000, 4)), train, 1)[1][:, 0]
+    fresh = neighbours.nearest_rows(random.normal(size=(20_000, 4)), train, 1)[1][:, 0]
     found = neighbours.memorised(fresh, of_held_out)
     # Five standard deviations, of the held-out quantile's rank most of all.
     assert found["memorised"] == pytest.approx(0.01, abs=5 * np.sqrt(0.01 / 2_000))
@@ -103,13 +99,13 @@ def test_the_share_that_is_expected(count, expected):
 def test_samples_and_their_neighbours(pipeline, train_images, workdir):
     found = neighbours.find(pipeline, workdir, num=3, seed=1)
     assert found.samples.shape == (3, 28, 28, 1) and found.images.shape == (3, 10, 28, 28, 1)
-    network = quality.network(pipeline.config, workdir)
+    network = reference.network(pipeline.experiment, workdir)
     train, samples = (network.apply(x, 500)["pool"] for x in (train_images, found.samples))
     expected = brute_force(samples, train)
     np.testing.assert_allclose(found.distances, np.sort(expected)[:, :10], rtol=1e-4)
     np.testing.assert_array_equal(found.images[:, 0], train_images[np.argmin(expected, axis=1)])
     # As many held-out images as samples, spread over the test images.
-    test_images, _ = report.load_images(report.open_data(pipeline.config, "test"), 20)
+    test_images, _ = load_images(open_split(pipeline.experiment.data, "test"), 20)
     held_out = np.min(brute_force(network.apply(test_images, 500)["pool"], train), axis=1)
     np.testing.assert_allclose(found.of_held_out, held_out, rtol=1e-4)
     assert found.of_samples.shape == (20,)
@@ -141,10 +137,10 @@ def test_lpips_ranks_the_nearest_by_features(pipeline, train_images, workdir, mo
         assert variables == "VGG16"
         return np.mean((x.astype(np.float32) - y) ** 2, axis=(1, 2, 3))
 
-    monkeypatch.setattr(weights, "read_vgg16", lambda path: "VGG16")
+    monkeypatch.setattr(neighbours, "read_vgg16", lambda path: "VGG16")
     monkeypatch.setattr(pairs, "lpips", squared)
     found = neighbours.find(pipeline, workdir, num=2, by="lpips")
-    network = quality.network(pipeline.config, workdir)
+    network = reference.network(pipeline.experiment, workdir)
     train, samples = (network.apply(x, 500)["pool"] for x in (train_images, found.samples))
     for i in range(2):
         candidates = train_images[np.argsort(brute_force(samples[i : i + 1], train)[0])[:100]]
@@ -182,13 +178,15 @@ def test_the_command_draws_them_and_writes_how_many(pipeline, workdir, monkeypat
     assert Image.open(workdir / "neighbours.png").size[0] > 1_000
 
 
-def test_what_is_missing_is_said_first(pipeline, tmp_path):
+def test_what_is_missing_is_said_first(pipeline, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match=r"no file .* with VGG16's weights"):
         neighbours.find(pipeline, tmp_path, by="lpips")
-    pipeline.config.data.image_size = 14
+    params = pipeline.autoencoder_params
+    pipeline = BinaryLatentDiffusion(pipeline.experiment.change({"data.image_size": 14}), params)
     with pytest.raises(UserError, match="at least 16 pixels"):
         neighbours.find(pipeline, tmp_path, by="lpips")
-    pipeline.prior_params = None
-    with pytest.raises(UserError, match="has no prior yet"):
-        neighbours.find(pipeline, tmp_path)
+    monkeypatch.setattr(BinaryLatentDiffusion, "from_workdir", lambda workdir, prior: pipeline)
+    with pytest.raises(SystemExit):
+        plots.main(["neighbours", f"--workdir={tmp_path}"])
+    assert "has no prior yet" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -6,8 +6,8 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from binlatent import build
 from binlatent.paper import __main__ as plots
+from binlatent.paper import figures
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime.errors import UserError
 
@@ -19,16 +19,13 @@ def close_figures():
     plt.close("all")
 
 
-def pipeline(config, num_classes):
-    config.data.num_classes = num_classes
-    key = jax.random.key(0)
-    return BinaryLatentDiffusion(
-        config, build.init_autoencoder(config, key), build.init_prior(config, key)
-    )
+def pipeline(experiment):
+    stages, key = (experiment.autoencoder, experiment.prior), jax.random.key(0)
+    return BinaryLatentDiffusion(experiment, *(jax.jit(stage.init)(key) for stage in stages))
 
 
 def test_schedules_are_drawn_from_their_values(tmp_path, capsys):
-    figure = plots.schedules_figure(num_timesteps=8)
+    figure = figures.schedules_figure(num_timesteps=8)
     assert [axis.get_title() for axis in figure.axes] == ["linear", "cos", "sigmoid"]
     one, zero = (line.get_ydata() for line in figure.axes[0].lines)
     np.testing.assert_allclose(one, 1 - np.arange(9) / 16)
@@ -38,12 +35,13 @@ def test_schedules_are_drawn_from_their_values(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["temperature", "guidance"])
-def test_rows_share_their_noise(tiny_config, name):
-    tiny_config.prior.evidence = False
-    model = pipeline(tiny_config, 10)
-    figure = {"temperature": plots.temperature_figure, "guidance": plots.guidance_figure}[name]
+def test_rows_share_their_noise(tiny_experiment, name):
+    model = pipeline(tiny_experiment.change({"prior.bernoulli.evidence": False}))
+    figure = {"temperature": figures.temperature_figure, "guidance": figures.guidance_figure}[name]
     axis = figure(model).axes[0]
-    values = plots.TEMPERATURES if name == "temperature" else plots.GUIDANCES
+    other = {"temperature": "guidance 0", "guidance": "temperature 1"}[name]
+    assert axis.get_title() == f"4 steps, {other}"
+    values = figures.TEMPERATURES if name == "temperature" else figures.GUIDANCES
     assert [float(label.get_text()) for label in axis.get_yticklabels()] == list(values)
     sheet = axis.images[0].get_array()
     assert sheet.shape == (len(values) * 30 + 2, 10 * 30 + 2)
@@ -51,15 +49,16 @@ def test_rows_share_their_noise(tiny_config, name):
     np.testing.assert_array_equal(sheet[2:30], sheet[32:60])
     # A prior with something to say does not.
     keys = iter(jax.random.split(jax.random.key(1), 100))
-    model.prior_params = jax.tree.map(
+    params = jax.tree.map(
         lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), model.prior_params
     )
+    model = BinaryLatentDiffusion(model.experiment, model.autoencoder_params, params)
     sheet = figure(model).axes[0].images[0].get_array()
     assert np.any(sheet[2:30] != sheet[-30:-2])
 
 
-def test_steps_are_those_of_the_paper_and_their_quality_is_measured(tiny_config):
-    figure = plots.steps_figure(pipeline(tiny_config, 10))
+def test_steps_are_those_of_the_paper_and_their_quality_is_measured(tiny_experiment, tmp_path):
+    figure = figures.steps_figure(pipeline(tiny_experiment), tmp_path)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["bits a dimension, at most", "accuracy", "Frechet distance"]
     steps, bits = figure.axes[0].lines[0].get_data()
@@ -67,11 +66,12 @@ def test_steps_are_those_of_the_paper_and_their_quality_is_measured(tiny_config)
     np.testing.assert_allclose(bits, 1, atol=0.1)  # the untrained prior takes bits for fair
 
 
-def test_without_classes_the_bound_is_drawn_and_guidance_is_refused(tiny_config):
-    model = pipeline(tiny_config, 0)
-    assert len(plots.steps_figure(model).axes) == 1
+def test_without_classes_the_bound_is_drawn_and_guidance_is_refused(tiny_experiment, tmp_path):
+    model = pipeline(tiny_experiment.change({"data.num_classes": 0}))
+    assert len(figures.steps_figure(model, tmp_path).axes) == 1
+    assert not list(tmp_path.iterdir())  # no classifier
     with pytest.raises(UserError, match="unconditional"):
-        plots.guidance_figure(model)
+        figures.guidance_figure(model)
 
 
 @pytest.mark.parametrize(

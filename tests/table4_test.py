@@ -12,10 +12,10 @@ from binlatent.runtime.errors import UserError
 
 
 @pytest.mark.slow
-def test_table_4(tiny_config, tmp_path):
-    tiny_config.autoencoder.codebook_size = 32
-    tiny_config.autoencoder.num_channels = 3
-    text = bottlenecks.run(tiny_config, tmp_path)
+def test_table_4(tiny_experiment, tmp_path):
+    sizes = {"autoencoder.codebook_size": 32, "autoencoder.num_channels": 3}
+    experiment = tiny_experiment.change(sizes)
+    text = bottlenecks.run(experiment, tmp_path)
     results = json.loads((tmp_path / "table4.json").read_text())
     assert (tmp_path / "table4.md").read_text() == text
     bits = {name: row["bit_rate"] for name, row in results.items()}
@@ -32,7 +32,7 @@ def test_table_4(tiny_config, tmp_path):
         ["Binary", "4×4×8"],
         ["Real value", "4×4×3"],
     ]
-    images, _ = report.test_images(tiny_config, 20)
+    images, _ = report.test_images(experiment, 20)
     for name, row in zip(results, rows, strict=True):
         pipeline = BinaryLatentDiffusion.from_workdir(tmp_path / name)
         error = np.square(
@@ -44,14 +44,15 @@ def test_table_4(tiny_config, tmp_path):
         np.testing.assert_allclose(found, [np.mean(psnr), np.std(psnr)], atol=0.02)
     # A second time nothing is trained.
     steps = (tmp_path / "vq" / "metrics.jsonl").read_text()
-    assert bottlenecks.run(tiny_config, tmp_path) == text
+    assert bottlenecks.run(experiment, tmp_path) == text
     assert (tmp_path / "vq" / "metrics.jsonl").read_text() == steps
     # Rows of another budget or loss are not compared.
-    tiny_config.autoencoder.train.learning_rate *= 2
+    rate = 2 * experiment.autoencoder.train.learning_rate
     with pytest.raises(UserError, match="vq was trained with config.autoencoder.train = "):
-        bottlenecks.run(tiny_config, tmp_path)
+        bottlenecks.run(experiment.change({"autoencoder.train.learning_rate": rate}), tmp_path)
 
 
-def test_as_many_bits_as_the_codebook_has_is_one_row(tiny_config):
-    tiny_config.autoencoder.codebook_size = 2**tiny_config.autoencoder.num_bits
-    assert list(bottlenecks.variants(tiny_config)) == ["vq", "binary", "real"]
+def test_as_many_bits_as_the_codebook_has_is_one_row(tiny_experiment):
+    experiment = tiny_experiment.change({"autoencoder.codebook_size": 2**8})
+    assert experiment.autoencoder.bottleneck.bits == 8
+    assert list(bottlenecks.variants(experiment)) == ["vq", "binary", "real"]

@@ -7,21 +7,23 @@ import jax
 import numpy as np
 import pytest
 
-from binlatent import build
 from binlatent.paper import __main__ as plots
-from binlatent.paper import tables
+from binlatent.paper import bottlenecks, tables
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import weights
 from binlatent.runtime.errors import UserError
 
 
 @pytest.fixture
-def pipeline(tiny_config):
-    tiny_config.data.num_classes = 10
-    key = jax.random.key(0)
-    return BinaryLatentDiffusion(
-        tiny_config, build.init_autoencoder(tiny_config, key), build.init_prior(tiny_config, key)
-    )
+def pipeline(tiny_experiment):
+    stages, key = (tiny_experiment.autoencoder, tiny_experiment.prior), jax.random.key(0)
+    return BinaryLatentDiffusion(tiny_experiment, *(jax.jit(stage.init)(key) for stage in stages))
+
+
+def change(pipeline, **values):
+    """Gives the pipeline another experiment; "__" stands for a dot."""
+    values = {name.replace("__", "."): value for name, value in values.items()}
+    pipeline.experiment = pipeline.experiment.change(values)
 
 
 def samples_of(pipeline, **settings):
@@ -82,7 +84,7 @@ def test_table1_has_a_row_for_each_sampler(pipeline, tmp_path):
 
 
 def test_table1_names_the_distance_and_tells_rows_apart(pipeline, tmp_path):
-    pipeline.config.data.num_classes = 0
+    change(pipeline, data__num_classes=0)
     for age in (0, 1):
         samples = samples_of(pipeline, labels="none", seed=age)
         metrics = {"fd_effnet": 10.5 + age, "precision_effnet": 0.5}
@@ -104,7 +106,7 @@ def test_table4_is_of_the_most_images_of_the_autoencoder(pipeline, tmp_path):
     write(tmp_path, 2, new, **{"test images": own | {"count": 500}})
     write(tmp_path, 1, old, **{"test images": own | {"count": 20}})
     write(tmp_path, 0, old, **{"test images": {"autoencoder": "another", "count": 500}})
-    text, (row,) = tables.table4_row(pipeline, tmp_path)
+    text, (row,) = bottlenecks.table4_row(pipeline, tmp_path)
     # 28 pixels in patches of 7 are 4 x 4 tokens, of 8 bits in the tiny config.
     assert cells(text) == [
         {
@@ -115,13 +117,12 @@ def test_table4_is_of_the_most_images_of_the_autoencoder(pipeline, tmp_path):
     ]
     assert row["metrics"] == more | new and row["bits"] == 128
     for bottleneck, bits in (("vq", 16 * 10), ("real", 32 * 16 * 6)):
-        pipeline.config.autoencoder.bottleneck = bottleneck
-        pipeline.config.autoencoder.codebook_size = 1_024
-        pipeline.config.autoencoder.num_channels = 6
-        assert tables.table4_row(pipeline, tmp_path)[1][0]["bits"] == bits
+        sizes = {"autoencoder__codebook_size": 1_024, "autoencoder__num_channels": 6}
+        change(pipeline, autoencoder__bottleneck=bottleneck, **sizes)
+        assert bottlenecks.table4_row(pipeline, tmp_path)[1][0]["bits"] == bits
 
 
-def test_table6_times_one_sample_after_another(pipeline, tmp_path, monkeypatch):
+def test_table6_times_one_sample_after_another(pipeline, monkeypatch):
     calls, clock = [], [0.0]
 
     def sample(num, key, label, steps):
@@ -130,7 +131,7 @@ def test_table6_times_one_sample_after_another(pipeline, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pipeline, "sample", sample)
     monkeypatch.setattr(tables.time, "perf_counter", lambda: clock[0])
-    text, rows = tables.table6(pipeline, tmp_path, num=3, steps=[2, 8, 64])
+    text, rows = tables.table6(pipeline, num=3, steps=[2, 8, 64])
     assert calls == [(1, i, steps) for steps in (2, 8) for i in range(4)]  # T is 8
     assert [row["steps"] for row in rows] == [2, 8]
     np.testing.assert_allclose([row["seconds"] for row in rows], [29 / 3, 149 / 3])
@@ -139,7 +140,7 @@ def test_table6_times_one_sample_after_another(pipeline, tmp_path, monkeypatch):
     assert first["s/sample"] == "9.67" and first["device"] == "4 x cpu" and first["samples"] == "3"
     assert first["batch"] == "1 a device, the same sample on all 4"
     with pytest.raises(UserError, match="at most 8"):
-        tables.table6(pipeline, tmp_path)
+        tables.table6(pipeline)
 
 
 def test_the_command_writes_table6(pipeline, tmp_path, monkeypatch, capsys):
@@ -160,7 +161,7 @@ def test_the_command_writes_table6(pipeline, tmp_path, monkeypatch, capsys):
     assert found[1]["JAX"] == jax.__version__ and found[1]["guidance"] == "1"
 
 
-@pytest.mark.parametrize("make", [tables.table1, tables.table4_row])
+@pytest.mark.parametrize("make", [tables.table1, bottlenecks.table4_row])
 def test_without_results_the_command_is_named(pipeline, tmp_path, make):
     wanted = "fid,is,pr" if make is tables.table1 else "psnr,ssim"
     with pytest.raises(UserError, match=f"no results .* --mode=evaluate .*--metrics={wanted} fir"):

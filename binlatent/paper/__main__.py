@@ -3,144 +3,51 @@
 import argparse
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 from matplotlib import pyplot as plt
 
-from binlatent import build
-from binlatent.data.transforms import to_uint8
-from binlatent.evaluation import comparison, pictures, report
-from binlatent.paper import neighbours, tables
+from binlatent.evaluation import results
+from binlatent.paper import bottlenecks, figures, neighbours, tables
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.priors.bernoulli import schedules
-from binlatent.runtime import command, png
+from binlatent.runtime import command
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger("binlatent.paper")  # also as __main__
 
-TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # of Figure 4
-GUIDANCES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 
+class Item(NamedTuple):
+    """A figure or a table.
 
-def schedules_figure(num_timesteps: int = 64) -> plt.Figure:
-    """Draws how bits that are 1 (blue) and 0 (red) reach 1/2 (supplement, Figure A)."""
-    figure, axes = plt.subplots(
-        1, len(schedules.NAMES), figsize=(10, 3), sharey=True, layout="constrained"
-    )
-    for axis, name in zip(axes, schedules.NAMES, strict=True):
-        keep = schedules.keep_schedule(name, num_timesteps)
-        t = np.arange(num_timesteps + 1)
-        axis.plot(t, (1 + keep) / 2, "tab:blue", label="$z_0 = 1$")
-        axis.plot(t, (1 - keep) / 2, "tab:red", label="$z_0 = 0$")
-        axis.set(title=name, xlabel="$t$", ylim=(0, 1))
-    axes[0].set_ylabel("$q(z_t = 1 | z_0)$")
-    axes[0].legend()
-    return figure
-
-
-def _rows(
-    pipeline: BinaryLatentDiffusion,
-    seed: int,
-    name: str,
-    values: tuple[float, ...],
-    fixed: dict[str, float],
-) -> plt.Figure:
-    """Draws a row of samples a value of a sampling option, the same noise in every row."""
-    num, labels = pictures.class_rows(pipeline.num_classes, columns=1)
-    key = build.key(seed, name)
-    rows = [
-        to_uint8(pipeline.sample(num, key, labels, **fixed, **{name: value})) for value in values
-    ]
-    sheet = png.grid(rows)
-    height, width, _ = sheet.shape
-    figure, axis = plt.subplots(figsize=(8, 8 * height / width), layout="constrained")
-    axis.imshow(sheet, cmap="gray", vmin=0, vmax=255)
-    centres = (np.arange(len(values)) + 0.5) * height / len(values)
-    axis.set(xticks=[], yticks=centres, yticklabels=[f"{value:g}" for value in values])
-    others = ", ".join(f"{other} {value:g}" for other, value in fixed.items())
-    axis.set_title(f"{pipeline.config.sample.steps} steps, {others}")
-    axis.set_ylabel({"temperature": "temperature", "guidance": "guidance $w$"}[name])
-    return figure
-
-
-def temperature_figure(pipeline: BinaryLatentDiffusion, seed: int = 0) -> plt.Figure:
-    """Draws samples at rising temperature, without guidance, same noise (paper, Figure 4)."""
-    return _rows(pipeline, seed, "temperature", TEMPERATURES, {"guidance": 0.0})
-
-
-def guidance_figure(pipeline: BinaryLatentDiffusion, seed: int = 0) -> plt.Figure:
-    """Draws samples at rising guidance, at temperature 1, same noise (supplement, Figure M).
-
-    Raises:
-      UserError: if the prior has no classes.
+    Fields:
+      make: of a pipeline, its workdir and flags: a figure; or a figure or the text of a table, and
+        the content of a JSON file beside it.
+      flags: that it takes beside --workdir and --out.
+      reads: the last stage whose checkpoint it needs, "" for none.
+      suffixes: of its file.
     """
-    if not pipeline.num_classes:
-        raise UserError("This prior is unconditional, so there is nothing to guide.")
-    return _rows(pipeline, seed, "guidance", GUIDANCES, {"temperature": 1.0})
+
+    make: Callable[..., plt.Figure | tuple[plt.Figure | str, Any]]
+    flags: tuple[str, ...] = ()
+    reads: str = "prior"
+    suffixes: tuple[str, ...] = (".png", ".pdf", ".svg")
 
 
-def quality_by_steps(pipeline: BinaryLatentDiffusion, seed: int = 0) -> dict[str, np.ndarray]:
-    """Measures samples of one checkpoint at 4 steps, 8, ... to T (paper, Figure 7).
-
-    At temperature 1 and without guidance, as in the paper.
-
-    Returns:
-      `steps`, and for each of them `bits_per_dim`, the bound for a sampler of these steps, and,
-      for a prior with classes, `accuracy` and `frechet_distance` of `report.Judge`.
-    """
-    T = pipeline.config.prior.bernoulli.num_timesteps
-    steps = sorted({min(2**i, T) for i in range(2, 20)})
-    images, labels = report.test_images(pipeline.config, pipeline.config.evaluate.num_images)
-    probs = pipeline.encode_probs(images)
-    judge = report.Judge(pipeline.config) if pipeline.num_classes else None
-    results = []
-    for count in steps:
-        log.info("%d steps", count)
-        result = report.likelihood_metrics(pipeline, probs, labels, steps=count)
-        if judge is not None:
-            options = {"steps": count, "temperature": 1.0, "guidance": 0.0}
-            result |= judge.sample_quality(pipeline, build.key(seed, "report"), **options)
-        results.append(result)
-    names = [name for name in results[0] if name != "bits_per_image"]
-    return {
-        "steps": np.array(steps),
-        **{name: np.array([result[name] for result in results]) for name in names},
-    }
+def _of_pipeline(make: Callable) -> Callable:
+    return lambda pipeline, workdir, **options: make(pipeline, **options)
 
 
-def steps_figure(pipeline: BinaryLatentDiffusion, seed: int = 0) -> plt.Figure:
-    """Draws what `quality_by_steps` measures."""
-    quality = quality_by_steps(pipeline, seed)
-    steps = quality.pop("steps")
-    captions = {
-        "bits_per_dim": "bits a dimension, at most",
-        "accuracy": "accuracy",
-        "frechet_distance": "Frechet distance",
-    }
-    figure, axes = plt.subplots(
-        1, len(quality), figsize=(3.5 * len(quality), 3), squeeze=False, layout="constrained"
-    )
-    for axis, (name, values) in zip(axes[0], quality.items(), strict=True):
-        axis.plot(steps, values, "o-")
-        axis.set_xscale("log", base=2)
-        axis.set(xticks=steps, xticklabels=steps, xlabel="steps", title=captions[name])
-    return figure
-
-
-_OF_A_WORKDIR = {
-    "temperature": temperature_figure,
-    "steps": steps_figure,
-    "guidance": guidance_figure,
-}
-_TABLES = {"table1": tables.table1, "table4": tables.table4_row, "table6": tables.table6}
-# The flags that a figure or table takes beside --workdir and --out.
-_FLAGS = {
-    **dict.fromkeys(("schedules", "table1", "table4"), ()),
-    **dict.fromkeys(_OF_A_WORKDIR, ("seed",)),
-    "neighbours": ("seed", "num", "by"),
-    "table6": ("seed", "num", "steps"),
+ITEMS = {
+    "schedules": Item(lambda *_: figures.schedules_figure(), reads=""),
+    "table1": Item(tables.table1, suffixes=(".md",)),
+    "table4": Item(bottlenecks.table4_row, reads="autoencoder", suffixes=(".md",)),
+    "temperature": Item(_of_pipeline(figures.temperature_figure), ("seed",)),
+    "steps": Item(figures.steps_figure, ("seed",)),
+    "guidance": Item(_of_pipeline(figures.guidance_figure), ("seed",)),
+    "neighbours": Item(neighbours.draw, ("seed", "num", "by")),
+    "table6": Item(_of_pipeline(tables.table6), ("seed", "num", "steps"), suffixes=(".md",)),
 }
 
 
@@ -154,32 +61,29 @@ def _whole_numbers(text: str) -> list[int]:
     return list(map(_whole_number, text.split(",")))
 
 
-def _write(what: str, workdir: Path | None, out: Path, options: dict[str, Any]) -> None:
+def _write(item: Item, workdir: Path | None, out: Path, options: dict[str, Any]) -> None:
     pipeline = None
-    if what != "schedules":
-        pipeline = BinaryLatentDiffusion.from_workdir(workdir, prior=what != "table4")
+    if item.reads:
+        pipeline = BinaryLatentDiffusion.from_workdir(workdir, prior=item.reads == "prior")
+    if item.reads == "prior":
+        _ = pipeline.prior_params  # an error without one, before any work
     out.parent.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
-    if what in _TABLES:
-        text, rows = _TABLES[what](pipeline, workdir, **options)
-        tables.write(out, text, rows)
-        sys.stdout.write(text)
-        return
-    if what == "neighbours":
-        found = neighbours.find(pipeline, workdir, **options)
-        comparison.write(out.with_suffix(".json"), found.metrics, found.protocol)
-        figure = neighbours.figure(found)
-    elif pipeline is None:
-        figure = schedules_figure()
+    made = item.make(pipeline, workdir, **options)
+    if isinstance(made, tuple):
+        made, content = made
+        results.write_json(out.with_suffix(".json"), content)
+    if isinstance(made, str):
+        out.write_text(made)
+        sys.stdout.write(made)
     else:
-        figure = _OF_A_WORKDIR[what](pipeline, **options)
-    figure.savefig(out, dpi=150)
+        made.savefig(out, dpi=150)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Draws one figure or writes one table; a user's error is one sentence and exit code 1."""
     parser = argparse.ArgumentParser("binlatent.paper", description=__doc__)
     flag = parser.add_argument
-    flag("figure", choices=_FLAGS)
+    flag("figure", choices=ITEMS)
     flag("--workdir", type=Path, help="of a trained prior; not for schedules")
     flag("--out", type=Path, help="PNG, PDF or SVG file, .md of a table; default in WORKDIR")
     flag("--seed", type=int, help="of the samples; default 0")
@@ -187,24 +91,23 @@ def main(argv: list[str] | None = None) -> None:
     flag("--by", choices=neighbours.BY, help="what neighbours are nearest by; default features")
     flag("--steps", type=_whole_numbers, help="of the sampler, for table6; default 16,64")
     flags = parser.parse_args(argv)
-    what = flags.figure
-    given = {name: getattr(flags, name) for name in ("seed", "num", "by", "steps")}
-    options = {name: value for name, value in given.items() if value is not None}
-    for name in options:
-        if name not in _FLAGS[what]:
-            takers = [taker for taker, names in _FLAGS.items() if name in names]
-            parser.error(f"--{name} is for {', '.join(takers)}, not for {what}")
-    if what != "schedules" and flags.workdir is None:
-        parser.error(f"{what} needs --workdir")
+    name, item = flags.figure, ITEMS[flags.figure]
+    given = {option: getattr(flags, option) for option in ("seed", "num", "by", "steps")}
+    options = {option: value for option, value in given.items() if value is not None}
+    for option in options:
+        if option not in item.flags:
+            takers = [taker for taker, other in ITEMS.items() if option in other.flags]
+            parser.error(f"--{option} is for {', '.join(takers)}, not for {name}")
+    if item.reads and flags.workdir is None:
+        parser.error(f"{name} needs --workdir")
     plt.switch_backend("agg")  # files only, no window
-    suffixes = (".md",) if what in _TABLES else (".png", ".pdf", ".svg")
-    out = flags.out or (flags.workdir or Path()) / f"{what}{suffixes[0]}"
+    out = flags.out or (flags.workdir or Path()) / f"{name}{item.suffixes[0]}"
     command.prepare_jax()
     with command.reporting():
-        if out.suffix.lower() not in suffixes:
-            endings = " or ".join(", ".join(suffixes).rsplit(", ", 1))
+        if out.suffix.lower() not in item.suffixes:
+            endings = " or ".join(", ".join(item.suffixes).rsplit(", ", 1))
             raise UserError(f"--out must end in {endings}, not {out}.")
-        _write(what, flags.workdir, out, options)
+        _write(item, flags.workdir, out, options)
         log.info("Wrote %s", out)
 
 

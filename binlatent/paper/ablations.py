@@ -7,7 +7,6 @@ or measured already is not done again.
 """
 
 import argparse
-import copy
 import itertools
 import json
 import logging
@@ -16,32 +15,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
 import numpy as np
 
-from binlatent import build
-from binlatent.data.transforms import to_float
+from binlatent import experiment as experiments
+from binlatent import stages
+from binlatent.configs import digits
 from binlatent.evaluation import report
+from binlatent.evaluation.judge import Judge
+from binlatent.experiment import Experiment
+from binlatent.paper.tables import markdown
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import command
-from binlatent.training import loop
+from binlatent.runtime.keys import key_for
 
 log = logging.getLogger("binlatent.paper.ablations")  # also as __main__
 
-Config = ml_collections.ConfigDict
+Row = tuple[str, str, int]  # of a table: variant, sampler and seed
 
 _EVIDENCE = {"target": "flip", "evidence": True, "vlb_weight": 0.1}
 _FLIP = {**_EVIDENCE, "evidence": False}
 
-# A variant's name and what it sets in `config.prior`; the number of steps is a share.
+# A variant's name and what it sets in `config.prior.bernoulli`; "steps" is a share of training.
 VARIANTS = {
     "z_s": {**_FLIP, "target": "z_s"},
     "z_0": {**_FLIP, "target": "z_0"},
     "flip": _FLIP,
     "z_0, evidence": {**_EVIDENCE, "target": "z_0"},
     "flip, evidence": _EVIDENCE,
-    "flip, quarter": {**_FLIP, "train.num_steps": 0.25},
-    "flip, evidence, quarter": {**_EVIDENCE, "train.num_steps": 0.25},
+    "flip, quarter": {**_FLIP, "steps": 0.25},
+    "flip, evidence, quarter": {**_EVIDENCE, "steps": 0.25},
     "balanced": {**_FLIP, "pair": "balanced_plugin"},
     "lambda 0": {**_EVIDENCE, "vlb_weight": 0.0},
     "lambda 0.01": {**_EVIDENCE, "vlb_weight": 0.01},
@@ -124,95 +126,78 @@ TABLES = {
 }
 
 
-def variant_config(config: Config, variant: str, seed: int) -> Config:
-    """Returns the config of a variant and seed."""
-    config = copy.deepcopy(config)
-    config.seed = seed
+def variant_of(experiment: Experiment, variant: str, seed: int) -> Experiment:
+    """Returns the experiment of a variant and seed."""
     changes = dict(VARIANTS[variant])
-    if "train.num_steps" in changes:
-        share = changes["train.num_steps"]
-        changes["train.num_steps"] = max(round(share * config.prior.train.num_steps), 1)
-    config.prior.update_from_flattened_dict(changes)
-    return config
+    num_steps = max(round(changes.pop("steps", 1) * experiment.prior.train.num_steps), 1)
+    values = {f"prior.bernoulli.{name}": value for name, value in changes.items()}
+    return experiment.change({"seed": seed, "prior.train.num_steps": num_steps, **values})
 
 
-def budget_folder(config: Config, workdir: Path) -> Path:
+def budget_folder(experiment: Experiment, workdir: Path) -> Path:
     """Returns the folder of all runs of a budget, so that no two budgets are mixed up."""
-    return workdir / f"{config.prior.train.num_steps}_steps"
+    return workdir / f"{experiment.prior.train.num_steps}_steps"
 
 
-def train_variant(config: Config, workdir: Path, variant: str, seed: int) -> Path:
+def train_variant(experiment: Experiment, workdir: Path, variant: str, seed: int) -> Path:
     """Trains the prior of a variant on the workdir's autoencoder; returns its own workdir."""
     name = f"{variant.replace(', ', '_').replace(' ', '_')}_{seed}"
-    folder = budget_folder(config, workdir) / name
+    folder = budget_folder(experiment, workdir) / name
     folder.mkdir(parents=True, exist_ok=True)
     (workdir / "codes").mkdir(exist_ok=True)
     for shared in ("autoencoder", "codes"):
         if not (folder / shared).exists():
             (folder / shared).symlink_to(Path("..") / ".." / shared)
     log.info("Training %s, seed %d", variant, seed)
-    loop.train_prior(variant_config(config, variant, seed), folder)
+    stages.train_prior(variant_of(experiment, variant, seed), folder)
     return folder
 
 
-class Results:
-    """Measured numbers by row, in a file that an interrupted run goes on from."""
-
-    def __init__(self, path: Path):
-        """Reads what is there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        entries = [json.loads(line) for line in lines]
-        self._values = {tuple(entry["row"]): entry["values"] for entry in entries}
-
-    def __contains__(self, row: tuple[str, str, int]) -> bool:
-        return row in self._values
-
-    def __getitem__(self, row: tuple[str, str, int]) -> dict[str, float]:
-        return self._values[row]
-
-    def add(self, row: tuple[str, str, int], values: dict[str, float]) -> None:
-        """Keeps the values of (variant, sampler, seed)."""
-        self._values[row] = values
-        with self._path.open("a") as file:
-            file.write(json.dumps({"row": row, "values": values}) + "\n")
+def read_rows(path: Path) -> dict[Row, dict[str, float]]:
+    """Returns the numbers by row in a file, which an interrupted run goes on from."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    entries = map(json.loads, lines)
+    return {tuple(entry["row"]): entry["values"] for entry in entries}
 
 
-def _samplers(variant: str) -> list[str]:
-    """Returns the samplers that the tables ask of a variant."""
-    rows = [row for table in TABLES.values() for row in table]
-    return sorted({sampler for _, of, sampler in rows if of == variant})
+def measure_rows(
+    experiment: Experiment, workdir: Path, seeds: int, variants: Sequence[str]
+) -> dict[Row, dict[str, float]]:
+    """Trains and measures the rows of the tables that are about `variants`, and adds to the file.
 
-
-def measure(config: Config, workdir: Path, seeds: int, variants: Sequence[str]) -> Results:
-    """Trains and measures the rows of the tables that are about `variants`."""
-    results = Results(budget_folder(config, workdir) / "results.jsonl")
-    judge = None
+    Args:
+      experiment: that the variants are of.
+      workdir: of its autoencoder, and the folder of all runs.
+      seeds: priors a variant.
+      variants: of `VARIANTS`.
+    """
+    path = budget_folder(experiment, workdir) / "results.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    measured, judge = read_rows(path), None
+    asked = sorted({row[1:] for table in TABLES.values() for row in table})
     for seed, variant in itertools.product(range(seeds), variants):
-        missing = [name for name in _samplers(variant) if (variant, name, seed) not in results]
+        samplers = [sampler for of, sampler in asked if of == variant]
+        missing = [name for name in samplers if (variant, name, seed) not in measured]
         if not missing:
             continue
-        folder = train_variant(config, workdir, variant, seed)
-        pipeline = BinaryLatentDiffusion.from_workdir(folder, variant_config(config, variant, seed))
-        if judge is None:  # the same one for all, whatever was measured before
-            judge_config = copy.deepcopy(pipeline.config)
-            judge_config.seed = config.seed
-            judge = report.Judge(judge_config)
-        probs = pipeline.encode_probs(to_float(judge.images))
+        folder = train_variant(experiment, workdir, variant, seed)
+        own = variant_of(experiment, variant, seed)
+        pipeline = BinaryLatentDiffusion.from_workdir(folder, own)
+        judge = judge or Judge(experiment, workdir)  # the same one for all
+        test = report.HeldOut.read(pipeline)
         for sampler in missing:
-            key = build.key(seed, "ablation")
             changes = SAMPLERS.get(sampler, INPAINTERS.get(sampler, {}))
-            options = {**_PLAIN, **changes}
             judged = judge.inpainting_quality if sampler in INPAINTERS else judge.sample_quality
-            quality = judged(pipeline, key, **options)
+            quality = judged(pipeline, key_for(seed, "ablation"), **_PLAIN | changes)
             if not set(changes) - {"steps"} and sampler not in INPAINTERS:
                 # Of the steps that the row is about, or of all.
-                steps = changes.get("steps")
-                quality |= report.likelihood_metrics(pipeline, probs, judge.labels, steps)
-            results.add((variant, sampler, seed), quality)
-            log.info("%s, %s, seed %d: %s", variant, sampler, seed, quality)
-    return results
+                quality |= report.likelihood_metrics(pipeline, test.probs, test.labels, **changes)
+            row = variant, sampler, seed
+            measured[row] = quality
+            with path.open("a") as file:
+                file.write(json.dumps({"row": row, "values": quality}) + "\n")
+            log.info("%s, %s, seed %d: %s", *row, quality)
+    return measured
 
 
 _COLUMNS = {
@@ -229,37 +214,34 @@ def _cell(values: list[float], form: str) -> str:
     return f"{form.format(np.mean(values))} ± {form.format(np.std(values, ddof=1))}"
 
 
-def tables(results: Results, seeds: int) -> str:
+def markdown_tables(measured: dict[Row, dict[str, float]], seeds: int) -> str:
     """Returns the tables in Markdown: means over seeds and standard deviations.
 
     A table has the columns that all of its rows have, and no row that was not measured.
     """
-    lines = []
+    text = ""
     for caption, rows in TABLES.items():
         found: dict[str, list[dict[str, Any]]] = {}
         for label, variant, sampler in rows:
             keys = [(variant, sampler, seed) for seed in range(seeds)]
-            found[label] = [results[key] for key in keys if key in results]
-        found = {label: values for label, values in found.items() if values}
+            if values := [measured[key] for key in keys if key in measured]:
+                found[label] = values
         everything = [value for values in found.values() for value in values]
-        columns = [
-            (name, *column)
-            for name, column in _COLUMNS.items()
-            if everything and all(name in value for value in everything)
+        names = [name for name in _COLUMNS if everything and all(name in x for x in everything)]
+        lines = [
+            [
+                label,
+                *(_cell([value[name] for value in values], _COLUMNS[name][1]) for name in names),
+            ]
+            for label, values in found.items()
         ]
-        lines += [f"### {caption}", "", "| | " + " | ".join(c for _, c, _ in columns) + " |"]
-        lines += ["|---|" + "---|" * len(columns)]
-        for label, values in found.items():
-            cells = [_cell([value[name] for value in values], form) for name, _, form in columns]
-            lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        lines.append("")
-    return "\n".join(lines)
+        table = markdown(["", *(_COLUMNS[name][0] for name in names)], lines)
+        text += f"### {caption}\n\n{table}\n"
+    return text
 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains, measures and prints the tables; a user's error is one sentence and exit code 1."""
-    from binlatent.configs import digits
-
     parser = argparse.ArgumentParser("binlatent.paper.ablations", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="folder of all runs")
     parser.add_argument("--seeds", type=int, default=3, help="priors a variant")
@@ -269,16 +251,18 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     if flags.seeds < 1:
         parser.error("--seeds must be at least 1")
-    config = digits.get_config()
-    config.data.path = flags.data
-    config.prior.train.num_steps = flags.num_steps or config.prior.train.num_steps
     command.prepare_jax()
     with command.reporting():
-        loop.train_autoencoder(config, flags.workdir)
-        results = measure(config, flags.workdir, flags.seeds, flags.variants)
-    text = tables(results, flags.seeds)
-    (budget_folder(config, flags.workdir) / "ablations.md").write_text(text)
-    sys.stdout.write(text)
+        experiment = experiments.resolve(digits.get_config())
+        num_steps = flags.num_steps or experiment.prior.train.num_steps
+        experiment = experiment.change(
+            {"data.path": flags.data, "prior.train.num_steps": num_steps}
+        )
+        stages.train_autoencoder(experiment, flags.workdir)
+        measured = measure_rows(experiment, flags.workdir, flags.seeds, flags.variants)
+        text = markdown_tables(measured, flags.seeds)
+        (budget_folder(experiment, flags.workdir) / "ablations.md").write_text(text)
+        sys.stdout.write(text)
 
 
 if __name__ == "__main__":

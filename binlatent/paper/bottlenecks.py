@@ -1,24 +1,77 @@
-"""Table 4 of the paper: what a format of the code is worth in reconstruction, at equal budget.
+"""Table 4 of the paper: what a format of the code is worth in reconstruction.
 
 `python -m binlatent.main --mode=table4 --config=... --workdir=DIR` trains the config's autoencoder
-with each bottleneck, in folders of DIR; what is trained already is not trained again.
+with each bottleneck at equal budget, in folders of DIR; what is trained already is not trained
+again. `python -m binlatent.paper table4 --workdir=DIR` writes the row of a workdir's autoencoder.
 """
 
 import json
 import logging
 import math
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from binlatent import stages
-from binlatent.evaluation import report
+from binlatent.evaluation import report, results
 from binlatent.experiment import Experiment
+from binlatent.paper.tables import markdown, no_results, stored_results
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.weights import fingerprint
 from binlatent.training.checkpoint import Checkpoints, exists
 
 log = logging.getLogger(__name__)
+
+_TITLES = ("method", "size", "bits an image")
+
+
+def _bits(experiment: Experiment) -> float:
+    h, w, _ = experiment.autoencoder.code_shape
+    return h * w * experiment.autoencoder.bottleneck.bits
+
+
+def _described(experiment: Experiment) -> list[str]:
+    """Returns the cells under `_TITLES`; a size is h x w x codebook size, bits or channels."""
+    bottleneck, (h, w, _) = experiment.autoencoder.bottleneck, experiment.autoencoder.code_shape
+    return [bottleneck.title, f"{h}×{w}×{bottleneck.size}", f"{_bits(experiment):,.0f}"]
+
+
+def _with_spread(metrics: dict[str, float], name: str, digits: int) -> str:
+    """Returns a mean ± its standard deviation, as the paper writes it, or "-" if there is none."""
+    mean, std = metrics.get(name), metrics.get(f"{name}_std")
+    return "-" if std is None else f"{mean:.{digits}f} ± {std:.{digits}f}"
+
+
+def table4_row(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, list[dict[str, Any]]]:
+    """Makes the row of Table 4 that is the workdir's autoencoder.
+
+    Args:
+      pipeline, workdir: as of `tables.table1`.
+
+    Returns:
+      The table in Markdown, and its row: `metrics`, `protocol`, `size` and `bits` of an image.
+    """
+    metrics = {"psnr", "ssim", "lpips"}
+    found = [result for result in stored_results(workdir) if metrics & result["metrics"].keys()]
+    current = fingerprint(pipeline.autoencoder_params)
+    own = [x for x in found if x["protocol"]["test images"].get("autoencoder") == current]
+    if not own:
+        raise no_results(workdir, bool(found), "psnr,ssim")
+    # Of the most images; what was measured of the same ones is added.
+    best = max(own, key=lambda result: result["protocol"]["test images"]["count"])
+    count = best["protocol"]["test images"]["count"]
+    same = [x["metrics"] for x in own if x["protocol"]["test images"]["count"] == count]
+    metrics = dict(pair for one in reversed(same) for pair in one.items())
+    described, bits = _described(pipeline.experiment), _bits(pipeline.experiment)
+    digits = {"psnr": 2, "ssim": 3, "lpips": 3}
+    cells = [f"{count:,}", *(_with_spread(metrics, *pair) for pair in digits.items())]
+    text = markdown([*_TITLES, "images", "PSNR", "SSIM", "LPIPS"], [[*described, *cells]])
+    return text, [{**best, "metrics": metrics, "size": described[1], "bits": bits}]
+
+
+# What --mode=table4 trains
 
 
 def variants(experiment: Experiment) -> dict[str, Experiment]:
@@ -40,19 +93,6 @@ def variants(experiment: Experiment) -> dict[str, Experiment]:
     return {name: experiment.change(values) for name, values in changes.items()}
 
 
-def size(experiment: Experiment) -> str:
-    """Returns h x w x codebook size, bits or channels, as the paper writes it."""
-    h, w, _ = experiment.autoencoder.code_shape
-    return f"{h}×{w}×{experiment.autoencoder.bottleneck.size}"
-
-
-def with_spread(metrics: dict[str, float], name: str, digits: int) -> str:
-    """Returns a mean ± its standard deviation, as the paper writes it, or "-" if there is none."""
-    if name not in metrics:
-        return "-"
-    return f"{metrics[name]:.{digits}f} ± {metrics[f'{name}_std']:.{digits}f}"
-
-
 def _use(metrics: dict[str, float]) -> str:
     """Returns how much of its code a bottleneck uses, in words."""
     if "codebook_used" in metrics:
@@ -66,20 +106,6 @@ def _use(metrics: dict[str, float]) -> str:
             f"{metrics['duplicate_bits']} duplicate"
         )
     return "float32 counted"
-
-
-def table(experiment: Experiment, results: dict[str, dict[str, float]]) -> str:
-    """Returns the table in Markdown, from the rows' metrics by name."""
-    rows = variants(experiment)
-    lines = ["| method | size | bits an image | PSNR | SSIM | use of the code |", "|" + "---|" * 6]
-    for name, metrics in results.items():
-        lines.append(
-            f"| {rows[name].autoencoder.bottleneck.title} | {size(rows[name])} "
-            f"| {metrics['bit_rate']:,.0f} "
-            f"| {with_spread(metrics, 'psnr', 2)} | {with_spread(metrics, 'ssim', 3)} "
-            f"| {_use(metrics)} |"
-        )
-    return "\n".join(lines) + "\n"
 
 
 def _check_budget(row: Experiment, workdir: Path) -> None:
@@ -110,16 +136,18 @@ def run(experiment: Experiment, workdir: Path) -> str:
     rows = variants(experiment)
     for name, row in rows.items():  # all, before any training
         _check_budget(row, workdir / name)
-    results = {}
+    measured, lines = {}, []
     images, _ = report.test_images(experiment, experiment.evaluate.num_images)
     for name, row in rows.items():
         log.info("Table 4: %s", name)
         stages.train_autoencoder(row, workdir / name)
         pipeline = BinaryLatentDiffusion.from_workdir(workdir / name, prior=False)
-        results[name] = report.autoencoder_metrics(pipeline, images)
-    text = table(experiment, results)
+        metrics = measured[name] = report.autoencoder_metrics(pipeline, images)
+        cells = [_with_spread(metrics, "psnr", 2), _with_spread(metrics, "ssim", 3), _use(metrics)]
+        lines.append([*_described(row), *cells])
+    text = markdown([*_TITLES, "PSNR", "SSIM", "use of the code"], lines)
     if jax.process_index() == 0:
-        (workdir / "table4.json").write_text(json.dumps(results, indent=2) + "\n")
+        results.write_json(workdir / "table4.json", measured)
         (workdir / "table4.md").write_text(text)
     log.info("%s", text)
     return text

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import pyplot as plt
 
-from binlatent import build
 from binlatent.autoencoder.lpips import MIN_SIZE, read_vgg16
-from binlatent.evaluation import comparison, quality, report
+from binlatent.data.splits import open_split
+from binlatent.evaluation import reference, results
 from binlatent.evaluation.metrics import pairs
 from binlatent.evaluation.networks import features
 from binlatent.evaluation.samples import Samples
@@ -53,31 +53,30 @@ class Neighbours(NamedTuple):
     protocol: dict[str, Any]
 
 
-def nearest(queries: np.ndarray, features: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Finds the rows of `features` nearest to each query, block by block, in float64.
+def nearest_rows(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Finds the rows nearest to each query, block by block, in float64.
 
     Args:
       queries: (n, d).
-      features: (m, d).
+      rows: (m, d).
       k: how many, at most m.
 
     Returns:
-      Indices into `features`, (n, k), the nearest first, and Euclidean distances, float64 (n, k).
+      Indices into `rows`, (n, k), the nearest first, and Euclidean distances, float64 (n, k).
     """
-    features = np.asarray(features, np.float64)
-    squares = np.sum(np.square(features), axis=1)
-    size = max(_BLOCK // max(features.shape), 1)
+    rows = np.asarray(rows, np.float64)
+    squares = np.sum(np.square(rows), axis=1)
+    size = max(_BLOCK // max(rows.shape), 1)
     found = []
     for start in range(0, len(queries), size):
         block = np.asarray(queries[start : start + size], np.float64)
         # |a - b|^2 without |a|^2, which is the same for all b.
-        order = np.argpartition(squares[None] - 2 * (block @ features.T), k - 1, axis=1)[:, :k]
+        order = np.argpartition(squares[None] - 2 * (block @ rows.T), k - 1, axis=1)[:, :k]
         # Once more from the differences: of a copy the expansion leaves rounding errors, not 0.
-        columns = [np.linalg.norm(block - features[order[:, i]], axis=1) for i in range(k)]
+        columns = [np.linalg.norm(block - rows[order[:, i]], axis=1) for i in range(k)]
         distances = np.stack(columns, axis=1)
         by_distance = np.argsort(distances, axis=1, kind="stable")
-        pair = (order, distances)
-        found.append([np.take_along_axis(x, by_distance, axis=1) for x in pair])
+        found.append([np.take_along_axis(x, by_distance, axis=1) for x in (order, distances)])
     indices, distances = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return indices, distances
 
@@ -127,66 +126,58 @@ def find(
       pipeline: of the workdir.
       workdir: where samples and features are kept, and are taken from if they are there.
       num: of samples with their neighbours; `memorised` is of `config.evaluate.num_samples`.
-      by: "features" or "lpips", with the weights of config.autoencoder.loss.vgg16.
+      by: "features" or "lpips", with the weights of `config.autoencoder.loss.vgg16`.
       seed: of the samples.
-
-    Raises:
-      UserError: without a prior, or weights that are needed, or of images too small for LPIPS.
     """
-    config = pipeline.config
-    if pipeline.prior_params is None:
-        raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
+    experiment = pipeline.experiment
     if by == "lpips":
-        if min(build.image_shape(config)[:2]) < MIN_SIZE:
+        if experiment.data.image_size < MIN_SIZE:
             raise UserError(f"LPIPS needs images of at least {MIN_SIZE} pixels: use --by=features.")
-        vgg16 = read_vgg16(config.autoencoder.loss.vgg16)
-    network, folder = quality.network(config, workdir), workdir / "evaluation"
-    train, train_protocol = quality.features_of_split(config, network, workdir, "train")
-    test, test_protocol = quality.features_of_split(config, network, workdir, "test")
+        vgg16 = read_vgg16(experiment.autoencoder.vgg16)
+    network, folder = reference.network(experiment, workdir), workdir / "evaluation"
+    (train, train_protocol), (test, test_protocol) = (
+        reference.features_of_split(experiment, network, workdir, split)
+        for split in ("train", "test")
+    )
     shown = Samples(pipeline, network, folder, num, seed=seed, images=True)
-    many = Samples(pipeline, network, folder, config.evaluate.num_samples, seed=seed)
+    many = Samples(pipeline, network, folder, experiment.evaluate.num_samples, seed=seed)
 
     log.info("Searching %d training images", len(train.pool))
     pool = many.features().pool
     spread = np.linspace(0, len(test.pool) - 1, min(len(pool), len(test.pool))).astype(int)
     of_samples, of_held_out = (
-        nearest(x, train.pool, 1)[1][:, 0] for x in (pool, test.pool[spread])
+        nearest_rows(x, train.pool, 1)[1][:, 0] for x in (pool, test.pool[spread])
     )
 
     candidates = min(_RANKED if by == "lpips" else NEIGHBOURS, len(train.pool))
-    indices, distances = nearest(shown.features().pool, train.pool, candidates)
-    source = report.open_data(config, "train", workdir, keep=False)
+    indices, distances = nearest_rows(shown.features().pool, train.pool, candidates)
+    source = open_split(experiment.data, "train", workdir, keep=False)
     in_source = features.kept(train.count)[indices]
     samples, images = np.concatenate(shown.images().parts), []
     for i, sample in enumerate(samples):
         found = np.stack([source.examples[int(j)]["image"] for j in in_source[i]])
         if by == "lpips":
             copies = np.broadcast_to(sample, found.shape)
-            distances[i] = pairs.lpips(vgg16, copies, found, config.sample.batch_size)
+            distances[i] = pairs.lpips(vgg16, copies, found, experiment.sample.batch_size)
             order = np.argsort(distances[i], kind="stable")
             found, distances[i] = found[order], distances[i, order]
         images.append(found[:NEIGHBOURS])
 
-    lpips = f"LPIPS, of the {candidates} nearest by features"
+    how = f"LPIPS, of the {candidates} nearest by features" if by == "lpips" else "features"
     protocol = {
         "samples": many.protocol,
         "network": network.protocol,
         "training images": {**train_protocol, "searched": len(train.pool)},
         "held-out images": {**test_protocol, "used": len(spread)},
-        "shown": {"samples": num, "neighbours": f"by {lpips}" if by == "lpips" else "by features"},
+        "shown": {"samples": num, "neighbours": f"by {how}"},
         "memorised": "share of samples as near to a training image, in Euclidean distance of "
         "features, as the 1st percentile of held-out images",
         "quantised": "uint8",
-        **comparison.machine(),
+        **results.machine(),
     }
     return Neighbours(
-        samples,
-        np.stack(images),
-        distances[:, :NEIGHBOURS],
-        of_samples,
-        of_held_out,
-        memorised(of_samples, of_held_out),
-        protocol,
+        *(samples, np.stack(images), distances[:, :NEIGHBOURS], of_samples, of_held_out),
+        *(memorised(of_samples, of_held_out), protocol),
     )
 
 
@@ -196,12 +187,7 @@ def figure(found: Neighbours) -> plt.Figure:
     A row a sample, its nearest training images beside it; below, how near the samples and held-out
     images are to the training images.
     """
-    sheet = png.grid(
-        [
-            np.concatenate([sample[None], images])
-            for sample, images in zip(found.samples, found.images, strict=True)
-        ]
-    )
+    sheet = png.grid(list(np.concatenate([found.samples[:, None], found.images], axis=1)))
     height, width, _ = sheet.shape
     num, k = found.distances.shape
     drawn, (axis, below) = plt.subplots(
@@ -238,3 +224,11 @@ def figure(found: Neighbours) -> plt.Figure:
     )
     below.legend()
     return drawn
+
+
+def draw(
+    pipeline: BinaryLatentDiffusion, workdir: Path, **options: Any
+) -> tuple[plt.Figure, dict[str, Any]]:
+    """Returns the figure of what `find` finds, which takes the options, and how it was measured."""
+    found = find(pipeline, workdir, **options)
+    return figure(found), {"metrics": found.metrics, "protocol": found.protocol}

@@ -1,12 +1,12 @@
-"""The paper's Tables 1, 2, 4 and 6 for a workdir, in Markdown, with all their numbers as JSON.
+"""The paper's Tables 1, 2 and 6 for a workdir, in Markdown, with all their numbers for JSON.
 
-`python -m binlatent.paper table1|table4|table6` writes them. Tables 1 and 4 are made of the results
-of `--mode=evaluate --metrics=...` in the workdir; Table 6 is measured on the spot.
+`python -m binlatent.paper table1|table6` writes them; Table 4 is in `bottlenecks`. Table 1 is made
+of the results of `--mode=evaluate --metrics=...` in the workdir; Table 6 is measured on the spot.
 """
 
+import dataclasses
 import json
 import logging
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +15,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from binlatent import build, checks
-from binlatent.evaluation import comparison
-from binlatent.paper import bottlenecks
+from binlatent.evaluation import results
+from binlatent.evaluation.metrics.table import title
+from binlatent.evaluation.networks.features import SUFFIXES
+from binlatent.evaluation.quality import METRICS
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import weights
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import key_for
 
 log = logging.getLogger(__name__)
 
 STEPS = (16, 64)  # of Table 6
 
-_SUFFIXES = ("", "_effnet", "_classifier")  # of metrics, by the network whose features they are of
+_COLUMNS = ("steps", "temperature", "guidance")  # columns of every Table 1
 
 
 def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -35,40 +37,23 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def write(path: Path, text: str, rows: list[dict[str, Any]]) -> None:
-    """Writes a table, and its rows as JSON beside it."""
-    path.write_text(text)
-    path.with_suffix(".json").write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def _count(params: Any) -> int:
-    return sum(x.size for x in jax.tree.leaves(params))
-
-
-def _has_classes(pipeline: BinaryLatentDiffusion) -> bool:
-    return build.condition(pipeline.config) == "class"
-
-
-def _results(workdir: Path) -> list[dict[str, Any]]:
-    """Returns what `quality.run` has written, the newest first.
-
-    Raises:
-      UserError: naming a file that is none of its own.
-    """
+def stored_results(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the `metrics` and `protocol` that `quality.run` has written, the newest first."""
     paths = (workdir / "evaluation").glob("*.json")
-    results = []
+    found = []
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         try:
             content = json.loads(path.read_text())
-            results.append({name: dict(content[name]) for name in ("metrics", "protocol")})
+            found.append({name: dict(content[name]) for name in ("metrics", "protocol")})
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is no result of an evaluation: delete it.") from error
-    return results
+    return found
 
 
-def _no_results(workdir: Path, found: bool, metrics: str) -> UserError:
+def no_results(workdir: Path, older: bool, metrics: str) -> UserError:
+    """Returns the error that there are no results, or only `older` ones of other weights."""
     command = f"run --mode=evaluate --workdir={workdir} --metrics={metrics}"
-    if found:
+    if older:
         return UserError(
             f"The results in {workdir} are of other weights than its newest checkpoints': "
             f"{command} again."
@@ -81,18 +66,17 @@ def _of_samples(pipeline: BinaryLatentDiffusion, workdir: Path) -> list[dict[str
 
     What was measured of the same samples without a reference, as IS and CAS, is added to them.
     """
-    if pipeline.prior_params is None:
-        raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
     current = {
         "weights": f"EMA, {weights.fingerprint(pipeline.prior_params)}",
         "autoencoder": weights.fingerprint(pipeline.autoencoder_params),
     }
-    results = [result for result in _results(workdir) if "samples" in result["protocol"]]
+    found = [result for result in stored_results(workdir) if "samples" in result["protocol"]]
+    distances = {f"{name}{suffix}" for name in ("fid", "fd") for suffix in SUFFIXES.values()}
     rows: dict[str, dict[str, Any]] = {}
     older = False
-    for result in results:
-        protocol, metrics = result["protocol"], result["metrics"]
-        if not any(f"{name}{suffix}" in metrics for name in ("fid", "fd") for suffix in _SUFFIXES):
+    for result in found:
+        protocol = result["protocol"]
+        if not distances & result["metrics"].keys():
             continue
         if any(protocol["samples"].get(name) != value for name, value in current.items()):
             older = True
@@ -100,13 +84,13 @@ def _of_samples(pipeline: BinaryLatentDiffusion, workdir: Path) -> list[dict[str
         parts = [protocol.get(name) for name in ("samples", "network", "reference")]
         rows.setdefault(json.dumps(parts, sort_keys=True), result)
     if not rows:
-        raise _no_results(workdir, older, "fid,is,pr")
+        raise no_results(workdir, older, "fid,is,pr")
     for row in rows.values():
-        for result in results:
+        for result in found:
             same = result["protocol"]["samples"] == row["protocol"]["samples"]
             if same and "reference" not in result["protocol"]:
                 row["metrics"] = result["metrics"] | row["metrics"]
-    return sorted(rows.values(), key=lambda row: _settings(row)["steps"])
+    return sorted(rows.values(), key=lambda row: _settings(row).get("steps", 0))
 
 
 def _settings(row: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +118,10 @@ def _shown(name: str, metrics: dict[str, float]) -> str:
     return f"{value:.4g}" + ("" if std is None else f" ± {std:.2g}")
 
 
+def _num_params(pipeline: BinaryLatentDiffusion) -> int:
+    return sum(x.size for x in jax.tree.leaves(pipeline.prior_params))
+
+
 def table1(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, list[dict[str, Any]]]:
     """Makes a row for each draw of samples that was judged: Table 1, and with classes Table 2.
 
@@ -143,32 +131,28 @@ def table1(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, list[di
 
     Returns:
       The table in Markdown, and its rows: `metrics`, `protocol` and the prior's `parameters`.
-
-    Raises:
-      UserError: if there are no results with a distance, or without a prior.
     """
     rows = _of_samples(pipeline, workdir)
     names = []
-    for suffix in _SUFFIXES:
+    for suffix in SUFFIXES.values():
         distance, score = ("fd", "score") if suffix else ("fid", "is")
         of_network = [f"{name}{suffix}" for name in (distance, score, "precision", "recall")]
         if any(of_network[0] in row["metrics"] for row in rows):
             names += of_network
-    if _has_classes(pipeline):
+    if pipeline.num_classes:
         names += ["cas_top1", "cas_top5"]
     settings = [_settings(row) for row in rows]
-    always = ["steps", "temperature", "guidance", "count"]
     # What else tells the rows apart: the seed, the pair, ...
     others = [
         name
         for name in settings[0]
-        if name not in always and len({str(one.get(name)) for one in settings}) > 1
+        if name not in (*_COLUMNS, "count") and len({str(one.get(name)) for one in settings}) > 1
     ]
-    parameters = _count(pipeline.prior_params)
-    titles = [*always[:3], "samples", *others, *map(comparison.title, names), "parameters"]
+    parameters = _num_params(pipeline)
+    titles = [*_COLUMNS, "samples", *others, *(title(name, METRICS) for name in names)]
     lines = [
         [
-            *(str(one.get(name, "-")) for name in always[:3]),
+            *(str(one.get(name, "-")) for name in _COLUMNS),
             f"{one['count']:,}",
             *(str(one.get(name, "-")) for name in others),
             *(_shown(name, row["metrics"]) for name in names),
@@ -176,59 +160,12 @@ def table1(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, list[di
         ]
         for one, row in zip(settings, rows, strict=True)
     ]
-    return markdown(titles, lines), [{**row, "parameters": parameters} for row in rows]
-
-
-def table4_row(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Makes the row of Table 4 that is the workdir's autoencoder.
-
-    `bottlenecks.run` trains several to compare them.
-
-    Args:
-      pipeline, workdir: as of `table1`.
-
-    Returns:
-      The table in Markdown, and its row: `metrics`, `protocol`, `size` and `bits` of an image.
-
-    Raises:
-      UserError: if there are no results with PSNR.
-    """
-    results = [x for x in _results(workdir) if {"psnr", "ssim", "lpips"} & x["metrics"].keys()]
-    current = weights.fingerprint(pipeline.autoencoder_params)
-    own = [x for x in results if x["protocol"]["test images"].get("autoencoder") == current]
-    if not own:
-        raise _no_results(workdir, bool(results), "psnr,ssim")
-    # Of the most images; what was measured of the same ones is added.
-    best = max(own, key=lambda x: x["protocol"]["test images"]["count"])
-    count = best["protocol"]["test images"]["count"]
-    same = [x["metrics"] for x in own if x["protocol"]["test images"]["count"] == count]
-    metrics = dict(pair for x in reversed(same) for pair in x.items())
-    config = pipeline.config
-    section = config.autoencoder
-    h, w, _ = build.code_shape(config)
-    depth = {
-        "vq": math.log2(section.codebook_size),
-        "binary": section.num_bits,
-        "real": 32 * section.num_channels,
-    }
-    bits = h * w * depth[section.bottleneck]
-    titles = ["method", "size", "bits an image", "images", "PSNR", "SSIM", "LPIPS"]
-    row = [
-        bottlenecks.NAMES[section.bottleneck],
-        bottlenecks.size(config),
-        f"{bits:,.0f}",
-        f"{count:,}",
-        *(
-            bottlenecks.with_spread(metrics, name, digits)
-            for name, digits in (("psnr", 2), ("ssim", 3), ("lpips", 3))
-        ),
-    ]
-    return markdown(titles, [row]), [{**best, "metrics": metrics, "size": row[1], "bits": bits}]
+    rows = [{**row, "parameters": parameters} for row in rows]
+    return markdown([*titles, "parameters"], lines), rows
 
 
 def table6(
     pipeline: BinaryLatentDiffusion,
-    workdir: Path,
     *,
     num: int = 100,
     steps: Sequence[int] = STEPS,
@@ -242,7 +179,6 @@ def table6(
 
     Args:
       pipeline: with a prior.
-      workdir: that it is of.
       num: of samples a row.
       steps: of the sampler, a row each; those beyond T are left out.
       seed: of the samples.
@@ -250,65 +186,51 @@ def table6(
     Returns:
       The table in Markdown, and its rows: `steps`, `seconds` (mean), `median`, `parameters` of the
       prior, `protocol`.
-
-    Raises:
-      UserError: without a prior, or if no steps are left.
     """
-    if pipeline.prior_params is None:
-        raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
-    config = pipeline.config
-    T = math.inf if config.prior.bernoulli.continuous else config.prior.bernoulli.num_timesteps
-    if beyond := [str(count) for count in steps if count > T]:
+    T = pipeline.experiment.prior.prior.max_steps
+    if beyond := [str(count) for count in steps if T is not None and count > T]:
         log.info("Left out %s steps: the prior was trained with %s.", ", ".join(beyond), T)
-    steps = [count for count in steps if count <= T]
+    steps = [count for count in steps if T is None or count <= T]
     if not steps:
         raise UserError(f"The prior was trained with {T} timesteps: give --steps of at most {T}.")
-    settings = checks.sample_settings(config).to_dict()
-    kept = ("temperature", "guidance", "pair", "threshold_last", "corrector_steps")
-    machine, devices = comparison.machine(), jax.local_device_count()
-    protocol = {
-        "samples": num,
-        "batch": "1" if devices == 1 else f"1 a device, the same sample on all {devices}",
-        "decoder": "included",
-        **{name: settings[name] for name in kept},
-        "dtype": config.dtype,
-        "seed": seed,
-        **machine,
-    }
-    if not _has_classes(pipeline):
-        protocol["guidance"] = 0.0  # there is nothing to guide by
-    parameters = _count(pipeline.prior_params)
-    rows = []
+    devices, parameters = jax.local_device_count(), _num_params(pipeline)
+    rows, lines = [], []
     for count in steps:
+        settings = dataclasses.asdict(pipeline.settings({"steps": count}))
+        if "guidance" in settings and not pipeline.num_classes:
+            settings["guidance"] = 0.0  # there is nothing to guide by
+        protocol = {
+            "samples": num,
+            "batch": "1" if devices == 1 else f"1 a device, the same sample on all {devices}",
+            "decoder": "included",
+            **settings,
+            "dtype": pipeline.experiment.dtype.name,
+            "seed": seed,
+            **results.machine(),
+        }
         log.info("%d samples of %d steps, one by one", num, count)
         seconds = _seconds(pipeline, num, count, seed)
-        rows.append(
-            {
-                "steps": count,
-                "seconds": float(np.mean(seconds)),
-                "median": float(np.median(seconds)),
-                "parameters": parameters,
-                "protocol": protocol,
-            }
-        )
+        row = {
+            "steps": count,
+            "seconds": float(np.mean(seconds)),
+            "median": float(np.median(seconds)),
+            "parameters": parameters,
+            "protocol": protocol,
+        }
+        rows.append(row)
+        shown = [str(count), *(f"{row[name]:.3g}" for name in ("seconds", "median")), str(num)]
+        shown += [f"{protocol.get('guidance', 0.0):g}", f"{parameters:,}"]
+        lines.append([*shown, *(protocol[name] for name in ("dtype", "device", "batch", "jax"))])
     titles = ["steps", "s/sample", "median", "samples", "guidance", "parameters", "dtype"]
-    lines = [
-        [
-            *(str(row["steps"]), f"{row['seconds']:.3g}", f"{row['median']:.3g}", str(num)),
-            *(f"{protocol['guidance']:g}", f"{parameters:,}", config.dtype),
-            *(machine["device"], protocol["batch"], machine["jax"]),
-        ]
-        for row in rows
-    ]
     return markdown([*titles, "device", "batch", "JAX"], lines), rows
 
 
 def _seconds(pipeline: BinaryLatentDiffusion, num: int, steps: int, seed: int) -> list[float]:
     """Returns the seconds of each of `num` samples, classes in turn, after one that compiles."""
-    keys = list(jax.random.split(build.key(seed, "table6"), num + 1))
+    keys = list(jax.random.split(key_for(seed, "table6"), num + 1))
     seconds = []
     for i, key in enumerate(keys):
-        label = i % pipeline.num_classes if _has_classes(pipeline) else None
+        label = i % pipeline.num_classes if pipeline.num_classes else None
         start = time.perf_counter()
         pipeline.sample(1, key, label, steps=steps)  # a NumPy array: nothing is under way any more
         seconds.append(time.perf_counter() - start)

@@ -1,0 +1,135 @@
+"""The paper's figures: the noise schedules, and samples by temperature, guidance and steps."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+
+from binlatent.data.transforms import to_uint8
+from binlatent.evaluation import pictures, report
+from binlatent.evaluation.judge import Judge
+from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.priors.bernoulli import schedules
+from binlatent.runtime import png
+from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import key_for
+
+log = logging.getLogger(__name__)
+
+TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # of Figure 4
+GUIDANCES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
+_MOST_STEPS = 64  # of a prior that takes any number of them
+
+# What `quality_by_steps` measures, as the axes name it.
+_CAPTIONS = {
+    "bits_per_dim": "bits a dimension, at most",
+    "accuracy": "accuracy",
+    "frechet_distance": "Frechet distance",
+}
+
+
+def schedules_figure(num_timesteps: int = 64) -> plt.Figure:
+    """Draws how bits that are 1 (blue) and 0 (red) reach 1/2 (supplement, Figure A)."""
+    figure, axes = plt.subplots(
+        1, len(schedules.NAMES), figsize=(10, 3), sharey=True, layout="constrained"
+    )
+    for axis, name in zip(axes, schedules.NAMES, strict=True):
+        keep = schedules.keep_schedule(name, num_timesteps)
+        t = np.arange(num_timesteps + 1)
+        axis.plot(t, (1 + keep) / 2, "tab:blue", label="$z_0 = 1$")
+        axis.plot(t, (1 - keep) / 2, "tab:red", label="$z_0 = 0$")
+        axis.set(title=name, xlabel="$t$", ylim=(0, 1))
+    axes[0].set_ylabel("$q(z_t = 1 | z_0)$")
+    axes[0].legend()
+    return figure
+
+
+def _rows(
+    pipeline: BinaryLatentDiffusion,
+    seed: int,
+    name: str,
+    values: tuple[float, ...],
+    fixed: dict[str, float],
+) -> plt.Figure:
+    """Draws a row of samples a value of a sampling option, the same noise in every row."""
+    num, labels = pictures.class_rows(pipeline.num_classes, columns=1)
+    key = key_for(seed, name)
+    rows = [
+        to_uint8(pipeline.sample(num, key, labels, **fixed, **{name: value})) for value in values
+    ]
+    sheet = png.grid(rows)
+    height, width, _ = sheet.shape
+    figure, axis = plt.subplots(figsize=(8, 8 * height / width), layout="constrained")
+    axis.imshow(sheet, cmap="gray", vmin=0, vmax=255)
+    centres = (np.arange(len(values)) + 0.5) * height / len(values)
+    axis.set(xticks=[], yticks=centres, yticklabels=[f"{value:g}" for value in values])
+    settings = pipeline.settings({})
+    others = [f"{settings.steps} steps"] if hasattr(settings, "steps") else []
+    others += [f"{other} {value:g}" for other, value in fixed.items()]
+    axis.set_title(", ".join(others))
+    axis.set_ylabel({"temperature": "temperature", "guidance": "guidance $w$"}[name])
+    return figure
+
+
+def temperature_figure(pipeline: BinaryLatentDiffusion, seed: int = 0) -> plt.Figure:
+    """Draws samples at rising temperature, without guidance, same noise (paper, Figure 4)."""
+    return _rows(pipeline, seed, "temperature", TEMPERATURES, {"guidance": 0.0})
+
+
+def guidance_figure(pipeline: BinaryLatentDiffusion, seed: int = 0) -> plt.Figure:
+    """Draws samples at rising guidance, at temperature 1, same noise (supplement, Figure M)."""
+    if not pipeline.num_classes:
+        raise UserError("This prior is unconditional, so there is nothing to guide.")
+    return _rows(pipeline, seed, "guidance", GUIDANCES, {"temperature": 1.0})
+
+
+def quality_by_steps(
+    pipeline: BinaryLatentDiffusion, workdir: Path, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Measures samples of one checkpoint at 4 steps, 8, ... to T (paper, Figure 7).
+
+    At temperature 1 and without guidance, as in the paper. A prior that takes any number of steps
+    is measured to 64.
+
+    Args:
+      pipeline: with a prior.
+      workdir: of the classifier that judges samples.
+      seed: of the samples.
+
+    Returns:
+      `steps`, and for each of them `bits_per_dim`, the bound for a sampler of these steps, and,
+      for a prior with classes, `accuracy` and `frechet_distance` of `Judge.sample_quality`.
+    """
+    most = pipeline.experiment.prior.prior.max_steps or _MOST_STEPS
+    steps = sorted({min(2**i, most) for i in range(2, 20)})
+    pipeline.settings({"steps": most})  # refused before any work if there are none to choose
+    test = report.HeldOut.read(pipeline)
+    judge = Judge(pipeline.experiment, workdir) if pipeline.num_classes else None
+    found = []
+    for count in steps:
+        log.info("%d steps", count)
+        quality = report.likelihood_metrics(pipeline, test.probs, test.labels, steps=count)
+        if judge is not None:
+            options = {"steps": count, "temperature": 1.0, "guidance": 0.0}
+            quality |= judge.sample_quality(pipeline, key_for(seed, "report"), **options)
+        found.append(quality)
+    names = [name for name in _CAPTIONS if name in found[0]]
+    return {
+        "steps": np.array(steps),
+        **{name: np.array([quality[name] for quality in found]) for name in names},
+    }
+
+
+def steps_figure(pipeline: BinaryLatentDiffusion, workdir: Path, seed: int = 0) -> plt.Figure:
+    """Draws what `quality_by_steps` measures."""
+    quality = quality_by_steps(pipeline, workdir, seed)
+    steps = quality.pop("steps")
+    figure, axes = plt.subplots(
+        1, len(quality), figsize=(3.5 * len(quality), 3), squeeze=False, layout="constrained"
+    )
+    for axis, (name, values) in zip(axes[0], quality.items(), strict=True):
+        axis.plot(steps, values, "o-")
+        axis.set_xscale("log", base=2)
+        axis.set(xticks=steps, xticklabels=steps, xlabel="steps", title=_CAPTIONS[name])
+    return figure
