@@ -128,7 +128,8 @@ def test_random_crops():
     image = jnp.stack([rows, columns, jnp.ones((height, width))], axis=-1).astype(jnp.float32)
     keys = jax.random.split(jax.random.key(0), n)
     images = jnp.broadcast_to(image, (n, *image.shape))
-    crops = np.asarray(jax.jit(functools.partial(cas.random_crops, size=size))(images, keys))
+    random_crops = jax.jit(jax.vmap(functools.partial(cas.random_crop, size=size)))
+    crops = np.asarray(random_crops(images, keys))
     np.testing.assert_allclose(crops[..., 2], 1, atol=1e-5)  # nothing from outside of the image
     # Coordinates are linear in those of the crop, to a percent where it shrinks what it shows.
     box_height = size * (crops[:, 20, 16, 0] - crops[:, 12, 16, 0]) / 8

@@ -66,7 +66,7 @@ def test_statistics_agree_to_1e_9_whatever_the_batches():
         parts = (
             {name: x[i : i + size] for name, x in outputs.items()} for i in range(0, 300, size)
         )
-        found.append(features.collect(parts, 300).gaussians["pool"])
+        found.append(features.collect(parts, 300, "They").gaussians["pool"])
     for gaussian in found[:2]:
         np.testing.assert_allclose(gaussian.mean, found[2].mean, rtol=1e-9)
         np.testing.assert_allclose(gaussian.covariance, found[2].covariance, rtol=1e-9, atol=1e-9)
@@ -103,7 +103,7 @@ def test_kept_features_are_spread(monkeypatch):
     monkeypatch.setattr(features, "MAX_KEPT", 5)
     outputs = {"pool": np.arange(21.0)[:, None], "logits": np.zeros((21, 2))}
     parts = ({name: x[i : i + 4] for name, x in outputs.items()} for i in range(0, 21, 4))
-    found = features.collect(parts, 21)
+    found = features.collect(parts, 21, "They")
     np.testing.assert_array_equal(found.pool[:, 0], [0, 5, 10, 15, 20])
     assert found.gaussians["pool"].mean == 10.0
 

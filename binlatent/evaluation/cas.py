@@ -1,7 +1,5 @@
 """The classification accuracy score: train on samples, test on real images.
 
-Arguments that are not as documented raise a ValueError.
-
 Dimension legend: `n` images, `b` batch, `h w` image grid, `c` image channels, `k` classes.
 """
 
@@ -19,17 +17,12 @@ from binlatent.evaluation.networks.classifier import (
     apply_classifier,
     check_labels,
     shuffled_batches,
+    to_float,
     train_classifier,
 )
 from binlatent.evaluation.networks.resnet import ResNet50
-from binlatent.runtime.devices import (
-    AXIS,
-    map_batches,
-    mean_over_devices,
-    parallel,
-    replicate,
-    shard,
-)
+from binlatent.runtime import devices
+from binlatent.runtime.devices import AXIS, map_batches, mean_over_devices
 from binlatent.training.optimizer import Training
 
 Array = jax.Array
@@ -63,22 +56,19 @@ def classification_accuracy(
     Args:
       samples: n of uint8 (h, w, c): an array, files mapped into memory or any other sequence,
         which is read batch by batch.
-      sample_labels: Integers (n,) in [0, num_classes), with samples of each class.
-      images: Real images of the same shape, in any such sequence.
-      labels: Their labels, integers in [0, num_classes).
+      sample_labels: integers (n,) in [0, num_classes), with samples of each class.
+      images: real ones of the same shape, in any such sequence.
+      labels: theirs, integers in [0, num_classes).
       num_classes: k.
-      key: Typed PRNG key; it draws the parameters, the order of the samples and the augmentation.
-      num_epochs: Passes over the samples.
-      batch_size: Samples a step, on all devices, and images at a time. The ResNet-50's is rounded
+      key: draws the parameters, the order of the samples and the augmentation.
+      num_epochs: passes over the samples.
+      batch_size: samples a step, on all devices, and images at a time. The ResNet-50's is rounded
         down to a multiple of their number.
-      dtype: Of the ResNet-50's computation, float32 or bfloat16.
+      dtype: of the ResNet-50's computation, float32 or bfloat16.
 
     Returns:
       `cas_top1` and `cas_top5`, in [0, 1]: how often the class of an image is that of the largest
       logit, and among those of the five largest; of all k with fewer than five classes, so 1 then.
-
-    Raises:
-      ValueError: Also if a class has no sample, or the training has diverged.
 
     References:
       Ravuri and Vinyals, "Classification accuracy score for conditional generative models", 2019;
@@ -114,13 +104,7 @@ def classification_accuracy(
 
 
 def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Returns how often a label is among the k largest logits; of equal ones the first is larger.
-
-    Args:
-      logits: (n, num_classes).
-      labels: Integers (n,) in [0, num_classes).
-      k: 1 to num_classes.
-    """
+    """Returns how often a label is among the k largest logits; of equal ones the first counts."""
     if not np.all(np.isfinite(logits)):
         raise ValueError("the logits are not finite, so the training has diverged.")
     largest = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
@@ -150,52 +134,47 @@ def train_resnet(
     rate, 0.1 for 256 images, rises over five epochs, or half of all, and falls to 0.
 
     Args:
-      model: With `axis_name` = `AXIS`.
+      model: with `axis_name` = `AXIS`.
       images: n of uint8 (h, w, c), of more than 32 pixels a side, n at least the devices.
-      labels: Integers (n,).
-      key, num_epochs, batch_size: As of `classification_accuracy`.
+      labels, key, num_epochs, batch_size: as of `classification_accuracy`.
 
     Returns:
       Its variables, `params` and `batch_stats`, for `apply_resnet`.
     """
     images, labels = ImageRows(images), np.asarray(labels)
-    devices = jax.local_device_count()
-    batch_size = min(batch_size, len(images)) // devices * devices
+    num_devices = jax.local_device_count()
+    batch_size = min(batch_size, len(images)) // num_devices * num_devices
     if batch_size < 1 or num_epochs < 1:
         raise ValueError(
-            f"training needs an image for each of {devices} devices in a batch and num_epochs >= 1,"
-            f" got batches of {batch_size} and {num_epochs}."
+            f"training needs an image for each of {num_devices} devices in a batch and num_epochs "
+            f">= 1, got batches of {batch_size} and {num_epochs}."
         )
     optimizer = _optimizer(batch_size, len(images) // batch_size, num_epochs)
     size = crop_size(*images.shape[1:3])
     step = functools.partial(_train_step, model=model, optimizer=optimizer, size=size)
-    step = parallel(step, num_frozen=1)
+    step = devices.parallel(step, num_frozen=1)
     init_key, batches_key = jax.random.split(key)
     variables = jax.jit(model.init)(init_key, jnp.zeros((1, size, size, images.shape[-1])))
-    state = replicate(State(**variables, opt_state=optimizer.init(variables["params"])))
+    state = devices.replicate(State(**variables, opt_state=optimizer.init(variables["params"])))
     batches = shuffled_batches(images, labels, batches_key, num_epochs, batch_size)
-    metrics = {}
+    index, metrics = np.arange(batch_size), {}
     for batch_images, batch_labels, step_key in batches:
-        batch = {"image": batch_images, "label": batch_labels, "index": np.arange(batch_size)}
+        batch = {"image": batch_images, "label": batch_labels, "index": index}
         # Batches wait in the devices' memory, and with more than 32 JAX's fake devices stand still.
         jax.block_until_ready(metrics)
-        state, metrics = step(state, shard(batch), step_key)
+        state, metrics = step(state, devices.shard(batch), step_key)
     return {"params": state.params, "batch_stats": state.batch_stats}
 
 
 def apply_resnet(
     model: ResNet50, variables: dict[str, Any], images: Sequence[np.ndarray], batch_size: int
 ) -> np.ndarray:
-    """Returns the logits, (n, k), of the images' centres.
+    """Returns the logits, (n, k), of the centres of images, uint8 (h, w, c) of more than 32 a side.
 
-    Args:
-      model, variables: As of `train_resnet`.
-      images: n of uint8 (h, w, c), of more than 32 pixels a side.
-      batch_size: Images at a time; it changes memory and speed, not the result.
+    `batch_size` changes memory and speed, not the result.
     """
-    return map_batches(
-        functools.partial(_logits, variables, model=model), batch_size, ImageRows(images)
-    )
+    logits = functools.partial(_logits, variables, model=model)
+    return map_batches(logits, batch_size, ImageRows(images))
 
 
 def crop_size(height: int, width: int) -> int:
@@ -204,23 +183,12 @@ def crop_size(height: int, width: int) -> int:
     return 32 * max(min(round(side * 224 / 256 / 32), side // 32), 1)
 
 
-def random_crops(images: Array, keys: Array, size: int) -> Array:
-    """Returns random boxes of images, resized to squares and mirrored with probability 1/2.
+def random_crop(image: Array, key: Array, size: int) -> Array:
+    """Returns a random box of an image (h, w, c) as a square, mirrored with probability 1/2.
 
-    A box has 8% to all of the image's area, and its width is 3/4 to 4/3 of its height.
-
-    Args:
-      images: float, (n, h, w, c).
-      keys: (n,) typed PRNG keys.
-      size: side of the squares.
-
-    References:
-      Szegedy et al., "Going deeper with convolutions", 2015.
+    A box has 8% to all of the image's area, and its width is 3/4 to 4/3 of its height (Szegedy et
+    al., "Going deeper with convolutions", 2015).
     """
-    return jax.vmap(functools.partial(_random_crop, size=size))(images, keys)
-
-
-def _random_crop(image: Array, key: Array, *, size: int) -> Array:
     area_key, ratio_key, offset_key, flip_key = jax.random.split(key, 4)
     height_width = jnp.array(image.shape[:2], jnp.float32)
     low, high = _AREAS
@@ -240,21 +208,18 @@ def _random_crop(image: Array, key: Array, *, size: int) -> Array:
     return jnp.where(jax.random.bernoulli(flip_key), crop[:, ::-1], crop)
 
 
-def _to_float(images: Array) -> Array:
-    return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
-
-
 def _optimizer(batch_size: int, epoch: int, num_epochs: int) -> optax.GradientTransformation:
     """Returns SGD for epochs of `epoch` steps."""
     num_steps = epoch * num_epochs
     warmup_steps = min(_WARMUP_EPOCHS * epoch, num_steps // 2)
     rate = _LEARNING_RATE * batch_size / 256
     training = Training(batch_size, num_steps, rate, warmup_steps, "cosine")
+
+    def decayed(params):  # not scales and biases (Goyal et al., 2017)
+        return jax.tree.map(lambda x: x.ndim > 1, params)
+
     return optax.chain(
-        # Not of scales and biases (Goyal et al., 2017).
-        optax.add_decayed_weights(
-            _WEIGHT_DECAY, lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
-        ),
+        optax.add_decayed_weights(_WEIGHT_DECAY, decayed),
         optax.sgd(training.schedule(), 0.9, nesterov=True),
     )
 
@@ -271,7 +236,8 @@ def _train_step(
     """One step on this device's part of a batch; call under pmap over `AXIS`."""
     # By the place in the whole batch, so that the devices' number changes nothing.
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch["index"])
-    images = random_crops(_to_float(batch["image"]), keys, size)
+    crop = functools.partial(random_crop, size=size)
+    images = jax.vmap(crop)(to_float(batch["image"]), keys)
     targets = jax.nn.one_hot(batch["label"], model.num_classes)
 
     def loss_fn(params):
@@ -290,4 +256,4 @@ def _logits(variables: dict[str, Any], images: Array, *, model: ResNet50) -> Arr
     size = crop_size(*images.shape[1:3])
     top, left = ((side - size) // 2 for side in images.shape[1:3])
     centre = images[:, top : top + size, left : left + size]
-    return model.apply(variables, _to_float(centre))
+    return model.apply(variables, to_float(centre))

@@ -142,10 +142,7 @@ def check_reference(
 ) -> None:
     """Refuses a reference that images cannot be compared with, before these are judged.
 
-    Args:
-      known: of its features; None if there is no reference.
-      metrics: that are asked for.
-      width: of the features of the images.
+    `known` are its features, None without one; `width` is that of the features of the images.
     """
     if known is None:
         if needing("reference", metrics):
@@ -194,10 +191,9 @@ def check_count(num: int, metrics: Sequence[str]) -> None:
 def features_of(
     network: Network, images: ImageSet, batch_size: int
 ) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of a set of images, read and judged batch by batch.
+    """Returns the features of a set of images, read and judged batch by batch, and its protocol.
 
-    Returns:
-      The features, and the protocol of the images with a fingerprint of all their `pixels`.
+    The protocol has a fingerprint of all their `pixels`.
     """
     name = images.protocol["images"]
     grey, pixels = 0, hashlib.sha256()
@@ -212,10 +208,7 @@ def features_of(
                 yield network.apply(batch, batch_size)
                 progress.update(len(batch))
 
-    try:
-        features = collect(parts(), images.count)
-    except ValueError as error:
-        raise UserError(f"The images in {name} cannot be judged: {error}") from error
+    features = collect(parts(), images.count, f"The images in {name}")
     if grey:
         log.warning(
             "%d of the %d images in %s are grey: they count as r = g = b.",
@@ -229,14 +222,8 @@ def load_features(
 ) -> tuple[Features, dict[str, Any]]:
     """Returns the features of a folder, or of an .npz file of images or statistics.
 
-    Args:
-      path: of either.
-      network: for images; None where there are none.
-      batch_size: images at a time.
-      image_size: as of `exchange.open_set`.
-
-    Returns:
-      The features, and how they came about; of stored ones that say it, with their `network`.
+    `network` is for images, None where there are none; `image_size` is as of `exchange.open_set`.
+    With the features comes how they came about; of stored ones that say it, with their `network`.
     """
     known, protocol = None, {}
     if exchange.holds_statistics(path):

@@ -7,6 +7,7 @@ of FID's features, perhaps `mu_s` and `sigma_s` of sFID's. Ours also hold `count
 `mu` and `sigma`, are read and written too, where PyTorch is installed.
 """
 
+import itertools
 import json
 import textwrap
 import zipfile
@@ -22,6 +23,7 @@ from binlatent.evaluation.metrics.feature_metrics import Gaussian, Statistics
 from binlatent.evaluation.networks.features import Features
 from binlatent.runtime import state_dicts, weights
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.files import atomic
 
 CENTRE_SQUARE = "centre square, bicubic with antialiasing where its size is another"
 
@@ -29,30 +31,20 @@ _GAUSSIANS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 class ImageSet(NamedTuple):
-    """A set of images.
+    """A set of images, all of one height and width."""
 
-    Fields:
-      count: n.
-      batches: of a size, in order: uint8 (b, h, w, 1 or 3), all of one h and w.
-      protocol: which images these are, in words and numbers.
-      names: of the files, without their endings, relative to the folder; None if they have none.
-    """
-
-    count: int
-    batches: Callable[[int], Iterator[np.ndarray]]
-    protocol: dict[str, Any]
-    names: list[str] | None = None
+    count: int  # n
+    batches: Callable[[int], Iterator[np.ndarray]]  # of a size: uint8 (b, h, w, 1 or 3), in order
+    protocol: dict[str, Any]  # which images these are, in words and numbers
+    names: list[str] | None = None  # of the files in the folder, without endings, if there are any
 
 
 def open_set(path: Path, image_size: int | None = None) -> ImageSet:
     """Opens a folder of images, or an .npz file of them.
 
     An image that cannot be read, or has another size than the first, is refused by `batches`.
-
-    Args:
-      path: of either.
-      image_size: to which squares around the centre are brought; None for images of one size,
-        which stay as they are. Not for .npz files.
+    Those of a folder are brought to squares of `image_size` around the centre; without it they
+    stay as they are.
     """
     if path.is_dir():
         return _open_folder(path, image_size)
@@ -66,17 +58,15 @@ def open_set(path: Path, image_size: int | None = None) -> ImageSet:
 
 
 def _protocol(path: Path, count: int, size: tuple[int, ...], transform: str) -> dict[str, Any]:
-    height, width = size
-    described = {"size": f"{height}x{width}", "transform": transform}
-    return {"images": str(path), "count": count, **described}
+    size = "x".join(map(str, size))
+    return {"images": str(path), "count": count, "size": size, "transform": transform}
 
 
 def _open_folder(path: Path, image_size: int | None) -> ImageSet:
     files = folder.find_images(str(path))
+    size, transform = (image_size, image_size), CENTRE_SQUARE
     if image_size is None:
         size, transform = read_whole(files[0], repr(files[0])).shape[:2], "none"
-    else:
-        size, transform = (image_size, image_size), CENTRE_SQUARE
 
     def read(index: int) -> np.ndarray:
         file = files[index]
@@ -104,16 +94,14 @@ def _damaged(path: Path, error: Exception | str) -> UserError:
     )
 
 
-def _open_array(archive: zipfile.ZipFile, name: str) -> tuple[Any, tuple[int, ...], np.dtype]:
-    """Opens an array of an .npz file; returns the stream of its entries, its shape and type."""
-    stream = archive.open(f"{name}.npy")
-    version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0
-    if version != (1, 0):
-        read = np.lib.format.read_array_header_2_0
+def _open_images(archive: zipfile.ZipFile) -> tuple[Any, tuple[int, ...], np.dtype]:
+    """Opens arr_0 of an .npz file; returns the stream of its entries, its shape and type."""
+    stream = archive.open("arr_0.npy")
+    lib, version = np.lib.format, np.lib.format.read_magic(stream)
+    read = lib.read_array_header_1_0 if version == (1, 0) else lib.read_array_header_2_0
     shape, fortran, dtype = read(stream)
     if fortran:
-        raise ValueError(f"{name} is stored by columns")
+        raise ValueError("arr_0 is stored by columns")
     return stream, shape, dtype
 
 
@@ -121,7 +109,7 @@ def _npz_header(path: Path) -> tuple[int, tuple[int, int, int]]:
     """Returns the number of images in an .npz file and their shape."""
     try:
         with zipfile.ZipFile(path) as archive:
-            stream, shape, dtype = _open_array(archive, "arr_0")
+            stream, shape, dtype = _open_images(archive)
             stream.close()
     except Exception as error:  # by where the damage is
         raise _damaged(path, error) from error
@@ -135,7 +123,7 @@ def _npz_batches(path: Path, batch_size: int) -> Iterator[np.ndarray]:
     count, shape = _npz_header(path)
     size = int(np.prod(shape))
     with zipfile.ZipFile(path) as archive:
-        stream, _, _ = _open_array(archive, "arr_0")
+        stream, _, _ = _open_images(archive)
         with stream:
             for start in range(0, count, batch_size):
                 n = min(batch_size, count - start)
@@ -149,30 +137,21 @@ def _npz_batches(path: Path, batch_size: int) -> Iterator[np.ndarray]:
 def write_batch(
     path: Path, images: Iterator[np.ndarray], count: int, labels: np.ndarray | None
 ) -> None:
-    """Writes images as ADM's evaluator reads them, without holding all in memory.
+    """Writes `count` images as ADM's evaluator reads them, without holding all in memory.
 
-    Args:
-      path: of the .npz file.
-      images: parts uint8 (m, h, w, c) of `count` in all; grey ones become r = g = b.
-      count: n.
-      labels: (n,) integers, or None.
+    They come in parts, uint8 (m, h, w, c); grey ones become r = g = b. Labels are integers (n,).
     """
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    with zipfile.ZipFile(unfinished, "w", allowZip64=True) as archive:
-        stream = None
-        for part in images:
-            part = np.broadcast_to(part, (*part.shape[:-1], 3))
-            if stream is None:
-                stream = archive.open("arr_0.npy", "w", force_zip64=True)
-                shape = (count, *part.shape[1:])
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(stream, header)
-            stream.write(np.ascontiguousarray(part).tobytes())
-        stream.close()
+    colour = (np.broadcast_to(part, (*part.shape[:-1], 3)) for part in images)
+    first = next(colour)
+    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape[1:])}
+    with atomic(path) as unfinished, zipfile.ZipFile(unfinished, "w", allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for part in itertools.chain([first], colour):
+                stream.write(np.ascontiguousarray(part).tobytes())
         if labels is not None:
             with archive.open("arr_1.npy", "w") as stream:
                 np.lib.format.write_array(stream, np.asarray(labels, np.int64))
-    unfinished.replace(path)
 
 
 def holds_statistics(path: Path) -> bool:
@@ -195,17 +174,29 @@ def _names(path: Path) -> list[str]:
         return []
 
 
+def read_arrays(path: Path, anew: str) -> dict[str, np.ndarray]:
+    """Returns the arrays of an .npz file; `anew` says what follows if it is deleted."""
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return dict(file.items())
+    except Exception as error:  # by where the damage is
+        raise UserError(f"{path} is damaged: delete it, and {anew}.") from error
+
+
 def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
-    """Reads statistics of features.
+    """Reads an .npz file of this module, of ADM or of pytorch-fid, or a .pt file of torch-fidelity.
 
-    Args:
-      path: an .npz file of this module, of ADM or of pytorch-fid, or a .pt file of torch-fidelity.
-
-    Returns:
-      The features, and the protocol they were made by: {} if the file has none.
+    Returns the features, and the protocol they were made by: {} if the file has none.
     """
     if path.suffix == ".pt":
-        return _read_cache(path), {}
+        content = state_dicts.read_cache(path)
+        if isinstance(content, dict):
+            return Features(0, {"pool": _gaussian(path, content, "mu", "sigma")}), {}
+        try:
+            found = Statistics.of(content)
+        except ValueError as error:
+            raise _damaged(path, error) from error
+        return Features(found.count, {"pool": found.gaussian}, content), {}
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             names = [name for name in file.files if name not in ("arr_0", "arr_1")]
@@ -253,28 +244,13 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: 
     return gaussian
 
 
-def _read_cache(path: Path) -> Features:
-    """Returns what a .pt file of torch-fidelity holds."""
-    content = state_dicts.read_cache(path)
-    if isinstance(content, dict):
-        return Features(0, {"pool": _gaussian(path, content, "mu", "sigma")})
-    try:
-        found = Statistics.of(content)
-    except ValueError as error:
-        raise _damaged(path, error) from error
-    return Features(found.count, {"pool": found.gaussian}, content)
-
-
 def write_statistics(path: Path, features: Features, protocol: dict[str, Any]) -> None:
-    """Writes statistics of features, as `read_statistics` and other evaluators read them.
+    """Writes features and their protocol, as `read_statistics` and other evaluators read them.
 
-    Args:
-      path: of an .npz file, or of a .pt file of torch-fidelity, which holds FID's alone.
-      features: to write.
-      protocol: how they came about.
+    A .pt file of torch-fidelity holds FID's statistics alone.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pt":
+        path.parent.mkdir(parents=True, exist_ok=True)
         state_dicts.write_cache(path, *features.gaussians["pool"])
         return
     arrays = {"count": np.array(features.count), "protocol": np.array(json.dumps(protocol))}

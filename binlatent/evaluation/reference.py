@@ -5,6 +5,7 @@ All of it is kept in `evaluation` of the workdir, under names made of all that i
 
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +56,8 @@ def classifier(experiment: Experiment, workdir: Path) -> Network:
         weights.write_npz(path, traverse_util.flatten_dict(params, sep="/"))
     while not path.exists():  # all processes judge by the same; if one fails, this one is ended
         time.sleep(0.5)
-    try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            params = traverse_util.unflatten_dict(dict(file.items()), sep="/")
-    except Exception as error:  # by where the damage is
-        raise UserError(f"{path} is damaged: delete it, and it is made anew.") from error
-    return features.classifier(params)
+    arrays = exchange.read_arrays(path, "it is made anew")
+    return features.classifier(traverse_util.unflatten_dict(arrays, sep="/"))
 
 
 def reference(
@@ -70,8 +67,8 @@ def reference(
     name = experiment.evaluate.reference
     if name in ("train", "test"):
         return features_of_split(experiment, network, workdir, name)
-    batch_size = experiment.sample.batch_size
-    known, protocol = comparison.load_features(Path(name), network, batch_size)
+    size = experiment.sample.batch_size
+    known, protocol = comparison.load_features(Path(name), network, size)
     protocol.pop("network", None)
     return known, protocol
 
@@ -90,8 +87,8 @@ def features_of_split(
         "size": "x".join(map(str, experiment.data.image_shape)),
         "transform": exchange.CENTRE_SQUARE,
     }
-    name = f"reference_{digest(protocol, sources.stamp(source.files), network.protocol)}.npz"
-    path = workdir / "evaluation" / name
+    name = digest(protocol, sources.stamp(source.files), network.protocol)
+    path = workdir / "evaluation" / f"reference_{name}.npz"
     if path.exists():
         try:
             found, stored = exchange.read_statistics(path)
@@ -101,10 +98,10 @@ def features_of_split(
             log.warning("%s is damaged: it is made anew.", path)
     log.info("Judging %d real images", count)
 
-    def read(index: int) -> np.ndarray:
-        return source.examples[index]["image"]
+    def batches(size: int) -> Iterator[np.ndarray]:
+        return loader.in_order(count, lambda i: source.examples[i]["image"], size)
 
-    images = ImageSet(count, lambda size: loader.in_order(count, read, size), protocol)
+    images = ImageSet(count, batches, protocol)
     found, protocol = comparison.features_of(network, images, experiment.sample.batch_size)
     found = found._replace(logits=None)
     exchange.write_statistics(path, found, {**protocol, "network": network.protocol})

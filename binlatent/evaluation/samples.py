@@ -1,11 +1,10 @@
 """Samples of a prior for the metrics: drawn shard by shard, with their features, resumably."""
 
 import dataclasses
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,7 +18,7 @@ from binlatent.evaluation.networks.features import Features, Network
 from binlatent.experiment import Experiment
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import png, weights
-from binlatent.runtime.errors import UserError
+from binlatent.runtime.files import atomic
 from binlatent.runtime.keys import key_for, sample_keys
 from binlatent.runtime.weights import digest
 
@@ -57,7 +56,7 @@ class Samples:
           images: whether the samples themselves are needed, not their features alone.
         """
         self._pipeline, self._network, self._num = pipeline, network, num
-        self._seed, self._options, self._keep = seed, options or {}, keep
+        self._options, self._keep = options or {}, keep
         self._with_images = images or keep == "npz"
         experiment = pipeline.experiment
         self._labels = _Labels(experiment, seed)
@@ -73,74 +72,54 @@ class Samples:
         described = network.protocol if network else {}
         self.folder = folder / f"samples_{digest(self.protocol, described)}"
         self.protocol["count"] = num
-        self._draw()
+        shard = min(_SHARD, -(-num // jax.process_count()))
+        sizes = [(start, min(shard, num - start)) for start in range(0, num, shard)]
+        self._shards = [_Shard(self.folder, start, size) for start, size in sizes]
+        self._draw(key_for(seed, "evaluate"))
 
-    def _parts(self) -> list[tuple[int, int, Path]]:
-        """Returns first index, size and file of each shard."""
-        shard = min(_SHARD, -(-self._num // jax.process_count()))
-        sizes = [(i, min(shard, self._num - i)) for i in range(0, self._num, shard)]
-        return [(i, size, self.folder / f"{i:07}_{size}.npz") for i, size in sizes]
-
-    def _draw(self) -> None:
+    def _draw(self, key: jax.Array) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        key = key_for(self._seed, "evaluate")
         this, turns = jax.process_index(), jax.process_count()
         with tqdm(total=self._num, unit=" samples", disable=True if this else None) as progress:
-            for shard, (start, size, path) in enumerate(self._parts()):
-                if shard % turns == this and not self._is_whole(start, size, path):
-                    self._draw_shard(start, size, path, sample_keys(key, size, start))
-                progress.update(size)
+            for i, shard in enumerate(self._shards):
+                if i % turns == this and not self._is_whole(shard):
+                    self._draw_shard(shard, sample_keys(key, shard.size, shard.start))
+                progress.update(shard.size)
         # If another process fails, this one is ended.
-        while not this and not all(self._is_whole(*part) for part in self._parts()):
+        while not this and not all(map(self._is_whole, self._shards)):
             time.sleep(0.5)
 
-    def _is_whole(self, start: int, size: int, path: Path) -> bool:
-        needed = [path]
-        if self._with_images:
-            needed.append(_images_of(path))
-        if self._keep == "png":
-            needed += [self._png(i) for i in range(start, start + size)]
+    def _is_whole(self, shard: "_Shard") -> bool:
+        needed = [shard.path] + [shard.images] * self._with_images
+        needed += shard.pngs if self._keep == "png" else []
         return all(file.exists() for file in needed)
 
-    def _png(self, index: int) -> Path:
-        return self.folder / "png" / f"{index:07}.png"
-
-    def _draw_shard(self, start: int, size: int, path: Path, keys: jax.Array) -> None:
-        labels = self._labels.take(start, size)
-        images = to_uint8(self._pipeline.sample(size, keys, labels, **self._options))
+    def _draw_shard(self, shard: "_Shard", keys: jax.Array) -> None:
+        labels = self._labels.take(shard.start, shard.size)
+        images = to_uint8(self._pipeline.sample(shard.size, keys, labels, **self._options))
         arrays = {} if labels is None or labels.ndim > 1 else {"labels": labels}
         if self._network is not None:
-            batch_size = self._pipeline.experiment.sample.batch_size
-            arrays |= self._network.apply(images, batch_size)
+            arrays |= self._network.apply(images, self._pipeline.experiment.sample.batch_size)
         if self._keep == "png":
-            for i, image in enumerate(images, start):
-                png.save_png(self._png(i), image, min_side=1)
+            for path, image in zip(shard.pngs, images, strict=True):
+                png.save_png(path, image, min_side=1)
         if self._with_images:
-            unfinished = path.with_name(f"{path.stem}.unfinished.npy")
-            np.save(unfinished, images)
-            os.replace(unfinished, _images_of(path))
-        weights.write_npz(path, arrays)  # last: with it the shard is whole
+            with atomic(shard.images) as unfinished, unfinished.open("wb") as file:
+                np.save(file, images)
+        weights.write_npz(shard.path, arrays)  # last: with it the shard is whole
 
     def features(self) -> Features:
         """Returns the features of all samples."""
-
-        def parts() -> Iterator[dict[str, np.ndarray]]:
-            for _, _, path in self._parts():
-                stored = _read(path)
-                yield {name: x for name, x in stored.items() if name != "labels"}
-
-        try:
-            return features.collect(parts(), self._num)
-        except ValueError as error:
-            raise UserError(f"The samples cannot be judged: {error}") from error
+        parts = (shard.read() for shard in self._shards)
+        return features.collect(parts, self._num, "The samples")
 
     def labels(self) -> np.ndarray:
         """Returns the class of each sample, (num,)."""
-        return np.concatenate([_read(path)["labels"] for _, _, path in self._parts()])
+        return np.concatenate([shard.read()["labels"] for shard in self._shards])
 
     def images(self) -> "Stored":
         """Returns the samples, which lie on disk."""
-        return Stored([_images_of(path) for _, _, path in self._parts()])
+        return Stored([shard.images for shard in self._shards])
 
     def write_batch(self) -> Path:
         """Writes the samples as ADM's evaluator reads them, and returns the file."""
@@ -152,16 +131,29 @@ class Samples:
         return path
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
-    try:
-        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return dict(file.items())
-    except Exception as error:  # by where the damage is
-        raise UserError(f"{path} is damaged: delete it, and it is drawn anew.") from error
+class _Shard(NamedTuple):
+    """Where samples from `start` on are kept."""
 
+    folder: Path
+    start: int
+    size: int
 
-def _images_of(path: Path) -> Path:
-    return path.with_name(f"{path.stem}_images.npy")
+    @property
+    def path(self) -> Path:
+        """The file of their features and classes."""
+        return self.folder / f"{self.start:07}_{self.size}.npz"
+
+    @property
+    def images(self) -> Path:
+        return self.folder / f"{self.path.stem}_images.npy"
+
+    @property
+    def pngs(self) -> list[Path]:
+        indices = range(self.start, self.start + self.size)
+        return [self.folder / "png" / f"{i:07}.png" for i in indices]
+
+    def read(self) -> dict[str, np.ndarray]:
+        return exchange.read_arrays(self.path, "it is drawn anew")
 
 
 class Stored:
@@ -185,7 +177,7 @@ class _Labels:
     def __init__(self, experiment: Experiment, seed: int):
         conditioning = experiment.prior.conditioning
         self.num_classes = conditioning.num_classes if conditioning.kind == "class" else 0
-        self._examples = self._order = None
+        self._examples = None
         if conditioning.kind == "none":
             self.protocol = "none"
         elif self.num_classes and experiment.evaluate.labels == "balanced":
@@ -193,8 +185,7 @@ class _Labels:
         else:
             source = open_split(experiment.data, "train", keep=False)
             order = "those of training images in a random order"
-            self.protocol = f"{order}, {source.fingerprint}"
-            self._examples = source.examples
+            self.protocol, self._examples = f"{order}, {source.fingerprint}", source.examples
             self._order = np.random.default_rng(seed).permutation(len(self._examples))
 
     def take(self, start: int, size: int) -> np.ndarray | None:

@@ -30,12 +30,8 @@ class Classifier(nn.Module):
 
     Three stages halve the grid and the features are the maxima over the last grid, so any size
     and any number of channels work. (Maxima, because strokes are local: with means, digits take
-    more epochs to learn.)
-
-    Attributes:
-      num_classes: Number of classes.
-      width: Channels of the first stage, a multiple of 8; the two later stages have two and four
-        times as many, so d = 4 * width.
+    more epochs to learn.) `width` is that of the first stage, a multiple of 8; the two later ones
+    have two and four times as many channels, so d = 4 * width.
     """
 
     num_classes: int
@@ -85,33 +81,25 @@ class ImageRows:
 def check_labels(labels: np.ndarray, num_images: int, num_classes: int) -> np.ndarray:
     """Returns labels as an array of integers (num_images,) in [0, num_classes)."""
     labels = np.asarray(labels)
+    wrong = None
     if labels.shape != (num_images,):
-        raise ValueError(
-            f"labels must have one entry for each image, got {labels.shape} for {num_images}."
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be integers, got {labels.dtype}.")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(
-            f"labels must lie in [0, {num_classes}), got {labels.min()} to {labels.max()}."
-        )
+        wrong = f"have one entry for each image, got {labels.shape} for {num_images}"
+    elif not np.issubdtype(labels.dtype, np.integer):
+        wrong = f"be integers, got {labels.dtype}"
+    elif labels.min() < 0 or labels.max() >= num_classes:
+        wrong = f"lie in [0, {num_classes}), got {labels.min()} to {labels.max()}"
+    if wrong:
+        raise ValueError(f"labels must {wrong}.")
     return labels
 
 
 def shuffled_batches(
     images: ImageRows, labels: np.ndarray, key: jax.Array, num_epochs: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
-    """Yields shuffled batches, and shows how far they are.
+    """Yields batches of images (b, h, w, c), labels (b,) and a key for what else a step draws.
 
-    Args:
-      images: of n.
-      labels: (n,).
-      key: Typed PRNG key; it draws the order of the images, anew each epoch, and the keys.
-      num_epochs: Passes over the images. Each drops the images that do not fill a last batch.
-      batch_size: b, at most n.
-
-    Yields:
-      Images (b, h, w, c), labels (b,) and a key for what else a step draws.
+    The order of the images is drawn anew each epoch; those that do not fill a last batch are left
+    out. `batch_size`, b, is at most their number. A bar shows the progress.
     """
     num_batches = len(images) // batch_size
     for step in tqdm(range(num_epochs * num_batches), unit=" steps", disable=None):
@@ -135,14 +123,11 @@ def train_classifier(
 
     Args:
       images: n of uint8 (h, w, c), an array or another sequence.
-      labels: Integers (n,) in [0, num_classes).
-      num_classes: Number of classes.
-      key: Typed PRNG key; it draws the parameters, the order of the images and the shifts.
-      num_epochs: Passes over the images. Each drops the images that do not fill a last batch.
-      batch_size: Images a step; with fewer images than that, all of them.
-
-    Returns:
-      The parameters, for `apply_classifier`.
+      labels: integers (n,) in [0, num_classes).
+      num_classes: of the logits.
+      key: draws the parameters, the order of the images and the shifts.
+      num_epochs: passes over the images. Each drops those that do not fill a last batch.
+      batch_size: images a step; with fewer images than that, all of them.
     """
     images = ImageRows(images)
     labels = check_labels(labels, len(images), num_classes)
@@ -154,7 +139,7 @@ def train_classifier(
     batch_size = min(batch_size, len(images))
     num_steps = num_epochs * (len(images) // batch_size)
     init_key, batches_key = jax.random.split(key)
-    params = Classifier(num_classes).lazy_init(init_key, _to_float(images[[0]]))["params"]
+    params = Classifier(num_classes).lazy_init(init_key, to_float(images[[0]]))["params"]
     state = params, _optimizer(num_steps).init(params)
     # The loop over the steps is Python's because on CPUs XLA runs convolutions about fifteen
     # times slower inside `lax.scan`.
@@ -166,15 +151,10 @@ def train_classifier(
 def apply_classifier(
     params: Params, images: Sequence[np.ndarray], batch_size: int = 500
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Judges the classes of images and gives their penultimate features.
+    """Returns the logits, float32 (n, num_classes), and penultimate features, float32 (n, d).
 
-    Args:
-      params: From `train_classifier`.
-      images: n >= 1 of uint8 (h, w, c), an array or another sequence.
-      batch_size: Images at a time; it changes memory and speed, not the result.
-
-    Returns:
-      The logits, float32 (n, num_classes), and the features, float32 (n, d).
+    The images are uint8 (h, w, c), in an array or another sequence. `batch_size` changes memory
+    and speed, not the result.
     """
     images = ImageRows(images)
     if batch_size < 1:
@@ -182,16 +162,14 @@ def apply_classifier(
     return map_batches(functools.partial(_apply, params), batch_size, images)
 
 
-def _to_float(images: jax.Array) -> jax.Array:
+def to_float(images: jax.Array) -> jax.Array:
+    """Maps uint8 values to float32 in [-1, 1], on the device."""
     return jnp.asarray(images, jnp.float32) / 127.5 - 1.0
 
 
 def _optimizer(num_steps: int) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
-        peak_value=_PEAK_LEARNING_RATE,
-        warmup_steps=num_steps // 10,
-        decay_steps=num_steps,
+        0.0, _PEAK_LEARNING_RATE, warmup_steps=num_steps // 10, decay_steps=num_steps
     )
     return optax.adamw(schedule, weight_decay=_WEIGHT_DECAY)
 
@@ -212,20 +190,19 @@ def _random_shift(images: jax.Array, key: jax.Array) -> jax.Array:
 def _train_step(state, images, labels, key, *, num_steps, num_classes):
     """One step of AdamW on a batch; state holds the parameters and the optimizer's state."""
     params, optimizer_state = state
-    batch = _to_float(_random_shift(images, key))
+    batch = to_float(_random_shift(images, key))
     targets = optax.smooth_labels(jax.nn.one_hot(labels, num_classes), _LABEL_SMOOTHING)
 
     def loss_fn(params):
         logits, _ = Classifier(num_classes).apply({"params": params}, batch)
         return optax.softmax_cross_entropy(logits, targets).mean()
 
-    updates, optimizer_state = _optimizer(num_steps).update(
-        jax.grad(loss_fn)(params), optimizer_state, params
-    )
+    gradients = jax.grad(loss_fn)(params)
+    updates, optimizer_state = _optimizer(num_steps).update(gradients, optimizer_state, params)
     return optax.apply_updates(params, updates), optimizer_state
 
 
 @jax.jit
 def _apply(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     num_classes = params["Dense_0"]["bias"].size
-    return Classifier(num_classes).apply({"params": params}, _to_float(images))
+    return Classifier(num_classes).apply({"params": params}, to_float(images))

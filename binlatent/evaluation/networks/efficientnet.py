@@ -50,12 +50,9 @@ class _Block(nn.Module):
         if self.expand > 1:
             x = nn.Conv(wide, (1, 1), use_bias=False, name="expand_conv")(x)
             x = nn.relu6(_norm("bn0")(x))
-        kernel_size, strides = (self.kernel_size,) * 2, (self.stride,) * 2
+        kernel, strides = (self.kernel_size,) * 2, (self.stride,) * 2
         x = nn.Conv(
-            *(wide, kernel_size, strides),
-            feature_group_count=wide,
-            use_bias=False,
-            name="depthwise_conv",
+            wide, kernel, strides, feature_group_count=wide, use_bias=False, name="depthwise_conv"
         )(x)
         x = nn.relu6(_norm("bn1")(x))
         x = nn.Conv(self.width, (1, 1), use_bias=False, name="project_conv")(x)
@@ -68,24 +65,17 @@ class EfficientNetLite0(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> dict[str, Array]:
-        """Returns what the image metrics use, all float32.
+        """Returns `features`, (n, 1280), means of the last grid, and ImageNet's `logits`, (n, k).
 
-        Args:
-          images: 0 to 255, of any type, (n, h, w, 3) of any h and w.
-
-        Returns:
-          `features`, (n, 1280), means over the last grid; `logits`, (n, 1000), of ImageNet's
-          classes.
+        The images are 0 to 255, of any type, (n, h, w, 3) of any h and w; k is 1000.
         """
         x = (resize(images) - 127) / 128
         x = nn.Conv(32, (3, 3), (2, 2), use_bias=False, name="conv_stem")(x)
         x = nn.relu6(_norm("bn0")(x))
         index = 0
         for repeats, kernel_size, stride, expand, width in _STAGES:
-            for i in range(repeats):
-                x = _Block(kernel_size, 1 if i else stride, expand, width, name=f"blocks_{index}")(
-                    x
-                )
+            for step in [stride] + [1] * (repeats - 1):
+                x = _Block(kernel_size, step, expand, width, name=f"blocks_{index}")(x)
                 index += 1
         x = nn.Conv(1280, (1, 1), use_bias=False, name="conv_head")(x)
         features = jnp.mean(nn.relu6(_norm("bn1")(x)), axis=(1, 2))

@@ -4,6 +4,7 @@ Dimension legend: `n` images, `h w` their grid, `d` feature width, `k` classes.
 """
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,20 +33,15 @@ _AT_ONCE = 1_024  # rows of features that are added to the statistics
 class Network(NamedTuple):
     """A network whose features images are judged by.
 
-    Fields:
-      name: "inception", "efficientnet" or "classifier".
-      width: d, of its features.
-      apply: maps uint8 images (n, h, w, 1 or 3), in batches of a size that are spread over this
-        process's devices, to `pool` (n, d), `logits` (n, k) and, of Inception alone, `spatial`.
-      protocol: what it is, in words: its name, weights, resize, precision.
-      logits: whether it has any.
+    `apply` maps uint8 images (n, h, w, 1 or 3), in batches of a size that are spread over this
+    process's devices, to `pool` (n, d), `logits` (n, k) and, of Inception alone, `spatial`.
     """
 
-    name: str
-    width: int
+    name: str  # "inception", "efficientnet" or "classifier"
+    width: int  # d, of its features
     apply: Callable[[np.ndarray, int], dict[str, np.ndarray]]
-    protocol: dict[str, str]
-    logits: bool = True
+    protocol: dict[str, str]  # its name, weights, resize and precision, in words
+    logits: bool = True  # whether it has any
 
     @property
     def suffix(self) -> str:
@@ -54,19 +50,12 @@ class Network(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What is known of the features of a set of images.
+    """What is known of the features of a set of images."""
 
-    Fields:
-      count: n, 0 if it is not known.
-      gaussians: by name, `pool` and perhaps `spatial`.
-      pool: (m, d) float32, of all images or of MAX_KEPT spread evenly; None if they are not known.
-      logits: (n, k) float32, or None.
-    """
-
-    count: int
-    gaussians: dict[str, Gaussian]
-    pool: np.ndarray | None = None
-    logits: np.ndarray | None = None
+    count: int  # n, 0 if it is not known
+    gaussians: dict[str, Gaussian]  # `pool` and perhaps `spatial`
+    pool: np.ndarray | None = None  # (m, d) float32, of all images or of MAX_KEPT spread evenly
+    logits: np.ndarray | None = None  # (n, k) float32
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -79,10 +68,8 @@ def _apply(variables: Any, images: jax.Array, *, model: Any) -> dict[str, jax.Ar
 def published(name: str, path: str | Path = "") -> Network:
     """Returns a published network, by default with the weights in NAME.npz.
 
-    Args:
-      name: "inception", FID's; or "efficientnet", EfficientNet-lite0, which needs no download, and
-        whose distance is FD-EffNet, no FID.
-      path: of the weights; see `weights.read_inception` and `weights.read_efficientnet_lite0`.
+    "inception" is FID's; "efficientnet", EfficientNet-lite0, needs no download, and its distance
+    is FD-EffNet, no FID. See `weights.read_inception` and `weights.read_efficientnet_lite0`.
     """
     path, logits = path or f"{name}.npz", True
     if name == "inception":
@@ -90,11 +77,11 @@ def published(name: str, path: str | Path = "") -> Network:
         logits = "fc" in variables["params"]
         model, names = InceptionV3(logits), {"pool": "2048", "spatial": "spatial"}
         names |= {"logits": "logits_unbiased"} if logits else {}
-        network, resize = "InceptionV3 of 2015, as FID's", "299x299, TensorFlow 1's bilinear"
+        described = "InceptionV3 of 2015, as FID's", "299x299, TensorFlow 1's bilinear"
     else:
         variables = published_weights.read_efficientnet_lite0(path)
         model, names = EfficientNetLite0(), {"pool": "features", "logits": "logits"}
-        network, resize = "EfficientNet-lite0 of ImageNet", "224x224, antialiased"
+        described = "EfficientNet-lite0 of ImageNet", "224x224, antialiased"
     variables = replicate(variables)
 
     def outputs(images: jax.Array) -> dict[str, jax.Array]:
@@ -105,13 +92,13 @@ def published(name: str, path: str | Path = "") -> Network:
         grey_as_colour = np.broadcast_to(images, (*images.shape[:-1], 3))
         return map_batches(outputs, batch_size, grey_as_colour)
 
-    protocol = _protocol(name, network, resize, "float32", weights.sha256(path))
+    protocol = _protocol(name, *described, "float32", weights.sha256(path))
     return Network(name, WIDTHS[name], apply, protocol, logits)
 
 
 def _protocol(name: str, network: str, resize: str, precision: str, made: str) -> dict[str, str]:
-    described = {"name": name, "network": network, "resize": resize, "precision": precision}
-    return described | {"weights": made}
+    rest = {"resize": resize, "precision": precision, "weights": made}
+    return {"name": name, "network": network, **rest}
 
 
 def classifier(params: Any) -> Network:
@@ -140,25 +127,22 @@ def kept(count: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, MAX_KEPT)).astype(int)
 
 
-def collect(parts: Iterable[dict[str, np.ndarray]], count: int) -> Features:
-    """Adds up the features of a set of images, part by part.
+def collect(parts: Iterable[dict[str, np.ndarray]], count: int, images: str) -> Features:
+    """Adds up the features of `count` images, as `Network.apply` gives them, part by part in order.
 
-    Args:
-      parts: of `Network.apply`, in order.
-      count: of images in all parts together, for those to be kept to be spread.
-
-    Raises:
-      ValueError: If features are not finite, or the parts are not `count` together.
+    `images` names them in the refusal of features that are not finite.
     """
     wanted, start = kept(count), 0
     statistics: dict[str, Statistics] = {}
-    waiting: dict[str, list[np.ndarray]] = {}
-    pool: list[np.ndarray] = []
-    logits: list[np.ndarray] = []
+    waiting: dict[str, list[np.ndarray]] = defaultdict(list)
+    pool, logits = [], []
 
     def add() -> None:
         for name, rows in waiting.items():
-            new = Statistics.of(np.concatenate(rows))
+            try:
+                new = Statistics.of(np.concatenate(rows))
+            except ValueError as error:
+                raise UserError(f"{images} cannot be judged: {error}") from error
             statistics[name] = statistics[name] + new if name in statistics else new
         waiting.clear()
 
@@ -166,18 +150,16 @@ def collect(parts: Iterable[dict[str, np.ndarray]], count: int) -> Features:
         size = len(part["pool"])
         first, end = np.searchsorted(wanted, (start, start + size))
         pool.append(part["pool"][wanted[first:end] - start])
-        if "logits" in part:
-            logits.append(part["logits"])
+        logits += [part["logits"]] if "logits" in part else []
         for name in ("pool", "spatial"):
             if name in part:
-                waiting.setdefault(name, []).append(part[name])
+                waiting[name].append(part[name])
         start += size
         if sum(map(len, waiting["pool"])) >= _AT_ONCE:
             add()
     add()
     if start != count:
-        raise ValueError(f"expected the features of {count} images, got {start}.")
+        raise UserError(f"{images} cannot be judged: there are {count}, but features of {start}.")
     gaussians = {name: x.gaussian for name, x in statistics.items()}
-    return Features(
-        count, gaussians, np.concatenate(pool), np.concatenate(logits) if logits else None
-    )
+    joined = np.concatenate(logits) if logits else None
+    return Features(count, gaussians, np.concatenate(pool), joined)

@@ -65,58 +65,52 @@ def _same(width: int, window: tuple[int, int], name: str) -> _Conv:
     return _Conv(width, window, padding=(window[0] // 2, window[1] // 2), name=name)
 
 
-class _Mixed5(nn.Module):
-    pool_width: int
+class _Mixed(nn.Module):
+    """Concatenates chains of convolutions of the input, and a pooling of it.
+
+    Fields:
+      chains: by name, the width and the window of each convolution; all keep the grid.
+      pool_width: of the convolution that follows an average; None for a block that halves the grid
+        in the last convolution of each chain and by a maximum.
+    """
+
+    chains: dict[str, list[tuple[int, int, int]]]
+    pool_width: int | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        one = _Conv(64, name="branch1x1")(x)
-        five = _Conv(48, name="branch5x5_1")(x)
-        five = _same(64, (5, 5), "branch5x5_2")(five)
-        double = _Conv(64, name="branch3x3dbl_1")(x)
-        double = _same(96, (3, 3), "branch3x3dbl_2")(double)
-        double = _same(96, (3, 3), "branch3x3dbl_3")(double)
-        pool = _Conv(self.pool_width, name="branch_pool")(_avg_pool(x))
-        return jnp.concatenate([one, five, double, pool], axis=-1)
+        halves, outputs = self.pool_width is None, []
+        for chain, convolutions in self.chains.items():
+            y, last = x, len(convolutions)
+            for i, (width, *window) in enumerate(convolutions, start=1):
+                name = chain if last == 1 else f"{chain}_{i}"
+                if halves and i == last:
+                    y = _Conv(width, tuple(window), 2, name=name)(y)
+                else:
+                    y = _same(width, tuple(window), name)(y)
+            outputs.append(y)
+        pool = _max_pool(x) if halves else _Conv(self.pool_width, name="branch_pool")(_avg_pool(x))
+        return jnp.concatenate([*outputs, pool], axis=-1)
 
 
-class _Mixed6a(nn.Module):
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        three = _Conv(384, (3, 3), 2, name="branch3x3")(x)
-        double = _Conv(64, name="branch3x3dbl_1")(x)
-        double = _same(96, (3, 3), "branch3x3dbl_2")(double)
-        double = _Conv(96, (3, 3), 2, name="branch3x3dbl_3")(double)
-        return jnp.concatenate([three, double, _max_pool(x)], axis=-1)
+_MIXED_5 = {
+    "branch1x1": [(64, 1, 1)],
+    "branch5x5": [(48, 1, 1), (64, 5, 5)],
+    "branch3x3dbl": [(64, 1, 1), (96, 3, 3), (96, 3, 3)],
+}
+_MIXED_6A = {"branch3x3": [(384, 3, 3)], "branch3x3dbl": _MIXED_5["branch3x3dbl"]}
+_MIXED_7A = {
+    "branch3x3": [(192, 1, 1), (320, 3, 3)],
+    "branch7x7x3": [(192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3)],
+}
 
 
-class _Mixed6(nn.Module):
-    width: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        one = _Conv(192, name="branch1x1")(x)
-        seven = _Conv(self.width, name="branch7x7_1")(x)
-        seven = _same(self.width, (1, 7), "branch7x7_2")(seven)
-        seven = _same(192, (7, 1), "branch7x7_3")(seven)
-        double = _Conv(self.width, name="branch7x7dbl_1")(x)
-        for i, window in enumerate([(7, 1), (1, 7), (7, 1)], start=2):
-            double = _same(self.width, window, f"branch7x7dbl_{i}")(double)
-        double = _same(192, (1, 7), "branch7x7dbl_5")(double)
-        pool = _Conv(192, name="branch_pool")(_avg_pool(x))
-        return jnp.concatenate([one, seven, double, pool], axis=-1)
-
-
-class _Mixed7a(nn.Module):
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        three = _Conv(192, name="branch3x3_1")(x)
-        three = _Conv(320, (3, 3), 2, name="branch3x3_2")(three)
-        seven = _Conv(192, name="branch7x7x3_1")(x)
-        seven = _same(192, (1, 7), "branch7x7x3_2")(seven)
-        seven = _same(192, (7, 1), "branch7x7x3_3")(seven)
-        seven = _Conv(192, (3, 3), 2, name="branch7x7x3_4")(seven)
-        return jnp.concatenate([three, seven, _max_pool(x)], axis=-1)
+def _mixed_6(w: int) -> dict[str, list[tuple[int, int, int]]]:
+    return {
+        "branch1x1": [(192, 1, 1)],
+        "branch7x7": [(w, 1, 1), (w, 1, 7), (192, 7, 1)],
+        "branch7x7dbl": [(w, 1, 1), (w, 7, 1), (w, 1, 7), (w, 7, 1), (192, 1, 7)],
+    }
 
 
 class _Mixed7(nn.Module):
@@ -139,26 +133,18 @@ class _Mixed7(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Features of images at four depths, and logits.
-
-    Fields:
-      logits: whether to return them, which needs their parameters.
-    """
+    """Features of images at four depths and, unless `logits` is False, logits."""
 
     logits: bool = True
 
     @nn.compact
     def __call__(self, images: Array) -> dict[str, Array]:
-        """Returns what the image metrics use, all float32.
+        """Returns what the image metrics use, all float32, of images 0 to 255, (n, h, w, 3).
 
-        Args:
-          images: 0 to 255, of any type, (n, h, w, 3) of any h and w.
-
-        Returns:
-          `64`, `192`, `768` and `2048`, (n, that many), means over the grid at four depths;
-          `spatial`, (n, 17 * 17 * 7), of sFID (Nash et al., 2021), seven features of each place in
-          Mixed_6d; and, if asked for, `logits`, (n, 1008), and `logits_unbiased`, without the last
-          bias, of the inception score.
+        `64`, `192`, `768` and `2048`, (n, that many), are means over the grid at four depths;
+        `spatial`, (n, 17 * 17 * 7), of sFID (Nash et al., 2021), seven features of each place in
+        Mixed_6d; `logits`, (n, 1008), and `logits_unbiased`, without the last bias, are of the
+        inception score.
         """
 
         def mean(x):
@@ -175,15 +161,15 @@ class InceptionV3(nn.Module):
         x = _max_pool(x)
         features["192"] = mean(x)
         for name, width in (("b", 32), ("c", 64), ("d", 64)):
-            x = _Mixed5(width, name=f"Mixed_5{name}")(x)
-        x = _Mixed6a(name="Mixed_6a")(x)
+            x = _Mixed(_MIXED_5, width, name=f"Mixed_5{name}")(x)
+        x = _Mixed(_MIXED_6A, name="Mixed_6a")(x)
         for name, width in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):
-            x = _Mixed6(width, name=f"Mixed_6{name}")(x)
+            x = _Mixed(_mixed_6(width), 192, name=f"Mixed_6{name}")(x)
             if name == "d":
                 # The first of its first branch, `mixed_6/conv` in TensorFlow's graph.
                 features["spatial"] = x[..., :7].reshape(len(x), -1)
         features["768"] = mean(x)
-        x = _Mixed7a(name="Mixed_7a")(x)
+        x = _Mixed(_MIXED_7A, name="Mixed_7a")(x)
         for name in "bc":
             x = _Mixed7(name == "c", name=f"Mixed_7{name}")(x)
         features["2048"] = mean(x)

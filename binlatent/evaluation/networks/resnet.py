@@ -52,31 +52,20 @@ def _layers(dtype: Any, axis_name: str | None, train: bool) -> tuple[Any, Any]:
 
 
 class ResNet50(nn.Module):
-    """Maps images, of any number of channels, to class logits.
-
-    Attributes:
-      num_classes: of the logits.
-      dtype: of the computation; parameters, statistics and logits are float32.
-      axis_name: over which training averages the statistics of a batch: of pmap, or None.
-      stage_sizes: blocks of each stage; each stage after the first halves the grid and doubles
-        the width.
-      width: of the first convolution and of the first stage's blocks.
-    """
+    """Maps images, of any number of channels, to class logits."""
 
     num_classes: int
-    dtype: Any = jnp.float32
-    axis_name: str | None = None
-    stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
-    width: int = 64
+    dtype: Any = jnp.float32  # of the computation; parameters, statistics and logits are float32
+    axis_name: str | None = None  # of pmap, over which training averages a batch's statistics
+    stage_sizes: tuple[int, ...] = (3, 4, 6, 3)  # blocks; stages halve the grid, double the width
+    width: int = 64  # of the first convolution and of the first stage's blocks
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        """Returns the logits, (n, num_classes).
+        """Returns the logits, (n, num_classes), of images in [-1, 1], (n, h, w, c) of any h and w.
 
-        Args:
-          images: float in [-1, 1], (n, h, w, c) of any h and w; a 32nd of each is the last grid.
-          train: whether to normalise by the batch and to update `batch_stats`, a mutable
-            collection then, and not by what is stored there.
+        The last grid is a 32nd of each. To `train` is to normalise by the batch and to update
+        `batch_stats`, a mutable collection then, and not to normalise by what is stored there.
         """
         conv, norm = _layers(self.dtype, self.axis_name, train)
         x = conv(self.width, (7, 7), 2, padding=3, name="conv1")(images)
