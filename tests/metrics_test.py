@@ -89,17 +89,6 @@ def test_ssim_rejects_images_smaller_than_its_window():
         image_metrics.ssim(x, x)
 
 
-def test_bernoulli_entropy_bits():
-    p = np.array([[0.0, 1.0, 0.5], [0.25, 0.75, 0.125]])
-    quarter = 2 - 0.75 * np.log2(3)
-    eighth = 3 - 0.875 * np.log2(7)
-    expected = [[0.0, 0.0, 1.0], [quarter, quarter, eighth]]
-    np.testing.assert_allclose(image_metrics.bernoulli_entropy_bits(p), expected, rtol=1e-12)
-    for bad in (-0.1, 1.1, np.nan):
-        with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-            image_metrics.bernoulli_entropy_bits(bad)
-
-
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.float32])
 def test_code_statistics_by_hand(dtype):
     # Over four images the six bits are on 0, 4, 2, 1, 3 and 2 times.

@@ -81,17 +81,12 @@ def closer(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Returns all pairs as close as the limit of either, and some that are not.
 
-    Args:
-      a, b: n_a and n_b samples.
-      limits_a, limits_b: squared distances, (n_a,) and (n_b,).
-
-    Returns:
-      Rows of a, rows of b, and lower and upper bounds of their squared distances, (pairs,) each.
+    The limits are squared distances, (n_a,) and (n_b,). A pair is a row of a and one of b, with a
+    lower and an upper bound of their squared distance: four arrays (pairs,).
     """
+    x, y = a.embedded, b.embedded
     for dtype in (np.float32, np.float64):
-        if dtype == np.float32:
-            x, y = a.embedded, b.embedded
-        else:
+        if dtype == np.float64:
             x, y = (_embed(p.features, p.origin, p.scale, dtype) for p in (a, b))
         bounds = _lower_bounds(x, y)
         up_a, up_b = (np.nextafter(limit.astype(dtype), np.inf) for limit in (limits_a, limits_b))

@@ -1,6 +1,6 @@
 """Metrics between sets of features, as pure NumPy functions in float64.
 
-Features that are not as documented, or not finite, raise a ValueError.
+Features that are not finite raise a ValueError, which callers turn into a UserError.
 
 Dimension legend: `n` samples, `d` feature width, `k` classes.
 """
@@ -64,12 +64,8 @@ class Statistics(NamedTuple):
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet distance between two Gaussians; of Inception features, the FID.
 
-    Returns:
-      |m_a - m_b|^2 + Tr S_a + Tr S_b - 2 Tr sqrt(S_a S_b), at least 0.
-
-    References:
-      Heusel et al., "GANs trained by a two time-scale update rule converge to a local Nash
-      equilibrium", 2017.
+    It is |m_a - m_b|^2 + Tr S_a + Tr S_b - 2 Tr sqrt(S_a S_b), at least 0 (Heusel et al., "GANs
+    trained by a two time-scale update rule converge to a local Nash equilibrium", 2017).
     """
     d = np.size(a.mean)
     shapes = [np.shape(x) for x in (*a, *b)]
@@ -128,8 +124,7 @@ def kernel_distance(
     """Kernel distance, (x.y / d + 1)^3, unbiased, over random subsets; on Inception features, KID.
 
     Args:
-      features_a: (n_a, d), n_a >= subset_size.
-      features_b: (n_b, d), n_b >= subset_size.
+      features_a, features_b: (n_a, d) and (n_b, d), n_a and n_b at least `subset_size`.
       num_subsets: drawn without replacement each, first of a and then of b, by NumPy's
         RandomState, as torch-fidelity draws them.
       subset_size: samples of each.
@@ -170,8 +165,7 @@ def manifold_metrics(
     The numbers are those of distances in float64, whatever type the features have.
 
     Args:
-      real: (n, d), n more than either k.
-      generated: (m, d), m more than either k.
+      real, generated: (n, d) and (m, d), n and m more than either k.
       k_pr: the neighbour for precision and recall.
       k_dc: the neighbour for density and coverage.
 

@@ -1,49 +1,37 @@
 """Metrics of images and codes as pure NumPy functions in float64.
 
-Arguments that are not as documented raise a ValueError.
-
 Dimension legend: `n` batch, `h w` grid, `c` channels of an image or bits of a code.
 """
+
+import functools
 
 import numpy as np
 from scipy import special
 from skimage import metrics as skimage_metrics
 
 _MAX_PIXEL = 255.0
+_SAME = 0.99  # share of tokens in which two bits agree, from which they are called the same
 # scikit-image truncates the Gaussian of sigma 1.5 at 3.5 sigma: an 11 x 11 window.
 SSIM_WINDOW = 11
 
 
 def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each pair of images, in decibels.
+    """Peak signal-to-noise ratio of each pair of images, uint8 (n, h, w, c), in decibels.
 
-    Args:
-      x, y: images, uint8 (n, h, w, c).
-
-    Returns:
-      10 log10(255^2 / mean squared error), float64 (n,); infinite for equal images.
+    It is 10 log10(255^2 / mean squared error), float64 (n,); infinite for equal images.
     """
     _check_image_pair(x, y)
-    # A pair at a time: float64 of a thousand large images does not fit in memory.
-    squared_error = [
-        np.mean(np.square(x_i.astype(np.float64) - y_i)) for x_i, y_i in zip(x, y, strict=True)
-    ]
+    ratio = functools.partial(skimage_metrics.peak_signal_noise_ratio, data_range=_MAX_PIXEL)
     with np.errstate(divide="ignore"):
-        return 10.0 * np.log10(_MAX_PIXEL**2 / np.asarray(squared_error))
+        return np.array(list(map(ratio, x, y)))
 
 
 def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Structural similarity of each pair of images, with the usual Gaussian window of sigma 1.5.
+    """Mean structural similarity of each pair of images, uint8 (n, h, w, c): float64 (n,) up to 1.
 
-    Args:
-      x, y: images, uint8 (n, h, w, c) with h and w at least 11, the size of the window.
-
-    Returns:
-      The mean over pixels and channels, float64 (n,), at most 1.
-
-    References:
-      Wang et al., "Image quality assessment: from error visibility to structural similarity",
-      2004, as implemented by scikit-image with the settings its documentation gives for it.
+    With the usual Gaussian window of sigma 1.5, so h and w are at least 11 (Wang et al., "Image
+    quality assessment: from error visibility to structural similarity", 2004), as implemented by
+    scikit-image with the settings its documentation gives for it.
     """
     _check_image_pair(x, y)
     if min(x.shape[1:3]) < SSIM_WINDOW:
@@ -51,27 +39,15 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
             f"ssim needs images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, "
             f"got {x.shape[1]} x {x.shape[2]}."
         )
-    values = [
-        skimage_metrics.structural_similarity(
-            x_i,
-            y_i,
-            channel_axis=-1,
-            gaussian_weights=True,
-            sigma=1.5,
-            use_sample_covariance=False,
-            data_range=_MAX_PIXEL,
-        )
-        for x_i, y_i in zip(x, y, strict=True)
-    ]
-    return np.asarray(values, np.float64)
-
-
-def bernoulli_entropy_bits(p: np.ndarray | float) -> np.ndarray:
-    """Entropy in bits of Bernoulli variables with probabilities p, float64; 0 at p = 0 and 1."""
-    p = np.asarray(p, np.float64)
-    if not np.all((p >= 0.0) & (p <= 1.0)):
-        raise ValueError("probabilities must lie in [0, 1].")
-    return (special.entr(p) + special.entr(1.0 - p)) / np.log(2.0)
+    similarity = functools.partial(
+        skimage_metrics.structural_similarity,
+        channel_axis=-1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        data_range=_MAX_PIXEL,
+    )
+    return np.array(list(map(similarity, x, y)))
 
 
 def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
@@ -92,15 +68,13 @@ def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
     if not np.all((codes == 0) | (codes == 1)):
         raise ValueError("codes must hold only 0 and 1.")
     frequency = np.mean(codes, axis=0, dtype=np.float64)
+    entropy = (special.entr(frequency) + special.entr(1.0 - frequency)) / np.log(2.0)
     return {
         "bit_rate": frequency.size,
-        "mean_bit_entropy": float(np.mean(bernoulli_entropy_bits(frequency))),
+        "mean_bit_entropy": float(np.mean(entropy)),
         "dead_bits": int(np.sum((frequency == 0.0) | (frequency == 1.0))),
         "duplicate_bits": _duplicate_bits(codes.reshape(-1, codes.shape[-1])),
     }
-
-
-_SAME = 0.99  # share of tokens in which two bits agree, from which they are called the same
 
 
 def _duplicate_bits(tokens: np.ndarray) -> int:
@@ -112,11 +86,7 @@ def _duplicate_bits(tokens: np.ndarray) -> int:
 
 
 def codebook_statistics(indices: np.ndarray, size: int) -> dict[str, float | int]:
-    """How much of a codebook is used.
-
-    Args:
-      indices: of the entry that each token is, int (n, h, w) in [0, size).
-      size: s, of the codebook, at least 1.
+    """How much of a codebook of `size` entries, s, is used by indices, int (n, h, w) in [0, s).
 
     Returns:
       `bit_rate`: h * w * log2(s), bits an image. `codebook_used`: share of the entries that occur,

@@ -28,12 +28,9 @@ def _lpips(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def lpips(variables: Any, x: np.ndarray, y: np.ndarray, batch_size: int) -> np.ndarray:
-    """Returns the LPIPS of each pair, float32 (n,).
+    """Returns the LPIPS of each pair, uint8 (n, h, w, 1 or 3), h and w at least 16; float32 (n,).
 
-    Args:
-      variables: of VGG16, as of `read_vgg16`.
-      x, y: uint8 (n, h, w, 1 or 3), h and w at least 16.
-      batch_size: pairs at a time.
+    `variables` are VGG16's, as of `read_vgg16`.
     """
     distance = functools.partial(_lpips, replicate(variables))
     return map_batches(distance, batch_size, to_float(x), to_float(y))

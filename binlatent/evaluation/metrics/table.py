@@ -1,27 +1,19 @@
 """What a row of a table of metrics says."""
 
+from collections import ChainMap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
 class Metric(NamedTuple):
-    """A metric that can be asked for by its name, the key of its row.
+    """A metric that can be asked for by its name, the key of its row."""
 
-    Fields:
-      measure: numbers by name, of what the table is about.
-      titles: of these numbers, as people write them; others are shown by their names.
-      needs: what it cannot do without, in the words of its table.
-      settles: how it was measured, for the protocol.
-      smallest: side of the smallest images that it takes, in pixels.
-      elsewhere: what it is called in the features of another network than FID's.
-    """
-
-    measure: Callable[..., Any]
-    titles: dict[str, str] = {}
-    needs: tuple[str, ...] = ()
-    settles: Callable[..., str] | None = None
-    smallest: int = 1
-    elsewhere: str = ""
+    measure: Callable[..., Any]  # numbers by name, of what the table is about
+    titles: dict[str, str] = {}  # of these numbers; others are shown by their names
+    needs: tuple[str, ...] = ()  # what it cannot do without, in the words of its table
+    settles: Callable[..., str] | None = None  # how it was measured, for the protocol
+    smallest: int = 1  # side of the smallest images that it takes, in pixels
+    elsewhere: str = ""  # what it is called in the features of another network than FID's
 
 
 Table = dict[str, Metric]
@@ -29,10 +21,5 @@ Table = dict[str, Metric]
 
 def title(name: str, *tables: Table) -> str:
     """Returns the name of a metric's number as people write it."""
-    titles = {
-        key: text
-        for table in tables
-        for metric in table.values()
-        for key, text in metric.titles.items()
-    }
+    titles = ChainMap(*(metric.titles for table in tables for metric in table.values()))
     return titles.get(name, name.replace("_", " "))
