@@ -41,10 +41,7 @@ class Judge:
     ) -> dict[str, float]:
         """Draws `evaluate.num_samples` samples, classes in turn, and judges them.
 
-        Args:
-          pipeline: of a prior with the same classes.
-          key: a typed PRNG key.
-          **options: of `BinaryLatentDiffusion.sample`.
+        Options are those of `BinaryLatentDiffusion.sample`.
 
         Returns:
           `accuracy`, how often a sample with label y is classified as y, and `frechet_distance`
@@ -56,14 +53,10 @@ class Judge:
     def inpainting_quality(
         self, pipeline: BinaryLatentDiffusion, key: jax.Array, **options: Any
     ) -> dict[str, float]:
-        """Completes halves of the test images, of no given class, and judges the results.
+        """Returns the same two numbers of completed halves of the test images, of no given class.
 
-        Args:
-          pipeline, key: as of `sample_quality`.
-          **options: of `BinaryLatentDiffusion.inpaint`.
-
-        Returns:
-          The same two numbers, for the classes of the images that the halves are of.
+        The accuracy is for the classes of the images. Options are those of
+        `BinaryLatentDiffusion.inpaint`.
         """
         halves = [masks.preset(name, *self.images.shape[1:3]) for name in _HALVES]
         keep = np.stack([halves[i % len(halves)] for i in range(len(self.images))])

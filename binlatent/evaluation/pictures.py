@@ -46,12 +46,8 @@ def samples(
 ) -> np.ndarray:
     """Draws samples: ten of each class, a row a class, unless `num` or `label` say otherwise.
 
-    Args:
-      pipeline: with a prior.
-      key: a typed PRNG key.
-      num: how many; their classes take turns.
-      label: of all of them, as of `BinaryLatentDiffusion.sample`.
-      **options: of `BinaryLatentDiffusion.sample`.
+    Classes of `num` samples take turns; a label is of all of them. `label` and options are those
+    of `BinaryLatentDiffusion.sample`.
     """
     all_classes, labels = class_rows(pipeline.num_classes)
     if label is not None:
@@ -83,18 +79,13 @@ def inpaintings(
       pipeline: with a prior.
       images: float in [-1, 1].
       keep: bool (n, height, width), True where a pixel is given.
-      label: as of `BinaryLatentDiffusion.inpaint`.
-      key: a typed PRNG key.
+      label, key, **options: as of `BinaryLatentDiffusion.inpaint`.
       num: completions an image.
-      **options: of `BinaryLatentDiffusion.inpaint`.
     """
-    completions = [
-        pipeline.inpaint(images, keep, jax.random.fold_in(key, i), label, **options)
-        for i in range(num)
-    ]
+    keys = [jax.random.fold_in(key, i) for i in range(num)]
+    completions = [pipeline.inpaint(images, keep, k, label, **options) for k in keys]
     given = np.where(keep[..., None], images, 0.0)  # grey where hidden
-    columns = [to_uint8(column) for column in (images, given, *completions)]
-    return png.grid(list(np.stack(columns, axis=1)))
+    return _columns(images, given, *completions)
 
 
 def variations(
@@ -105,17 +96,16 @@ def variations(
     num: int = 6,
     **options: Any,
 ) -> np.ndarray:
-    """Draws, a row an image: the image and `num` variations of it.
+    """Draws, a row an image: the image, float in [-1, 1], and `num` variations of it.
 
-    Args:
-      pipeline, images, label, key: as of `inpaintings`.
-      num: variations an image.
-      **options: of `BinaryLatentDiffusion.vary`.
+    `label` and options are those of `BinaryLatentDiffusion.vary`.
     """
-    varied = [
-        pipeline.vary(images, jax.random.fold_in(key, i), label, **options) for i in range(num)
-    ]
-    return png.grid(list(np.stack([to_uint8(x) for x in (images, *varied)], axis=1)))
+    keys = [jax.random.fold_in(key, i) for i in range(num)]
+    return _columns(images, *(pipeline.vary(images, k, label, **options) for k in keys))
+
+
+def _columns(*columns: np.ndarray) -> np.ndarray:
+    return png.grid(list(np.stack([to_uint8(column) for column in columns], axis=1)))
 
 
 def trajectory(pipeline: BinaryLatentDiffusion, key: jax.Array, columns: int = 9) -> np.ndarray:
@@ -130,26 +120,16 @@ def trajectory(pipeline: BinaryLatentDiffusion, key: jax.Array, columns: int = 9
 
 
 class Request(NamedTuple):
-    """A picture that a user asks for, by flags of `binlatent.main`.
+    """A picture that a user asks for, by flags of `binlatent.main`."""
 
-    Fields:
-      options: of the sampler, in place of `config.sample`.
-      num: images, or results of each; None for as many as the picture has room for.
-      seed: of the draw.
-      label, features: the class of all, or the path of a text's features; None for neither.
-      image: path of the user's own; None for test images.
-      mask: a preset or a path; None for every preset in turn.
-      strength: of variations.
-    """
-
-    options: dict[str, Any]
-    num: int | None = None
-    seed: int = 0
-    label: int | None = None
-    features: str | None = None
-    image: str | None = None
-    mask: str | None = None
-    strength: float = 0.5
+    options: dict[str, Any]  # of the sampler, in place of `config.sample`
+    num: int | None = None  # images, or results of each; None for as many as there is room for
+    seed: int = 0  # of the draw
+    label: int | None = None  # the class of all
+    features: str | None = None  # the path of a text's features
+    image: str | None = None  # path of the user's own; None for test images
+    mask: str | None = None  # a preset or a path; None for every preset in turn
+    strength: float = 0.5  # of variations
 
 
 def parse_options(options: Sequence[str]) -> dict[str, Any]:
@@ -166,36 +146,28 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def draw_samples(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    """Draws `samples`."""
+def _samples(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     key = key_for(asked.seed, "sample")
     return samples(pipeline, key, asked.num, _label(asked), **asked.options)
 
 
-def draw_reconstructions(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    """Draws `reconstructions` of test images."""
+def _reconstructions(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     return reconstructions(pipeline, test_images(pipeline.experiment, asked.num or 20)[0])
 
 
-def draw_inpaintings(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    """Draws `inpaintings` of the user's image, or of test images."""
+def _inpaintings(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     images, label = _subjects(pipeline, asked, len(masks.PRESETS) if asked.mask is None else 8)
-    keep = _masks(pipeline, asked, len(images))
-    key = key_for(asked.seed, "inpaint")
+    keep, key = _masks(pipeline, asked, len(images)), key_for(asked.seed, "inpaint")
     return inpaintings(pipeline, images, keep, label, key, asked.num or 6, **asked.options)
 
 
-def draw_variations(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    """Draws `variations` of the user's image, or of test images."""
+def _variations(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     images, label = _subjects(pipeline, asked, 8)
-    key, options = key_for(asked.seed, "vary"), asked.options
-    return variations(
-        pipeline, images, label, key, asked.num or 6, strength=asked.strength, **options
-    )
+    key, options = key_for(asked.seed, "vary"), {"strength": asked.strength, **asked.options}
+    return variations(pipeline, images, label, key, asked.num or 6, **options)
 
 
-def draw_trajectory(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    """Draws `trajectory`."""
+def _trajectory(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     return trajectory(pipeline, key_for(asked.seed, "trajectory"))
 
 
@@ -231,9 +203,8 @@ def _masks(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> np.ndar
         raise UserError(f"--image needs --mask: a file, or one of {', '.join(masks.PRESETS)}.")
     if asked.mask is None or asked.mask in masks.PRESETS:
         names = masks.PRESETS if asked.mask is None else (asked.mask,)
-        return np.stack(
-            [masks.preset(names[i % len(names)], height, width, asked.seed + i) for i in range(num)]
-        )
+        turns = [(names[i % len(names)], asked.seed + i) for i in range(num)]
+        return np.stack([masks.preset(name, height, width, seed) for name, seed in turns])
     if not asked.image:
         raise UserError(
             f"--mask={asked.mask} is none of {', '.join(masks.PRESETS)}; a file needs --image."
@@ -243,11 +214,11 @@ def _masks(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> np.ndar
 
 # By mode, the file of the workdir, and what draws it.
 PICTURES = {
-    "sample": ("samples.png", draw_samples),
-    "reconstruct": ("reconstructions.png", draw_reconstructions),
-    "inpaint": ("inpainting.png", draw_inpaintings),
-    "vary": ("variations.png", draw_variations),
-    "trajectory": ("trajectory.png", draw_trajectory),
+    "sample": ("samples.png", _samples),
+    "reconstruct": ("reconstructions.png", _reconstructions),
+    "inpaint": ("inpainting.png", _inpaintings),
+    "vary": ("variations.png", _variations),
+    "trajectory": ("trajectory.png", _trajectory),
 }
 
 

@@ -2,21 +2,19 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from binlatent.evaluation.metrics.table import Table, title
+from binlatent.runtime.files import atomic
 
 
 def table(metrics: dict[str, float], *tables: Table) -> str:
     """Returns metrics as a table for a terminal, a standard deviation beside its mean.
 
-    Args:
-      metrics: numbers by name.
-      *tables: of the metrics, which have their titles.
+    Titles are those of the tables of metrics.
     """
     lines = []
     for name, value in metrics.items():
@@ -51,10 +49,8 @@ def write(path: Path, metrics: dict[str, float], protocol: dict[str, Any]) -> No
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON, all of it or nothing; null for numbers that are not finite."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-    os.replace(unfinished, path)
+    with atomic(path) as unfinished:
+        unfinished.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
 
 def _finite(content: Any) -> Any:
