@@ -33,11 +33,7 @@ log = logging.getLogger("binlatent.benchmark")  # also as __main__
 
 
 def measure_speeds(
-    name: str,
-    experiment: Experiment,
-    batch_sizes: list[int],
-    steps: list[int],
-    **options: Any,
+    name: str, experiment: Experiment, batch_sizes: list[int], steps: list[int], **options: Any
 ) -> Iterator[Row]:
     """Yields a row of `speed.measure_speed` for each batch size and number of steps, of `sample`.
 
@@ -56,17 +52,12 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, about, lock_config=True)
     flags.DEFINE_multi_integer("batch_size", [1], "Images a device; may be repeated.")
     flags.DEFINE_multi_integer("steps", [], "Sampling steps of sample; may be repeated.")
-    flags.DEFINE_integer(
-        "repeats",
-        10,
-        "Measurements of a program, of which the median counts; not of data and memory.",
-    )
-    flags.DEFINE_float(
-        "peak_tflops", None, "What the device can reach, in place of what is known of it."
-    )
-    flags.DEFINE_string(
-        "topology", None, "TPUs to compile for, such as v5p:2x2x1; JAX's own device if not given."
-    )
+    about = "Measurements of a program, of which the median counts; not of data and memory."
+    flags.DEFINE_integer("repeats", 10, about)
+    about = "What the device can reach, in place of what is known of it."
+    flags.DEFINE_float("peak_tflops", None, about)
+    about = "TPUs to compile for, such as v5p:2x2x1; JAX's own device if not given."
+    flags.DEFINE_string("topology", None, about)
     flags.DEFINE_bool("json", False, "One line of JSON a row in place of a table.")
     flags.DEFINE_string("out", None, "File to append the lines of JSON to.")
 
@@ -140,9 +131,14 @@ def _append(path: str, text: str) -> None:
 def _check_numbers(name: str, experiment: Experiment | None) -> None:
     """Refuses numbers on the command line that cannot be, before anything is compiled."""
     timed = [*workloads.PROGRAMS, "paper"]
-    of_some = {"steps": ["sample"], "topology": ["memory"], "repeats": timed, "peak_tflops": timed}
-    of_some["batch_size"] = ["memory", "data", *workloads.PROGRAMS]
-    for flag, programs in of_some.items():
+    programs_of = {
+        "steps": ["sample"],
+        "topology": ["memory"],
+        "repeats": timed,
+        "peak_tflops": timed,
+        "batch_size": ["memory", "data", *workloads.PROGRAMS],
+    }
+    for flag, programs in programs_of.items():
         if FLAGS[flag].present and name not in programs:
             raise UserError(f"--{flag} is not for {name} but for {', '.join(programs)}.")
     stages = {"memory": "autoencoder", "train_autoencoder": "autoencoder", "train_prior": "prior"}

@@ -32,14 +32,7 @@ def conv(
     stride: int = 1,
     padding: tuple[int, int] = (1, 1),
 ) -> int:
-    """Returns the FLOPs of a square convolution of a square grid.
-
-    Args:
-      side: of the grid that goes in.
-      width_in, width_out: channels.
-      kernel, stride: sides.
-      padding: before and after, on both axes.
-    """
+    """Returns the FLOPs of a square convolution of a square grid, padded alike on both axes."""
     first = np.arange(-padding[0], side + padding[1] - kernel + 1, stride)
     taps = int(np.sum(np.minimum(first + kernel, side) - np.maximum(first, 0)))
     return matmul(taps**2, width_in, width_out)
@@ -50,23 +43,12 @@ def _attention(queries: int, keys: int, width: int) -> int:
     return 2 * matmul(queries, keys, width)
 
 
-# The prior
-
-
 def count_transformer(
     network: Transformer, code_shape: Shape, labelled: bool, text_tokens: int = 1
 ) -> int:
-    """Returns the FLOPs of the forward pass.
-
-    Args:
-      network: the prior's.
-      code_shape: (h, w, c).
-      labelled: whether it gets a label; without a condition there is none.
-      text_tokens: m, of the condition "text_cross".
-    """
+    """Returns the FLOPs of the prior's forward pass; `text_tokens` is m, of "text_cross" alone."""
     h, w, c = code_shape
     d, e = network.width, network.text_width
-    labelled = labelled and network.condition != "none"
     appended = labelled and network.condition in ("class", "text_token")
     n = h * w + 1 + appended  # with the time's token and the label's
     block = matmul(n, d, (3 + 1 + 4 + 4) * d) + _attention(n, n, d)
@@ -76,9 +58,6 @@ def count_transformer(
     label = matmul(1, e, d) if appended and network.condition == "text_token" else 0
     ends = matmul(h * w, c, d) + matmul(h * w, d, c) + 2 * matmul(1, d, d) + label
     return network.num_layers * block + ends
-
-
-# The autoencoder
 
 
 def _residual(side: int, width_in: int, width_out: int) -> int:
@@ -101,8 +80,8 @@ def _blocks(levels: Levels, level: int, side: int, width_in: int, num_blocks: in
 
 def _middle(levels: Levels, side: int, width_in: int) -> int:
     width = levels.width(-1)
-    first = _residual(side, width_in, width)
-    return first + _attention_block(side, width) + _residual(side, width, width)
+    residuals = _residual(side, width_in, width) + _residual(side, width, width)
+    return residuals + _attention_block(side, width)
 
 
 def _encoder(module: Encoder, image_shape: Shape) -> int:
@@ -150,8 +129,7 @@ def count_discriminator(module: Discriminator, image_shape: Shape) -> int:
     total = 0
     for i in range(module.num_layers + 2):
         stride = 2 if i < module.num_layers else 1
-        last = i == module.num_layers + 1
-        width = 1 if last else module.width * min(2**i, 8)
+        width = 1 if i == module.num_layers + 1 else module.width * min(2**i, 8)
         total += conv(side, width_in, width, 4, stride)
         side, width_in = (side - 2) // stride + 1, width
     return total
@@ -159,12 +137,10 @@ def count_discriminator(module: Discriminator, image_shape: Shape) -> int:
 
 def count_vgg16(image_shape: Shape) -> int:
     """Returns the FLOPs of the forward pass of LPIPS's VGG16 on one image."""
-    total = 0
-    for name, like in lpips.vgg16_shapes().items():
-        if name.endswith("/kernel"):  # conv3_1/kernel comes after two poolings
-            side = image_shape[0] // 2 ** (int(name[len("conv")]) - 1)
-            total += conv(side, *like.shape[2:])
-    return total
+    kernels = {name: x for name, x in lpips.vgg16_shapes().items() if name.endswith("/kernel")}
+    # conv3_1/kernel comes after two poolings.
+    sides = [image_shape[0] // 2 ** (int(name[len("conv")]) - 1) for name in kernels]
+    return sum(conv(side, *x.shape[2:]) for side, x in zip(sides, kernels.values(), strict=True))
 
 
 def count_autoencoder_step(
@@ -181,6 +157,6 @@ def count_autoencoder_step(
     if networks.lpips:
         total += 3 * count_vgg16(image_shape)
     if networks.discriminator:
-        passes = 2 + 6 + (6 if r1 else 0)
+        passes = 14 if r1 else 8
         total += passes * count_discriminator(networks.discriminator, image_shape)
     return total

@@ -15,17 +15,10 @@ log = logging.getLogger("binlatent.benchmark")
 
 
 def measure_loading(data: Data, seed: int, batch_size: int, seconds: float = 20.0) -> Row:
-    """Returns how many training images a second the loader delivers.
+    """Returns how many training images a second the loader delivers, and what that depends on.
 
-    Args:
-      data: what is read.
-      seed: of the shuffling.
-      batch_size: images a batch.
-      seconds: to measure for, after what was prepared ahead has been taken.
-
-    Returns:
-      `images_per_second`, the median of up to ten parts of that time, `images_per_second_min` and
-      `images_per_second_max`, and what they depend on. JAX's devices are left alone.
+    `images_per_second` is the median of up to ten parts of the `seconds`, which begin when what was
+    prepared ahead has been taken. JAX's devices are left alone.
     """
     source = splits.open_split(data, "train", keep=False)  # each is decoded, as of large data
     batches = loader.train_batches(

@@ -35,17 +35,11 @@ def device_to_compile_for(topology: str | None) -> Any:
 
 
 def train_step_memory(spec: AutoencoderSpec, batch_size: int, device: Any) -> Row:
-    """Returns what the autoencoder's training step asks for, in bytes.
+    """Returns what the autoencoder's training step asks for on one device, in bytes.
 
-    Args:
-      spec: stage 1.
-      batch_size: images on the device.
-      device: to compile for.
-
-    Returns:
-      `arguments`: state, images and frozen weights. `temporary`: what the step needs beside them.
-      `total`, the sum, as the new state takes the place of the old one. `flops`, as the compiler
-      counts them, None if it does not.
+    `arguments`: state, images and frozen weights. `temporary`: what the step needs beside them.
+    `total`, the sum, as the new state takes the place of the old one. `flops`, as the compiler
+    counts them, None if it does not.
     """
     mesh = jax.sharding.Mesh(np.array([device]), (AXIS,))
     axes = jax.sharding.PartitionSpec
@@ -108,16 +102,14 @@ def measure_memory(experiment: Experiment, batch_sizes: list[int], device: Any) 
             }
 
 
-def _gib(name: str) -> Any:
-    return lambda row: f"{row[name] / 2**30:.3g} GiB"
-
-
 COLUMNS: rows.Columns = {
     "program": lambda row: row["what"],
     "image": lambda row: row["image_size"],
     "batch": lambda row: row["batch_size"],
     "compute": lambda row: row["dtype"],
     "remat": lambda row: "yes" if row["remat"] else "no",
-    **{name: _gib(name) for name in ("arguments", "temporary", "total")},
+    "arguments": lambda row: f"{row['arguments'] / 2**30:.3g} GiB",
+    "temporary": lambda row: f"{row['temporary'] / 2**30:.3g} GiB",
+    "total": lambda row: f"{row['total'] / 2**30:.3g} GiB",
     "TFLOP": lambda row: or_dash(row["flops"], lambda flops: f"{flops / 1e12:.3g}"),
 }

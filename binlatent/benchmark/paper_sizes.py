@@ -39,9 +39,8 @@ def paper_subjects() -> list[Subject]:
     churches, ffhq = at_16_steps(churches256), at_16_steps(ffhq1024)
     churches64 = churches.change({"sample.steps": 64})
     imagenet = at_16_steps(imagenet256, **{"data.num_classes": 1000})
-    imagenet512 = imagenet.change(
-        {"data.image_size": 512, "autoencoder.attention_resolutions": (32,)}
-    )
+    wide = {"data.image_size": 512, "autoencoder.attention_resolutions": (32,)}
+    imagenet512 = imagenet.change(wide)
     return [
         Subject("sample", churches, 1),
         Subject("sample", churches64, 1),
@@ -67,23 +66,21 @@ def paper_subjects() -> list[Subject]:
 def known_rows(path: str | Path, subjects: list[Subject]) -> dict[int, Row]:
     """Returns what a file has of the subjects, measured on these devices with this JAX and driver.
 
-    Args:
-      path: of lines of JSON, as `speed.measure_speed` returns them; there need be no such file.
-      subjects: to look for.
+    There need be no such file. Of several lines about a subject the last counts.
 
     Returns:
-      By the number of the subject; the last line that is about it.
+      Rows by the number of the subject.
     """
     lines = []
-    if Path(path).exists():
-        for number, text in enumerate(Path(path).read_text(errors="replace").splitlines(), 1):
-            try:
-                lines += [dict(json.loads(text))] if text.strip() else []
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{path}, line {number}, is no row of the benchmark: delete that line, or "
-                    "have the rows written elsewhere."
-                ) from error
+    texts = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
+    for number, text in enumerate(texts, 1):
+        try:
+            lines += [dict(json.loads(text))] if text.strip() else []
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"{path}, line {number}, is no row of the benchmark: delete that line, or have the "
+                "rows written elsewhere."
+            ) from error
     found = {}
     for number, subject in enumerate(subjects):
         about = speed.subject(*subject).items()
@@ -93,22 +90,16 @@ def known_rows(path: str | Path, subjects: list[Subject]) -> dict[int, Row]:
 
 
 def measure_subjects(subjects: list[Subject], **options: Any) -> Iterator[Row]:
-    """Yields a row of `speed.measure_speed` for each; what fails costs no other.
-
-    Args:
-      subjects: to measure.
-      **options: of `speed.measure_speed`.
-    """
+    """Yields a row of `speed.measure_speed(..., **options)` for each; what fails costs no other."""
     failed = 0
     for number, subject in enumerate(subjects, 1):
         log.info("%d of %d: %s", number, len(subjects), speed.caption(*subject))
-        measured = None
         try:
             measured = speed.measure_speed(*subject, **options)
         except Exception as error:  # of memory, of a compiler, of cuDNN: the next may fare better
             what = (str(error).strip() or type(error).__name__).splitlines()[0]
             log.error("That failed: %s", what)
-            failed += 1
+            measured, failed = None, failed + 1
         if measured:
             yield measured
         else:

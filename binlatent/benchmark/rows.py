@@ -15,12 +15,7 @@ Columns = dict[str, Callable[[Row], Any]]  # the text of a cell by the column's 
 
 
 def place(device: Any = None, devices: int = 1) -> Row:
-    """Returns where a row is measured: `device`, `devices`, `jax` and `driver`.
-
-    Args:
-      device: one of JAX's; None for the processor, and JAX's devices are left alone.
-      devices: how many of them.
-    """
+    """Returns where a row is measured; without one of JAX's devices, they are left alone."""
     platform = "cpu" if device is None else device.platform
     cpu = f"cpu ({machine.processor()}, {machine.cores()} cores)"
     return {

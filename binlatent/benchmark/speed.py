@@ -39,9 +39,7 @@ _PEAKS = {
 def peak_flops(device_kind: str, dtype: str) -> float | None:
     """Returns the FLOP/s that a known device can reach at most, None for an unknown one.
 
-    Args:
-      device_kind: as JAX calls it.
-      dtype: "bfloat16" or "float32", of which `jax_default_matmul_precision` says how exact.
+    Of dtype "float32" `jax_default_matmul_precision` says how exact.
     """
     bfloat16, default, exact = _PEAKS.get(device_kind, (None, None, None))
     if dtype == "bfloat16":
@@ -101,19 +99,14 @@ def caption(name: str, experiment: Experiment, batch_size: int) -> str:
 def measure_speed(
     name: str,
     experiment: Experiment,
-    batch_size: int,
+    batch_size: int,  # on each device
     *,
     repeats: int = 10,
-    peak: float | None = None,
+    peak: float | None = None,  # FLOP/s of the device, in place of what is known of it
 ) -> Row:
-    """Returns how fast a program runs, and what it depends on.
+    """Returns how fast one of `workloads.PROGRAMS` runs, and what it depends on.
 
-    Args:
-      name: of `workloads.PROGRAMS`.
-      experiment: that `workloads.check_measurable` lets pass; for `sample` its settings count too.
-      batch_size: images on each device.
-      repeats: of the measurement.
-      peak: FLOP/s that the device can reach, in place of what is known of it.
+    The experiment is one that `workloads.check_measurable` lets pass.
 
     Returns:
       What `subject` does, and among others: `seconds`, the median of the repeats, `seconds_min` and
@@ -134,8 +127,7 @@ def measure_speed(
     memory, memory_from = None if None in asked else max(asked), "compiler"
     if peak_bytes is not None and _peak_bytes() > peak_bytes:
         memory, memory_from = _peak_bytes(), "device"
-    return {
-        **about,
+    return about | {
         "seconds": seconds,
         "seconds_min": min(times),
         "seconds_max": max(times),

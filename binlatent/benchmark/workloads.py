@@ -31,15 +31,10 @@ TEXT_TOKENS = 77  # of a text to attend to, as of CLIP
 
 
 class Program(NamedTuple):
-    """A compiled program.
+    """A compiled program."""
 
-    Fields:
-      compiled: takes the arguments that are not static.
-      seconds: that tracing and compiling took.
-    """
-
-    compiled: jax.stages.Compiled
-    seconds: float
+    compiled: jax.stages.Compiled  # takes the arguments that are not static
+    seconds: float  # that tracing and compiling took
 
     @property
     def flops(self) -> float | None:
@@ -68,26 +63,19 @@ def compile_program(function: Any, *arguments: Any, **statics: Any) -> Program:
 
 def counted_flops(*calls: tuple[int, Program]) -> float | None:
     """Returns the FLOPs of programs that are called so many times each, None if XLA cannot tell."""
-    counts = [program.flops for _, program in calls]
-    if None in counts:
+    counts = [(times, program.flops) for times, program in calls]
+    if any(count is None for _, count in counts):
         return None
-    return sum(times * count for (times, _), count in zip(calls, counts, strict=True))
+    return sum(times * count for times, count in counts)
 
 
 class Work(NamedTuple):
-    """What is measured.
+    """What is measured."""
 
-    Fields:
-      call: runs one step, or one batch, and returns the arrays to wait for.
-      programs: the compiled programs that it runs.
-      flops: of a call on one device, by `benchmark.flops`.
-      xla_flops: as XLA counts them, None where it cannot tell.
-    """
-
-    call: Callable[[], Any]
-    programs: list[Program]
-    flops: int
-    xla_flops: float | None
+    call: Callable[[], Any]  # runs one step, or one batch, and returns the arrays to wait for
+    programs: list[Program]  # that it runs
+    flops: int  # of a call on one device, by `benchmark.flops`
+    xla_flops: float | None  # as XLA counts them, None where it cannot tell
 
 
 def check_measurable(name: str, experiment: Experiment) -> None:
@@ -114,13 +102,13 @@ def describe_size(name: str, experiment: Experiment) -> str:
 
 
 def _images(spec: AutoencoderSpec, num: int) -> np.ndarray:
-    shape = (num, *spec.image_shape)
-    return np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    images = np.random.default_rng(0).uniform(-1, 1, (num, *spec.image_shape))
+    return images.astype(np.float32)
 
 
 def _bits(spec: AutoencoderSpec, num: int) -> np.ndarray:
-    shape = (num, *spec.code_shape)
-    return np.random.default_rng(0).integers(0, 2, shape).astype(np.float32)
+    bits = np.random.default_rng(0).integers(0, 2, (num, *spec.code_shape))
+    return bits.astype(np.float32)
 
 
 def _labels(conditioning: Conditioning, num: int) -> np.ndarray | None:
@@ -137,11 +125,7 @@ def _labels(conditioning: Conditioning, num: int) -> np.ndarray | None:
 def _drawn(shapes: Any) -> Any:
     """Returns small random weights of such shapes: the same million again and again."""
     million = 0.02 * np.random.default_rng(0).standard_normal(2**20, np.float32)
-
-    def draw(like):
-        return jnp.array(np.resize(million[: like.size], like.shape))
-
-    return jax.tree.map(draw, shapes)
+    return jax.tree.map(lambda x: jnp.array(np.resize(million[: x.size], x.shape)), shapes)
 
 
 def _weights(init: Callable) -> Any:
@@ -158,9 +142,8 @@ def lpips_shapes(networks: Networks) -> dict[str, Any]:
 def _state(init_state: Callable) -> TrainState:
     """Returns a state such as that of `init_state(seed)`, with Adam's moments and the EMA at 0."""
     shapes = jax.eval_shape(functools.partial(init_state, 0))
-    zeros = jax.tree.map(
-        lambda like: jnp.array(np.zeros(like.shape, like.dtype)), shapes.replace(key=None)
-    )
+    zeros = shapes.replace(key=None)
+    zeros = jax.tree.map(lambda like: jnp.array(np.zeros(like.shape, like.dtype)), zeros)
     if zeros.discriminator:
         zeros.discriminator["params"] = _drawn(shapes.discriminator["params"])
     return zeros.replace(key=jax.random.key(0), params=_drawn(shapes.params))
@@ -182,12 +165,13 @@ def _compile_step(
 
 
 def _forward_work(
-    function: Any, on_device: int, flops_an_image: int, *arguments: Any, **statics: Any
+    function: Any, init: Callable, flops_a_call: int, *batch: Any, **statics: Any
 ) -> Work:
-    """Returns the work of a program without a loop, on arguments that are on the devices."""
+    """Returns the work of a program without a loop, of weights and a batch on the devices."""
+    arguments = (_weights(init), *spread(batch))
     program = compile_program(function, *arguments, **statics)
     call = functools.partial(program.compiled, *arguments)
-    return Work(call, [program], on_device * flops_an_image, program.flops)
+    return Work(call, [program], flops_a_call, program.flops)
 
 
 def train_autoencoder_work(experiment: Experiment, num: int, on_device: int) -> Work:
@@ -234,18 +218,16 @@ def decode_work(experiment: Experiment, num: int, on_device: int) -> Work:
     """Codes to images, both in the device's memory."""
     spec = experiment.autoencoder
     model = spec.networks.autoencoder
-    per_image = flops.count_decoding(model, spec.code_shape)
-    arguments = (_weights(spec.init), spread(_bits(spec, num)))
-    return _forward_work(programs.decode_codes, on_device, per_image, *arguments, model=model)
+    total = on_device * flops.count_decoding(model, spec.code_shape)
+    return _forward_work(programs.decode_codes, spec.init, total, _bits(spec, num), model=model)
 
 
 def encode_work(experiment: Experiment, num: int, on_device: int) -> Work:
     """Images to deterministic codes, both in the device's memory."""
     spec = experiment.autoencoder
     model = spec.networks.autoencoder
-    per_image = flops.count_encoding(model, spec.image_shape, spec.code_shape)
-    arguments = (_weights(spec.init), spread(_images(spec, num)))
-    return _forward_work(programs.encode_codes, on_device, per_image, *arguments, model=model)
+    total = on_device * flops.count_encoding(model, spec.image_shape, spec.code_shape)
+    return _forward_work(programs.encode_codes, spec.init, total, _images(spec, num), model=model)
 
 
 def network_work(experiment: Experiment, num: int, on_device: int) -> Work:
@@ -253,10 +235,9 @@ def network_work(experiment: Experiment, num: int, on_device: int) -> Work:
     spec = experiment.prior
     network = spec.prior.network
     per_image = flops.count_transformer(network, spec.prior.code_shape, True, TEXT_TOKENS)
-    bits, labels = _bits(experiment.autoencoder, num), _labels(spec.conditioning, num)
-    arguments = spread([bits, np.zeros(num, np.float32), labels])
-    function = jax.jit(network.apply)
-    return _forward_work(function, on_device, per_image, _weights(spec.init), *arguments)
+    times, labels = np.zeros(num, np.float32), _labels(spec.conditioning, num)
+    batch = (_bits(experiment.autoencoder, num), times, labels)
+    return _forward_work(jax.jit(network.apply), spec.init, on_device * per_image, *batch)
 
 
 def sample_work(experiment: Experiment, num: int, on_device: int) -> Work:
@@ -284,12 +265,10 @@ def sample_work(experiment: Experiment, num: int, on_device: int) -> Work:
         return jax.device_get(decoder.compiled(decoder_params, spread(codes)))
 
     calls = prior.network_calls(settings, labels is not None)
-    costs = [
-        flops.count_transformer(prior.network, prior.code_shape, labelled, TEXT_TOKENS)
-        for labelled in (True, False)
-    ]
-    per_image = sum(times * cost for times, cost in zip(calls, costs, strict=True))
-    per_image += flops.count_decoding(model, prior.code_shape)
+    per_image = flops.count_decoding(model, prior.code_shape)
+    for times, labelled in zip(calls, (True, False), strict=True):
+        cost = flops.count_transformer(prior.network, prior.code_shape, labelled, TEXT_TOKENS)
+        per_image += times * cost
     # XLA counts the loop over the steps once, and of a condition the dearer branch, whichever is
     # taken: only where all steps are alike is the count that of a step, that many times.
     steps = getattr(settings, "steps", None)
