@@ -11,14 +11,14 @@ import time
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import call_main, tiny_flags
 from PIL import Image
 
 from binlatent import stages
-from binlatent.data import codes, loader
+from binlatent.data import codes
 from binlatent.data.sources import Source
+from binlatent.data.splits import load_images, open_split
 from binlatent.data.transforms import to_float
-from binlatent.evaluation import report
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime.devices import replicate
 from binlatent.runtime.errors import UserError
@@ -40,15 +40,13 @@ def lines(workdir):
 
 def start(workdir, digits_dir, *flags, env=None):
     """Starts `python -m binlatent.main` on the tiny config in another process."""
-    command = [
-        *(sys.executable, "-m", "binlatent.main"),
-        *("--config=configs/digits.py", f"--workdir={workdir}"),
-        f"--config.data.path={digits_dir}",
-        *(f"--config.{key}={value}" for key, value in TINY.items()),
-        *flags,
-    ]
+    command = [sys.executable, "-m", "binlatent.main", *tiny_flags(digits_dir)]
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
+        [*command, f"--workdir={workdir}", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=env,
     )
 
 
@@ -61,19 +59,16 @@ def wait_for(path, seconds=180):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, digits_dir):
-    """A workdir with both tiny stages, trained by the main job in one go; and its output."""
-    workdir = tmp_path_factory.mktemp("trained")
-    process = start(workdir, digits_dir)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return workdir, output
+def trained(trained_workdir, tmp_path_factory):
+    """A copy of the workdir of both tiny stages, trained by the main job in one go; its output."""
+    workdir = shutil.copytree(trained_workdir, tmp_path_factory.mktemp("trained") / "workdir")
+    return workdir, (workdir / "output.txt").read_text()
 
 
 def test_main_job_leaves_the_pictures_and_the_report(trained):
     workdir, output = trained
     for name in ("samples", "reconstructions", "inpainting", "trajectory"):
-        assert str(workdir / f"{name}.png") in output
+        assert re.search(f"^Wrote .*/{name}.png$", output, re.MULTILINE)
         picture = np.asarray(Image.open(workdir / f"{name}.png"))
         assert picture.ndim == 2 and len(np.unique(picture)) > 2
     report = json.loads((workdir / "report.json").read_text())
@@ -115,46 +110,44 @@ def test_only_the_last_checkpoints_are_kept(trained):
         assert checkpoints.all_steps() == [2, 4, 6]
 
 
-def test_a_finished_stage_is_not_trained_again(trained, digits_dir, no_tensorflow):
+def test_a_finished_stage_is_not_trained_again(trained, digits_dir, capsys):
     workdir, _ = trained
     before = lines(workdir)
-    process = start(workdir, digits_dir, "--mode=train_autoencoder", env=no_tensorflow)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    assert "The autoencoder is trained: 6 steps" in output
+    flags = (*tiny_flags(digits_dir), f"--workdir={workdir}", "--mode=train_autoencoder")
+    assert call_main(*flags) == 0
+    assert "The autoencoder is trained: 6 steps" in capsys.readouterr().err
     assert lines(workdir) == before
 
 
-def restored(workdir, stage, config):
-    """The whole state of a stage's newest checkpoint."""
-    setup = {"autoencoder": stages.setup_autoencoder, "prior": stages.setup_prior}[stage]
-    parts, _ = setup(config) if stage == "autoencoder" else setup(config, workdir)
-    parts.batches.close()
-    with Checkpoints(workdir / stage) as checkpoints:
-        state = checkpoints.restore(replicate(parts.state))
+def restored(workdir, stage, experiment):
+    """The whole state of a stage's newest checkpoint, and where in the data it was."""
+    spec = {"autoencoder": experiment.autoencoder, "prior": experiment.prior}[stage]
+    with Checkpoints(workdir / stage, alone=True) as checkpoints:
+        state = checkpoints.restore(replicate(spec.init_state(experiment.seed)))
         return state.replace(key=jax.random.key_data(state.key)), checkpoints.meta()["data"]
 
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
-    trained, digits_dir, tiny_config, no_tensorflow, tmp_path
+    trained, digits_dir, tiny_experiment, no_tensorflow, tmp_path
 ):
-    # Killed with SIGKILL during each stage, as soon as a checkpoint of that stage is there.
-    for stage in ("autoencoder", "prior"):
-        process = start(tmp_path, digits_dir, env=no_tensorflow)
-        wait_for(tmp_path / stage / "2")
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+    # Stage 1 is there; torture_test kills while it is trained. Stage 2 is killed as soon as it has
+    # a checkpoint.
+    shutil.copytree(trained[0] / "autoencoder", tmp_path / "autoencoder")
+    process = start(tmp_path, digits_dir, env=no_tensorflow)
+    wait_for(tmp_path / "prior" / "2")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     process = start(tmp_path, digits_dir, env=no_tensorflow)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    for stage in ("autoencoder", "prior"):
-        whole, whole_data = restored(trained[0], stage, tiny_config)
-        resumed, resumed_data = restored(tmp_path, stage, tiny_config)
-        assert int(resumed.step) == 6
-        assert_same(whole, resumed)
-        assert whole_data == resumed_data
+    assert re.search("^The prior goes on from step [24] in", output, re.MULTILINE), output
+    whole, whole_data = restored(trained[0], "prior", tiny_experiment)
+    resumed, resumed_data = restored(tmp_path, "prior", tiny_experiment)
+    assert int(resumed.step) == 6
+    assert_same(whole, resumed)
+    assert whole_data == resumed_data
     assert (tmp_path / "samples.png").read_bytes() == (trained[0] / "samples.png").read_bytes()
     # Without TensorFlow nothing is missing but the files of TensorBoard.
     assert output.count("No files for TensorBoard are written") == 1
@@ -162,10 +155,9 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_training_with_a_discriminator_resumes_bit_for_bit(tiny_config, tmp_path):
+def test_training_with_a_discriminator_resumes_bit_for_bit(tiny_experiment, tmp_path):
     # It starts at step 3, between two lines of the log; the second run starts from step 4.
-    config = tiny_config
-    config.update_from_flattened_dict(
+    experiment = tiny_experiment.change(
         {
             "autoencoder.loss.adversarial": 1.0,
             "autoencoder.loss.adaptive": True,
@@ -175,11 +167,10 @@ def test_training_with_a_discriminator_resumes_bit_for_bit(tiny_config, tmp_path
             "autoencoder.train.decay": "constant",
         }
     )
-    whole = loop.train_autoencoder(config, tmp_path / "whole")
-    config.autoencoder.train.num_steps = 4
-    loop.train_autoencoder(config, tmp_path / "parts")
-    config.autoencoder.train.num_steps = 6
-    resumed = loop.train_autoencoder(config, tmp_path / "parts")
+    whole = stages.train_autoencoder(experiment, tmp_path / "whole")
+    begun = experiment.change({"autoencoder.train.num_steps": 4})
+    stages.train_autoencoder(begun, tmp_path / "parts")
+    resumed = stages.train_autoencoder(experiment, tmp_path / "parts")
     assert_same(whole.replace(key=None), resumed.replace(key=None))
     losses = {x["step"]: x for x in lines(tmp_path / "whole") if "loss" in x}
     assert "discriminator_loss" not in losses[2]
@@ -229,24 +220,31 @@ class Poisoned:
         return self.batches.get_state()
 
 
-def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(tiny_config, tmp_path):
-    stage, config = stages.setup_autoencoder(tiny_config)
-    stage = stage._replace(batches=Poisoned(stage.batches, 5))
+def train_poisoned(experiment, workdir, *steps):
+    """Trains an autoencoder; the images of these steps hold a NaN."""
+    stage = stages.setup_autoencoder(experiment, workdir)
+    stage = stage._replace(batches=Poisoned(stage.batches, *steps))
+    return loop.run(stage, experiment.run, workdir)
+
+
+def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(
+    tiny_experiment, tmp_path
+):
     sentence = (
         r"is nan at step 5; the last finite metrics: step 4, .*loss [\d.]+.*checkpoint of step 4"
     )
     with pytest.raises(UserError, match=sentence):
-        loop.run(stage, config, tmp_path)
+        train_poisoned(tiny_experiment, tmp_path, 5)
     with Checkpoints(tmp_path / "autoencoder") as checkpoints:
         assert checkpoints.latest_step() == 4
 
 
 @pytest.mark.slow
-def test_a_step_that_is_not_finite_is_skipped_and_counted_on_demand(tiny_config, tmp_path, caplog):
-    tiny_config.on_nonfinite = "skip"
-    stage, config = stages.setup_autoencoder(tiny_config)
-    stage = stage._replace(batches=Poisoned(stage.batches, 2, 3, 4))
-    state = loop.run(stage, config, tmp_path)
+def test_a_step_that_is_not_finite_is_skipped_and_counted_on_demand(
+    tiny_experiment, tmp_path, caplog
+):
+    experiment = tiny_experiment.change({"on_nonfinite": "skip"})
+    state = train_poisoned(experiment, tmp_path, 2, 3, 4)
     written = {x["step"]: x for x in lines(tmp_path) if "skipped" in x}
     assert {step: x["skipped"] for step, x in written.items()} == {2: 1, 4: 2, 6: 0}
     # Where all were skipped there is nothing to average.
@@ -257,27 +255,22 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_on_demand(tiny_config,
     assert int(state.step) == 6 and updates_made(state) == 3
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.params)))
     # Of the updates that were made, as the closed form of the warm-up, and the decay after it.
-    peak = config.autoencoder.train.learning_rate
+    peak = experiment.autoencoder.train.learning_rate
     rates = [0, peak * 0.5, peak, peak * (1 + np.cos(np.pi / 4)) / 2]
     for step, updates in ((2, 1), (4, 1), (6, 3)):
         np.testing.assert_allclose(written[step]["learning_rate"], rates[updates - 1], rtol=1e-5)
 
 
 @pytest.mark.slow
-def test_debug_nans_names_the_operation_and_its_line(tiny_config, tmp_path):
-    tiny_config.debug_nans = True
-    stage, config = stages.setup_autoencoder(tiny_config)
-    stage = stage._replace(batches=Poisoned(stage.batches, 3))
+def test_debug_nans_names_the_operation_and_its_line(tiny_experiment, trained, tmp_path):
+    experiment = tiny_experiment.change({"debug_nans": True})
     with pytest.raises(FloatingPointError, match=r"\(nan\) encountered in reshape") as error:
-        loop.run(stage, config, tmp_path)
+        train_poisoned(experiment, tmp_path, 3)
     assert any(entry.name == "space_to_depth" for entry in error.traceback)
-    # Until then it has made the same steps.
+    # Until then it has made the same steps as without.
     (line,) = [x for x in lines(tmp_path) if "loss" in x]
     debugged = line["loss"], line["grad_norm"]
-    tiny_config.debug_nans = False
-    tiny_config.autoencoder.train.num_steps = 2
-    loop.train_autoencoder(tiny_config, tmp_path / "plain")
-    line = lines(tmp_path / "plain")[0]
+    line = lines(trained[0])[0]
     np.testing.assert_allclose((line["loss"], line["grad_norm"]), debugged, rtol=1e-4)
     assert not jax.config.jax_debug_nans
 
@@ -297,11 +290,10 @@ def test_means_are_of_the_finite_steps_and_told_with_the_last_of_them():
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_training_ends_the_same(
-    tiny_config, digits_dir, tmp_path, caplog
+    trained, tiny_experiment, digits_dir, tmp_path, caplog
 ):
-    tiny_config.keep_checkpoints = 3
-    whole = loop.train_autoencoder(tiny_config, tmp_path)
-    folder = tmp_path / "autoencoder"
+    whole, _ = restored(trained[0], "autoencoder", tiny_experiment)
+    folder = shutil.copytree(trained[0] / "autoencoder", tmp_path / "autoencoder")
     files = (folder / "6" / "ema_params").rglob("*")
     largest = max((p for p in files if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
@@ -319,9 +311,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_training_ends_the_same(
     # The data has been moved: it is the same.
     moved = tmp_path / "moved"
     moved.symlink_to(digits_dir)
-    tiny_config.data.path = str(moved)
     caplog.clear()
-    again = loop.train_autoencoder(tiny_config, tmp_path)
+    experiment = tiny_experiment.change({"data.path": str(moved)})
+    again = stages.train_autoencoder(experiment, tmp_path)
     assert "not those that" not in caplog.text
     assert f"{folder}/6 is now 6.damaged" in caplog.text
     assert_same(whole.replace(key=None), again.replace(key=None))
@@ -349,109 +341,59 @@ def test_a_full_disk_stops_training_in_a_sentence(digits_dir, tmp_path, small_di
     assert np.isfinite(jax.tree.leaves(pipeline.autoencoder_params)[0]).all()
 
 
-def test_resuming_with_another_model_names_the_difference(trained, tiny_config):
-    tiny_config.autoencoder.num_bits = 16
+def test_resuming_with_another_model_names_the_difference(trained, tiny_experiment):
+    experiment = tiny_experiment.change({"autoencoder.num_bits": 16})
     with pytest.raises(UserError, match="autoencoder.num_bits is 8 there and 16 here"):
-        loop.train_autoencoder(tiny_config, trained[0])
+        stages.train_autoencoder(experiment, trained[0])
 
 
-def test_resuming_with_more_steps_goes_on(trained, tiny_config, tmp_path, caplog):
-    stage, config = stages.setup_autoencoder(tiny_config)
-    loop.run(stage, config, tmp_path)
-    tiny_config.autoencoder.train.num_steps = 8
-    tiny_config.seed = 5
-    state = loop.train_autoencoder(tiny_config, tmp_path)
+def test_resuming_with_more_steps_goes_on(trained, tiny_experiment, tmp_path, caplog):
+    workdir = shutil.copytree(trained[0], tmp_path / "run")
+    shutil.rmtree(workdir / "prior")
+    experiment = tiny_experiment.change({"autoencoder.train.num_steps": 8, "seed": 5})
+    state = stages.train_autoencoder(experiment, workdir)
     assert "config.seed was 0 and is 5: the autoencoder goes on, but not as" in caplog.text
     assert int(state.step) == 8
-    assert [x["step"] for x in lines(tmp_path) if "loss" in x] == [2, 4, 6, 8]
+    steps = [x["step"] for x in lines(workdir) if "loss" in x and x["stage"] == "autoencoder"]
+    assert steps == [2, 4, 6, 8]
 
 
-def test_other_data_is_refused_before_it_is_prepared(trained, tiny_config, tmp_path):
-    tiny_config.data.name = "mnist"
-    tiny_config.data.path = str(tmp_path)
-    for stage in (loop.train_autoencoder, loop.train_prior):
+def test_other_data_is_refused_before_it_is_prepared(trained, tiny_experiment, tmp_path):
+    experiment = tiny_experiment.change({"data.name": "mnist", "data.path": str(tmp_path)})
+    for train in (stages.train_autoencoder, stages.train_prior):
         with pytest.raises(UserError, match="config.data.name = 'digits', not 'mnist'"):
-            stage(tiny_config, trained[0])
+            train(experiment, trained[0])
     assert not any(tmp_path.iterdir())
 
 
-def test_a_prior_of_another_autoencoder_is_refused(trained, tiny_config, tmp_path):
+def test_a_prior_of_another_autoencoder_is_refused(
+    trained, untrained_workdir, tiny_experiment, tmp_path
+):
     shutil.copytree(trained[0] / "prior", tmp_path / "prior")
-    tiny_config.seed = 1
-    loop.train_autoencoder(tiny_config, tmp_path)
-    for use in (lambda: loop.train_prior(tiny_config, tmp_path), lambda: from_workdir(tmp_path)):
+    shutil.copytree(untrained_workdir / "autoencoder", tmp_path / "autoencoder")
+    for use in (
+        lambda: stages.train_prior(tiny_experiment, tmp_path),
+        lambda: from_workdir(tmp_path),
+    ):
         with pytest.raises(UserError, match="trained for another autoencoder"):
             use()
 
 
 def test_loaded_images_are_spread_over_the_source():
     examples = [{"image": np.full((2, 2, 1), i, np.uint8), "label": i // 10} for i in range(30)]
-    images, labels = report.load_images(Source(examples, 3), 4)
+    images, labels = load_images(Source(examples, 3), 4)
     assert images[:, 0, 0, 0].tolist() == [0, 9, 19, 29] and labels.tolist() == [0, 0, 1, 2]
 
 
-def test_number_of_classes_must_be_that_of_the_data(tiny_config):
+@pytest.mark.parametrize("asked, given", [(-1, 10), (0, 0), (10, 10), (7, None)])
+def test_number_of_classes_must_be_that_of_the_data(tiny_experiment, asked, given):
     source = Source(examples=[], num_classes=10)
-    assert stages.with_classes(tiny_config, source).data.num_classes == 10
-    tiny_config.data.num_classes = 0
-    assert stages.with_classes(tiny_config, source).data.num_classes == 0
-    tiny_config.data.num_classes = 7
-    with pytest.raises(UserError, match="is 7, but the data has 10 classes"):
-        stages.with_classes(tiny_config, source)
-
-
-def test_codes_are_the_encoders_probabilities(trained, tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "_SHARD", 150)
-    pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
-    source = report.open_data(tiny_config, "test")
-    folder = codes.encode(pipeline, source, tmp_path)
-    written = codes.open_codes(folder, pipeline.encoder_fingerprint)
-    assert len(written.examples) == len(source.examples) == 500 and written.num_classes == 10
-    images, labels = report.load_images(source, 500)
-    got = np.stack([written.examples[i]["probs"] for i in range(500)])
-    assert got.dtype == np.uint8 and got.shape == (500, 4, 4, 8)
-    # Rounding adds at most half a 255th, and next to nothing to what is drawn.
-    error = got / 255 - pipeline.encode_probs(to_float(images)).astype(np.float64)
-    assert np.abs(error).max() < 0.5 / 255 + 1e-6 and abs(error.mean()) < 1e-4
-    assert [written.examples[i]["label"] for i in range(500)] == labels.tolist()
-    batch = next(loader.train_batches(written, 7, seed=0))
-    assert batch["probs"].dtype == np.uint8 and batch["label"].dtype == np.int32
-
-
-def test_encoding_goes_on_where_it_was_interrupted(trained, tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(codes, "_SHARD", 150)
-    pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
-    source = report.open_data(tiny_config, "test")
-    write_shard, written = codes._write_shard, []
-
-    def write(pipeline, source, part, path, progress):
-        written.append(path.name[:11])
-        if part.start == 300 and len(written) < 4:
-            raise KeyboardInterrupt
-        write_shard(pipeline, source, part, path, progress)
-
-    monkeypatch.setattr(codes, "_write_shard", write)
-    with pytest.raises(KeyboardInterrupt):
-        codes.encode(pipeline, source, tmp_path)
-    folder = next(tmp_path.iterdir())
-    with pytest.raises(UserError, match="no complete codes in .*: make them with --mode=encode"):
-        codes.open_codes(folder, pipeline.encoder_fingerprint)
-    for _ in range(2):  # the second time there is nothing left to do
-        assert codes.encode(pipeline, source, tmp_path) == folder
-    assert written == [f"codes-{i:05}" for i in (0, 1, 2, 2, 3)]
-    resumed = codes.open_codes(folder, pipeline.encoder_fingerprint).examples
-    whole = codes.encode(pipeline, source, tmp_path / "whole")
-    whole = codes.open_codes(whole, pipeline.encoder_fingerprint).examples
-    for i in range(500):
-        np.testing.assert_array_equal(resumed[i]["probs"], whole[i]["probs"])
-
-
-@pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
-def test_codes_that_a_full_disk_does_not_hold_are_one_sentence(trained, tiny_config, small_disk):
-    pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
-    source = report.open_data(tiny_config, "test")
-    with pytest.raises(UserError, match="The codes could not be written to .*No space left on dev"):
-        codes.encode(pipeline, source, small_disk)
+    experiment = tiny_experiment.change({"data.num_classes": asked})
+    if given is None:
+        with pytest.raises(UserError, match="is 7, but the data has 10 classes"):
+            stages.with_classes(experiment, source)
+    else:
+        assert stages.with_classes(experiment, source).data.num_classes == given
 
 
 def test_a_line_of_the_log_that_was_cut_is_dropped(tmp_path):
@@ -464,7 +406,7 @@ def test_a_line_of_the_log_that_was_cut_is_dropped(tmp_path):
 def test_no_first_step_waits_for_tensorflow(tmp_path):
     code = f"""
 import pathlib, sys
-from binlatent.logbook import Logbook
+from binlatent.training.logbook import Logbook
 with Logbook(pathlib.Path({str(tmp_path)!r}), "prior", 0, 1) as logbook:
     logbook.tick()
 print("tensorflow" in sys.modules)
@@ -480,7 +422,7 @@ def test_a_log_that_cannot_be_is_refused_before_the_first_step(tmp_path):
 
 
 def test_a_step_is_saved_before_its_metrics_are_written(
-    trained, tiny_config, tmp_path, monkeypatch
+    trained, tiny_experiment, tmp_path, monkeypatch
 ):
     def record(self, step, metrics, seconds_left=None):
         raise UserError(f"full at step {step}")
@@ -488,10 +430,9 @@ def test_a_step_is_saved_before_its_metrics_are_written(
     monkeypatch.setattr(Logbook, "record", record)
     workdir = shutil.copytree(trained[0], tmp_path / "run")
     shutil.rmtree(workdir / "prior")
-    tiny_config.log_every = 100
-    tiny_config.checkpoint_every = 2
+    experiment = tiny_experiment.change({"log_every": 100, "checkpoint_every": 2})
     with pytest.raises(UserError, match="full at step 2"):
-        loop.train_prior(tiny_config, workdir)
+        stages.train_prior(experiment, workdir)
     with Checkpoints(workdir / "prior") as checkpoints:
         assert checkpoints.latest_step() == 2
 
@@ -506,51 +447,44 @@ def test_a_log_that_a_full_disk_does_not_hold_is_one_sentence(tmp_path):
         logbook.record(2, {"loss": 0.5})
 
 
-def test_codes_belong_to_one_encoder(trained, tiny_config, tmp_path):
-    pipeline = BinaryLatentDiffusion.from_workdir(trained[0])
-    source = report.open_data(tiny_config, "test")
-    folder = codes.encode(pipeline, source, tmp_path)
-    pipeline.autoencoder_params = jax.tree.map(lambda x: x + 0.1, pipeline.autoencoder_params)
-    with pytest.raises(UserError, match="are of another encoder than that of this workdir"):
-        codes.open_codes(folder, pipeline.encoder_fingerprint)
-    other = codes.encode(pipeline, source, tmp_path)
-    assert other != folder and len(list(tmp_path.iterdir())) == 2
-    for content in ("", "[]", "{}", (folder / "info.json").read_text().replace("<i4", "O")):
-        (other / "info.json").write_text(content)
-        with pytest.raises(UserError, match="no complete codes|of another encoder"):
-            codes.open_codes(other, pipeline.encoder_fingerprint)
-
-
-def test_the_prior_learns_from_codes_that_lie_elsewhere(trained, tiny_config, tmp_path):
+def test_the_prior_learns_from_codes_that_lie_elsewhere(trained, tiny_experiment, tmp_path):
     workdir = shutil.copytree(trained[0], tmp_path / "run")
     shutil.rmtree(workdir / "prior")
-    config = tiny_config
-    config.prior.cache_codes = False
-    config.prior.train.num_steps = 2
-    folder = stages.encode(config, workdir)
+    folder = stages.write_codes(tiny_experiment, workdir)
+    pipeline = from_workdir(workdir)
+    written = codes.open_codes(folder, pipeline.encoder_fingerprint)
+    source = open_split(tiny_experiment.data, "train")
+    assert len(written.examples) == len(source.examples) == 4500 and written.num_classes == 10
+    images, labels = load_images(source, 500)
+    places = np.linspace(0, 4499, 500).astype(int)
+    examples = [written.examples[int(i)] for i in places]
+    got = np.stack([example["probs"] for example in examples])
+    assert got.dtype == np.uint8 and got.shape == (500, 4, 4, 8)
+    # Rounding adds at most half a 255th, and next to nothing to what is drawn.
+    error = got / 255 - pipeline.encode_probs(to_float(images)).astype(np.float64)
+    assert np.abs(error).max() < 0.5 / 255 + 1e-6 and abs(error.mean()) < 1e-4
+    assert [example["label"] for example in examples] == labels.tolist()
+
     elsewhere = shutil.move(folder, tmp_path / "elsewhere")
-    config.prior.codes = str(elsewhere)
-    state = loop.train_prior(config, workdir)
+    changes = {"prior.cache_codes": False, "prior.codes": str(elsewhere)}
+    experiment = tiny_experiment.change({**changes, "prior.train.num_steps": 2})
+    state = stages.train_prior(experiment, workdir)
     assert int(state.step) == 2 and not any((workdir / "codes").iterdir())
-    config.data.flip = True
     with pytest.raises(UserError, match="Codes on disk .* are of images as they are"):
-        loop.train_prior(config, workdir)
+        experiment.change({"data.flip": True})
 
 
 @pytest.mark.slow
-def test_an_unlabelled_folder_trains_and_samples(tmp_path, no_tensorflow):
+def test_an_unlabelled_folder_trains_and_samples(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (30, 20, 24, 3), np.uint8)
     for i, image in enumerate(noise):
         Image.fromarray(image).save(folder / f"{i:02}.png")
-    flags = ("--config.data.name=folder", f"--config.data.path={folder}")
-    flags += ("--config.data.channels=3", "--config.data.image_size=14")
+    flags = (*tiny_flags(folder), "--config.data.name=folder", "--config.data.channels=3")
+    flags += ("--config.data.image_size=14", "--config.prior.cache_codes=False")
     flags += ("--config.autoencoder.train.num_steps=2", "--config.prior.train.num_steps=2")
-    flags += ("--config.prior.cache_codes=False",)
-    process = start(tmp_path / "run", "unused", *flags, env=no_tensorflow)
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
+    assert call_main(*flags, f"--workdir={tmp_path / 'run'}") == 0
     picture = Image.open(tmp_path / "run" / "samples.png")
     assert picture.mode == "RGB"
     assert "samples" not in json.loads((tmp_path / "run" / "report.json").read_text())
