@@ -19,12 +19,9 @@ class Tolerant:
     """
 
     def __init__(self, examples: DecodedImages, max_share: float, report: Path | None):
-        """Wraps images.
+        """Wraps images; a share of unreadable ones above `max_share` stops the run.
 
-        Args:
-          examples: the images.
-          max_share: of unreadable ones among all; a larger share stops the run.
-          report: the file that names them, "bad_files.txt" of a workdir; None for the log alone.
+        `report` is the file that names them, "bad_files.txt" of a workdir; None for the log alone.
         """
         self._examples = examples
         self._limit = min(max_share * len(examples), len(examples) - 1)

@@ -7,12 +7,15 @@ import logging
 import os
 import reprlib
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from binlatent.data.images import EncodedImages
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.files import atomic
 
 log = logging.getLogger(__name__)
 
@@ -94,12 +97,8 @@ def list_images(path: str, split: str, table: str = "") -> Listing:
 
     A table, CSV with a header or JSON lines, takes the place of the walk: its column `file` is
     relative to the folder; `label`, a name or a whole number from 0, `text`, a .npy file of
-    features, and `split`, train or test, may be missing.
-
-    Args:
-      path: the folder.
-      split: "train" or "test".
-      table: a .csv or .jsonl file, relative to the folder; "" for a walk.
+    features, and `split`, train or test, may be missing. The table, .csv or .jsonl, is relative to
+    the folder too.
     """
     if not path:
         raise UserError("data.name=folder needs the folder of images: --config.data.path=DIR")
@@ -111,16 +110,13 @@ def list_images(path: str, split: str, table: str = "") -> Listing:
     train = os.path.join(path, "train")
     tests = [os.path.join(path, name) for name in _TEST_NAMES]
     test = next((folder for folder in tests if os.path.isdir(folder)), None)
-    if not os.path.isdir(train):
-        if test:
-            raise UserError(f"there is {test!r} but no {train!r}: add it, or rename the former")
-        images = _find(path)
-        return _split_listing(path, images, split, _classes(images))
-    images = _find(train)
-    classes = _classes(images)
+    if test and not os.path.isdir(train):
+        raise UserError(f"there is {test!r} but no {train!r}: add it, or rename the former")
+    root = train if os.path.isdir(train) else path
+    images = _find(root)
     if not test:
-        return _split_listing(train, images, split, classes)
-    return _listing(images if split == "train" else _find(test), classes, "train/")
+        return _split_listing(root, images, split, _classes(images))
+    return _listing(images if split == "train" else _find(test), _classes(images), "train/")
 
 
 def find_images(path: str) -> list[str]:
@@ -141,13 +137,13 @@ def _find(root: str) -> list[_Image]:
     if files is None:
         files, changed = _walk(root)
         _keep(root, files, changed)
-    found = []
+    if not files:
+        raise _no_images(root)
+    images = []
     for file in files:
         name, separator, _ = file.partition(os.sep)
-        found.append(_Image(name if separator else "", os.path.join(root, file)))
-    if not found:
-        raise _no_images(root)
-    return sorted(found, key=lambda image: image.file)
+        images.append(_Image(name if separator else "", os.path.join(root, file)))
+    return sorted(images, key=lambda image: image.file)
 
 
 def _walk(root: str) -> tuple[list[str], dict[str, int]]:
@@ -168,30 +164,25 @@ def _walk(root: str) -> tuple[list[str], dict[str, int]]:
     return found, changed
 
 
-def _keep(root: str, files: list[str], changed: dict[str, int]) -> None:
+def _keep(root: str, found: list[str], changed: dict[str, int]) -> None:
     """Keeps a long walk in the folder, if that can be written."""
     # A folder that changed just now may change again without its time telling.
-    if len(files) < _KEPT_FILES or time.time_ns() - max(changed.values()) < 2_000_000_000:
+    if len(found) < _KEPT_FILES or time.time_ns() - max(changed.values()) < 2_000_000_000:
         return
-    path = os.path.join(root, _KEPT_NAME)
-    try:
-        with open(f"{path}.{os.getpid()}", "w") as file:
-            json.dump({"files": files, "changed": changed}, file)
-        os.replace(f"{path}.{os.getpid()}", path)
+    with suppress(OSError):
+        with atomic(Path(root, _KEPT_NAME)) as unfinished:
+            unfinished.write_text(json.dumps({"files": found, "changed": changed}))
         # The new file has changed the folder's own time.
         os.utime(root, ns=(changed["."], changed["."]))
-    except OSError:
-        return
 
 
 def _kept(root: str) -> list[str] | None:
     """Returns the walk that is kept in a folder, None if there is none that still holds."""
-    path = os.path.join(root, _KEPT_NAME)
-    if not os.path.isfile(path):
+    path = Path(root, _KEPT_NAME)
+    if not path.is_file():
         return None
     try:
-        with open(path) as file:
-            kept = json.load(file)
+        kept = json.loads(path.read_text())
         now = {name: os.stat(os.path.join(root, name)).st_mtime_ns for name in kept["changed"]}
         files = kept["files"] if now == kept["changed"] and now else None
     except Exception:  # whatever is wrong with it, a walk does without
@@ -274,10 +265,7 @@ def _read_table(path: str) -> list[dict[str, Any]]:
 
 
 def _classes(images: list[_Image]) -> list[str]:
-    """Returns the names of the classes in their order; none for a single one.
-
-    None, too, where some images have no class, as images that lie beside subfolders.
-    """
+    """Returns the classes' names in order; none for one alone, or where some images have none."""
     names = sorted({image.name for image in images})
     if "" in names and len(names) > 1:
         log.warning("Some images lie beside the subfolders of others, so that these are no classes")
@@ -288,10 +276,9 @@ def _split_listing(where: str, images: list[_Image], split: str, classes: list[s
     kept = []
     for name in classes or [None]:
         of_class = [image for image in images if name is None or image.name == name]
-        # A class of one image goes to train.
-        is_test = [i % 10 == 0 and len(of_class) > 1 for i in range(len(of_class))]
-        wanted = split == "test"
-        kept += [image for image, test in zip(of_class, is_test, strict=True) if test == wanted]
+        for i, image in enumerate(of_class):
+            is_test = i % 10 == 0 and len(of_class) > 1  # a class of one image goes to train
+            kept += [image] if is_test == (split == "test") else []
     if not kept:
         raise UserError(f"{where!r} has too few images to hold out a test image: add images")
     return _listing(kept, classes, where)

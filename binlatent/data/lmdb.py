@@ -19,18 +19,15 @@ def open_images(path: str, split: str) -> EncodedImages:
     if not os.path.isdir(path):
         raise UserError(f"there is no folder {path!r}: give --config.data.path=DIR, one of LMDB")
     names = [name for name in sorted(os.listdir(path)) if name.endswith("lmdb")]
-    by_split = {
-        split: [name for name in names if word in name]
-        for split, word in (("train", "train"), ("test", "val"))
-    }
+    train, test = ([name for name in names if word in name] for word in ("train", "val"))
     alone = os.path.isfile(os.path.join(path, "data.mdb"))
-    if not alone and not all(len(found) == 1 for found in by_split.values()):
+    if not alone and not len(train) == len(test) == 1:
         raise UserError(
             f"{path!r} has neither data.mdb nor one subfolder *train*lmdb and one *val*lmdb: give "
             "the folder of one, or the one that holds both"
         )
     if not alone:
-        path = os.path.join(path, by_split[split][0])
+        path = os.path.join(path, *(train if split == "train" else test))
     file = os.path.join(path, "data.mdb")
     try:
         environment = _environment(path)

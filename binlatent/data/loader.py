@@ -30,17 +30,16 @@ def train_batches(
     resumes at the very next batch. `close()` ends its threads.
 
     Args:
-      source: the examples: images with labels, or other dictionaries of equally shaped arrays.
+      source: of images with labels, or of other dictionaries of equally shaped arrays.
       batch_size: examples a batch, on this host. It may exceed the number of examples.
-      seed: of the shuffling, 0 to 2**32 - 1.
+      seed: of the shuffling, 0 to 2**32 - 1, and with the place in the stream of what is drawn.
       num_threads: threads that prepare batches ahead, a core each if None, and at least 4; 0
         prepares each batch when it is asked for.
       prefetch: batches held ready, and at least one a thread; 0 with num_threads 0.
       shard: (index, count) of this host, which gets its run of each batch of all hosts, so that
         these are the same however many hosts there are; the state is of any of them.
       random_crop: crop the squares anywhere along the longer side, not in the centre.
-      random_flip: mirror every other image. What is drawn depends on the seed and on the place in
-        the stream alone.
+      random_flip: mirror every other image.
 
     Returns:
       An iterator of {'image': float32 (b, h, w, c) in [-1, 1], 'label': int32 (b,), or float32
@@ -74,10 +73,7 @@ def train_batches(
 def in_order(count: int, read: Callable[[int], Any], batch_size: int) -> Iterator[Any]:
     """Yields `read(0)` to `read(count - 1)` in order, in stacked batches, the last one smaller.
 
-    Args:
-      count: of all.
-      read: from an index to an array or a dictionary of arrays; threads call it ahead.
-      batch_size: entries a batch.
+    `read` returns an array or a dictionary of arrays; threads call it ahead.
     """
     dataset = grain.MapDataset.range(count).map(read).batch(batch_size)
     num_threads = max(4, machine.cores())

@@ -13,33 +13,27 @@ _WHITE = 128  # and above: drawn anew
 
 
 def preset(name: str, height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Returns a mask, bool (height, width), True where a pixel is kept.
+    """Returns one of `PRESETS`, bool (height, width) in pixels, True where a pixel is kept.
 
-    Args:
-      name: of `PRESETS`: the square in the centre, of half the side, a half, or thick random
-        strokes are drawn anew; or all but the centre.
-      height, width: in pixels.
-      seed: of the strokes.
+    The square in the centre, of half the side, a half, or thick random strokes of a seed are drawn
+    anew; or all but the centre.
     """
     y, x = np.mgrid[:height, :width]
     centre = (abs(2 * y + 1 - height) < height / 2) & (abs(2 * x + 1 - width) < width / 2)
-    halves = {
+    kept = {
+        "centre": ~centre,
+        "outpainting": centre,
         "top": y >= height // 2,
         "bottom": y < height // 2,
         "left": x >= width // 2,
         "right": x < width // 2,
     }
-    if name in halves:
-        return halves[name]
-    if name == "centre":
-        return ~centre
-    if name == "outpainting":
-        return centre
-    return ~_strokes(height, width, np.random.default_rng(seed))
+    return kept[name] if name in kept else ~_strokes(height, width, seed)
 
 
-def _strokes(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+def _strokes(height: int, width: int, seed: int) -> np.ndarray:
     """Returns where a few wandering strokes pass, bool; between a fifth and a half of all."""
+    rng = np.random.default_rng(seed)
     canvas = Image.new("L", (width, height))
     draw = ImageDraw.Draw(canvas)
     thickness = max(min(height, width) // 8, 1)
@@ -59,18 +53,18 @@ def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
     White and transparent pixels are drawn anew, black ones are kept. The mask must have the size of
     the image in `image_path`, and is cropped and scaled as that is.
     """
+    sizes = []
     for file in (path, image_path):
         read_image(file, repr(file), image_size, 1)  # says what is wrong with a file
-    with (
-        Image.open(path, formats=FORMATS) as mask,
-        Image.open(image_path, formats=FORMATS) as image,
-    ):
-        if mask.size != image.size:
-            raise UserError(
-                f"The mask {path} must have the size of the image, {image.width}x{image.height}, "
-                f"not {mask.width}x{mask.height}."
-            )
-        side = min(mask.size)
+        with Image.open(file, formats=FORMATS) as image:
+            sizes.append(image.size)
+    (width, height), image_sides = sizes
+    if (width, height) != image_sides:
+        raise UserError(
+            f"The mask {path} must have the size of the image, {image_sides[0]}x{image_sides[1]}, "
+            f"not {width}x{height}."
+        )
+    side = min(width, height)
     # At its own size first: a pixel of the result is hidden if any part of it is.
     values = read_image(path, repr(path), side, 1)[..., 0]
     shares = Image.fromarray((values >= _WHITE).astype(np.float32))
@@ -86,9 +80,7 @@ def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
 def known_tokens(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
     """Returns which tokens of a code are known, bool (n, h, w): those with all pixels known.
 
-    Args:
-      mask: bool (n, height, width), True where a pixel is known.
-      grid: (h, w) of the code, which divide height and width.
+    The mask is bool (n, height, width), which the `grid`, (h, w), divides.
     """
     n, height, width = mask.shape
     h, w = grid

@@ -13,22 +13,13 @@ AXIS = "batch"  # the one pmap axis
 
 
 def parallel(step: Callable, num_frozen: int = 0) -> Callable:
-    """Returns a step that runs on all devices, for a replicated state and a sharded batch.
+    """Returns a step pmapped over all devices, for a replicated state and a sharded batch.
 
-    Args:
-      step: (state, batch, *frozen) -> (state, metrics), the same on every device.
-      num_frozen: how many replicated arguments follow the batch.
-
-    Returns:
-      The pmapped step, which donates its state.
+    It is (state, batch, *frozen) -> (state, metrics), the same on every device, with `num_frozen`
+    replicated arguments after the batch; it donates its state.
     """
-    return jax.pmap(
-        step,
-        axis_name=AXIS,
-        in_axes=(None, 0) + (None,) * num_frozen,
-        out_axes=(None, None),
-        donate_argnums=0,
-    )
+    in_axes = (None, 0) + (None,) * num_frozen
+    return jax.pmap(step, AXIS, in_axes=in_axes, out_axes=(None, None), donate_argnums=0)
 
 
 def parallel_for_debugging(step: Callable, num_frozen: int = 0) -> Callable:
@@ -36,9 +27,6 @@ def parallel_for_debugging(step: Callable, num_frozen: int = 0) -> Callable:
 
     With jax_debug_nans, JAX repeats a step that has made a NaN operation by operation to name the
     one that did. Of a pmapped step it cannot: with JAX 0.10 that ends in a RecursionError.
-
-    Args:
-      step, num_frozen: as of `parallel`.
     """
     in_axes = (None, 0) + (None,) * num_frozen
     step = jax.vmap(step, axis_name=AXIS, in_axes=in_axes)
@@ -98,8 +86,8 @@ def map_batches(function: Callable, batch_size: int, *arrays: Any) -> Any:
     that one compiled program serves all.
 
     Args:
-      function: of a batch of each of `arrays`, to an array or a tree of arrays; what else it takes
-        lies on all devices, or on none.
+      function: returns an array or a tree of arrays; what else it takes lies on all devices, or on
+        none.
       batch_size: on all devices, at most; rounded up to a multiple of their number.
       *arrays: of one length; None stays None.
     """

@@ -19,10 +19,7 @@ def key_for(seed: int, purpose: str) -> Array:
 def sample_keys(key: Array, num: int, first: int = 0) -> Array:
     """Returns a key for each of `num` samples, from the `first` on, whatever batches they are in.
 
-    Args:
-      key: a typed PRNG key of all; or already those of the samples, (num,), which come back.
-      num: how many.
-      first: number of the first.
+    Takes a typed PRNG key of all; or already those of the samples, (num,), which come back.
     """
     if key.shape == (num,):
         return key

@@ -47,16 +47,13 @@ def join(
 ) -> None:
     """Joins the other processes of a training, if there are any.
 
-    They are those of a Slurm step of several tasks, or of a TPU's hosts, where nothing is given.
-    Comes before anything else asks JAX for its devices. Of the package's log only that of process
-    0 shows. If process 0 does not answer for five minutes, JAX aborts.
-
-    Args:
-      coordinator: HOST:PORT of process 0, on which it listens; None to let JAX find it.
-      num_processes: of all.
-      process_id: of this one, from 0.
+    They are those of a Slurm step of several tasks, or of a TPU's hosts, where nothing is given;
+    the coordinator is HOST:PORT of process 0, on which it listens. Comes before anything else asks
+    JAX for its devices. Of the package's log only that of process 0 shows. If process 0 does not
+    answer for five minutes, JAX aborts.
     """
-    slurm = _several_slurm_tasks()
+    # A task with several GPUs, alone in its step, is for itself.
+    slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
     if coordinator is None and not slurm and not importlib.util.find_spec("libtpu"):
         return
     # When another process is lost JAX says so and aborts; all threads' stacks would bury that.
@@ -85,8 +82,9 @@ def join(
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and not given and not slurm:
             return  # libtpu is installed, but this is no host of a TPU
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
-            f"This process cannot join the others: {_first_line(error)}. Start all of them, with "
+            f"This process cannot join the others: {reason}. Start all of them, with "
             "the same --coordinator and --num_processes, and a --process_id each."
         ) from error
     # JAX's own handler ignores SIGTERM, which is to end what is not training.
@@ -98,22 +96,8 @@ def join(
         raise UserError(f"Every process needs the same number of devices; they have {counts}.")
 
 
-def _several_slurm_tasks() -> bool:
-    """Tells whether srun started this as one of several; one with several GPUs is for itself."""
-    return "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
 def check_same(what: str, value: str) -> None:
-    """Refuses, in all processes, to go on where one has another value than process 0.
-
-    Args:
-      what: the value is, for the message.
-      value: of this process.
-    """
+    """Refuses, in all processes, to go on where one has another value of `what` than process 0."""
     if jax.process_count() == 1:
         return
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)

