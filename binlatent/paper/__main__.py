@@ -46,7 +46,7 @@ ITEMS = {
     "temperature": Item(_of_pipeline(figures.temperature_figure), ("seed",)),
     "steps": Item(figures.steps_figure, ("seed",)),
     "guidance": Item(_of_pipeline(figures.guidance_figure), ("seed",)),
-    "neighbours": Item(neighbours.draw, ("seed", "num", "by")),
+    "neighbours": Item(neighbours.draw_neighbours, ("seed", "num", "by")),
     "table6": Item(_of_pipeline(tables.table6), ("seed", "num", "steps"), suffixes=(".md",)),
 }
 

@@ -13,16 +13,14 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from binlatent import experiment as experiments
 from binlatent import stages
 from binlatent.configs import digits
 from binlatent.evaluation import report
 from binlatent.evaluation.judge import Judge
-from binlatent.experiment import Experiment
+from binlatent.experiment import Experiment, resolve
 from binlatent.paper.tables import markdown
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import command
@@ -30,7 +28,7 @@ from binlatent.runtime.keys import key_for
 
 log = logging.getLogger("binlatent.paper.ablations")  # also as __main__
 
-Row = tuple[str, str, int]  # of a table: variant, sampler and seed
+Measured = dict[tuple[str, str, int], dict[str, float]]  # by variant, sampler and seed
 
 _EVIDENCE = {"target": "flip", "evidence": True, "vlb_weight": 0.1}
 _FLIP = {**_EVIDENCE, "evidence": False}
@@ -139,8 +137,10 @@ def budget_folder(experiment: Experiment, workdir: Path) -> Path:
     return workdir / f"{experiment.prior.train.num_steps}_steps"
 
 
-def train_variant(experiment: Experiment, workdir: Path, variant: str, seed: int) -> Path:
-    """Trains the prior of a variant on the workdir's autoencoder; returns its own workdir."""
+def train_variant(
+    experiment: Experiment, workdir: Path, variant: str, seed: int
+) -> BinaryLatentDiffusion:
+    """Trains the prior of a variant on the workdir's autoencoder, in a workdir of its own."""
     name = f"{variant.replace(', ', '_').replace(' ', '_')}_{seed}"
     folder = budget_folder(experiment, workdir) / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -149,11 +149,12 @@ def train_variant(experiment: Experiment, workdir: Path, variant: str, seed: int
         if not (folder / shared).exists():
             (folder / shared).symlink_to(Path("..") / ".." / shared)
     log.info("Training %s, seed %d", variant, seed)
-    stages.train_prior(variant_of(experiment, variant, seed), folder)
-    return folder
+    own = variant_of(experiment, variant, seed)
+    stages.train_prior(own, folder)
+    return BinaryLatentDiffusion.from_workdir(folder, own)
 
 
-def read_rows(path: Path) -> dict[Row, dict[str, float]]:
+def read_rows(path: Path) -> Measured:
     """Returns the numbers by row in a file, which an interrupted run goes on from."""
     lines = path.read_text().splitlines() if path.exists() else []
     entries = map(json.loads, lines)
@@ -162,7 +163,7 @@ def read_rows(path: Path) -> dict[Row, dict[str, float]]:
 
 def measure_rows(
     experiment: Experiment, workdir: Path, seeds: int, variants: Sequence[str]
-) -> dict[Row, dict[str, float]]:
+) -> Measured:
     """Trains and measures the rows of the tables that are about `variants`, and adds to the file.
 
     Args:
@@ -180,9 +181,7 @@ def measure_rows(
         missing = [name for name in samplers if (variant, name, seed) not in measured]
         if not missing:
             continue
-        folder = train_variant(experiment, workdir, variant, seed)
-        own = variant_of(experiment, variant, seed)
-        pipeline = BinaryLatentDiffusion.from_workdir(folder, own)
+        pipeline = train_variant(experiment, workdir, variant, seed)
         judge = judge or Judge(experiment, workdir)  # the same one for all
         test = report.HeldOut.read(pipeline)
         for sampler in missing:
@@ -207,34 +206,29 @@ _COLUMNS = {
 }
 
 
-def _cell(values: list[float], form: str) -> str:
-    """Returns mean and standard deviation over seeds."""
+def _cell(measured: list[dict[str, float]], name: str) -> str:
+    """Returns mean and standard deviation of a number over seeds."""
+    values, form = [numbers[name] for numbers in measured], _COLUMNS[name][1]
     if len(values) == 1:
         return form.format(values[0])
     return f"{form.format(np.mean(values))} ± {form.format(np.std(values, ddof=1))}"
 
 
-def markdown_tables(measured: dict[Row, dict[str, float]], seeds: int) -> str:
+def markdown_tables(measured: Measured, seeds: int) -> str:
     """Returns the tables in Markdown: means over seeds and standard deviations.
 
     A table has the columns that all of its rows have, and no row that was not measured.
     """
     text = ""
     for caption, rows in TABLES.items():
-        found: dict[str, list[dict[str, Any]]] = {}
-        for label, variant, sampler in rows:
-            keys = [(variant, sampler, seed) for seed in range(seeds)]
-            if values := [measured[key] for key in keys if key in measured]:
-                found[label] = values
-        everything = [value for values in found.values() for value in values]
-        names = [name for name in _COLUMNS if everything and all(name in x for x in everything)]
-        lines = [
-            [
-                label,
-                *(_cell([value[name] for value in values], _COLUMNS[name][1]) for name in names),
-            ]
-            for label, values in found.items()
-        ]
+        found = {
+            label: [measured[key] for seed in range(seeds) if (key := (*row, seed)) in measured]
+            for label, *row in rows
+        }
+        found = {label: values for label, values in found.items() if values}
+        every = [numbers for values in found.values() for numbers in values]
+        names = [name for name in _COLUMNS if every and all(name in numbers for numbers in every)]
+        lines = [[label, *(_cell(found[label], name) for name in names)] for label in found]
         table = markdown(["", *(_COLUMNS[name][0] for name in names)], lines)
         text += f"### {caption}\n\n{table}\n"
     return text
@@ -253,11 +247,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--seeds must be at least 1")
     command.prepare_jax()
     with command.reporting():
-        experiment = experiments.resolve(digits.get_config())
-        num_steps = flags.num_steps or experiment.prior.train.num_steps
-        experiment = experiment.change(
-            {"data.path": flags.data, "prior.train.num_steps": num_steps}
-        )
+        experiment = resolve(digits.get_config()).change({"data.path": flags.data})
+        if flags.num_steps:
+            experiment = experiment.change({"prior.train.num_steps": flags.num_steps})
         stages.train_autoencoder(experiment, flags.workdir)
         measured = measure_rows(experiment, flags.workdir, flags.seeds, flags.variants)
         text = markdown_tables(measured, flags.seeds)

@@ -21,7 +21,7 @@ TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # of Figure 4
 GUIDANCES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 _MOST_STEPS = 64  # of a prior that takes any number of them
 
-# What `quality_by_steps` measures, as the axes name it.
+# What `steps_figure` measures, as its axes name it.
 _CAPTIONS = {
     "bits_per_dim": "bits a dimension, at most",
     "accuracy": "accuracy",
@@ -31,10 +31,9 @@ _CAPTIONS = {
 
 def schedules_figure(num_timesteps: int = 64) -> plt.Figure:
     """Draws how bits that are 1 (blue) and 0 (red) reach 1/2 (supplement, Figure A)."""
-    figure, axes = plt.subplots(
-        1, len(schedules.NAMES), figsize=(10, 3), sharey=True, layout="constrained"
-    )
-    for axis, name in zip(axes, schedules.NAMES, strict=True):
+    names = schedules.NAMES
+    figure, axes = plt.subplots(1, len(names), figsize=(10, 3), sharey=True, layout="constrained")
+    for axis, name in zip(axes, names, strict=True):
         keep = schedules.keep_schedule(name, num_timesteps)
         t = np.arange(num_timesteps + 1)
         axis.plot(t, (1 + keep) / 2, "tab:blue", label="$z_0 = 1$")
@@ -54,11 +53,9 @@ def _rows(
 ) -> plt.Figure:
     """Draws a row of samples a value of a sampling option, the same noise in every row."""
     num, labels = pictures.class_rows(pipeline.num_classes, columns=1)
-    key = key_for(seed, name)
-    rows = [
-        to_uint8(pipeline.sample(num, key, labels, **fixed, **{name: value})) for value in values
-    ]
-    sheet = png.grid(rows)
+    given = num, key_for(seed, name), labels
+    rows = [pipeline.sample(*given, **fixed, **{name: value}) for value in values]
+    sheet = png.grid([to_uint8(row) for row in rows])
     height, width, _ = sheet.shape
     figure, axis = plt.subplots(figsize=(8, 8 * height / width), layout="constrained")
     axis.imshow(sheet, cmap="gray", vmin=0, vmax=255)
@@ -84,52 +81,36 @@ def guidance_figure(pipeline: BinaryLatentDiffusion, seed: int = 0) -> plt.Figur
     return _rows(pipeline, seed, "guidance", GUIDANCES, {"temperature": 1.0})
 
 
-def quality_by_steps(
-    pipeline: BinaryLatentDiffusion, workdir: Path, seed: int = 0
-) -> dict[str, np.ndarray]:
-    """Measures samples of one checkpoint at 4 steps, 8, ... to T (paper, Figure 7).
+def steps_figure(pipeline: BinaryLatentDiffusion, workdir: Path, seed: int = 0) -> plt.Figure:
+    """Draws the quality of samples of 4 steps, 8, ... to T (paper, Figure 7).
 
-    At temperature 1 and without guidance, as in the paper. A prior that takes any number of steps
-    is measured to 64.
+    For each, the bound for a sampler of these steps and, for a prior with classes, the accuracy and
+    distance of `Judge.sample_quality`; at temperature 1 and without guidance, as in the paper.
 
     Args:
-      pipeline: with a prior.
+      pipeline: with a prior. One that takes any number of steps is measured to 64.
       workdir: of the classifier that judges samples.
       seed: of the samples.
-
-    Returns:
-      `steps`, and for each of them `bits_per_dim`, the bound for a sampler of these steps, and,
-      for a prior with classes, `accuracy` and `frechet_distance` of `Judge.sample_quality`.
     """
     most = pipeline.experiment.prior.prior.max_steps or _MOST_STEPS
-    steps = sorted({min(2**i, most) for i in range(2, 20)})
     pipeline.settings({"steps": most})  # refused before any work if there are none to choose
+    steps = sorted({min(2**i, most) for i in range(2, 20)})
     test = report.HeldOut.read(pipeline)
     judge = Judge(pipeline.experiment, workdir) if pipeline.num_classes else None
-    found = []
+    measured = []
     for count in steps:
         log.info("%d steps", count)
         quality = report.likelihood_metrics(pipeline, test.probs, test.labels, steps=count)
         if judge is not None:
             options = {"steps": count, "temperature": 1.0, "guidance": 0.0}
             quality |= judge.sample_quality(pipeline, key_for(seed, "report"), **options)
-        found.append(quality)
-    names = [name for name in _CAPTIONS if name in found[0]]
-    return {
-        "steps": np.array(steps),
-        **{name: np.array([quality[name] for quality in found]) for name in names},
-    }
-
-
-def steps_figure(pipeline: BinaryLatentDiffusion, workdir: Path, seed: int = 0) -> plt.Figure:
-    """Draws what `quality_by_steps` measures."""
-    quality = quality_by_steps(pipeline, workdir, seed)
-    steps = quality.pop("steps")
+        measured.append(quality)
+    names = [name for name in _CAPTIONS if name in measured[0]]
     figure, axes = plt.subplots(
-        1, len(quality), figsize=(3.5 * len(quality), 3), squeeze=False, layout="constrained"
+        1, len(names), figsize=(3.5 * len(names), 3), squeeze=False, layout="constrained"
     )
-    for axis, (name, values) in zip(axes[0], quality.items(), strict=True):
-        axis.plot(steps, values, "o-")
+    for axis, name in zip(axes[0], names, strict=True):
+        axis.plot(steps, [quality[name] for quality in measured], "o-")
         axis.set_xscale("log", base=2)
         axis.set(xticks=steps, xticklabels=steps, xlabel="steps", title=_CAPTIONS[name])
     return figure

@@ -226,7 +226,7 @@ def figure(found: Neighbours) -> plt.Figure:
     return drawn
 
 
-def draw(
+def draw_neighbours(
     pipeline: BinaryLatentDiffusion, workdir: Path, **options: Any
 ) -> tuple[plt.Figure, dict[str, Any]]:
     """Returns the figure of what `find` finds, which takes the options, and how it was measured."""

@@ -52,13 +52,12 @@ def stored_results(workdir: Path) -> list[dict[str, Any]]:
 
 def no_results(workdir: Path, older: bool, metrics: str) -> UserError:
     """Returns the error that there are no results, or only `older` ones of other weights."""
-    command = f"run --mode=evaluate --workdir={workdir} --metrics={metrics}"
+    what, when = f"There are no results for this table in {workdir}", "first"
     if older:
-        return UserError(
-            f"The results in {workdir} are of other weights than its newest checkpoints': "
-            f"{command} again."
-        )
-    return UserError(f"There are no results for this table in {workdir}: {command} first.")
+        what = f"The results in {workdir} are of other weights than its newest checkpoints'"
+        when = "again"
+    command = f"run --mode=evaluate --workdir={workdir} --metrics={metrics}"
+    return UserError(f"{what}: {command} {when}.")
 
 
 def _of_samples(pipeline: BinaryLatentDiffusion, workdir: Path) -> list[dict[str, Any]]:
