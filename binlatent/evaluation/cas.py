@@ -23,6 +23,7 @@ from binlatent.evaluation.networks.classifier import (
 from binlatent.evaluation.networks.resnet import ResNet50
 from binlatent.runtime import devices
 from binlatent.runtime.devices import AXIS, map_batches, mean_over_devices
+from binlatent.runtime.errors import UserError
 from binlatent.training.optimizer import Training
 
 Array = jax.Array
@@ -33,6 +34,7 @@ _WARMUP_EPOCHS = 5
 _WEIGHT_DECAY = 1e-4
 _AREAS = (0.08, 1.0)  # of a random crop, in images
 _RATIOS = (3 / 4, 4 / 3)  # of its width to its height
+_REFUSED = "CAS cannot be measured:"
 _ATTEMPTS = 10  # at a crop that lies within the image
 
 
@@ -54,11 +56,9 @@ def classification_accuracy(
     ResNet-50, on squares of 224 for images of 256. The same key gives the same result.
 
     Args:
-      samples: n of uint8 (h, w, c): an array, files mapped into memory or any other sequence,
-        which is read batch by batch.
-      sample_labels: integers (n,) in [0, num_classes), with samples of each class.
-      images: real ones of the same shape, in any such sequence.
-      labels: theirs, integers in [0, num_classes).
+      samples, images: n each of uint8 (h, w, c): arrays, files mapped into memory or other
+        sequences, which are read batch by batch.
+      sample_labels, labels: theirs, integers (n,) in [0, num_classes); samples have all of them.
       num_classes: k.
       key: draws the parameters, the order of the samples and the augmentation.
       num_epochs: passes over the samples.
@@ -84,8 +84,8 @@ def classification_accuracy(
         )
     missing = np.flatnonzero(np.bincount(sample_labels, minlength=num_classes) == 0)
     if len(missing):
-        raise ValueError(
-            f"each class needs a sample to train on, but class {missing[0]} has none "
+        raise UserError(
+            f"{_REFUSED} each class needs a sample to train on, but class {missing[0]} has none "
             f"({len(missing)} of {num_classes} classes have none): draw more samples."
         )
     if min(real_images.shape[1:3]) <= _SMALL:
@@ -106,7 +106,7 @@ def classification_accuracy(
 def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
     """Returns how often a label is among the k largest logits; of equal ones the first counts."""
     if not np.all(np.isfinite(logits)):
-        raise ValueError("the logits are not finite, so the training has diverged.")
+        raise UserError(f"{_REFUSED} the logits are not finite, so the training has diverged.")
     largest = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
     return float(np.mean(np.any(largest == labels[:, None], axis=-1)))
 
@@ -133,21 +133,16 @@ def train_resnet(
     Nesterov's momentum is 0.9, the decay of convolutions and of the last layer 1e-4; the learning
     rate, 0.1 for 256 images, rises over five epochs, or half of all, and falls to 0.
 
-    Args:
-      model: with `axis_name` = `AXIS`.
-      images: n of uint8 (h, w, c), of more than 32 pixels a side, n at least the devices.
-      labels, key, num_epochs, batch_size: as of `classification_accuracy`.
-
-    Returns:
-      Its variables, `params` and `batch_stats`, for `apply_resnet`.
+    The model averages over `AXIS`; images, n of uint8 (h, w, c), have more than 32 pixels a side.
+    Returns the variables, `params` and `batch_stats`, for `apply_resnet`.
     """
     images, labels = ImageRows(images), np.asarray(labels)
     num_devices = jax.local_device_count()
     batch_size = min(batch_size, len(images)) // num_devices * num_devices
     if batch_size < 1 or num_epochs < 1:
-        raise ValueError(
-            f"training needs an image for each of {num_devices} devices in a batch and num_epochs "
-            f">= 1, got batches of {batch_size} and {num_epochs}."
+        raise UserError(
+            f"{_REFUSED} training needs an image for each of {num_devices} devices in a batch and "
+            f"num_epochs >= 1, got batches of {batch_size} and {num_epochs}."
         )
     optimizer = _optimizer(batch_size, len(images) // batch_size, num_epochs)
     size = crop_size(*images.shape[1:3])
@@ -175,6 +170,14 @@ def apply_resnet(
     """
     logits = functools.partial(_logits, variables, model=model)
     return map_batches(logits, batch_size, ImageRows(images))
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _logits(variables: dict[str, Any], images: Array, *, model: ResNet50) -> Array:
+    size = crop_size(*images.shape[1:3])
+    top, left = ((side - size) // 2 for side in images.shape[1:3])
+    centre = images[:, top : top + size, left : left + size]
+    return model.apply(variables, to_float(centre))
 
 
 def crop_size(height: int, width: int) -> int:
@@ -249,11 +252,3 @@ def _train_step(
     gradients, loss = mean_over_devices((gradients, loss))
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     return State(optax.apply_updates(state.params, updates), batch_stats, opt_state), {"loss": loss}
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _logits(variables: dict[str, Any], images: Array, *, model: ResNet50) -> Array:
-    size = crop_size(*images.shape[1:3])
-    top, left = ((side - size) // 2 for side in images.shape[1:3])
-    centre = images[:, top : top + size, left : left + size]
-    return model.apply(variables, to_float(centre))

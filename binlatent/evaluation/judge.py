@@ -39,13 +39,10 @@ class Judge:
     def sample_quality(
         self, pipeline: BinaryLatentDiffusion, key: jax.Array, **options: Any
     ) -> dict[str, float]:
-        """Draws `evaluate.num_samples` samples, classes in turn, and judges them.
+        """Draws `evaluate.num_samples` samples, classes in turn, by options of `pipeline.sample`.
 
-        Options are those of `BinaryLatentDiffusion.sample`.
-
-        Returns:
-          `accuracy`, how often a sample with label y is classified as y, and `frechet_distance`
-          between the classifier's features of samples and of real test images.
+        Returns `accuracy`, how often a sample with label y is classified as y, and `frechet_distance`
+        between the classifier's features of samples and of real test images.
         """
         wanted = np.arange(pipeline.experiment.evaluate.num_samples) % pipeline.num_classes
         return self._quality(pipeline.sample(len(wanted), key, wanted, **options), wanted)
@@ -55,8 +52,7 @@ class Judge:
     ) -> dict[str, float]:
         """Returns the same two numbers of completed halves of the test images, of no given class.
 
-        The accuracy is for the classes of the images. Options are those of
-        `BinaryLatentDiffusion.inpaint`.
+        The accuracy is for the classes of the images; options are of `pipeline.inpaint`.
         """
         halves = [masks.preset(name, *self.images.shape[1:3]) for name in _HALVES]
         keep = np.stack([halves[i % len(halves)] for i in range(len(self.images))])

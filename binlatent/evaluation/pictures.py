@@ -75,12 +75,8 @@ def inpaintings(
 ) -> np.ndarray:
     """Draws, a row an image: the image, the part of it that is given, and `num` completions.
 
-    Args:
-      pipeline: with a prior.
-      images: float in [-1, 1].
-      keep: bool (n, height, width), True where a pixel is given.
-      label, key, **options: as of `BinaryLatentDiffusion.inpaint`.
-      num: completions an image.
+    The images are float in [-1, 1]; `keep`, bool (n, height, width), is True where a pixel is
+    given. `label` and options are those of `BinaryLatentDiffusion.inpaint`.
     """
     keys = [jax.random.fold_in(key, i) for i in range(num)]
     completions = [pipeline.inpaint(images, keep, k, label, **options) for k in keys]

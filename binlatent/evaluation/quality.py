@@ -52,17 +52,14 @@ def _classification_accuracy(
             start = sum(map(len, labels))
             images[start : start + len(batch["image"])] = batch["image"]
             labels.append(batch["label"])
-        try:
-            return cas.classification_accuracy(
-                *(samples.images(), samples.labels(), images, np.concatenate(labels)),
-                experiment.prior.conditioning.num_classes,
-                key_for(experiment.seed, "cas"),
-                num_epochs=experiment.evaluate.cas_epochs,
-                batch_size=experiment.evaluate.cas_batch_size,
-                dtype=experiment.dtype,
-            )
-        except ValueError as error:
-            raise UserError(f"CAS cannot be measured: {error}") from error
+        return cas.classification_accuracy(
+            *(samples.images(), samples.labels(), images, np.concatenate(labels)),
+            experiment.prior.conditioning.num_classes,
+            key_for(experiment.seed, "cas"),
+            num_epochs=experiment.evaluate.cas_epochs,
+            batch_size=experiment.evaluate.cas_batch_size,
+            dtype=experiment.dtype,
+        )
 
 
 def _how_classified(experiment: Experiment) -> dict[str, Any]:
@@ -122,17 +119,9 @@ def run(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Measures a workdir and writes a JSON file and TensorBoard; goes on where it was interrupted.
 
-    Args:
-      pipeline: of the workdir.
-      workdir: for the results.
-      metrics: of `METRICS`.
-      num: of samples; `evaluate.num_samples` if None.
-      seed: of the samples.
-      keep: what to keep of them, as of `Samples`.
-      **options: of the sampler, in place of `config.sample`.
-
-    Returns:
-      The metrics by name, and the protocol; {} in all processes but the first.
+    `num`, `seed` and `keep` are those of `Samples`, `evaluate.num_samples` if `num` is None;
+    options are of the sampler, in place of `config.sample`, those of None left out. Returns the
+    metrics by name, and the protocol; {} in all processes but the first.
     """
     experiment = pipeline.experiment
     num = experiment.evaluate.num_samples if num is None else num
@@ -242,16 +231,9 @@ def judge_while_training(
 ) -> Callable[[Any], dict[str, float]] | None:
     """Returns what measures a prior that is being trained; None if `evaluate.every` is 0.
 
-    Metrics, weights or a reference that do not do are refused here, before any training.
-
-    Args:
-      experiment: of the run.
-      workdir: for the samples' features meanwhile; nothing of them stays.
-      pipeline: of the prior's averaged parameters.
-
-    Returns:
-      A function of these parameters, to `evaluate.metrics`, {} but in process 0. All processes take
-      part in drawing `evaluate.num_samples`.
+    Metrics, weights or a reference that do not do are refused here, before any training. It maps
+    the parameters that `pipeline` takes to `evaluate.metrics`, {} but in process 0. All processes
+    take part in drawing `evaluate.num_samples`, whose features lie in the workdir meanwhile.
     """
     asked = experiment.evaluate
     if not asked.every:

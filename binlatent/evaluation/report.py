@@ -7,7 +7,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,7 @@ def test_images(experiment: Experiment, num: int) -> tuple[np.ndarray, np.ndarra
 
 
 class HeldOut:
-    """Images and their codes by an autoencoder, which are computed when first asked for.
-
-    Attributes:
-      images: uint8 (n, height, width, channels).
-    """
+    """Images, uint8 (n, height, width, channels), and their codes, computed when asked for."""
 
     def __init__(
         self,
@@ -54,7 +50,7 @@ class HeldOut:
         labels: np.ndarray | None = None,
         source: Source | None = None,
     ):
-        """Takes the pipeline that encodes the images; their labels are those of their source."""
+        """Takes what encodes the images, and their labels as their source has them."""
         self.images = images
         self._pipeline, self._labels, self._source = pipeline, labels, source
         # Part by part, as float32 images take four times the memory; none less than a batch.
@@ -71,21 +67,22 @@ class HeldOut:
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
         """The labels as the prior takes them; None if the images have none for it."""
-        conditioning = self._pipeline.experiment.prior.conditioning
-        return conditioning.known(self._source, self._labels)
+        known = self._pipeline.experiment.prior.conditioning.known
+        return known(self._source, self._labels)
 
     @functools.cached_property
     def codes(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The deterministic codes, and what the bottleneck tells of them."""
-        parts = np.split(self.images, self._cuts)
-        encoded = [self._pipeline.encode_with_aux(to_float(part)) for part in parts]
-        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *encoded)
+        return self._map(self._pipeline.encode_with_aux)
 
     @functools.cached_property
     def probs(self) -> np.ndarray:
         """The encoder's y, (n, h, w, c)."""
-        parts = np.split(self.images, self._cuts)
-        return np.concatenate([self._pipeline.encode_probs(to_float(part)) for part in parts])
+        return self._map(self._pipeline.encode_probs)
+
+    def _map(self, encode: Callable[[np.ndarray], Any]) -> Any:
+        parts = [encode(to_float(part)) for part in np.split(self.images, self._cuts)]
+        return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
     def reconstructions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields parts of the images and of the decoded deterministic codes, uint8."""
@@ -112,8 +109,7 @@ def code_use(pipeline: BinaryLatentDiffusion, test: HeldOut) -> dict[str, float 
     Of real-valued codes, the bits are those of float32; see `image_metrics.code_statistics` and
     `image_metrics.codebook_statistics`.
     """
-    codes, aux = test.codes
-    bottleneck = pipeline.experiment.autoencoder.bottleneck
+    (codes, aux), bottleneck = test.codes, pipeline.experiment.autoencoder.bottleneck
     if "probs" in aux:
         return image_metrics.code_statistics(codes)
     if "indices" in aux:
@@ -127,12 +123,8 @@ def prior_metrics(
 ) -> dict[str, float]:
     """Returns what the kind of prior reports of images, a mean over eight draws of noise for each.
 
-    Of a Bernoulli prior that is `bce`, in nats a bit.
-
-    Args:
-      pipeline: with the prior to judge.
-      probs: the encoder's y, (n, h, w, c).
-      labels: of the images, as of `Conditioning.known`.
+    Of a Bernoulli prior that is `bce`, in nats a bit. `probs` are the encoder's y, (n, h, w, c);
+    the labels are those of `Conditioning.known`.
     """
     probs = np.concatenate([probs] * _DRAWS)
     labels = None if labels is None else np.concatenate([labels] * _DRAWS)
@@ -146,11 +138,8 @@ def likelihood_metrics(
     """Returns the mean length of codes by the prior, `bits_per_image` and `bits_per_dim`.
 
     The codes are drawn from B(y), as those that the prior is trained on. A kind of prior gives
-    their length exactly, or an upper bound on it.
-
-    Args:
-      pipeline, probs, labels: as of `prior_metrics`.
-      **options: of the sampler that the bound is about; see `BinaryLatentDiffusion.code_lengths`.
+    their length exactly, or an upper bound on it, of a sampler with the options. Arguments are as
+    of `prior_metrics`; see `BinaryLatentDiffusion.code_lengths`.
     """
     code_key, noise_key = jax.random.split(key_for(0, "likelihood"))
     codes = np.asarray(jax.random.uniform(code_key, probs.shape) < probs, np.float32)
@@ -160,14 +149,14 @@ def likelihood_metrics(
     return {"bits_per_image": mean, "bits_per_dim": mean / math.prod(pipeline.code_shape)}
 
 
-def _prior_of(pipeline: BinaryLatentDiffusion) -> str:
-    return f"{pipeline.experiment.dtype.name}, prior {fingerprint(pipeline.prior_params)}"
+def _settled(how: str, pipeline: BinaryLatentDiffusion) -> str:
+    return f"{how}, {pipeline.experiment.dtype.name}, prior {fingerprint(pipeline.prior_params)}"
 
 
 def _how_bounded(pipeline: BinaryLatentDiffusion) -> str:
     draws = f"{pipeline.experiment.evaluate.bound_draws} draws of noise a step"
-    kind = "exact" if pipeline.experiment.prior.prior.exact else draws
-    return f"codes drawn, {kind}, {_prior_of(pipeline)}"
+    exact = pipeline.experiment.prior.prior.exact
+    return _settled(f"codes drawn, {'exact' if exact else draws}", pipeline)
 
 
 # Of a pipeline and `HeldOut`. Needs: a "prior".
@@ -177,7 +166,7 @@ METRICS = {
         lambda pipeline, test: prior_metrics(pipeline, test.probs, test.labels),
         {"bce": "BCE"},
         needs=("prior",),
-        settles=lambda pipeline: f"{_DRAWS} draws of noise an image, {_prior_of(pipeline)}",
+        settles=functools.partial(_settled, f"{_DRAWS} draws of noise an image"),
     ),
     "bound": Metric(
         lambda pipeline, test: likelihood_metrics(pipeline, test.probs, test.labels),
@@ -192,10 +181,7 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Returns those of the metrics in `pairs.METRICS` and in `METRICS`, and how they were measured.
 
-    Args:
-      pipeline: to judge.
-      test: images and their codes by its autoencoder.
-      metrics: names; others are left out.
+    Metrics of other names are left out.
     """
     of_pairs = [name for name in metrics if name in pairs.METRICS]
     values, settings = pairs.pair_metrics(
@@ -217,9 +203,7 @@ def autoencoder_metrics(
 ) -> dict[str, float | int]:
     """Returns PSNR in dB and SSIM of reconstructions, with their deviations, and `code_use`.
 
-    Args:
-      pipeline: with the autoencoder to judge.
-      images: float in [-1, 1], (n, height, width, channels).
+    The images are float in [-1, 1], (n, height, width, channels).
     """
     return measure(pipeline, HeldOut(pipeline, to_uint8(images)), _OF_AUTOENCODER)[0]
 
@@ -227,9 +211,8 @@ def autoencoder_metrics(
 def sample_metrics(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[dict[str, Any], float]:
     """Judges the samples of a prior with classes, as `config.sample` says and without guidance.
 
-    Returns:
-      The metrics of `Judge.sample_quality`, and those without guidance as `_unguided`; the
-      settings; the classifier's own accuracy. And the seconds that the first samples took.
+    Returns the metrics of `Judge.sample_quality`, those without guidance as `_unguided`, with the
+    settings and the classifier's own accuracy; and the seconds that the first samples took.
     """
     experiment = pipeline.experiment
     judge, num_samples = Judge(experiment, workdir), experiment.evaluate.num_samples
@@ -250,15 +233,9 @@ def sample_metrics(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[dict
 
 
 def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, Any]:
-    """Judges a trained autoencoder and prior and writes `report.json`.
+    """Judges a trained autoencoder and prior, writes `report.json` into the workdir and returns it.
 
-    Args:
-      pipeline: of both stages.
-      workdir: they come from, and the report goes to.
-
-    Returns:
-      What it wrote. Without classes there is no `samples` part: the classifier that judges them
-      needs labels.
+    Without classes there is no `samples` part: the classifier that judges them needs labels.
     """
     workdir = Path(workdir)
     seconds = {}

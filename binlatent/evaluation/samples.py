@@ -43,14 +43,11 @@ class Samples:
         keep: str = "none",
         images: bool = False,
     ):
-        """Draws what is not there yet.
+        """Draws what is not there yet, in a folder of its own below `folder`.
 
         Args:
-          pipeline: with a prior.
           network: whose features are kept; None for none.
-          folder: in which the folder of these samples lies.
           num: how many samples; with a larger number they are the first.
-          seed: of the draw.
           options: of the sampler, in place of `config.sample`.
           keep: "png" for a file each in `png`, "npz" for one file as ADM's evaluator reads, "none".
           images: whether the samples themselves are needed, not their features alone.

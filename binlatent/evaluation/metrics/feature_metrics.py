@@ -70,9 +70,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     d = np.size(a.mean)
     shapes = [np.shape(x) for x in (*a, *b)]
     if shapes != [(d,), (d, d)] * 2:
-        raise ValueError(
-            f"means (d,) and covariances (d, d) of one width are needed, got {shapes}."
-        )
+        raise ValueError(f"means (d,) and covariances (d, d) of one width needed, got {shapes}.")
     # With S = R R^T, Tr sqrt(S_a S_b) is the sum of the singular values of R_a^T R_b: roots of each
     # need no eigenvalue of a product, which rounding can make negative or complex.
     trace_of_root = np.linalg.norm(_root(a.covariance).T @ _root(b.covariance), "nuc")
@@ -92,17 +90,11 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """Inception score: exp of the mean KL(p(y | x) || p(y)), of consecutive parts of the samples.
+    """Inception score: exp of the mean KL(p(y | x) || p(y)), of `splits` consecutive parts.
 
-    Args:
-      logits: (n, k), n >= splits; of the FID Inception, without its bias.
-      splits: how many parts.
-
-    Returns:
-      Mean and standard deviation over the parts.
-
-    References:
-      Salimans et al., "Improved techniques for training GANs", 2016.
+    The logits, (n, k), n >= splits, are those of the FID Inception without its bias. Returns mean
+    and standard deviation over the parts (Salimans et al., "Improved techniques for training
+    GANs", 2016).
     """
     logits = _checked(logits, "logits", splits)
     n, scores = len(logits), []
@@ -123,26 +115,16 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Kernel distance, (x.y / d + 1)^3, unbiased, over random subsets; on Inception features, KID.
 
-    Args:
-      features_a, features_b: (n_a, d) and (n_b, d), n_a and n_b at least `subset_size`.
-      num_subsets: drawn without replacement each, first of a and then of b, by NumPy's
-        RandomState, as torch-fidelity draws them.
-      subset_size: samples of each.
-      seed: of the draw.
-
-    Returns:
-      Mean and standard deviation over the subsets.
-
-    References:
-      Binkowski et al., "Demystifying MMD GANs", 2018.
+    The features are (n_a, d) and (n_b, d), n_a and n_b at least `subset_size`. Each subset is drawn
+    without replacement, first of a and then of b, by NumPy's RandomState, as torch-fidelity draws
+    them. Returns mean and standard deviation over the subsets (Binkowski et al., "Demystifying MMD
+    GANs", 2018).
     """
     features_a, features_b = _pair(features_a, features_b, max(subset_size, 2))
     random, m, values = np.random.RandomState(seed), subset_size, []
     for _ in range(num_subsets):
-        a, b = (
-            x[random.choice(len(x), m, replace=False)].astype(np.float64)
-            for x in (features_a, features_b)
-        )
+        rows = [random.choice(len(x), m, replace=False) for x in (features_a, features_b)]
+        a, b = (np.float64(x[i]) for x, i in zip((features_a, features_b), rows, strict=True))
         k_aa, k_bb, k_ab = (_cubic_kernel(x, y) for x, y in ((a, a), (b, b), (a, b)))
         within = np.sum(k_aa) - np.trace(k_aa) + np.sum(k_bb) - np.trace(k_bb)
         values.append(within / (m * (m - 1)) - 2 * np.mean(k_ab))
@@ -161,13 +143,9 @@ def manifold_metrics(
 ) -> dict[str, float]:
     """Precision, recall, density and coverage, of one pass over the distances.
 
-    A manifold is the union of balls around its samples, each up to its k-th nearest neighbour.
-    The numbers are those of distances in float64, whatever type the features have.
-
-    Args:
-      real, generated: (n, d) and (m, d), n and m more than either k.
-      k_pr: the neighbour for precision and recall.
-      k_dc: the neighbour for density and coverage.
+    A manifold is the union of balls around its samples, each up to its k-th nearest neighbour:
+    `k_pr` is for precision and recall, `k_dc` for density and coverage. The numbers are those of
+    distances in float64, whatever type the features, (n, d) and (m, d), have; n and m exceed each k.
 
     Returns:
       `precision`: share of the generated within the real manifold, in [0, 1]. `recall`: share of

@@ -51,16 +51,12 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
-    """How much of their capacity binary codes use.
+    """Returns how much of their capacity binary codes, 0 and 1 of any type, (n, h, w, c), use.
 
-    Args:
-      codes: values in {0, 1} of any numeric or boolean type, (n, h, w, c).
-
-    Returns:
-      `bit_rate`: h * w * c, bits an image. `mean_bit_entropy`: in [0, 1], the mean over these
-      bits of the entropy of the bit's frequency over the images. `dead_bits`: how many bits
-      take the same value in every image. `duplicate_bits`: how many of the c bits of a token are
-      alive and, in 99 of 100 tokens or more, what one before them is, or its opposite.
+    `bit_rate` is h * w * c, bits an image. `mean_bit_entropy`, in [0, 1], is the mean over these
+    bits of the entropy of the bit's frequency over the images. `dead_bits` is how many bits take
+    the same value in every image. `duplicate_bits` is how many of the c bits of a token are alive
+    and, in 99 of 100 tokens or more, what one before them is, or its opposite.
     """
     codes = np.asarray(codes)
     if codes.ndim != 4 or codes.size == 0:
@@ -86,11 +82,10 @@ def _duplicate_bits(tokens: np.ndarray) -> int:
 
 
 def codebook_statistics(indices: np.ndarray, size: int) -> dict[str, float | int]:
-    """How much of a codebook of `size` entries, s, is used by indices, int (n, h, w) in [0, s).
+    """Returns how much of a codebook of `size` entries, s, indices use, int (n, h, w) in [0, s).
 
-    Returns:
-      `bit_rate`: h * w * log2(s), bits an image. `codebook_used`: share of the entries that occur,
-      in (0, 1]. `codebook_perplexity`: 2 to the entropy of their frequencies, in [1, s].
+    `bit_rate` is h * w * log2(s), bits an image; `codebook_used` the share of the entries that
+    occur, in (0, 1]; `codebook_perplexity` 2 to the entropy of their frequencies, in [1, s].
     """
     if indices.ndim != 3 or indices.size == 0 or indices.min() < 0 or indices.max() >= size:
         raise ValueError(f"indices must be a non-empty (n, h, w) in [0, {size}).")

@@ -58,14 +58,9 @@ def pair_metrics(
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Returns means over all pairs, and standard deviations over them, of metrics in `METRICS`.
 
-    Args:
-      pairs: parts of the images and of what was made of them, uint8 (n, h, w, c) both.
-      names: of the metrics.
-      vgg16: the file of weights for LPIPS.
-      batch_size: pairs at a time for LPIPS.
-
-    Returns:
-      Numbers by name, for example `psnr` and `psnr_std`, in dB; and how metrics were measured.
+    The pairs come in parts of the images and of what was made of them, uint8 (n, h, w, c) both;
+    `vgg16` is the file of weights for LPIPS, of `batch_size` pairs at a time. The numbers have
+    names, for example `psnr` and `psnr_std`, in dB; with them comes how metrics were measured.
     """
     measures = {name: METRICS[name].measure for name in names}
     for name in names:

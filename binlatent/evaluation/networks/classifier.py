@@ -15,6 +15,7 @@ import optax
 from tqdm import tqdm
 
 from binlatent.runtime.devices import map_batches
+from binlatent.runtime.errors import UserError
 
 _NUM_GROUPS = 8
 _MAX_SHIFT = 2
@@ -89,7 +90,7 @@ def check_labels(labels: np.ndarray, num_images: int, num_classes: int) -> np.nd
     elif labels.min() < 0 or labels.max() >= num_classes:
         wrong = f"lie in [0, {num_classes}), got {labels.min()} to {labels.max()}"
     if wrong:
-        raise ValueError(f"labels must {wrong}.")
+        raise UserError(f"The labels must {wrong}.")
     return labels
 
 
@@ -121,13 +122,9 @@ def train_classifier(
 ) -> Params:
     """Trains a `Classifier` with random shifts of up to two pixels; the same key, the same result.
 
-    Args:
-      images: n of uint8 (h, w, c), an array or another sequence.
-      labels: integers (n,) in [0, num_classes).
-      num_classes: of the logits.
-      key: draws the parameters, the order of the images and the shifts.
-      num_epochs: passes over the images. Each drops those that do not fill a last batch.
-      batch_size: images a step; with fewer images than that, all of them.
+    The images are uint8 (h, w, c), in an array or another sequence; their labels are integers (n,)
+    in [0, num_classes). Each epoch drops those that do not fill a last batch of `batch_size`,
+    which is that of all images if they are fewer.
     """
     images = ImageRows(images)
     labels = check_labels(labels, len(images), num_classes)
