@@ -1,19 +1,17 @@
-"""The user's object, on untrained tiny networks."""
+"""The user's object, on untrained tiny networks, and the pictures that are drawn of it."""
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
-from binlatent import build, checks, programs
 from binlatent.data import masks
 from binlatent.evaluation import pictures
-from binlatent.pipeline import BinaryLatentDiffusion, known_tokens
-from binlatent.priors.bernoulli import process
-from binlatent.programs import sample_codes
-from binlatent.runtime import machine, png
-from binlatent.runtime.devices import map_batches, sample_keys
+from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.priors.bernoulli.programs import sample_codes
+from binlatent.priors.conditions import Condition
+from binlatent.runtime.devices import map_batches
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import sample_keys
 
 
 def random_like(params, seed):
@@ -24,15 +22,32 @@ def random_like(params, seed):
     )
 
 
-@pytest.fixture
-def pipeline(tiny_config):
-    tiny_config.data.num_classes = 10
+def untrained(experiment, prior=True):
     key = jax.random.key(0)
+    params = [jax.jit(experiment.autoencoder.init)(key)]
+    params += [jax.jit(experiment.prior.init)(key)] if prior else []
+    return BinaryLatentDiffusion(experiment, *params)
+
+
+def with_sample(pipeline, **sample):
+    """The pipeline with other values in config.sample."""
+    values = {f"sample.{name}": value for name, value in sample.items()}
     return BinaryLatentDiffusion(
-        tiny_config,
-        random_like(build.init_autoencoder(tiny_config, key), 1),
-        random_like(build.init_prior(tiny_config, key), 2),
+        pipeline.experiment.change(values), pipeline.autoencoder_params, pipeline.prior_params
     )
+
+
+@pytest.fixture(scope="module")
+def params(untrained_workdir):
+    """Parameters that are far from those at the start, where all codes look alike."""
+    pipeline = BinaryLatentDiffusion.from_workdir(untrained_workdir)
+    params = jax.device_get((pipeline.autoencoder_params, pipeline.prior_params))
+    return random_like(params[0], 1), random_like(params[1], 2)
+
+
+@pytest.fixture
+def pipeline(tiny_experiment, params):
+    return BinaryLatentDiffusion(tiny_experiment, *params)
 
 
 @pytest.fixture
@@ -71,8 +86,8 @@ def test_reconstruct_is_decode_of_encode(pipeline, images):
 
 def test_results_do_not_depend_on_the_batch_size(pipeline, images):
     whole = pipeline.reconstruct(images)
-    pipeline.config.sample.batch_size = 2
-    np.testing.assert_allclose(pipeline.reconstruct(images), whole, atol=1e-4)
+    parts = with_sample(pipeline, batch_size=2).reconstruct(images)
+    np.testing.assert_allclose(parts, whole, atol=1e-4)
 
 
 def test_sample_is_a_function_of_its_key(pipeline):
@@ -87,8 +102,8 @@ def test_the_same_key_gives_the_same_codes_whatever_the_batch_split(pipeline):
     codes = pipeline.sample_codes(8, jax.random.key(0), 1)
     assert np.any(codes[:4] != codes[4:])
     np.testing.assert_array_equal(pipeline.sample_codes(5, jax.random.key(0), 1), codes[:5])
-    pipeline.config.sample.batch_size = 3
-    np.testing.assert_array_equal(pipeline.sample_codes(8, jax.random.key(0), 1), codes)
+    parts = with_sample(pipeline, batch_size=3).sample_codes(8, jax.random.key(0), 1)
+    np.testing.assert_array_equal(parts, codes)
 
 
 def test_a_key_a_sample_gives_any_part_of_the_samples(pipeline):
@@ -109,7 +124,6 @@ def test_temperature_guidance_and_label_do_not_recompile(pipeline):
         dict(label=0, guidance=4.0),
         dict(label=0, guidance=0.0),
         dict(label=[0, 1, 2, 3]),
-        dict(label=0, guidance=4.0, guidance_shape="cosine"),
         dict(label=0, guidance=4.0, guidance_interval=(0.3, 0.8)),
         dict(label=0, times=[8, 1.5, 0.5, 0]),
     ):
@@ -134,17 +148,14 @@ def _is_jaxpr(x):
     return hasattr(x, "eqns")
 
 
-def test_sampling_in_bfloat16_rounds_the_weights_before_its_loop(tiny_config, pipeline):
-    tiny_config.dtype = "bfloat16"
-    n, denoiser = 4, build.denoiser(tiny_config)
+def test_sampling_in_bfloat16_rounds_the_weights_before_its_loop(pipeline):
     times = np.linspace(8, 0, 5, dtype=np.float32)
     traced = sample_codes.trace(
         pipeline.prior_params,
-        sample_keys(jax.random.key(0), n),
-        np.zeros(n, int),
-        np.full((n, *pipeline.code_shape), 0.5, np.float32),
-        *(None, times, np.ones(4, np.float32), 1.0, 0.1),
-        denoiser=denoiser,
+        sample_keys(jax.random.key(0), 4),
+        Condition(np.zeros(4, int)),
+        *(None, None, times, np.ones(4, np.float32), 1.0, 0.1),
+        denoiser=pipeline.experiment.change({"dtype": "bfloat16"}).prior.prior,
         pair="plain_mixture",
         threshold_last=False,
         corrector_steps=0,
@@ -154,86 +165,6 @@ def test_sampling_in_bfloat16_rounds_the_weights_before_its_loop(tiny_config, pi
     kernel = pipeline.prior_params["params"]["blocks_0"]["mlp_0"]["kernel"].shape
     # The tiny network has one layer.
     assert [in_loop for shape, in_loop in rounded if shape == kernel] == [False]
-
-
-_needs_the_flag = pytest.mark.skipif(
-    not machine.multiplies_by_ynnpack(), reason="this JAX is not known to know the flag"
-)
-
-
-def _sampler(config, num_on_device, monkeypatch, amx):
-    """Returns what samples a batch on a processor with AMX or without, and where it starts."""
-    monkeypatch.setattr(machine, "has_amx", lambda: amx)
-    num = num_on_device * jax.local_device_count()
-    start = np.full((num, *build.code_shape(config)), 0.5, np.float32)  # of 16 tokens
-    return programs.sampler(start, build.denoiser(config)), start
-
-
-_USERS_FLAG = f"--{machine.YNN_FUSIONS}={machine.YNN_PRODUCTS},LIBRARY_FUSION_TYPE_REDUCE"
-
-
-@_needs_the_flag
-@pytest.mark.parametrize(
-    "changes, num, amx, flags",
-    [
-        ({}, 64, False, None),
-        ({}, 63, True, None),
-        ({"prior.width": 448}, 64, True, None),
-        ({"dtype": "bfloat16"}, 64, True, None),
-        ({}, 64, True, _USERS_FLAG),
-    ],
-)
-def test_eigen_is_left_alone(tiny_config, monkeypatch, changes, num, amx, flags):
-    tiny_config.data.num_classes, tiny_config.prior.width = 0, 512
-    tiny_config.update_from_flattened_dict(changes)
-    if flags:
-        jax.devices()  # which reads the variable once
-        monkeypatch.setenv("XLA_FLAGS", flags)
-    assert _sampler(tiny_config, num, monkeypatch, amx)[0] is programs.sample_codes
-
-
-def test_amx_is_known_by_its_flag(monkeypatch):
-    for flags, has in (("fpu avx512f amx_bf16 amx_tile", True), ("fpu avx2 noamx_tile", False)):
-        monkeypatch.setattr(machine.Path, "exists", lambda _: True)
-        lines = f"model name\t: A\nflags\t\t: {flags}\n"
-        monkeypatch.setattr(machine.Path, "read_text", lambda _, lines=lines: lines)
-        assert machine.has_amx() == has and machine.processor() == "A"
-
-
-@_needs_the_flag
-@pytest.mark.parametrize("amx", [True, False])
-def test_large_batches_are_sampled_by_eigen_where_there_is_amx(tiny_config, monkeypatch, amx):
-    tiny_config.data.num_classes, tiny_config.prior.width = 10, 512
-    sampler, start = _sampler(tiny_config, 64, monkeypatch, amx)
-    lowered = sampler.lower(
-        build.init_prior(tiny_config, jax.random.key(0)),
-        sample_keys(jax.random.key(0), len(start)),
-        None,
-        start,
-        *(None, np.array([8, 0], np.float32), np.zeros(1, np.float32), 1.0, 0.1),
-        denoiser=build.denoiser(tiny_config),
-        pair="plain_mixture",
-        threshold_last=False,
-        corrector_steps=0,
-        return_trajectory=False,
-    )
-    assert ("ynn_fusion" in lowered.compile().as_text()) == (not amx)
-
-
-@_needs_the_flag
-def test_a_sample_is_the_same_by_either_kernels(tiny_config, monkeypatch):
-    tiny_config.data.num_classes, tiny_config.prior.width = 10, 512
-    key, num = jax.random.key(0), 64 * jax.local_device_count()
-    prior = random_like(build.init_prior(tiny_config, key), 2)
-    pipeline = BinaryLatentDiffusion(tiny_config, build.init_autoencoder(tiny_config, key), prior)
-    pipeline.config.sample.batch_size = num
-    codes = []
-    for amx in (True, False):
-        monkeypatch.setattr(machine, "has_amx", lambda amx=amx: amx)
-        # Guided: the network runs twice a step.
-        codes.append(pipeline.sample_codes(num, key, label=3, steps=8, guidance=1.0))
-    # Another order of sums turns a bit where a uniform is as good as its probability.
-    assert np.mean(codes[0] != codes[1]) < 1e-3
 
 
 @pytest.mark.parametrize("steps", [1, 5, 8])
@@ -264,7 +195,6 @@ def test_every_option_of_the_config_is_read(pipeline):
         steps=2,
         temperature=0.5,
         guidance=3.0,
-        guidance_shape="power",
         guidance_interval=(0.0, 0.3),
         pair="balanced_plugin",
         threshold_last=True,
@@ -273,23 +203,17 @@ def test_every_option_of_the_config_is_read(pipeline):
     for name, value in changes.items():
         changed = pipeline.sample_codes(20, key, 0, **({"guidance": 1.0} | {name: value}))
         assert np.any(changed != baseline), name
-    for extra in ({"guidance_shape": "power", "guidance_power": 3.0}, {"corrector_steps": 1}):
-        first = pipeline.sample_codes(20, key, 0, guidance=1.0, **extra)
-        with pipeline.config.unlocked():
-            pipeline.config.sample.update({"guidance": 1.0, **extra})
-        np.testing.assert_array_equal(pipeline.sample_codes(20, key, 0), first)
+    first = pipeline.sample_codes(20, key, 0, guidance=1.0, corrector_steps=1)
+    pipeline = with_sample(pipeline, guidance=1.0, corrector_steps=1)
+    np.testing.assert_array_equal(pipeline.sample_codes(20, key, 0), first)
     larger = pipeline.sample_codes(20, key, 0, corrector_size=0.9)
     assert np.any(larger != first)
 
 
-def test_code_lengths_are_the_bits_of_a_prior_that_knows_nothing(tiny_config):
-    tiny_config.data.num_classes = 10
+def test_code_lengths_are_the_bits_of_a_prior_that_knows_nothing(untrained_workdir):
     key = jax.random.key(0)
-    untrained = BinaryLatentDiffusion(
-        tiny_config,
-        build.init_autoencoder(tiny_config, key),
-        build.init_prior(tiny_config, key),  # its output is 0: every bit is fair
-    )
+    # Its output is 0: every bit is fair.
+    untrained = BinaryLatentDiffusion.from_workdir(untrained_workdir)
     codes = np.asarray(jax.random.bernoulli(key, shape=(100, 4, 4, 8)), np.float32)
     lengths = untrained.code_lengths(codes, key, np.arange(100) % 10)
     assert lengths.shape == (100,)
@@ -309,21 +233,19 @@ def test_without_a_label_there_is_nothing_to_guide(pipeline):
 def test_variations_are_nearer_the_weaker_they_are(pipeline, images):
     codes = pipeline.encode(images)
 
-    def changed(strength):
-        seen = [
-            pipeline._draw(
-                jax.random.key(i),
-                None,
-                np.asarray(process.forward_probs(codes, 1 - strength)),
-                pipeline._times(8, None, strength),
-                checks.sample_settings(pipeline.config),
-            )[0]
-            for i in range(4)
-        ]
-        return np.mean([x != codes for x in seen])
+    prior, settings = pipeline.experiment.prior.prior, pipeline.settings({"steps": 8})
+
+    def flipped(strength):
+        keys = [sample_keys(jax.random.key(i), len(codes)) for i in range(4)]
+        return np.mean(
+            [
+                prior.vary(pipeline.prior_params, k, None, settings, codes, strength) != codes
+                for k in keys
+            ]
+        )
 
     # One step from t = 1 flips few bits; from T nothing of the code is left.
-    assert changed(1 / 8) < 0.2 < changed(1.0)
+    assert flipped(1 / 8) < 0.2 < flipped(1.0)
     varied = pipeline.vary(images, jax.random.key(0), 1, strength=0.3)
     assert varied.shape == images.shape
     whole = pipeline.vary(images, jax.random.key(0), 1, strength=1.0)
@@ -358,15 +280,6 @@ def test_a_partly_hidden_token_is_drawn_anew(pipeline, images):
     np.testing.assert_array_equal(everything, images)
 
 
-def test_a_token_is_known_if_all_its_pixels_are():
-    mask = np.ones((2, 28, 28), bool)
-    mask[0, 3, 10] = False  # in token (0, 1)
-    mask[1, 6:8, 27] = False  # on both sides of the border between (0, 3) and (1, 3)
-    known = known_tokens(mask, (4, 4))
-    assert not known[0, 0, 1] and known[0].sum() == 15
-    assert not known[1, 0, 3] and not known[1, 1, 3] and known[1].sum() == 14
-
-
 def test_inpainting_may_return_the_decoded_pixels_and_noise_the_known_bits(pipeline, images):
     mask = np.zeros((28, 28), bool)
     mask[:14] = True
@@ -389,7 +302,6 @@ def test_inpainting_may_return_the_decoded_pixels_and_noise_the_known_bits(pipel
             "no sampling option 'tau'; there are corrector_size",
         ),
         (lambda p, k: p.sample(1, k, 1, times=[8, 9, 0]), "falls strictly from at most 8 to 0"),
-        (lambda p, k: p.sample(1, k, 1, guidance_shape="flat"), "one of constant.*'flat'"),
         (lambda p, k: p.sample(1, k, 1, pair="plugin"), "plain_mixture.*got 'plugin'"),
         (lambda p, k: p.sample(1, k, 1, steps=2.0), "steps must be like 4, not 2.0"),
         (lambda p, k: p.sample(1, k, 1, threshold_last="no"), "must be like False, not 'no'"),
@@ -431,44 +343,21 @@ def test_wrong_arguments_are_refused_with_a_sentence(pipeline, call, message):
         call(pipeline, jax.random.key(0))
 
 
-def test_unconditional_prior_takes_no_label(tiny_config):
-    tiny_config.data.num_classes = 0
-    key = jax.random.key(0)
-    pipeline = BinaryLatentDiffusion(
-        tiny_config,
-        build.init_autoencoder(tiny_config, key),
-        build.init_prior(tiny_config, key),
-    )
+def test_unconditional_prior_takes_no_label(tiny_experiment):
+    pipeline, key = untrained(tiny_experiment.with_classes(0)), jax.random.key(0)
     assert pipeline.sample(2, key).shape == (2, 28, 28, 1)
     with pytest.raises(UserError, match="unconditional"):
         pipeline.sample(2, key, 1)
 
 
-def test_sampling_before_the_prior_is_trained_says_so(tiny_config):
-    tiny_config.data.num_classes = 10
-    key = jax.random.key(0)
-    pipeline = BinaryLatentDiffusion(tiny_config, build.init_autoencoder(tiny_config, key))
+def test_sampling_before_the_prior_is_trained_says_so(tiny_experiment):
+    pipeline = untrained(tiny_experiment, prior=False)
+    assert not pipeline.has_prior
     with pytest.raises(UserError, match="--mode=train_prior first"):
-        pipeline.sample(1, key, 1)
+        pipeline.sample(1, jax.random.key(0), 1)
 
 
 # Pictures
-
-
-def test_grid_lays_images_out_in_rows_with_gaps():
-    rows = [np.full((3, 4, 5, 1), value, np.uint8) for value in (10, 200)]
-    sheet = png.grid(rows)
-    assert sheet.shape == (2 * (4 + 2) + 2, 3 * (5 + 2) + 2, 1)
-    np.testing.assert_array_equal(sheet[2:6, 2:7], 10)
-    np.testing.assert_array_equal(sheet[8:12, 16:21], 200)
-    np.testing.assert_array_equal(sheet[:, :2], 96)
-
-
-def test_png_is_enlarged_by_a_whole_factor(tmp_path):
-    image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
-    png.save_png(tmp_path / "new" / "x.png", image, min_side=8)
-    read = np.asarray(Image.open(tmp_path / "new" / "x.png"))
-    np.testing.assert_array_equal(read, image[..., 0].repeat(2, 0).repeat(2, 1))
 
 
 def test_sample_sheet_has_a_row_a_class(pipeline):
@@ -500,42 +389,3 @@ def test_sheets_have_their_columns(pipeline, images):
     np.testing.assert_array_equal(given[keep[0]], sheet[2:30, 2:30][keep[0]])
     sheet = pictures.variations(pipeline, images, 1, jax.random.key(0), num=3)
     assert sheet.shape == (5 * 30 + 2, 4 * 30 + 2, 1)
-
-
-# Masks
-
-
-def test_presets_hide_the_parts_they_are_named_after():
-    hidden = {name: ~masks.preset(name, 40, 60) for name in masks.PRESETS}
-    np.testing.assert_array_equal(hidden["top"], ~hidden["bottom"])
-    np.testing.assert_array_equal(hidden["left"], ~hidden["right"])
-    assert hidden["top"][:20].all() and hidden["left"][:, :30].all()
-    np.testing.assert_array_equal(hidden["outpainting"], ~hidden["centre"])
-    assert hidden["centre"][10:30, 15:45].all() and hidden["centre"].sum() == 20 * 30
-    assert 0.2 <= hidden["strokes"].mean() <= 0.6
-    other = ~masks.preset("strokes", 40, 60, seed=1)
-    assert np.any(other != hidden["strokes"])
-    np.testing.assert_array_equal(~masks.preset("strokes", 40, 60), hidden["strokes"])
-
-
-def test_masks_from_files_are_white_where_to_be_drawn_anew(tmp_path):
-    image, mask = str(tmp_path / "image.png"), str(tmp_path / "mask.png")
-    Image.new("RGB", (60, 40)).save(image)
-    values = np.zeros((40, 60), np.uint8)
-    values[:, 30:] = 255
-    Image.fromarray(values).save(mask)
-    keep = masks.read_mask(mask, image, 20)  # the centre 40x40, halved
-    assert keep[:, :10].all() and not keep[:, 10:].any()
-    values[:] = 0
-    values[7, 20:40] = 255  # a thin stroke hides every pixel that it touches
-    Image.fromarray(values).save(mask)
-    keep = masks.read_mask(mask, image, 20)
-    assert not keep[3, 5:15].any() and keep.sum() == 20 * 20 - 10
-    Image.new("L", (60, 40)).save(mask)
-    with pytest.raises(UserError, match="no white pixel"):
-        masks.read_mask(mask, image, 20)
-    Image.new("L", (40, 40), 255).save(mask)
-    with pytest.raises(UserError, match="size of the image, 60x40, not 40x40"):
-        masks.read_mask(mask, image, 20)
-    with pytest.raises(UserError, match="there is no image .*nothing.png"):
-        masks.read_mask(str(tmp_path / "nothing.png"), image, 20)

@@ -1,0 +1,22 @@
+"""Sheets of images, and PNG files."""
+
+import numpy as np
+from PIL import Image
+
+from binlatent.runtime import png
+
+
+def test_grid_lays_images_out_in_rows_with_gaps():
+    rows = [np.full((3, 4, 5, 1), value, np.uint8) for value in (10, 200)]
+    sheet = png.grid(rows)
+    assert sheet.shape == (2 * (4 + 2) + 2, 3 * (5 + 2) + 2, 1)
+    np.testing.assert_array_equal(sheet[2:6, 2:7], 10)
+    np.testing.assert_array_equal(sheet[8:12, 16:21], 200)
+    np.testing.assert_array_equal(sheet[:, :2], 96)
+
+
+def test_png_is_enlarged_by_a_whole_factor(tmp_path):
+    image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
+    png.save_png(tmp_path / "new" / "x.png", image, min_side=8)
+    read = np.asarray(Image.open(tmp_path / "new" / "x.png"))
+    np.testing.assert_array_equal(read, image[..., 0].repeat(2, 0).repeat(2, 1))
