@@ -6,7 +6,6 @@ import jax
 import numpy as np
 import pytest
 
-from binlatent import build
 from binlatent.benchmark import workloads
 
 KINDS = (
@@ -33,30 +32,32 @@ def _size(tree):
 
 
 @pytest.mark.parametrize("cached", [True, False], ids=["codes", "images"])
-def test_the_priors_step_has_one_collective(tiny_config, cached):
-    tiny_config.data.num_classes = 10
-    tiny_config.prior.cache_codes = cached
-    parameters = _size(build.init_prior(tiny_config, jax.random.key(0)))
-    [(kind, size)] = _collectives(workloads.train_prior(tiny_config, 8, 2))
+def test_the_priors_step_has_one_collective(tiny_experiment, cached):
+    experiment = tiny_experiment.change({"prior.cache_codes": cached})
+    parameters = _size(experiment.prior.init(jax.random.key(0)))
+    [(kind, size)] = _collectives(workloads.PROGRAMS["train_prior"](experiment, 8, 2))
     assert kind == "all-reduce"
     assert parameters < size < parameters + 10  # the metrics
 
 
-def test_the_autoencoders_step_has_one_collective(tiny_config):
-    parameters = _size(build.init_autoencoder(tiny_config, jax.random.key(0)))
-    [(kind, size)] = _collectives(workloads.train_autoencoder(tiny_config, 8, 2))
+def test_the_autoencoders_step_has_one_collective(tiny_experiment):
+    parameters = _size(tiny_experiment.autoencoder.init(jax.random.key(0)))
+    [(kind, size)] = _collectives(workloads.PROGRAMS["train_autoencoder"](tiny_experiment, 8, 2))
     assert kind == "all-reduce"
     assert parameters < size < parameters + 10
 
 
-def test_a_discriminator_adds_its_own_gradients_and_moments(tiny_config):
-    section = tiny_config.autoencoder
-    section.loss.adversarial = 1.0
-    section.discriminator.width = 8
-    section.discriminator.num_layers = 2
-    state = build.init_autoencoder_state(tiny_config)
+def test_a_discriminator_adds_its_own_gradients_and_moments(tiny_experiment):
+    experiment = tiny_experiment.change(
+        {
+            "autoencoder.loss.adversarial": 1.0,
+            "autoencoder.discriminator.width": 8,
+            "autoencoder.discriminator.num_layers": 2,
+        }
+    )
+    state = experiment.autoencoder.init_state(0)
     parameters = _size((state.params, state.discriminator["params"]))
-    found = _collectives(workloads.train_autoencoder(tiny_config, 8, 2))
+    found = _collectives(workloads.PROGRAMS["train_autoencoder"](experiment, 8, 2))
     assert {kind for kind, _ in found} == {"all-reduce"}
     # Of batch normalisation a mean and a square a channel, and their gradients, each time it runs.
     assert parameters < sum(size for _, size in found) < parameters + 1000
