@@ -40,13 +40,13 @@ def test_folders_and_batches_hold_the_same_images(tmp_path, batch_size):
 
 def test_written_batches_are_what_numpy_reads(tmp_path):
     images = pictures(1, 7)
-    parts = iter([images[:3], images[3:]])
-    exchange.write_batch(tmp_path / "x.npz", parts, 7, np.arange(7))
+    parts = [images[:3], images[3:]]
+    exchange.write_batch(tmp_path / "x.npz", parts, np.arange(7))
     with np.load(tmp_path / "x.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["arr_0"], images)
         np.testing.assert_array_equal(file["arr_1"], np.arange(7))
     grey = images[..., :1]
-    exchange.write_batch(tmp_path / "grey.npz", iter([grey]), 7, None)
+    exchange.write_batch(tmp_path / "grey.npz", [grey], None)
     with np.load(tmp_path / "grey.npz", allow_pickle=False) as file:
         assert file.files == ["arr_0"]
         np.testing.assert_array_equal(file["arr_0"], np.repeat(grey, 3, axis=-1))

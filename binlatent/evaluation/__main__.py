@@ -32,18 +32,13 @@ def _parser() -> argparse.ArgumentParser:
     flag = parser.add_argument
     flag("--reference", type=Path, metavar="PATH", help="the real images, or their statistics")
     flag("--images", type=Path, metavar="PATH", help="those to judge")
-    flag(
-        "--metrics",
-        default="fid,kid,is,pr,dc",
-        help=f"of {','.join(_METRICS)}; default: %(default)s",
-    )
+    default = "default: %(default)s"
+    flag("--metrics", default="fid,kid,is,pr,dc", help=f"of {','.join(_METRICS)}; {default}")
     flag("--network", choices=features.WIDTHS, help="default: inception, or that of the statistics")
     flag("--weights", type=Path, help="its .npz file; default: NETWORK.npz")
-    flag("--vgg16", type=Path, default=Path("vgg16.npz"), help="for lpips; default: %(default)s")
+    flag("--vgg16", type=Path, default=Path("vgg16.npz"), help=f"for lpips; {default}")
     flag("--size", type=int, help="bring a folder's images to squares of so many pixels first")
-    flag(
-        "--batch_size", type=int, default=64, help="changes speed and memory; default: %(default)s"
-    )
+    flag("--batch_size", type=int, default=64, help=f"changes speed and memory; {default}")
     flag("--out", type=Path, metavar="FILE", help=".json file of the metrics and their protocol")
     flag("--tensorboard", type=Path, metavar="DIR", help="to write them to as well")
     flag(
@@ -102,10 +97,7 @@ def _network(
     found: dict[str, features.Features | None],
     asked: str | None,
 ) -> tuple[str, Any]:
-    """Returns the name of the network that all features are of, and what is known of it.
-
-    Takes it out of the protocols of the two sets; refuses two networks.
-    """
+    """Takes the one network of all features out of the protocols: its name and what describes it."""
     known = [x.pop("network") for x in protocol.values() if "network" in x]
     if network is not None:
         known.append(network.protocol)

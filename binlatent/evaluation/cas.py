@@ -1,7 +1,4 @@
-"""The classification accuracy score: train on samples, test on real images.
-
-Dimension legend: `n` images, `b` batch, `h w` image grid, `c` image channels, `k` classes.
-"""
+"""The classification accuracy score: train on samples, test on real images."""
 
 import functools
 from collections.abc import Sequence
@@ -59,16 +56,15 @@ def classification_accuracy(
       samples, images: n each of uint8 (h, w, c): arrays, files mapped into memory or other
         sequences, which are read batch by batch.
       sample_labels, labels: theirs, integers (n,) in [0, num_classes); samples have all of them.
-      num_classes: k.
+      num_classes, num_epochs: of the training.
       key: draws the parameters, the order of the samples and the augmentation.
-      num_epochs: passes over the samples.
       batch_size: samples a step, on all devices, and images at a time. The ResNet-50's is rounded
         down to a multiple of their number.
       dtype: of the ResNet-50's computation, float32 or bfloat16.
 
     Returns:
       `cas_top1` and `cas_top5`, in [0, 1]: how often the class of an image is that of the largest
-      logit, and among those of the five largest; of all k with fewer than five classes, so 1 then.
+      logit, and among those of the five largest; of all classes with fewer than five, so 1 then.
 
     References:
       Ravuri and Vinyals, "Classification accuracy score for conditional generative models", 2019;
@@ -164,10 +160,7 @@ def train_resnet(
 def apply_resnet(
     model: ResNet50, variables: dict[str, Any], images: Sequence[np.ndarray], batch_size: int
 ) -> np.ndarray:
-    """Returns the logits, (n, k), of the centres of images, uint8 (h, w, c) of more than 32 a side.
-
-    `batch_size` changes memory and speed, not the result.
-    """
+    """Returns the logits, (n, k), of the centres of images, uint8 (h, w, c), more than 32 a side."""
     logits = functools.partial(_logits, variables, model=model)
     return map_batches(logits, batch_size, ImageRows(images))
 

@@ -1,5 +1,6 @@
 """Compares two sets of images: the metrics of the literature, each with how it was computed."""
 
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -25,12 +26,12 @@ _PARTS = 10  # of the inception score
 _FEWEST = 6  # features, for a fifth neighbour
 
 
+@dataclasses.dataclass
 class Sets:
-    """The features of two sets, and what several metrics take from them."""
+    """The features of real images and others, and what several metrics take from them."""
 
-    def __init__(self, reference: Features | None, generated: Features):
-        """Takes the features of the real images, if there are any, and of those to judge."""
-        self.reference, self.generated = reference, generated
+    reference: Features | None
+    generated: Features
 
     @functools.cached_property
     def manifolds(self) -> dict[str, float]:
@@ -118,11 +119,10 @@ def needing(what: str, metrics: Sequence[str]) -> list[str]:
 
 def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> None:
     """Refuses a metric that there is not, and none at all."""
-    for name in metrics:
-        if name not in known:
-            raise UserError(f"There is no metric {name!r}: they are {', '.join(known)}.")
-    if not metrics:
-        raise UserError(f"No metric is asked for: they are {', '.join(known)}.")
+    unknown = [name for name in metrics if name not in known]
+    if unknown or not metrics:
+        wrong = f"There is no metric {unknown[0]!r}" if unknown else "No metric is asked for"
+        raise UserError(f"{wrong}: they are {', '.join(known)}.")
 
 
 def _refuse(what: str, metrics: Sequence[str], reason: str) -> None:
@@ -143,10 +143,7 @@ def check_network(name: str, metrics: Sequence[str], logits: bool = True) -> Non
 def check_reference(
     known: Features | None, metrics: Sequence[str], width: int | None = None
 ) -> None:
-    """Refuses a reference that images cannot be compared with, before these are judged.
-
-    `known` are its features, None without one; `width` is that of the features of the images.
-    """
+    """Refuses a reference, or none, that images with features of a width cannot be compared with."""
     if known is None and needing("reference", metrics):
         raise UserError(
             "Give a reference to compare with; without one there is only the metric is."
@@ -178,17 +175,13 @@ def _check_known(known: Features, metrics: Sequence[str], which: str) -> None:
 def check_count(num: int, metrics: Sequence[str]) -> None:
     """Refuses metrics that need more images than `num` samples."""
     if num < _PARTS:
-        lack = f"takes samples in ten parts, so --num={num} is not enough"
-        _refuse("logits", metrics, lack)
+        _refuse("logits", metrics, f"takes samples in ten parts, so --num={num} is not enough")
 
 
 def features_of(
     network: Network, images: ImageSet, batch_size: int
 ) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of a set of images, read and judged batch by batch, and its protocol.
-
-    The protocol has a fingerprint of all their `pixels`.
-    """
+    """Returns the features of images, and their protocol with a fingerprint of all `pixels`."""
     name = images.protocol["images"]
     grey, pixels = 0, hashlib.sha256()
 
@@ -212,10 +205,9 @@ def features_of(
 def load_features(
     path: Path, network: Network | None, batch_size: int, image_size: int | None = None
 ) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of a folder, or of an .npz file of images or statistics.
+    """Returns the features of a folder or an .npz file of images, or of stored ones, and the protocol.
 
-    `network` is for images, None where there are none; `image_size` is as of `exchange.open_set`.
-    With the features comes how they came about; of stored ones that say it, with their `network`.
+    `network` is for images, None where there are none; stored protocols may name their `network`.
     """
     known = None
     if exchange.holds_statistics(path):

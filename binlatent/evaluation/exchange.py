@@ -8,12 +8,11 @@ of FID's features, perhaps `mu_s` and `sigma_s` of sFID's. Ours also hold `count
 """
 
 import contextlib
-import itertools
 import json
 import math
 import textwrap
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -42,11 +41,9 @@ class ImageSet(NamedTuple):
 
 
 def open_set(path: Path, image_size: int | None = None) -> ImageSet:
-    """Opens a folder of images, or an .npz file of them.
+    """Opens an .npz file of images, or a folder, brought to squares of `image_size` if that is given.
 
     An image that cannot be read, or has another size than the first, is refused by `batches`.
-    Those of a folder are brought to squares of `image_size` around the centre; without it they
-    stay as they are.
     """
     if path.is_dir():
         return _open_folder(path, image_size)
@@ -129,21 +126,18 @@ def _npz_batches(path: Path, batch_size: int) -> Iterator[np.ndarray]:
             yield batch
 
 
-def write_batch(
-    path: Path, images: Iterator[np.ndarray], count: int, labels: np.ndarray | None
-) -> None:
-    """Writes `count` images as ADM's evaluator reads them, without holding all in memory.
+def write_batch(path: Path, parts: Sequence[np.ndarray], labels: np.ndarray | None) -> None:
+    """Writes images, uint8 (m, h, w, c) in parts for ADM's evaluator.
 
-    They come in parts, uint8 (m, h, w, c); grey ones become r = g = b. Labels are integers (n,).
+    Grey ones become r = g = b; labels are integers (n,).
     """
-    colour = (np.broadcast_to(part, (*part.shape[:-1], 3)) for part in images)
-    first = next(colour)
-    header = {"descr": "|u1", "fortran_order": False, "shape": (count, *first.shape[1:])}
+    shape = (sum(map(len, parts)), *parts[0].shape[1:3], 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with atomic(path) as unfinished, zipfile.ZipFile(unfinished, "w", allowZip64=True) as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
             np.lib.format.write_array_header_1_0(stream, header)
-            for part in itertools.chain([first], colour):
-                stream.write(np.ascontiguousarray(part).tobytes())
+            for part in parts:
+                stream.write(np.broadcast_to(part, (len(part), *shape[1:])).tobytes())
         if labels is not None:
             with archive.open("arr_1.npy", "w") as stream:
                 np.lib.format.write_array(stream, np.asarray(labels, np.int64))
@@ -179,9 +173,9 @@ def read_arrays(path: Path, anew: str) -> dict[str, np.ndarray]:
 
 
 def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
-    """Reads an .npz file of this module, of ADM or of pytorch-fid, or a .pt file of torch-fidelity.
+    """Reads features, and their protocol if there is one, from a file of this module or of others.
 
-    Returns the features, and the protocol they were made by: {} if the file has none.
+    Those are .npz files of ADM or pytorch-fid, and .pt files of torch-fidelity.
     """
     if path.suffix == ".pt":
         content = state_dicts.read_cache(path)
@@ -240,10 +234,7 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: 
 
 
 def write_statistics(path: Path, features: Features, protocol: dict[str, Any]) -> None:
-    """Writes features and their protocol, as `read_statistics` and other evaluators read them.
-
-    A .pt file of torch-fidelity holds FID's statistics alone.
-    """
+    """Writes features and their protocol; a .pt file of torch-fidelity holds only FID's Gaussian."""
     if path.suffix == ".pt":
         path.parent.mkdir(parents=True, exist_ok=True)
         state_dicts.write_cache(path, *features.gaussians["pool"])

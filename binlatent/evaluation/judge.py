@@ -22,9 +22,8 @@ _HALVES = ("top", "bottom", "left", "right")
 class Judge:
     """The workdir's classifier of real images, to judge samples by.
 
-    Attributes:
-      images, labels: of the test split, uint8 (n, height, width, channels) and (n,) int.
-      accuracy: of the classifier on them, in [0, 1].
+    Its `accuracy`, in [0, 1], is that on `images` and `labels` of the test split, uint8 (n, height,
+    width, channels) and (n,) int.
     """
 
     def __init__(self, experiment: Experiment, workdir: Path):
@@ -41,8 +40,8 @@ class Judge:
     ) -> dict[str, float]:
         """Draws `evaluate.num_samples` samples, classes in turn, by options of `pipeline.sample`.
 
-        Returns `accuracy`, how often a sample with label y is classified as y, and `frechet_distance`
-        between the classifier's features of samples and of real test images.
+        Returns `accuracy`, how often a sample with label y is classified as y, and the
+        `frechet_distance` between the classifier's features of samples and of real test images.
         """
         wanted = np.arange(pipeline.experiment.evaluate.num_samples) % pipeline.num_classes
         return self._quality(pipeline.sample(len(wanted), key, wanted, **options), wanted)

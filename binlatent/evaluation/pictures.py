@@ -46,8 +46,7 @@ def samples(
 ) -> np.ndarray:
     """Draws samples: ten of each class, a row a class, unless `num` or `label` say otherwise.
 
-    Classes of `num` samples take turns; a label is of all of them. `label` and options are those
-    of `BinaryLatentDiffusion.sample`.
+    Classes of `num` samples take turns; a label is of all of them.
     """
     all_classes, labels = class_rows(pipeline.num_classes)
     if label is not None:
@@ -75,8 +74,7 @@ def inpaintings(
 ) -> np.ndarray:
     """Draws, a row an image: the image, the part of it that is given, and `num` completions.
 
-    The images are float in [-1, 1]; `keep`, bool (n, height, width), is True where a pixel is
-    given. `label` and options are those of `BinaryLatentDiffusion.inpaint`.
+    The images are float in [-1, 1]; `keep`, bool (n, height, width), is True where one is given.
     """
     keys = [jax.random.fold_in(key, i) for i in range(num)]
     completions = [pipeline.inpaint(images, keep, k, label, **options) for k in keys]
@@ -92,10 +90,7 @@ def variations(
     num: int = 6,
     **options: Any,
 ) -> np.ndarray:
-    """Draws, a row an image: the image, float in [-1, 1], and `num` variations of it.
-
-    `label` and options are those of `BinaryLatentDiffusion.vary`.
-    """
+    """Draws, a row an image: the image, float in [-1, 1], and `num` variations of it."""
     keys = [jax.random.fold_in(key, i) for i in range(num)]
     return _columns(images, *(pipeline.vary(images, k, label, **options) for k in keys))
 
@@ -147,10 +142,6 @@ def _samples(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     return samples(pipeline, key, asked.num, _label(asked), **asked.options)
 
 
-def _reconstructions(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    return reconstructions(pipeline, test_images(pipeline.experiment, asked.num or 20)[0])
-
-
 def _inpaintings(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     images, label = _subjects(pipeline, asked, len(masks.PRESETS) if asked.mask is None else 8)
     keep, key = _masks(pipeline, asked, len(images)), key_for(asked.seed, "inpaint")
@@ -161,10 +152,6 @@ def _variations(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     images, label = _subjects(pipeline, asked, 8)
     key, options = key_for(asked.seed, "vary"), {"strength": asked.strength, **asked.options}
     return variations(pipeline, images, label, key, asked.num or 6, **options)
-
-
-def _trajectory(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    return trajectory(pipeline, key_for(asked.seed, "trajectory"))
 
 
 def _label(asked: Request) -> Any:
@@ -211,10 +198,18 @@ def _masks(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> np.ndar
 # By mode, the file of the workdir, and what draws it.
 PICTURES = {
     "sample": ("samples.png", _samples),
-    "reconstruct": ("reconstructions.png", _reconstructions),
+    "reconstruct": (
+        "reconstructions.png",
+        lambda pipeline, asked: reconstructions(
+            pipeline, test_images(pipeline.experiment, asked.num or 20)[0]
+        ),
+    ),
     "inpaint": ("inpainting.png", _inpaintings),
     "vary": ("variations.png", _variations),
-    "trajectory": ("trajectory.png", _trajectory),
+    "trajectory": (
+        "trajectory.png",
+        lambda pipeline, asked: trajectory(pipeline, key_for(asked.seed, "trajectory")),
+    ),
 }
 
 

@@ -152,10 +152,7 @@ def run(
 def _opponents(
     experiment: Experiment, workdir: Path, metrics: Sequence[str]
 ) -> tuple[Network, Features | None, dict[str, Any]]:
-    """Returns the network that judges samples, and features of real images with their protocol.
-
-    The features are those of the first process alone, and None if no metric needs them.
-    """
+    """Returns the network that judges, and in process 0 what it is to compare with, if anything."""
     judge = network(experiment, workdir)
     comparison.check_network(judge.name, metrics, judge.logits)
     if jax.process_index() or not comparison.needing("reference", metrics):
@@ -172,7 +169,7 @@ def _of_samples(
     num: int,
     drawing: dict[str, Any],
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns those of the metrics that are about samples, drawn as of `Samples`; {} if not first.
+    """Returns those of the metrics that are about samples; {} in all processes but the first.
 
     What the samples are compared with comes first: it may be refused before hours of drawing.
     """

@@ -3,6 +3,7 @@
 A metric of test images is a row of `METRICS` here, or of `pairs.METRICS`.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -40,22 +41,14 @@ def test_images(experiment: Experiment, num: int) -> tuple[np.ndarray, np.ndarra
     return to_float(images), experiment.prior.conditioning.known(source, labels)
 
 
+@dataclasses.dataclass
 class HeldOut:
     """Images, uint8 (n, height, width, channels), and their codes, computed when asked for."""
 
-    def __init__(
-        self,
-        pipeline: BinaryLatentDiffusion,
-        images: np.ndarray,
-        labels: np.ndarray | None = None,
-        source: Source | None = None,
-    ):
-        """Takes what encodes the images, and their labels as their source has them."""
-        self.images = images
-        self._pipeline, self._labels, self._source = pipeline, labels, source
-        # Part by part, as float32 images take four times the memory; none less than a batch.
-        n, size = len(images), pipeline.experiment.sample.batch_size
-        self._cuts = list(range(size, n - size + 1, size))
+    pipeline: BinaryLatentDiffusion  # that encodes them
+    images: np.ndarray
+    source_labels: np.ndarray | None = None
+    source: Source | None = None
 
     @classmethod
     def read(cls, pipeline: BinaryLatentDiffusion, workdir: Path | None = None) -> "HeldOut":
@@ -67,48 +60,49 @@ class HeldOut:
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
         """The labels as the prior takes them; None if the images have none for it."""
-        known = self._pipeline.experiment.prior.conditioning.known
-        return known(self._source, self._labels)
+        known = self.pipeline.experiment.prior.conditioning.known
+        return known(self.source, self.source_labels)
 
     @functools.cached_property
     def codes(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """The deterministic codes, and what the bottleneck tells of them."""
-        return self._map(self._pipeline.encode_with_aux)
+        return self._map(self.pipeline.encode_with_aux)
 
     @functools.cached_property
     def probs(self) -> np.ndarray:
         """The encoder's y, (n, h, w, c)."""
-        return self._map(self._pipeline.encode_probs)
+        return self._map(self.pipeline.encode_probs)
+
+    def _parts(self, array: np.ndarray) -> list[np.ndarray]:
+        # As float32 images take four times the memory; none less than a batch.
+        n, size = len(array), self.pipeline.experiment.sample.batch_size
+        return np.split(array, range(size, n - size + 1, size))
 
     def _map(self, encode: Callable[[np.ndarray], Any]) -> Any:
-        parts = [encode(to_float(part)) for part in np.split(self.images, self._cuts)]
+        parts = [encode(to_float(part)) for part in self._parts(self.images)]
         return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
     def reconstructions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yields parts of the images and of the decoded deterministic codes, uint8."""
-        parts = (np.split(x, self._cuts) for x in (self.images, self.codes[0]))
+        parts = (self._parts(x) for x in (self.images, self.codes[0]))
         for images, codes in zip(*parts, strict=True):
-            yield images, to_uint8(self._pipeline.decode(codes))
+            yield images, to_uint8(self.pipeline.decode(codes))
 
     @property
     def protocol(self) -> dict[str, Any]:
         """Which images these are, and how they are encoded."""
         return {
-            "images": self._pipeline.experiment.data.name,
+            "images": self.pipeline.experiment.data.name,
             "split": "test",
-            "fingerprint": self._source.fingerprint,
+            "fingerprint": self.source.fingerprint,
             "count": len(self.images),
-            "autoencoder": fingerprint(self._pipeline.autoencoder_params),
+            "autoencoder": fingerprint(self.pipeline.autoencoder_params),
             "codes": "y > 0.5",
         }
 
 
 def code_use(pipeline: BinaryLatentDiffusion, test: HeldOut) -> dict[str, float | int]:
-    """Returns `bit_rate`, bits an image, and how much of their capacity the codes use.
-
-    Of real-valued codes, the bits are those of float32; see `image_metrics.code_statistics` and
-    `image_metrics.codebook_statistics`.
-    """
+    """Returns `bit_rate`, bits an image, 32 a real value, and how much of it the codes use."""
     (codes, aux), bottleneck = test.codes, pipeline.experiment.autoencoder.bottleneck
     if "probs" in aux:
         return image_metrics.code_statistics(codes)
@@ -179,10 +173,7 @@ METRICS = {
 def measure(
     pipeline: BinaryLatentDiffusion, test: HeldOut, metrics: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns those of the metrics in `pairs.METRICS` and in `METRICS`, and how they were measured.
-
-    Metrics of other names are left out.
-    """
+    """Returns those of the metrics in `pairs.METRICS` and `METRICS`, and how they were measured."""
     of_pairs = [name for name in metrics if name in pairs.METRICS]
     values, settings = pairs.pair_metrics(
         test.reconstructions() if of_pairs else (),
@@ -201,10 +192,7 @@ def measure(
 def autoencoder_metrics(
     pipeline: BinaryLatentDiffusion, images: np.ndarray
 ) -> dict[str, float | int]:
-    """Returns PSNR in dB and SSIM of reconstructions, with their deviations, and `code_use`.
-
-    The images are float in [-1, 1], (n, height, width, channels).
-    """
+    """Returns PSNR in dB, SSIM and `code_use` of reconstructions of images, float in [-1, 1]."""
     return measure(pipeline, HeldOut(pipeline, to_uint8(images)), _OF_AUTOENCODER)[0]
 
 

@@ -12,10 +12,7 @@ from binlatent.runtime.files import atomic
 
 
 def table(metrics: dict[str, float], *tables: Table) -> str:
-    """Returns metrics as a table for a terminal, a standard deviation beside its mean.
-
-    Titles are those of the tables of metrics.
-    """
+    """Returns metrics by their titles in tables, deviations beside means, for a terminal."""
     lines = []
     for name, value in metrics.items():
         if not name.endswith("_std"):

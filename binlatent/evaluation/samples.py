@@ -124,7 +124,7 @@ class Samples:
         size = "x".join(map(str, images[0].shape[:2]))
         path = self.folder / f"samples_{self._num}x{size}x3.npz"
         labels = self.labels() if self._labels.num_classes else None
-        exchange.write_batch(path, iter(images.parts), self._num, labels)
+        exchange.write_batch(path, images.parts, labels)
         return path
 
 

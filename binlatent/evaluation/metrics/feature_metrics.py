@@ -1,9 +1,4 @@
-"""Metrics between sets of features, as pure NumPy functions in float64.
-
-Features that are not finite raise a ValueError, which callers turn into a UserError.
-
-Dimension legend: `n` samples, `d` feature width, `k` classes.
-"""
+"""Metrics of features (n, d), by NumPy in float64; those that are not finite raise a ValueError."""
 
 from typing import NamedTuple
 
@@ -145,7 +140,7 @@ def manifold_metrics(
 
     A manifold is the union of balls around its samples, each up to its k-th nearest neighbour:
     `k_pr` is for precision and recall, `k_dc` for density and coverage. The numbers are those of
-    distances in float64, whatever type the features, (n, d) and (m, d), have; n and m exceed each k.
+    distances in float64, whatever type the features, (n, d) and (m, d), have; n, m > k.
 
     Returns:
       `precision`: share of the generated within the real manifold, in [0, 1]. `recall`: share of

@@ -29,9 +29,9 @@ def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Mean structural similarity of each pair of images, uint8 (n, h, w, c): float64 (n,) up to 1.
 
-    With the usual Gaussian window of sigma 1.5, so h and w are at least 11 (Wang et al., "Image
-    quality assessment: from error visibility to structural similarity", 2004), as implemented by
-    scikit-image with the settings its documentation gives for it.
+    With the usual Gaussian window of sigma 1.5, so h and w are at least 11, by the settings that
+    scikit-image documents for Wang et al., "Image quality assessment: from error visibility to
+    structural similarity", 2004.
     """
     _check_image_pair(x, y)
     if min(x.shape[1:3]) < SSIM_WINDOW:

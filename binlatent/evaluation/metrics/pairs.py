@@ -28,10 +28,7 @@ def _lpips(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def lpips(variables: Any, x: np.ndarray, y: np.ndarray, batch_size: int) -> np.ndarray:
-    """Returns the LPIPS of each pair, uint8 (n, h, w, 1 or 3), h and w at least 16; float32 (n,).
-
-    `variables` are VGG16's, as of `read_vgg16`.
-    """
+    """Returns the LPIPS of each pair, uint8 (n, h, w, 1 or 3), 16 or more a side; float32 (n,)."""
     distance = functools.partial(_lpips, replicate(variables))
     return map_batches(distance, batch_size, to_float(x), to_float(y))
 

@@ -1,7 +1,4 @@
-"""Training and applying the digit classifier whose features and predictions judge samples.
-
-Images and labels that are not as documented raise a ValueError.
-"""
+"""Training and applying the digit classifier whose features and predictions judge samples."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -150,8 +147,7 @@ def apply_classifier(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the logits, float32 (n, num_classes), and penultimate features, float32 (n, d).
 
-    The images are uint8 (h, w, c), in an array or another sequence. `batch_size` changes memory
-    and speed, not the result.
+    The images are as of `train_classifier`; `batch_size` changes memory and speed alone.
     """
     images = ImageRows(images)
     if batch_size < 1:

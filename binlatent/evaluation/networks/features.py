@@ -128,10 +128,7 @@ def kept(count: int) -> np.ndarray:
 
 
 def collect(parts: Iterable[dict[str, np.ndarray]], count: int, images: str) -> Features:
-    """Adds up the features of `count` images, as `Network.apply` gives them, part by part in order.
-
-    `images` names them in the refusal of features that are not finite.
-    """
+    """Adds up features of `count` images, of `Network.apply` part by part; `images` names them."""
     wanted, start = kept(count), 0
     statistics: dict[str, Statistics] = {}
     waiting: dict[str, list[np.ndarray]] = defaultdict(list)

@@ -66,12 +66,10 @@ def _same(width: int, window: tuple[int, int], name: str) -> _Conv:
 
 
 class _Mixed(nn.Module):
-    """Concatenates chains of convolutions of the input, and a pooling of it.
+    """Concatenates chains of convolutions of the input, (width, *window) each, and a pooling of it.
 
-    Fields:
-      chains: by name, the width and the window of each convolution; all keep the grid.
-      pool_width: of the convolution that follows an average; None for a block that halves the grid
-        in the last convolution of each chain and by a maximum.
+    All keep the grid, and a convolution follows an average, of `pool_width`; without it the last of
+    each chain and a maximum halve the grid.
     """
 
     chains: dict[str, list[tuple[int, int, int]]]
