@@ -351,7 +351,7 @@ def test_others_stand_in_for_a_few_images_that_cannot_be_read(tmp_path, caplog):
     named = bad.read_text().splitlines()
     assert [line.split("'")[1][-7:] for line in named] == ["007.png", "008.png", "099.png"]
     for threads in (0, 4, 16):  # whoever is the first to find out
-        batches = loader.train_batches(open_with(0.03), 25, 0, threads, threads)
+        batches = loader.train_batches(open_with(0.03), 25, 0, threads)
         seen = sorted(sum(take(batches, 4), []))
         assert seen == sorted(expected)
     source = open_with(0.02)
@@ -677,8 +677,8 @@ def test_training_batches_are_float_and_reshuffled_each_epoch(counted):
 
 def test_the_seed_alone_fixes_the_order(counted):
     first = take(loader.train_batches(counted, 5, seed=3), 12)
-    for num_threads, prefetch in ((0, 0), (1, 1), (8, 16)):
-        again = loader.train_batches(counted, 5, 3, num_threads, prefetch)
+    for num_threads in (0, 1, 8):
+        again = loader.train_batches(counted, 5, 3, num_threads)
         assert take(again, 12) == first
     assert take(loader.train_batches(counted, 5, seed=4), 12) != first
 
@@ -696,7 +696,7 @@ def test_training_resumes_at_the_next_batch(counted):
     state = json.loads(json.dumps(batches.get_state()))
     assert len(json.dumps(state)) < 100
     expected = take(batches, 10)
-    resumed = loader.train_batches(counted, 5, seed=0, num_threads=0, prefetch=0)
+    resumed = loader.train_batches(counted, 5, seed=0, num_threads=0)
     resumed.set_state(state)
     assert take(resumed, 10) == expected
 
@@ -714,9 +714,7 @@ def ramps(tmp_path):
 
 def test_crops_and_flips_are_drawn_from_the_place_in_the_stream(ramps):
     def rows(num_threads=0, shard=(0, 1), batch=6, count=16, seed=0, **options):
-        batches = loader.train_batches(
-            ramps, batch, seed, num_threads, num_threads, shard, **options
-        )
+        batches = loader.train_batches(ramps, batch, seed, num_threads, shard, **options)
         rows = [transforms.to_uint8(next(batches)["image"])[:, 3, :, 0] for _ in range(count)]
         return np.concatenate(rows).astype(int)
 

@@ -35,10 +35,7 @@ log = logging.getLogger("binlatent.benchmark")  # also as __main__
 def measure_speeds(
     name: str, experiment: Experiment, batch_sizes: list[int], steps: list[int], **options: Any
 ) -> Iterator[Row]:
-    """Yields a row of `speed.measure_speed` for each batch size and number of steps, of `sample`.
-
-    What cannot be measured is refused before the first row.
-    """
+    """Yields a row for each batch size and number of steps, of `sample`; first checks all."""
     variants = [experiment.change({"sample.steps": num}) for num in steps] or [experiment]
     workloads.check_measurable(name, experiment)
     for batch_size, variant in itertools.product(batch_sizes, variants):
@@ -66,12 +63,10 @@ def main(argv: list[str]) -> None:
     """Prints a table, each row as it is measured; a user's error is one sentence, exit code 1."""
     command.prepare_jax()
     with command.reporting():
-        names = ["memory", "data", "paper", *workloads.PROGRAMS]
-        if len(argv) != 2 or argv[1] not in names:
-            raise UserError(
-                f"Name what to measure: {', '.join(names[:-1])} or {names[-1]}, not "
-                f"{' '.join(argv[1:])!r}."
-            )
+        *names, last = ["memory", "data", "paper", *workloads.PROGRAMS]
+        if len(argv) != 2 or argv[1] not in (*names, last):
+            which = f"{', '.join(names)} or {last}, not {' '.join(argv[1:])!r}"
+            raise UserError(f"Name what to measure: {which}.")
         name, config = argv[1], command.given_config()
         if name == "paper" and config is not None:
             raise UserError("The word paper has configs of its own: leave out --config.")

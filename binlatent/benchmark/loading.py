@@ -21,9 +21,8 @@ def measure_loading(data: Data, seed: int, batch_size: int, seconds: float = 20.
     prepared ahead has been taken. JAX's devices are left alone.
     """
     source = splits.open_split(data, "train", keep=False)  # each is decoded, as of large data
-    batches = loader.train_batches(
-        source, batch_size, seed, random_crop=data.crop == "random", random_flip=data.flip
-    )
+    augment = {"random_crop": data.crop == "random", "random_flip": data.flip}
+    batches = loader.train_batches(source, batch_size, seed, **augment)
     log.info("Measuring %s at batch size %d", data.name, batch_size)
     for _ in range(10):
         next(batches)
@@ -45,14 +44,9 @@ def measure_loading(data: Data, seed: int, batch_size: int, seconds: float = 20.
     }
 
 
-def _speeds(row: Row) -> str:
-    median, least, most = (row[f"images_per_second{end}"] for end in ("", "_min", "_max"))
-    return f"{median:.0f} ({least:.0f} to {most:.0f})"
-
-
 COLUMNS: rows.Columns = {
     "data": lambda row: row["data"],
     "image": lambda row: row["image_size"],
     "batch": lambda row: row["batch_size"],
-    "images/s (least to most)": _speeds,
+    "images/s (least to most)": lambda row: rows.spread(row, "images_per_second", "{:.0f}".format),
 }

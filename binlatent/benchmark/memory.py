@@ -44,16 +44,9 @@ def train_step_memory(spec: AutoencoderSpec, batch_size: int, device: Any) -> Ro
     mesh = jax.sharding.Mesh(np.array([device]), (AXIS,))
     axes = jax.sharding.PartitionSpec
     # What jax.pmap makes of a step, on a mesh of one.
-    step = jax.jit(
-        jax.shard_map(
-            spec.step(spec.networks),
-            mesh=mesh,
-            in_specs=(axes(), axes(AXIS), axes()),
-            out_specs=(axes(), axes()),
-            check_vma=False,
-        ),
-        donate_argnums=0,
-    )
+    specs = {"in_specs": (axes(), axes(AXIS), axes()), "out_specs": (axes(), axes())}
+    step = jax.shard_map(spec.step(spec.networks), mesh=mesh, check_vma=False, **specs)
+    step = jax.jit(step, donate_argnums=0)
     state = jax.eval_shape(functools.partial(spec.init_state, 0))
     image = jax.ShapeDtypeStruct((batch_size, *spec.image_shape), jnp.float32)
     frozen = workloads.lpips_shapes(spec.networks)
@@ -71,9 +64,8 @@ def decode_memory(spec: AutoencoderSpec, batch_size: int, device: Any) -> Row:
 def _memory(function: Any, device: Any, *arguments: Any, times: int = 1) -> Row:
     """Returns the row; `times` is how often the loop that is nearly all of it goes round."""
     sharding = jax.sharding.SingleDeviceSharding(device)
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), arguments
-    )
+    on_device = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    arguments = jax.tree.map(lambda x: on_device(x.shape, x.dtype), arguments)
     program = workloads.compile_program(function, *arguments)
     given = program.compiled.memory_analysis().argument_size_in_bytes
     return {

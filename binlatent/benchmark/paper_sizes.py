@@ -66,10 +66,7 @@ def paper_subjects() -> list[Subject]:
 def known_rows(path: str | Path, subjects: list[Subject]) -> dict[int, Row]:
     """Returns what a file has of the subjects, measured on these devices with this JAX and driver.
 
-    There need be no such file. Of several lines about a subject the last counts.
-
-    Returns:
-      Rows by the number of the subject.
+    Rows by the number of the subject, each the last line about it. There need be no such file.
     """
     lines = []
     texts = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from binlatent.benchmark import rows, workloads
-from binlatent.benchmark.rows import Row, or_dash, significant
+from binlatent.benchmark.rows import Row, or_dash, significant, spread
 from binlatent.experiment import Experiment
 
 # Dense FLOP/s by JAX's `device_kind`: of bfloat16; of float32 as JAX multiplies it there unless
@@ -144,15 +144,6 @@ def measure_speed(
     }
 
 
-def _milliseconds(row: Row) -> str:
-    median, least, most = (significant(1e3 * row[f"seconds{end}"]) for end in ("", "_min", "_max"))
-    return f"{median} ({least} to {most})"
-
-
-def _tera(flops: float) -> str:
-    return significant(flops / 1e12)
-
-
 COLUMNS: rows.Columns = {
     "program": lambda row: row["program"],
     "size": lambda row: row["size"],
@@ -160,11 +151,11 @@ COLUMNS: rows.Columns = {
     "steps": lambda row: or_dash(row["steps"]),
     "guidance": lambda row: or_dash(row["guidance"], lambda w: f"{w:g}"),
     "compute": lambda row: row["dtype"],
-    "ms (least to most)": _milliseconds,
+    "ms (least to most)": lambda row: spread(row, "seconds", lambda s: significant(1e3 * s)),
     "images/s": lambda row: significant(row["images_per_second"]),
-    "TFLOP": lambda row: _tera(row["flops"]),
-    "XLA's": lambda row: or_dash(row["xla_flops"], _tera),
-    "TFLOP/s": lambda row: _tera(row["flops_per_second"]),
+    "TFLOP": lambda row: significant(row["flops"] / 1e12),
+    "XLA's": lambda row: or_dash(row["xla_flops"], lambda flops: significant(flops / 1e12)),
+    "TFLOP/s": lambda row: significant(row["flops_per_second"] / 1e12),
     "of peak": lambda row: or_dash(row["mfu"], lambda share: f"{share:.1%}"),
     "memory": lambda row: or_dash(row["memory_bytes"], lambda x: f"{significant(x / 2**30)} GiB"),
     "compiled in": lambda row: f"{row['compile_seconds']:.1f} s",

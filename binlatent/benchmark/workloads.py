@@ -149,9 +149,7 @@ def _state(init_state: Callable) -> TrainState:
     return zeros.replace(key=jax.random.key(0), params=_drawn(shapes.params))
 
 
-def _compile_step(
-    state: TrainState, batch: dict, frozen: Any, step: Callable
-) -> tuple[Callable, Program]:
+def _compile_step(state: TrainState, batch: dict, frozen: Any, step: Callable) -> tuple:
     """Returns what takes a step from where the last one ended, and its program."""
     state, batch, frozen = replicate(state), shard(batch), replicate(frozen)
     program = compile_program(parallel(step, num_frozen=1), state, batch, frozen)
@@ -177,12 +175,9 @@ def _forward_work(
 def train_autoencoder_work(experiment: Experiment, num: int, on_device: int) -> Work:
     """Training's step of stage 1 with its discriminator, whenever that starts."""
     spec = experiment.autoencoder
-    call, program = _compile_step(
-        _state(spec.init_state),
-        {"image": _images(spec, num)},
-        _drawn(lpips_shapes(spec.networks)),
-        spec.step(spec.networks),
-    )
+    state, frozen = _state(spec.init_state), _drawn(lpips_shapes(spec.networks))
+    batch = {"image": _images(spec, num)}
+    call, program = _compile_step(state, batch, frozen, spec.step(spec.networks))
     per_image = flops.count_autoencoder_step(
         spec.networks, spec.image_shape, spec.code_shape, r1=bool(spec.objective.r1)
     )

@@ -170,16 +170,15 @@ def convert_prior(
 
 def _agree(stored: Any, schedule: str | None, num_timesteps: int | None) -> tuple[Any, int]:
     """Returns the schedule and T, from the checkpoint's buffers if any, which flags must match."""
-    if stored is None:
-        return schedule or "linear", 64 if num_timesteps is None else num_timesteps
-    given = (schedule or stored[0], stored[1] if num_timesteps is None else num_timesteps)
-    if given != stored:
+    usual, steps = stored or ("linear", 64)
+    given = (schedule or usual, steps if num_timesteps is None else num_timesteps)
+    if stored and given != stored:
         name = stored[0] if isinstance(stored[0], str) else "one of its own"
         raise UserError(
             f"The checkpoint's schedule is {name} in {stored[1]} steps: leave out --schedule and "
             "--num_timesteps."
         )
-    return stored
+    return given
 
 
 def _released_with(values: Mapping[str, Any]) -> Experiment:

@@ -109,13 +109,10 @@ def write_codes(
     others are taken for them. Several processes take turns at the shards.
 
     Args:
-      source: of the images.
+      source: of the images, read as `data` says.
       folder: of all such folders, `codes` of a workdir.
-      encoder: fingerprint of the encoder.
+      encoder: its fingerprint.
       encode_probs: maps images, float32 in [-1, 1], to probabilities (n, h, w, c).
-      code_shape: (h, w, c).
-      data: how the images are read.
-      batch_size: images at a time.
 
     Returns:
       Their folder.
@@ -143,11 +140,11 @@ def write_codes(
         time.sleep(0.5)
     if this:
         return target
-    label = np.asarray(source.examples[0]["label"])
+    label = _label(source.examples[0]["label"])
     info = {
         "encoder": encoder,
         "code_shape": code_shape,
-        "label_type": _label_type(label).str,
+        "label_type": label.dtype.str,
         "label_shape": label.shape,
         "num_classes": source.num_classes,
         "count": count,
@@ -158,8 +155,9 @@ def write_codes(
     return target
 
 
-def _label_type(label: np.ndarray) -> np.dtype:
-    return np.dtype("<f4" if label.dtype.kind == "f" else "<i4")
+def _label(label: Any) -> np.ndarray:
+    label = np.asarray(label)
+    return label.astype("<f4" if label.dtype.kind == "f" else "<i4")
 
 
 def _write_shard(
@@ -177,10 +175,8 @@ def _write_shard(
             # The last batch is filled up, so that one compiled program serves all.
             images = batch["image"][np.minimum(np.arange(batch_size), num - 1)]
             codes = np.rint(255 * encode_probs(to_float(images))[:num]).astype(np.uint8)
-            labels = np.asarray(batch["label"])
-            labels = labels.astype(_label_type(labels))
             with _writing(path):
-                for label, code in zip(labels, codes, strict=True):
+                for label, code in zip(_label(batch["label"]), codes, strict=True):
                     writer.write(label.tobytes() + code.tobytes())
             progress.update(num)
         with _writing(path):

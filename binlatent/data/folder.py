@@ -55,16 +55,15 @@ def open_images(path: str, split: str, table: str = "", texts: bool = False) -> 
     shape = _read_features(listing.texts[0]).shape if texts else ()
 
     def read(index: int) -> tuple[str, str, int | np.ndarray]:
-        file, text = listing.files[index], listing.texts[index]
-        if not texts:
-            return file, repr(file), listing.labels[index]
-        features = _read_features(text)
-        if features.shape != shape:
-            raise UserError(
-                f"the features in {text!r} have the shape {features.shape}, those of the first "
-                f"image {shape}: bring all to one"
-            )
-        return file, repr(file), features
+        file, label, text = listing.files[index], listing.labels[index], listing.texts[index]
+        if texts:
+            label = _read_features(text)
+            if label.shape != shape:
+                raise UserError(
+                    f"the features in {text!r} have the shape {label.shape}, those of the first "
+                    f"image {shape}: bring all to one"
+                )
+        return file, repr(file), label
 
     num_classes = 0 if texts else listing.num_classes
     return EncodedImages(len(listing.files), num_classes, read, names, listing.files)
@@ -187,15 +186,13 @@ def _kept(root: str) -> list[str] | None:
         files = kept["files"] if now == kept["changed"] and now else None
     except Exception:  # whatever is wrong with it, a walk does without
         return None
+
     # It may come from someone else: only what a walk could have found.
-    good = isinstance(files, list) and all(
-        isinstance(file, str)
-        and file.lower().endswith(EXTENSIONS)
-        and not os.path.isabs(file)
-        and ".." not in file.split(os.sep)
-        for file in files
-    )
-    return files if good else None
+    def could_be_found(file: Any) -> bool:
+        inside = isinstance(file, str) and not os.path.isabs(file) and ".." not in Path(file).parts
+        return inside and file.lower().endswith(EXTENSIONS)
+
+    return files if isinstance(files, list) and all(map(could_be_found, files)) else None
 
 
 def _from_table(root: str, path: str, split: str) -> Listing:

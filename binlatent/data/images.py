@@ -65,7 +65,7 @@ class DecodedImages:
 def read_image(
     file: str | BinaryIO, what: str, image_size: int, channels: int, position: float = 0.5
 ) -> np.ndarray:
-    """Returns an image of any of `FORMATS`, as of `transforms.to_square`.
+    """Returns an image of any of `FORMATS`, as `transforms.to_square` does.
 
     Raises:
       UnreadableImage: if it cannot be read, calling it `what`.

@@ -18,7 +18,6 @@ def train_batches(
     batch_size: int,
     seed: int,
     num_threads: int | None = None,
-    prefetch: int = 8,
     shard: tuple[int, int] = (0, 1),
     *,
     random_crop: bool = False,
@@ -34,8 +33,7 @@ def train_batches(
       batch_size: examples a batch, on this host. It may exceed the number of examples.
       seed: of the shuffling, 0 to 2**32 - 1, and with the place in the stream of what is drawn.
       num_threads: threads that prepare batches ahead, a core each if None, and at least 4; 0
-        prepares each batch when it is asked for.
-      prefetch: batches held ready, and at least one a thread; 0 with num_threads 0.
+        prepares each batch when it is asked for. Batches held ready are 8, and one a thread.
       shard: (index, count) of this host, which gets its run of each batch of all hosts, so that
         these are the same however many hosts there are; the state is of any of them.
       random_crop: crop the squares anywhere along the longer side, not in the centre.
@@ -56,18 +54,13 @@ def train_batches(
         return example
 
     dataset = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
-    if random_crop or random_flip:
-        dataset = dataset.random_map(augment)
-    else:
-        dataset = dataset.map(lambda index: examples[index])
+    drawn = random_crop or random_flip
+    dataset = dataset.random_map(augment) if drawn else dataset.map(examples.__getitem__)
     dataset = dataset.batch(batch_size, drop_remainder=True)
     if count > 1:
         dataset = dataset[index::count]
     dataset = dataset.map(_to_arrays)
-    if num_threads is None:
-        num_threads = max(4, machine.cores())
-    options = grain.ReadOptions(num_threads, max(prefetch, num_threads))
-    return iter(dataset.to_iter_dataset(options))
+    return _read_ahead(dataset, num_threads, at_least=8)
 
 
 def in_order(count: int, read: Callable[[int], Any], batch_size: int) -> Iterator[Any]:
@@ -75,10 +68,15 @@ def in_order(count: int, read: Callable[[int], Any], batch_size: int) -> Iterato
 
     `read` returns an array or a dictionary of arrays; threads call it ahead.
     """
-    dataset = grain.MapDataset.range(count).map(read).batch(batch_size)
-    num_threads = max(4, machine.cores())
-    options = grain.ReadOptions(num_threads, prefetch_buffer_size=num_threads)
-    return iter(dataset.to_iter_dataset(options))
+    return _read_ahead(grain.MapDataset.range(count).map(read).batch(batch_size))
+
+
+def _read_ahead(dataset: Any, num_threads: int | None = None, at_least: int = 0) -> Any:
+    """Returns an iterator over a dataset, which holds entries ready, one a thread or more."""
+    if num_threads is None:
+        num_threads = max(4, machine.cores())
+    ready = max(at_least, num_threads) if num_threads else 0
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads, ready)))
 
 
 def _to_arrays(batch: dict[str, Any]) -> Batch:

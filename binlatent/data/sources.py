@@ -4,22 +4,15 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-
-class Examples(Protocol):
-    """Random access to examples, from several threads."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """One split of a dataset."""
 
-    examples: Examples  # of images: {'image': uint8 (h, w, c), 'label': int or float array}
+    # Random access, from several threads: {'image': uint8 (h, w, c), 'label': int or float array}.
+    examples: Any
     num_classes: int  # 0: unlabelled, and every label is 0
     fingerprint: str = ""  # tells which images with which labels these are, by their names
     files: tuple[str, ...] = ()  # that they lie in, where these can be changed

@@ -38,11 +38,10 @@ class Data:
 
 
 def open_split(data: Data, split: str, workdir: Path | None = None, keep: bool = True) -> Source:
-    """Opens one split of a dataset.
+    """Opens one split of a dataset, "train" or "test".
 
     Args:
       data: which; `folder`, `lmdb` and `tfds` say how each is split.
-      split: "train" or "test".
       workdir: whose `bad_files.txt` names images that cannot be read; None for the log alone.
       keep: whether to keep what was decoded, if it takes no more than 256 MiB.
 
@@ -54,10 +53,8 @@ def open_split(data: Data, split: str, workdir: Path | None = None, keep: bool =
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
     if data.image_size < 1 or data.channels not in (1, 3):
-        raise UserError(
-            "images must have a positive size and 1 or 3 channels, "
-            f"not size {data.image_size} and {data.channels} channels"
-        )
+        given = f"size {data.image_size} and {data.channels} channels"
+        raise UserError(f"images must have a positive size and 1 or 3 channels, not {given}")
     if data.name == "folder":
         encoded = folder.open_images(data.path, split, data.table, data.texts)
     elif data.texts or data.table:
@@ -68,14 +65,9 @@ def open_split(data: Data, split: str, workdir: Path | None = None, keep: bool =
         encoded = tfds.open_images(data.name, data.path, split)
     small = encoded.count * data.image_size**2 * data.channels <= _KEPT_BYTES and not data.texts
     images = DecodedImages(encoded, data.image_size, data.channels, keep and small)
-    bad_files = workdir and workdir / "bad_files.txt"
-    names = encoded.names.encode("utf-8", "surrogatepass")
-    return Source(
-        Tolerant(images, data.max_broken, bad_files),
-        encoded.num_classes,
-        fingerprint=hashlib.sha256(names).hexdigest()[:16],
-        files=tuple(encoded.files),
-    )
+    images = Tolerant(images, data.max_broken, workdir and workdir / "bad_files.txt")
+    names = hashlib.sha256(encoded.names.encode("utf-8", "surrogatepass"))
+    return Source(images, encoded.num_classes, names.hexdigest()[:16], tuple(encoded.files))
 
 
 def load_images(source: Source, limit: int) -> tuple[np.ndarray, np.ndarray]:

@@ -23,15 +23,10 @@ log = logging.getLogger(__name__)
 
 
 def open_images(name: str, data_dir: str, split: str) -> EncodedImages:
-    """Opens a split of a dataset, which is first prepared where needed.
+    """Opens a split of a dataset, "celeb_a_hq/256" for example, which is first prepared if needed.
 
     Datasets without a test split test on `validation`, and without that on the last tenth of
-    `train`.
-
-    Args:
-      name: of TFDS, "celeb_a_hq/256" for example.
-      data_dir: of TFDS; "" for the default one.
-      split: "train" or "test".
+    `train`. An empty `data_dir` is TFDS's default one.
     """
     try:
         import tensorflow_datasets as tfds
@@ -59,7 +54,16 @@ def open_images(name: str, data_dir: str, split: str) -> EncodedImages:
     # TFDS passes encoded images on: `read_image` takes more kinds, and only 'image' is wanted.
     images = [key for key in keys if isinstance(features[key], tfds.features.Image)]
     decoders = {key: tfds.decode.SkipDecoding() for key in images}
-    tfds_split = _split_name(name, list(builder.info.splits), split)
+    splits = list(builder.info.splits)
+    if "train" not in splits:
+        raise UserError(
+            f"{name!r} of TFDS has no split 'train' (it has: {', '.join(splits)}): choose another"
+        )
+    held_out = next((other for other in ("test", "validation") if other in splits), None)
+    if split == "train":
+        tfds_split = "train" if held_out else "train[:90%]"
+    else:
+        tfds_split = held_out or "train[90%:]"
     try:
         records = builder.as_data_source(split=tfds_split, decoders=decoders)
     except NotImplementedError as error:
@@ -76,17 +80,6 @@ def open_images(name: str, data_dir: str, split: str) -> EncodedImages:
     names = f"{builder.info.full_name} {tfds_split} {len(records)}"
     # No files: what is prepared does not change.
     return EncodedImages(len(records), num_classes, read, names, ())
-
-
-def _split_name(name: str, splits: list[str], split: str) -> str:
-    if "train" not in splits:
-        raise UserError(
-            f"{name!r} of TFDS has no split 'train' (it has: {', '.join(splits)}): choose another"
-        )
-    held_out = next((other for other in ("test", "validation") if other in splits), None)
-    if split == "train":
-        return "train" if held_out else "train[:90%]"
-    return held_out or "train[90%:]"
 
 
 def _find_prepared(name: str, data_dir: str) -> Any | None:
@@ -151,8 +144,7 @@ def _prepare(name: str, data_dir: str) -> Any:
 
 def _hide_gpus_from_tensorflow() -> None:
     """Keeps TensorFlow, where it is installed, from taking the memory of the GPUs."""
-    try:
+    with contextlib.suppress(ModuleNotFoundError):
         import tensorflow as tf
-    except ModuleNotFoundError:
-        return
-    tf.config.set_visible_devices([], "GPU")
+
+        tf.config.set_visible_devices([], "GPU")

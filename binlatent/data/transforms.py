@@ -9,13 +9,8 @@ def to_square(
 ) -> np.ndarray:
     """Returns an image upright, its shorter side scaled to `image_size`, cropped to a square.
 
-    An image that already has the right size and mode keeps its values.
-
-    Args:
-      image: as of `to_channels`.
-      image_size: side of the result in pixels.
-      channels: 1 (luminance) or 3 (RGB).
-      position: of the square along the longer side, in [0, 1]; 0.5 is the centre.
+    An image that already has the right size and mode keeps its values. `position` is that of the
+    square along the longer side, in [0, 1], 0.5 in the centre; `channels` as of `to_channels`.
 
     Returns:
       uint8 (image_size, image_size, channels).
@@ -26,11 +21,8 @@ def to_square(
         side = min(width, height)
         left, top = int(position * (width - side)), int(position * (height - side))
         # Resizes and crops in one, and widens the filter where it shrinks, against aliasing.
-        image = image.resize(
-            (image_size, image_size),
-            Image.Resampling.BICUBIC,
-            box=(left, top, left + side, top + side),
-        )
+        box = (left, top, left + side, top + side)
+        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box)
     return np.asarray(image).reshape(image_size, image_size, channels)
 
 

@@ -41,11 +41,7 @@ _PLAINER = (
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses absl's flags, or reports what is wrong with them and exits with code 2.
-
-    Returns:
-      The name of the program and the arguments that are no flags.
-    """
+    """Returns argv without absl's flags, which are parsed; what is wrong with them is bad usage."""
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
@@ -89,11 +85,10 @@ def given_config() -> ml_collections.ConfigDict | None:
 
 # The flag by which XLA leaves work on CPUs to YNNPACK, in place of its own kernels and Eigen's, and
 # what it is to leave: products of two matrices, of which YNNPACK takes a transposed second one as
-# it is (docs/performance.md has the numbers). JAX 0.10 to 0.12 know both; one that does not
-# would end the process.
+# it is (docs/performance.md has the numbers). JAX 0.10 to 0.12 know both; one that does not would
+# end the process.
 _YNN_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 _YNN_PRODUCTS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
-_KNOWN_IN = ((0, 10), (0, 13))
 
 
 def prepare_jax() -> None:
@@ -104,7 +99,7 @@ def prepare_jax() -> None:
     """
     given = os.environ.get("XLA_FLAGS", "").strip()
     is_file = bool(given) and not given.startswith("-")  # XLA then reads its flags there
-    known = _KNOWN_IN[0] <= jax.__version_info__ < _KNOWN_IN[1]
+    known = (0, 10) <= jax.__version_info__ < (0, 13)
     if known and not is_file and _YNN_FUSIONS not in given:
         os.environ["XLA_FLAGS"] = f"--{_YNN_FUSIONS}={_YNN_PRODUCTS} {given}".strip()
     if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
@@ -166,10 +161,7 @@ def _unraisable(event: Any) -> None:
 
 
 def _end_if_set(interrupted: threading.Event) -> None:
-    """Ends an interrupted process with code 130 before Python takes JAX apart.
-
-    After Ctrl-C while it compiled, JAX 0.10 ends in a segmentation fault there.
-    """
+    """Ends an interrupted process before Python takes JAX apart, where JAX 0.10 may crash."""
     if interrupted.is_set():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -214,31 +206,32 @@ def reporting() -> Iterator[None]:
     atexit.register(_end_if_set, interrupted)
     try:
         yield
-    except (UserError, OSError) as error:
-        message = str(error)
-        if re.match(r"[a-z]+[ ,:']", message):  # not a key or a path, as the user types it
-            message = message[:1].upper() + message[1:]
-        _end(f"Error: {message}", 1)
-    except (MemoryError, jax.errors.JaxRuntimeError) as error:
-        by_xla = isinstance(error, jax.errors.JaxRuntimeError)
-        if by_xla and not str(error).startswith(_OUT_OF_MEMORY):
-            raise
-        what = (str(error).strip() or "Out of memory").splitlines()[0].rstrip(".")
-        what = what.removeprefix("RESOURCE_EXHAUSTED: ")
-        _end(
-            f"Error: {what}: there is too little memory; take a smaller batch, or in training more "
-            "parts of it (train.accumulate).",
-            1,
-        )
-    except (AssertionError, RuntimeError) as error:
-        missing = _missing_device(error)
-        if missing is None:
-            raise
-        _end(
-            f"Error: {missing}: leave JAX_PLATFORMS out, or install what JAX needs for it "
-            '("jax[cuda13]" for "cuda").',
-            1,
-        )
     except KeyboardInterrupt:
         interrupted.set()
         _end("Interrupted.", 130)
+    except Exception as error:
+        message = _sentence(error)
+        if message is None:
+            raise
+        _end(f"Error: {message}", 1)
+
+
+def _sentence(error: Exception) -> str | None:
+    """Returns what is wrong and what to do, None of an error that only a traceback explains."""
+    text = str(error)
+    by_xla = isinstance(error, jax.errors.JaxRuntimeError)
+    if isinstance(error, UserError | OSError):
+        plain = re.match(r"[a-z]+[ ,:']", text)  # not a key or a path, as the user types it
+        return text[:1].upper() + text[1:] if plain else text
+    if isinstance(error, MemoryError) or (by_xla and text.startswith(_OUT_OF_MEMORY)):
+        what = (text.strip() or "Out of memory").splitlines()[0].rstrip(".")
+        return (
+            f"{what.removeprefix('RESOURCE_EXHAUSTED: ')}: there is too little memory; take a "
+            "smaller batch, or in training more parts of it (train.accumulate)."
+        )
+    if by_xla or not isinstance(error, AssertionError | RuntimeError):
+        return None
+    if missing := _missing_device(error):
+        instead = 'install what JAX needs for it ("jax[cuda13]" for "cuda")'
+        return f"{missing}: leave JAX_PLATFORMS out, or {instead}."
+    return None

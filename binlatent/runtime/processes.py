@@ -58,14 +58,13 @@ def join(
         return
     # When another process is lost JAX says so and aborts; all threads' stacks would bury that.
     faulthandler.disable()
-    given = {}
-    if coordinator is not None:
-        given = {
-            "coordinator_address": coordinator,
-            "num_processes": num_processes,
-            "process_id": process_id,
-            "cluster_detection_method": "deactivate",  # what is given is all there is
-        }
+    given = {
+        "coordinator_address": coordinator,
+        "num_processes": num_processes,
+        "process_id": process_id,
+        "cluster_detection_method": "deactivate",  # what is given is all there is
+    }
+    given = given if coordinator is not None else {}
     if given or slurm:  # with libtpu alone this may be the only one
         log.info(
             "Waiting for %s processes. Should one be lost later, JAX aborts the others within %d "

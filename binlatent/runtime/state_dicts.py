@@ -54,10 +54,7 @@ def read(path: str | Path) -> State:
 
 
 def read_cache(path: Path) -> np.ndarray | dict[str, np.ndarray]:
-    """Returns what torch-fidelity keeps: a tensor of features, or mean and covariance by name.
-
-    Runs no code that the file may hold.
-    """
+    """Returns what torch-fidelity keeps: features, or mean and covariance by name; runs no code."""
     torch = import_torch()
     rebuild = np.zeros(1).__reduce__()[0]  # of an array, wherever this NumPy has it
     allowed = [
