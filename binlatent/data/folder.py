@@ -243,15 +243,15 @@ def _is_number(name: str) -> bool:
 
 def _read_table(path: str) -> list[dict[str, Any]]:
     """Returns the lines of a CSV or JSON lines file as dictionaries."""
+    if not path.endswith((".csv", ".jsonl")):
+        raise UserError(f"data.table must be a .csv or .jsonl file, not {path!r}")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             if path.endswith(".csv"):
                 rows = list(csv.DictReader(file, strict=True, skipinitialspace=True))
                 rows = [{k: v for k, v in row.items() if v is not None} for row in rows]
-            elif path.endswith(".jsonl"):
-                rows = [json.loads(line) for line in file if line.strip()]
             else:
-                raise UserError(f"data.table must be a .csv or .jsonl file, not {path!r}")
+                rows = [json.loads(line) for line in file if line.strip()]
     except FileNotFoundError as error:
         raise UserError(f"there is no table {path!r}: check data.table") from error
     except (OSError, ValueError, csv.Error, RecursionError) as error:
@@ -270,9 +270,11 @@ def _classes(images: list[_Image]) -> list[str]:
 
 
 def _split_listing(where: str, images: list[_Image], split: str, classes: list[str]) -> Listing:
+    by_class = {name: [] for name in classes or [""]}
+    for image in images:
+        by_class[image.name if classes else ""].append(image)
     kept = []
-    for name in classes or [None]:
-        of_class = [image for image in images if name is None or image.name == name]
+    for of_class in by_class.values():
         for i, image in enumerate(of_class):
             is_test = i % 10 == 0 and len(of_class) > 1  # a class of one image goes to train
             kept += [image] if is_test == (split == "test") else []

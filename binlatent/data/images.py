@@ -4,7 +4,7 @@ import contextlib
 import os
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -30,36 +30,6 @@ class EncodedImages(NamedTuple):
     read: Callable[[int], tuple[str | BinaryIO, str, int | np.ndarray]]
     names: str  # of all images, with their labels
     files: Sequence[str]  # that they lie in, where these can be changed
-
-
-class DecodedImages:
-    """Examples {'image', 'label'}, decoded on first use and then kept in memory or not."""
-
-    def __init__(self, encoded: EncodedImages, image_size: int, channels: int, keep: bool):
-        self._encoded = encoded
-        self._size = image_size, channels
-        self._kept: list[dict[str, Any] | None] | None = [None] * encoded.count if keep else None
-
-    def __len__(self) -> int:
-        return self._encoded.count
-
-    def read(self, index: int, position: float) -> dict[str, Any]:
-        """Returns an example, cropped at a position along its longer side, in [0, 1].
-
-        Raises:
-          UnreadableImage: if it cannot be read.
-        """
-        if self._kept is None or position != 0.5:
-            return self._decode(index, position)
-        # Two threads may both decode an image: the same values, so no lock is needed.
-        example = self._kept[index]
-        if example is None:
-            example = self._kept[index] = self._decode(index, position)
-        return dict(example)
-
-    def _decode(self, index: int, position: float) -> dict[str, Any]:
-        file, what, label = self._encoded.read(index)
-        return {"image": read_image(file, what, *self._size, position), "label": label}
 
 
 def read_image(

@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from binlatent.data import folder, lmdb, tfds
-from binlatent.data.broken import Tolerant
-from binlatent.data.images import DecodedImages
+from binlatent.data.decoded import DecodedImages
 from binlatent.data.sources import Source
 from binlatent.runtime.errors import UserError
 
@@ -64,10 +63,16 @@ def open_split(data: Data, split: str, workdir: Path | None = None, keep: bool =
     else:
         encoded = tfds.open_images(data.name, data.path, split)
     small = encoded.count * data.image_size**2 * data.channels <= _KEPT_BYTES and not data.texts
-    images = DecodedImages(encoded, data.image_size, data.channels, keep and small)
-    images = Tolerant(images, data.max_broken, workdir and workdir / "bad_files.txt")
-    names = hashlib.sha256(encoded.names.encode("utf-8", "surrogatepass"))
-    return Source(images, encoded.num_classes, names.hexdigest()[:16], tuple(encoded.files))
+    images = DecodedImages(
+        encoded,
+        data.image_size,
+        data.channels,
+        keep=keep and small,
+        max_broken=data.max_broken,
+        report=workdir and workdir / "bad_files.txt",
+    )
+    digest = hashlib.sha256(encoded.names.encode("utf-8", "surrogatepass"))
+    return Source(images, encoded.num_classes, digest.hexdigest()[:16], tuple(encoded.files))
 
 
 def load_images(source: Source, limit: int) -> tuple[np.ndarray, np.ndarray]:
