@@ -11,13 +11,11 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import TINY
+from conftest import tiny_flags
 
-from binlatent import build
 from binlatent.runtime import processes
 from binlatent.runtime.devices import replicate
 from binlatent.runtime.errors import UserError
-from binlatent.training import loop
 from binlatent.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.slow
@@ -44,13 +42,8 @@ class Pair:
                 env |= {"SLURM_JOB_ID": f"{port}", "SLURM_STEP_NODELIST": "127.0.0.1"}
                 env |= {"SLURM_NTASKS": "2", "SLURM_PROCID": f"{i}", "SLURM_LOCALID": f"{i}"}
                 joined = ()
-            command = [
-                *(sys.executable, "-m", "binlatent.main"),
-                *("--config=configs/digits.py", f"--workdir={folder / 'run'}"),
-                f"--config.data.path={digits_dir}",
-                *(f"--config.{key}={value}" for key, value in TINY.items()),
-                *(*joined, *flags, *own[i]),
-            ]
+            command = [sys.executable, "-m", "binlatent.main", *tiny_flags(digits_dir)]
+            command += [f"--workdir={folder / 'run'}", *joined, *flags, *own[i]]
             with self.outputs[i].open("w") as output:
                 self.processes.append(
                     subprocess.Popen(command, env=env, stdout=output, stderr=output)
@@ -80,23 +73,23 @@ class Pair:
             time.sleep(0.05)
 
 
-def restored(workdir, stage, config):
+def restored(workdir, stage, experiment):
     """The state of a stage's newest checkpoint."""
-    init = {"autoencoder": build.init_autoencoder_state, "prior": build.init_prior_state}[stage]
+    spec = {"autoencoder": experiment.autoencoder, "prior": experiment.prior}[stage]
     with Checkpoints(workdir / stage, alone=True) as checkpoints:
-        return checkpoints.restore(replicate(init(config)))
+        return checkpoints.restore(replicate(spec.init_state(experiment.seed)))
 
 
 def test_two_processes_end_with_the_parameters_of_one(
-    digits_dir, tiny_config, no_tensorflow, tmp_path
+    trained_workdir, digits_dir, tiny_experiment, no_tensorflow, tmp_path
 ):
     with Pair(tmp_path, digits_dir, no_tensorflow, "--config.evaluate.every=6") as pair:
         assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
-    loop.train_autoencoder(tiny_config, tmp_path / "one")
-    loop.train_prior(tiny_config, tmp_path / "one")
-    tiny_config.data.num_classes = 10
     for stage in ("autoencoder", "prior"):
-        two, one = (restored(tmp_path / run, stage, tiny_config) for run in ("run", "one"))
+        two, one = (
+            restored(workdir, stage, tiny_experiment)
+            for workdir in (tmp_path / "run", trained_workdir)
+        )
         assert int(two.step) == int(one.step) == 6
         # The root mean square of each gradient. That of a bias before a norm of one channel a
         # group, or of an attention's keys, is 0 but for rounding, 2e-9 at most, and Adam makes full

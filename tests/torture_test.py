@@ -15,9 +15,8 @@ from contextlib import suppress
 import jax
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import tiny_flags
 
-from binlatent import build
 from binlatent.runtime.devices import replicate
 from binlatent.training.checkpoint import Checkpoints
 
@@ -38,12 +37,9 @@ CHANGES = {
 
 def start(workdir, digits_dir, env):
     """Starts the training of an autoencoder with a discriminator; its output is a file."""
-    command = [
-        *(sys.executable, "-m", "binlatent.main", "--mode=train_autoencoder"),
-        *("--config=configs/digits.py", f"--workdir={workdir}"),
-        f"--config.data.path={digits_dir}",
-        *(f"--config.{key}={value}" for key, value in (TINY | CHANGES).items()),
-    ]
+    command = [sys.executable, "-m", "binlatent.main", "--mode=train_autoencoder"]
+    command += [*tiny_flags(digits_dir), f"--workdir={workdir}"]
+    command += [f"--config.{key}={value}" for key, value in CHANGES.items()]  # the last counts
     # One device: a start is then mostly that of Python, and of what is compiled already.
     env = env | {"XLA_FLAGS": ""}
     with (workdir / "output.txt").open("w") as output:
@@ -88,17 +84,17 @@ def logged(workdir):
     return {entry["step"]: entry for entry in map(json.loads, lines) if "loss" in entry}
 
 
-def contents(workdir, config):
+def contents(workdir, experiment):
     """The whole state, and the data's, of the newest checkpoint."""
     with Checkpoints(workdir / "autoencoder") as checkpoints:
-        like = replicate(build.init_autoencoder_state(config))
+        like = replicate(experiment.autoencoder.init_state(experiment.seed))
         state = jax.device_get(checkpoints.restore(like).replace(key=None))
         return state, checkpoints.meta()["data"]
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_if_it_never_was(
-    tiny_config, digits_dir, no_tensorflow, tmp_path
+    tiny_experiment, digits_dir, no_tensorflow, tmp_path
 ):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for workdir in (whole, killed):
@@ -140,9 +136,9 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(
     print("\n".join(map(str, report)))
     assert len(report) == KILLS and any(entry["left"] for entry in report)
 
-    tiny_config.update_from_flattened_dict(CHANGES)
+    experiment = tiny_experiment.change(CHANGES)
     (state, data), (expected, expected_data) = (
-        contents(workdir, tiny_config) for workdir in (killed, whole)
+        contents(workdir, experiment) for workdir in (killed, whole)
     )
     assert int(state.step) == CHANGES["autoencoder.train.num_steps"] and data == expected_data
     jax.tree.map(np.testing.assert_array_equal, state, expected)
