@@ -57,50 +57,45 @@ def _feature_metrics(
     """Returns the metrics that compare features, and their protocol; writes statistics if asked."""
     if flags.images is not None and flags.reference is None:
         comparison.check_reference(None, names)
-    paths = {"reference": flags.reference, "images": flags.images}
-    for path in paths.values():
-        if path is not None and not path.exists():
+    both = {"reference": flags.reference, "images": flags.images}
+    given = {name: path for name, path in both.items() if path is not None}
+    for path in given.values():
+        if not path.exists():
             raise UserError(f"There is no folder or .npz file {str(path)!r}.")
-    read = [path for path in paths.values() if path is not None]
     network = None
-    if not all(exchange.holds_statistics(x) and not exchange.holds_images(x) for x in read):
+    if any(exchange.holds_images(x) or not exchange.holds_statistics(x) for x in given.values()):
         network = features.published(flags.network or "inception", flags.weights or "")
         comparison.check_network(network.name, names, network.logits)
-    protocol: dict[str, Any] = {}
-    found: dict[str, Any] = dict.fromkeys(paths)
-    for name, path in paths.items():
-        if path is not None:
-            found[name], protocol[name] = comparison.load_features(
-                path, network, flags.batch_size, flags.size
-            )
-            if name == "reference" and flags.images is not None:  # before the images are read
-                comparison.check_reference(found[name], names)
+    found, protocol = {}, {}
+    for name, path in given.items():
+        how = network, flags.batch_size, flags.size
+        found[name], protocol[name] = comparison.load_features(path, *how)
+        if name == "reference" and "images" in given:  # before the images are read
+            comparison.check_reference(found[name], names)
+    sizes = {x["size"] for x in protocol.values() if "size" in x}
     name, protocol["network"] = _network(network, protocol, found, flags.network)
     if flags.write_statistics:
         described = {**protocol["reference"], "network": protocol["network"]}
         exchange.write_statistics(flags.write_statistics, found["reference"], described)
         log.info("Wrote %s", flags.write_statistics)
-    if found["images"] is None:
+    if "images" not in found:
         return {}, protocol
-    sizes = {protocol[x].get("size") for x in found if "size" in protocol.get(x, ())}
     if len(sizes) > 1:
         log.warning("The two sets have images of different sizes, %s.", " and ".join(sizes))
-    values, protocol["metrics"] = comparison.compare(
-        found["reference"], found["images"], names, features.SUFFIXES[name]
-    )
+    sets = found.get("reference"), found["images"]
+    values, protocol["metrics"] = comparison.compare(*sets, names, features.SUFFIXES[name])
     return values, protocol
 
 
 def _network(
     network: features.Network | None,
     protocol: dict[str, Any],
-    found: dict[str, features.Features | None],
+    found: dict[str, features.Features],
     asked: str | None,
 ) -> tuple[str, Any]:
-    """Takes the one network of all features out of the protocols: its name and what describes it."""
+    """Takes the network of all features out of the protocols: its name and what describes it."""
     known = [x.pop("network") for x in protocol.values() if "network" in x]
-    if network is not None:
-        known.append(network.protocol)
+    known += [network.protocol] if network is not None else []
     if any(x != known[0] for x in known):
         raise UserError(
             f"The two statistics are of different networks or weights, {known[0]} and {known[1]}: "
@@ -109,9 +104,8 @@ def _network(
     name = known[0].get("name") if known else asked or "inception"
     if name not in features.SUFFIXES or (asked and asked != name):
         raise UserError(f"The statistics are of the network {name!r}: leave --network out.")
-    for x in found.values():
-        width = x.gaussians["pool"].mean.size if x is not None else features.WIDTHS.get(name)
-        if name in features.WIDTHS and width != features.WIDTHS[name]:
+    for width in (x.gaussians["pool"].mean.size for x in found.values()):
+        if width != features.WIDTHS.get(name, width):
             raise UserError(
                 f"The statistics are of {width} features, and the network {name} has "
                 f"{features.WIDTHS[name]}: name theirs by --network."
@@ -122,7 +116,6 @@ def _network(
 def _pair_metrics(
     names: list[str], flags: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns the metrics that compare images in pairs, and their protocol."""
     if flags.reference is None or flags.images is None:
         raise UserError(f"{', '.join(names)} compare pairs: give --reference and --images.")
     x, y = (exchange.open_set(path, flags.size) for path in (flags.reference, flags.images))
@@ -136,9 +129,8 @@ def _pair_metrics(
         pair = next(pair for pair in zip(x.names, y.names, strict=True) if pair[0] != pair[1])
         log.warning("Pairs are in sorted order, so that %s goes with %s, for example.", *pair)
     both = zip(x.batches(flags.batch_size), y.batches(flags.batch_size), strict=True)
-    values, settings = pairs.pair_metrics(
-        both, names, vgg16=flags.vgg16, batch_size=flags.batch_size
-    )
+    how = {"vgg16": flags.vgg16, "batch_size": flags.batch_size}
+    values, settings = pairs.pair_metrics(both, names, **how)
     protocol = {"reference": x.protocol, "images": y.protocol, "pairs": "in sorted order"}
     return values, protocol | settings
 
@@ -175,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         protocol |= {"quantised": "uint8", **results.machine()}
         print(f"{results.table(values, _METRICS)}\n\n{results.describe(protocol)}")
         if flags.out:
-            results.write(flags.out, values, protocol)
+            results.write_json(flags.out, {"metrics": values, "protocol": protocol})
         if flags.tensorboard:
             logbook.write_scalars(flags.tensorboard, values)
 

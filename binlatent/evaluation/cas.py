@@ -73,11 +73,9 @@ def classification_accuracy(
     sample_images, real_images = ImageRows(samples), ImageRows(images)
     sample_labels = check_labels(sample_labels, len(sample_images), num_classes)
     labels = check_labels(labels, len(real_images), num_classes)
-    if sample_images.shape[1:] != real_images.shape[1:]:
-        raise ValueError(
-            f"samples and images must be of one shape, got {sample_images.shape[1:]} and "
-            f"{real_images.shape[1:]}."
-        )
+    of_samples, of_images = sample_images.shape[1:], real_images.shape[1:]
+    if of_samples != of_images:
+        raise ValueError(f"samples and images must be of one shape, got {of_samples}, {of_images}.")
     missing = np.flatnonzero(np.bincount(sample_labels, minlength=num_classes) == 0)
     if len(missing):
         raise UserError(
@@ -89,9 +87,7 @@ def classification_accuracy(
         logits, _ = apply_classifier(params, images, batch_size)
     else:
         model = ResNet50(num_classes, dtype=dtype, axis_name=AXIS)
-        variables = train_resnet(
-            *(model, samples, sample_labels, key), num_epochs=num_epochs, batch_size=batch_size
-        )
+        variables = train_resnet(model, samples, sample_labels, key, num_epochs, batch_size)
         logits = apply_resnet(model, variables, images, batch_size)
     return {
         "cas_top1": top_k_accuracy(logits, labels, 1),
@@ -120,17 +116,15 @@ def train_resnet(
     images: Sequence[np.ndarray],
     labels: np.ndarray,
     key: Array,
-    *,
     num_epochs: int,
     batch_size: int,
 ) -> dict[str, Any]:
     """Trains a ResNet-50 on all local devices: random crops and flips, SGD, a cosine (He et al.).
 
     Nesterov's momentum is 0.9, the decay of convolutions and of the last layer 1e-4; the learning
-    rate, 0.1 for 256 images, rises over five epochs, or half of all, and falls to 0.
-
-    The model averages over `AXIS`; images, n of uint8 (h, w, c), have more than 32 pixels a side.
-    Returns the variables, `params` and `batch_stats`, for `apply_resnet`.
+    rate, 0.1 for 256 images, rises over five epochs, or half of all, and falls to 0. The model
+    averages over `AXIS`; images, n of uint8 (h, w, c), have more than 32 pixels a side. Returns
+    the variables, `params` and `batch_stats`, for `apply_resnet`.
     """
     images, labels = ImageRows(images), np.asarray(labels)
     num_devices = jax.local_device_count()
@@ -160,7 +154,7 @@ def train_resnet(
 def apply_resnet(
     model: ResNet50, variables: dict[str, Any], images: Sequence[np.ndarray], batch_size: int
 ) -> np.ndarray:
-    """Returns the logits, (n, k), of the centres of images, uint8 (h, w, c), more than 32 a side."""
+    """Returns the logits, (n, k), of the centres of images, uint8 (h, w, c) above 32 a side."""
     logits = functools.partial(_logits, variables, model=model)
     return map_batches(logits, batch_size, ImageRows(images))
 
@@ -205,7 +199,6 @@ def random_crop(image: Array, key: Array, size: int) -> Array:
 
 
 def _optimizer(batch_size: int, epoch: int, num_epochs: int) -> optax.GradientTransformation:
-    """Returns SGD for epochs of `epoch` steps."""
     num_steps = epoch * num_epochs
     warmup_steps = min(_WARMUP_EPOCHS * epoch, num_steps // 2)
     rate = _LEARNING_RATE * batch_size / 256
@@ -220,15 +213,7 @@ def _optimizer(batch_size: int, epoch: int, num_epochs: int) -> optax.GradientTr
     )
 
 
-def _train_step(
-    state: State,
-    batch: dict[str, Array],
-    key: Array,
-    *,
-    model: ResNet50,
-    optimizer: optax.GradientTransformation,
-    size: int,
-) -> tuple[State, dict[str, Array]]:
+def _train_step(state, batch, key, *, model, optimizer, size):
     """One step on this device's part of a batch; call under pmap over `AXIS`."""
     # By the place in the whole batch, so that the devices' number changes nothing.
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch["index"])

@@ -126,7 +126,6 @@ def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> None:
 
 
 def _refuse(what: str, metrics: Sequence[str], reason: str) -> None:
-    """Refuses the first of the metrics that needs something, if one does."""
     for name in needing(what, metrics):
         raise UserError(f"The metric {name} {reason}.")
 
@@ -143,7 +142,7 @@ def check_network(name: str, metrics: Sequence[str], logits: bool = True) -> Non
 def check_reference(
     known: Features | None, metrics: Sequence[str], width: int | None = None
 ) -> None:
-    """Refuses a reference, or none, that images with features of a width cannot be compared with."""
+    """Refuses a reference, or none, that features of a width cannot be compared with."""
     if known is None and needing("reference", metrics):
         raise UserError(
             "Give a reference to compare with; without one there is only the metric is."
@@ -168,8 +167,9 @@ def _check_known(known: Features, metrics: Sequence[str], which: str) -> None:
         lack = f"compares samples, but of {which} only statistics are known"
         _refuse("pool", metrics, f"{lack}: give images, or statistics with their features")
     elif (found := len(known.pool)) < _FEWEST:
-        lack = f"needs at least {_FEWEST} images of each, and {which} has {found}"
-        _refuse("pool", metrics, lack)
+        _refuse(
+            "pool", metrics, f"needs at least {_FEWEST} images of each, and {which} has {found}"
+        )
 
 
 def check_count(num: int, metrics: Sequence[str]) -> None:
@@ -205,7 +205,7 @@ def features_of(
 def load_features(
     path: Path, network: Network | None, batch_size: int, image_size: int | None = None
 ) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of a folder or an .npz file of images, or of stored ones, and the protocol.
+    """Returns the features of a folder, or of an .npz file of images or statistics, and a protocol.
 
     `network` is for images, None where there are none; stored protocols may name their `network`.
     """
@@ -238,10 +238,8 @@ def compare(
     The inception score is of ten parts in a random order and does without a reference; KID is over
     100 random subsets of 1,000, or of fewer if there are not so many; where that is all of both,
     once and without a deviation. Both are drawn as torch-fidelity draws them. With the `suffix` of
-    a network that is not FID's, FID is called fd, KID kd, and so on.
-
-    Returns:
-      Numbers by name, for example `kid` with `kid_std`; and how each metric was measured.
+    a network that is not FID's, FID is called fd, KID kd, and so on. Returns numbers by name, for
+    example `kid` with `kid_std`; and how each metric was measured.
     """
     check_metrics(metrics, METRICS)
     width = generated.gaussians["pool"].mean.size

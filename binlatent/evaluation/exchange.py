@@ -41,7 +41,7 @@ class ImageSet(NamedTuple):
 
 
 def open_set(path: Path, image_size: int | None = None) -> ImageSet:
-    """Opens an .npz file of images, or a folder, brought to squares of `image_size` if that is given.
+    """Opens an .npz file of images, or a folder, brought to squares of `image_size` if given.
 
     An image that cannot be read, or has another size than the first, is refused by `batches`.
     """
@@ -127,10 +127,7 @@ def _npz_batches(path: Path, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def write_batch(path: Path, parts: Sequence[np.ndarray], labels: np.ndarray | None) -> None:
-    """Writes images, uint8 (m, h, w, c) in parts for ADM's evaluator.
-
-    Grey ones become r = g = b; labels are integers (n,).
-    """
+    """Writes images, uint8 (m, h, w, c) in parts such as mapped files; grey ones are r = g = b."""
     shape = (sum(map(len, parts)), *parts[0].shape[1:3], 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with atomic(path) as unfinished, zipfile.ZipFile(unfinished, "w", allowZip64=True) as archive:
@@ -154,12 +151,10 @@ def holds_images(path: Path) -> bool:
 
 
 def _names(path: Path) -> list[str]:
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        return []
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.namelist()
-    except zipfile.BadZipFile:
+    except (OSError, zipfile.BadZipFile):
         return []
 
 
@@ -173,10 +168,7 @@ def read_arrays(path: Path, anew: str) -> dict[str, np.ndarray]:
 
 
 def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
-    """Reads features, and their protocol if there is one, from a file of this module or of others.
-
-    Those are .npz files of ADM or pytorch-fid, and .pt files of torch-fidelity.
-    """
+    """Reads features, and their protocol if there is one, from any of the files described here."""
     if path.suffix == ".pt":
         content = state_dicts.read_cache(path)
         if isinstance(content, dict):
@@ -213,28 +205,25 @@ def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
 
 
 def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: str) -> Gaussian:
-    """Returns two arrays of a file as a Gaussian, if they are one."""
     if mean not in arrays or covariance not in arrays:
         raise _damaged(path, f"it lacks {mean} or {covariance}")
     for key in (mean, covariance):
         if arrays[key].dtype.kind not in "fiu":
             raise _damaged(path, f"{key} is {arrays[key].dtype}")
-    gaussian = Gaussian(*(np.asarray(arrays[key], np.float64) for key in (mean, covariance)))
-    d = gaussian.mean.size
-    if gaussian.mean.shape != (d,) or gaussian.covariance.shape != (d, d) or not d:
-        shapes = gaussian.mean.shape, gaussian.covariance.shape
-        raise _damaged(path, f"{mean} and {covariance} have the shapes {shapes}")
-    if not all(np.isfinite(x).all() for x in gaussian):
+    m, s = (np.asarray(arrays[key], np.float64) for key in (mean, covariance))
+    if m.ndim != 1 or s.shape != (m.size, m.size) or not m.size:
+        raise _damaged(path, f"{mean} and {covariance} have the shapes {m.shape, s.shape}")
+    if not (np.isfinite(m).all() and np.isfinite(s).all()):
         raise _damaged(path, f"{mean} or {covariance} is not finite")
-    if not np.allclose(gaussian.covariance, gaussian.covariance.T, rtol=1e-3, atol=1e-6):
+    if not np.allclose(s, s.T, rtol=1e-3, atol=1e-6):
         raise _damaged(path, f"{covariance} is not symmetric")
-    if np.any(np.diag(gaussian.covariance) < 0):
+    if np.any(np.diag(s) < 0):
         raise _damaged(path, f"{covariance} has negative variances")
-    return gaussian
+    return Gaussian(m, s)
 
 
 def write_statistics(path: Path, features: Features, protocol: dict[str, Any]) -> None:
-    """Writes features and their protocol; a .pt file of torch-fidelity holds only FID's Gaussian."""
+    """Writes features and the protocol; a .pt file of torch-fidelity holds FID's Gaussian alone."""
     if path.suffix == ".pt":
         path.parent.mkdir(parents=True, exist_ok=True)
         state_dicts.write_cache(path, *features.gaussians["pool"])

@@ -15,7 +15,6 @@ from binlatent.experiment import Experiment
 from binlatent.pipeline import BinaryLatentDiffusion
 
 _BATCH = 500  # images that the classifier judges at a time
-
 _HALVES = ("top", "bottom", "left", "right")
 
 
@@ -49,10 +48,7 @@ class Judge:
     def inpainting_quality(
         self, pipeline: BinaryLatentDiffusion, key: jax.Array, **options: Any
     ) -> dict[str, float]:
-        """Returns the same two numbers of completed halves of the test images, of no given class.
-
-        The accuracy is for the classes of the images; options are of `pipeline.inpaint`.
-        """
+        """Returns the same numbers of completed halves of the test images, of no given class."""
         halves = [masks.preset(name, *self.images.shape[1:3]) for name in _HALVES]
         keep = np.stack([halves[i % len(halves)] for i in range(len(self.images))])
         results = pipeline.inpaint(to_float(self.images), keep, key, **options)

@@ -19,10 +19,7 @@ from binlatent.runtime.keys import key_for
 
 
 def class_rows(num_classes: int, columns: int = 10) -> tuple[int, np.ndarray | None]:
-    """Returns how many samples a grid of a row a class takes, and their labels.
-
-    At most ten classes, spread over all of them; ten rows without labels if there are none.
-    """
+    """Returns how many samples a grid with a row a class has, ten at most, and their labels."""
     if not num_classes:
         return 10 * columns, None
     classes = np.unique(np.linspace(0, num_classes - 1, 10).round().astype(np.int32))
@@ -44,10 +41,7 @@ def samples(
     label: Any = None,
     **options: Any,
 ) -> np.ndarray:
-    """Draws samples: ten of each class, a row a class, unless `num` or `label` say otherwise.
-
-    Classes of `num` samples take turns; a label is of all of them.
-    """
+    """Draws samples: ten of each class in a row, or `num` of classes in turn, or of one label."""
     all_classes, labels = class_rows(pipeline.num_classes)
     if label is not None:
         labels = label
@@ -74,7 +68,7 @@ def inpaintings(
 ) -> np.ndarray:
     """Draws, a row an image: the image, the part of it that is given, and `num` completions.
 
-    The images are float in [-1, 1]; `keep`, bool (n, height, width), is True where one is given.
+    The images are float in [-1, 1]; `keep`, bool (n, height, width), is True for given pixels.
     """
     keys = [jax.random.fold_in(key, i) for i in range(num)]
     completions = [pipeline.inpaint(images, keep, k, label, **options) for k in keys]
@@ -107,9 +101,6 @@ def trajectory(pipeline: BinaryLatentDiffusion, key: jax.Array, columns: int = 9
     return png.grid([to_uint8(pipeline.decode(row[shown])) for row in states])
 
 
-# What a user asks for
-
-
 class Request(NamedTuple):
     """A picture that a user asks for, by flags of `binlatent.main`."""
 
@@ -140,6 +131,14 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
 def _samples(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     key = key_for(asked.seed, "sample")
     return samples(pipeline, key, asked.num, _label(asked), **asked.options)
+
+
+def _trajectory(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
+    return trajectory(pipeline, key_for(asked.seed, "trajectory"))
+
+
+def _reconstructions(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
+    return reconstructions(pipeline, test_images(pipeline.experiment, asked.num or 20)[0])
 
 
 def _inpaintings(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
@@ -198,18 +197,10 @@ def _masks(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> np.ndar
 # By mode, the file of the workdir, and what draws it.
 PICTURES = {
     "sample": ("samples.png", _samples),
-    "reconstruct": (
-        "reconstructions.png",
-        lambda pipeline, asked: reconstructions(
-            pipeline, test_images(pipeline.experiment, asked.num or 20)[0]
-        ),
-    ),
+    "reconstruct": ("reconstructions.png", _reconstructions),
     "inpaint": ("inpainting.png", _inpaintings),
     "vary": ("variations.png", _variations),
-    "trajectory": (
-        "trajectory.png",
-        lambda pipeline, asked: trajectory(pipeline, key_for(asked.seed, "trajectory")),
-    ),
+    "trajectory": ("trajectory.png", _trajectory),
 }
 
 

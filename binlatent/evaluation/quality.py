@@ -1,8 +1,7 @@
 """Judges a workdir by the metrics of the literature, its samples drawn resumably.
 
-`--mode=evaluate --metrics=...` and `config.evaluate.every` run it. In `evaluation` of a workdir lie
-the statistics of the reference, a folder of features for each way to draw samples, and the results,
-a JSON file each, with the protocol that they were measured by.
+In `evaluation` of a workdir lie the statistics of the reference, a folder of features for each way
+to draw samples, and the results, a JSON file each, with the protocol that they were measured by.
 """
 
 import json
@@ -48,9 +47,8 @@ def _classification_accuracy(
         # They need not fit in memory.
         shape = (count, *experiment.data.image_shape)
         images = np.lib.format.open_memmap(file.name, "w+", np.uint8, shape)
-        for batch in loader.in_order(count, lambda i: source.examples[i], 64):
-            start = sum(map(len, labels))
-            images[start : start + len(batch["image"])] = batch["image"]
+        for i, batch in enumerate(loader.in_order(count, lambda i: source.examples[i], 64)):
+            images[64 * i : 64 * (i + 1)] = batch["image"]
             labels.append(batch["label"])
         return cas.classification_accuracy(
             *(samples.images(), samples.labels(), images, np.concatenate(labels)),
@@ -92,9 +90,7 @@ def check(experiment: Experiment, metrics: Sequence[str], num: int) -> None:
     """Refuses metrics that there are not, or not for such a prior, before anything is drawn."""
     comparison.check_metrics(metrics, METRICS)
     conditioning = experiment.prior.conditioning
-    for name in metrics:
-        if "classes" not in METRICS[name].needs:
-            continue
+    for name in [name for name in metrics if "classes" in METRICS[name].needs]:
         if conditioning.kind != "class":
             raise UserError(f"The metric {name} is for priors with classes: leave it out.")
         if num < conditioning.num_classes:
@@ -132,12 +128,11 @@ def run(
         lpips.read_vgg16(experiment.autoencoder.vgg16)
     if (of_samples or "prior" in needs) and not pipeline.has_prior:
         raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
-    values: dict[str, float] = {}
-    protocol: dict[str, Any] = {}
+    values, protocol = {}, {}
     if of_samples:
         options = {name: value for name, value in options.items() if value is not None}
-        drawing = {"seed": seed, "keep": keep, "options": options}
-        values, protocol = _of_samples(pipeline, workdir, metrics, num, drawing)
+        drawing = {"num": num, "seed": seed, "keep": keep, "options": options}
+        values, protocol = _of_samples(pipeline, workdir, metrics, drawing)
     if jax.process_index():
         return {}, {}
     if _asked(pairs.METRICS | report.METRICS, metrics):
@@ -163,23 +158,16 @@ def _opponents(
 
 
 def _of_samples(
-    pipeline: BinaryLatentDiffusion,
-    workdir: Path,
-    metrics: Sequence[str],
-    num: int,
-    drawing: dict[str, Any],
+    pipeline: BinaryLatentDiffusion, workdir: Path, metrics: Sequence[str], drawing: dict[str, Any]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns those of the metrics that are about samples; {} in all processes but the first.
-
-    What the samples are compared with comes first: it may be refused before hours of drawing.
-    """
-    experiment, folder, first = pipeline.experiment, workdir / "evaluation", not jax.process_index()
+    """Returns the metrics about samples, whose references come first: they may be refused."""
+    experiment, folder = pipeline.experiment, workdir / "evaluation"
     of_features, of_images = (_asked(x, metrics) for x in (comparison.METRICS, _OF_SAMPLES))
     values, protocol, judge, known = {}, {}, None, None
     if of_features:
         judge, known, protocol = _opponents(experiment, workdir, of_features)
-    samples = Samples(pipeline, judge, folder, num, images=bool(of_images), **drawing)
-    if not first:
+    samples = Samples(pipeline, judge, folder, images=bool(of_images), **drawing)
+    if jax.process_index():
         return {}, {}
     protocol["samples"] = samples.protocol
     if drawing["keep"] == "npz":
@@ -196,10 +184,7 @@ def _of_samples(
 
 
 def _write(workdir: Path, values: dict[str, float], protocol: dict[str, Any]) -> None:
-    """Writes metrics to a file of all that were measured by the same protocol, and to the log.
-
-    What a metric settles for itself, under `metrics`, does not make it another protocol.
-    """
+    """Writes metrics to the log, and to the one file of their protocol, but for its `metrics`."""
     common = {name: value for name, value in protocol.items() if name != "metrics"}
     path = workdir / "evaluation" / f"{digest(common)}.json"
     try:
@@ -208,19 +193,13 @@ def _write(workdir: Path, values: dict[str, float], protocol: dict[str, Any]) ->
     except (FileNotFoundError, ValueError, KeyError):  # none, or cut by a kill
         earlier, settled = {}, {}
     together = common | {"metrics": settled | protocol.get("metrics", {})}
-    results.write(path, earlier | values, together)
-    step = _newest_step(workdir)
+    results.write_json(path, {"metrics": earlier | values, "protocol": together})
+    step = 0  # of the newest checkpoint of the last stage that there is
+    if stages := [stage for stage in ("prior", "autoencoder") if exists(workdir, stage)]:
+        with Checkpoints.open(workdir, stages[0]) as checkpoints:
+            step = checkpoints.latest_step()
     with Logbook(workdir, "evaluation", step, step) as logbook:
         logbook.record(step, values)
-
-
-def _newest_step(workdir: Path) -> int:
-    """Returns the step of the newest checkpoint of the last stage that there is, 0 without one."""
-    for stage in ("prior", "autoencoder"):
-        if exists(workdir, stage):
-            with Checkpoints.open(workdir, stage) as checkpoints:
-                return checkpoints.latest_step()
-    return 0
 
 
 def judge_while_training(

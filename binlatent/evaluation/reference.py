@@ -67,8 +67,7 @@ def reference(
     name = experiment.evaluate.reference
     if name in ("train", "test"):
         return features_of_split(experiment, network, workdir, name)
-    size = experiment.sample.batch_size
-    known, protocol = comparison.load_features(Path(name), network, size)
+    known, protocol = comparison.load_features(Path(name), network, experiment.sample.batch_size)
     protocol.pop("network", None)
     return known, protocol
 

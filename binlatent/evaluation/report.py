@@ -60,8 +60,7 @@ class HeldOut:
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
         """The labels as the prior takes them; None if the images have none for it."""
-        known = self.pipeline.experiment.prior.conditioning.known
-        return known(self.source, self.source_labels)
+        return self.pipeline.experiment.prior.conditioning.known(self.source, self.source_labels)
 
     @functools.cached_property
     def codes(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -117,8 +116,7 @@ def prior_metrics(
 ) -> dict[str, float]:
     """Returns what the kind of prior reports of images, a mean over eight draws of noise for each.
 
-    Of a Bernoulli prior that is `bce`, in nats a bit. `probs` are the encoder's y, (n, h, w, c);
-    the labels are those of `Conditioning.known`.
+    Of a Bernoulli prior that is `bce`, in nats a bit. `probs` are the encoder's y, (n, h, w, c).
     """
     probs = np.concatenate([probs] * _DRAWS)
     labels = None if labels is None else np.concatenate([labels] * _DRAWS)
@@ -131,9 +129,8 @@ def likelihood_metrics(
 ) -> dict[str, float]:
     """Returns the mean length of codes by the prior, `bits_per_image` and `bits_per_dim`.
 
-    The codes are drawn from B(y), as those that the prior is trained on. A kind of prior gives
-    their length exactly, or an upper bound on it, of a sampler with the options. Arguments are as
-    of `prior_metrics`; see `BinaryLatentDiffusion.code_lengths`.
+    The codes are drawn from B(y), as those that the prior is trained on. Their length is exact by
+    some kinds of prior, by others an upper bound of a sampler with the options.
     """
     code_key, noise_key = jax.random.split(key_for(0, "likelihood"))
     codes = np.asarray(jax.random.uniform(code_key, probs.shape) < probs, np.float32)
@@ -225,8 +222,7 @@ def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, An
 
     Without classes there is no `samples` part: the classifier that judges them needs labels.
     """
-    workdir = Path(workdir)
-    seconds = {}
+    workdir, seconds = Path(workdir), {}
     for stage in ("autoencoder", "prior"):
         with Checkpoints.open(workdir, stage) as checkpoints:
             seconds[stage] = checkpoints.newest(Checkpoints.meta)["seconds"]
@@ -236,8 +232,7 @@ def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, An
         "autoencoder": measure(pipeline, test, _OF_AUTOENCODER)[0],
         "prior": measure(pipeline, test, ("prior", "bound"))[0],
     }
-    by_class = pipeline.experiment.prior.conditioning.kind == "class"
-    if by_class and test.labels is not None:
+    if pipeline.experiment.prior.conditioning.kind == "class" and test.labels is not None:
         content["samples"], seconds["sampling"] = sample_metrics(pipeline, workdir)
     content["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     content["device"] = results.machine()["device"]

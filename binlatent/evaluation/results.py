@@ -39,11 +39,6 @@ def machine() -> dict[str, str]:
     return {"device": device, "jax": jax.__version__}
 
 
-def write(path: Path, metrics: dict[str, float], protocol: dict[str, Any]) -> None:
-    """Writes metrics and their protocol as JSON."""
-    write_json(path, {"metrics": metrics, "protocol": protocol})
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Writes JSON, all of it or nothing; null for numbers that are not finite."""
     with atomic(path) as unfinished:

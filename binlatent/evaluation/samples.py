@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,10 +26,7 @@ _SHARD = 500  # samples drawn before their features are written, at most
 
 
 class Samples:
-    """Samples of a prior with their features, drawn shard by shard into a folder.
-
-    What is there already is not drawn again. Several processes take turns at the shards.
-    """
+    """Samples of a prior with their features, drawn shard by shard, by all processes in turn."""
 
     def __init__(
         self,
@@ -56,18 +53,18 @@ class Samples:
         self._options, self._keep = options or {}, keep
         self._with_images = images or keep == "npz"
         experiment = pipeline.experiment
-        self._labels = _Labels(experiment, seed)
+        labels, self._labels = _labelling(experiment, seed)
         self.protocol = {
             "weights": f"EMA, {weights.fingerprint(pipeline.prior_params)}",
             "autoencoder": weights.fingerprint(pipeline.autoencoder_params),
             "prior": experiment.prior.kind,
             "dtype": experiment.dtype.name,
             "seed": seed,
-            "labels": self._labels.protocol,
+            "labels": labels,
             **dataclasses.asdict(pipeline.settings(self._options)),
         }
-        described = network.protocol if network else {}
-        self.folder = folder / f"samples_{digest(self.protocol, described)}"
+        name = digest(self.protocol, network.protocol if network else {})
+        self.folder = folder / f"samples_{name}"
         self.protocol["count"] = num
         shard = min(_SHARD, -(-num // jax.process_count()))
         sizes = [(start, min(shard, num - start)) for start in range(0, num, shard)]
@@ -92,7 +89,7 @@ class Samples:
         return all(file.exists() for file in needed)
 
     def _draw_shard(self, shard: "_Shard", keys: jax.Array) -> None:
-        labels = self._labels.take(shard.start, shard.size)
+        labels = self._labels(np.arange(shard.start, shard.start + shard.size))
         images = to_uint8(self._pipeline.sample(shard.size, keys, labels, **self._options))
         arrays = {} if labels is None or labels.ndim > 1 else {"labels": labels}
         if self._network is not None:
@@ -123,13 +120,14 @@ class Samples:
         images = self.images()
         size = "x".join(map(str, images[0].shape[:2]))
         path = self.folder / f"samples_{self._num}x{size}x3.npz"
-        labels = self.labels() if self._labels.num_classes else None
+        by_class = self._pipeline.experiment.prior.conditioning.kind == "class"
+        labels = self.labels() if by_class else None
         exchange.write_batch(path, images.parts, labels)
         return path
 
 
 class _Shard(NamedTuple):
-    """Where samples from `start` on are kept."""
+    """Where `size` samples from `start` on are kept: features and classes, images, pictures."""
 
     folder: Path
     start: int
@@ -137,7 +135,6 @@ class _Shard(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """The file of their features and classes."""
         return self.folder / f"{self.start:07}_{self.size}.npz"
 
     @property
@@ -154,10 +151,9 @@ class _Shard(NamedTuple):
 
 
 class Stored:
-    """Images in .npy files of equal numbers but for the last, by index."""
+    """Images in mapped .npy files of equal numbers but for the last, by index."""
 
     def __init__(self, paths: Sequence[Path]):
-        """Maps the files into memory."""
         self.parts = [np.load(path, mmap_mode="r") for path in paths]
 
     def __len__(self) -> int:
@@ -168,26 +164,21 @@ class Stored:
         return self.parts[shard][place]
 
 
-class _Labels:
-    """The labels of samples by their index: classes in turn, or those of training images."""
+def _labelling(
+    experiment: Experiment, seed: int
+) -> tuple[str, Callable[[np.ndarray], np.ndarray | None]]:
+    """Returns which labels samples have, in words, and the function of their indices."""
+    conditioning = experiment.prior.conditioning
+    if conditioning.kind == "none":
+        return "none", lambda indices: None
+    if conditioning.kind == "class" and experiment.evaluate.labels == "balanced":
+        k = conditioning.num_classes
+        return f"balanced, {k} classes in turn", lambda indices: (indices % k).astype(np.int32)
+    source = open_split(experiment.data, "train", keep=False)
+    order = np.random.default_rng(seed).permutation(len(source.examples))
 
-    def __init__(self, experiment: Experiment, seed: int):
-        conditioning = experiment.prior.conditioning
-        self.num_classes = conditioning.num_classes if conditioning.kind == "class" else 0
-        self._examples = None
-        if conditioning.kind == "none":
-            self.protocol = "none"
-        elif self.num_classes and experiment.evaluate.labels == "balanced":
-            self.protocol = f"balanced, {self.num_classes} classes in turn"
-        else:
-            source = open_split(experiment.data, "train", keep=False)
-            order = "those of training images in a random order"
-            self.protocol, self._examples = f"{order}, {source.fingerprint}", source.examples
-            self._order = np.random.default_rng(seed).permutation(len(self._examples))
+    def of_images(indices: np.ndarray) -> np.ndarray:
+        images = order[indices % len(order)]
+        return np.stack([np.asarray(source.examples[int(i)]["label"]) for i in images])
 
-    def take(self, start: int, size: int) -> np.ndarray | None:
-        indices = np.arange(start, start + size)
-        if self._examples is not None:
-            order = self._order[indices % len(self._order)]
-            return np.stack([np.asarray(self._examples[int(i)]["label"]) for i in order])
-        return (indices % self.num_classes).astype(np.int32) if self.num_classes else None
+    return f"those of training images in a random order, {source.fingerprint}", of_images

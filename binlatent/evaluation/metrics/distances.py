@@ -2,8 +2,6 @@
 
 A product of matrices bounds the squared distances. Only where a bound does not decide is a distance
 computed, in float64 and from the difference, so that no result depends on the bounds.
-
-Dimension legend: `n` samples, `d` their width, `k` neighbours.
 """
 
 from typing import NamedTuple

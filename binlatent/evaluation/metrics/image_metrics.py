@@ -1,7 +1,4 @@
-"""Metrics of images and codes as pure NumPy functions in float64.
-
-Dimension legend: `n` batch, `h w` grid, `c` channels of an image or bits of a code.
-"""
+"""Metrics of images and codes, (n, h, w, c), as pure NumPy functions in float64."""
 
 import functools
 
@@ -16,10 +13,7 @@ SSIM_WINDOW = 11
 
 
 def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each pair of images, uint8 (n, h, w, c), in decibels.
-
-    It is 10 log10(255^2 / mean squared error), float64 (n,); infinite for equal images.
-    """
+    """PSNR of each pair of images, uint8 (n, h, w, c), in dB: float64 (n,), infinite if equal."""
     _check_image_pair(x, y)
     ratio = functools.partial(skimage_metrics.peak_signal_noise_ratio, data_range=_MAX_PIXEL)
     with np.errstate(divide="ignore"):
@@ -35,10 +29,7 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """
     _check_image_pair(x, y)
     if min(x.shape[1:3]) < SSIM_WINDOW:
-        raise ValueError(
-            f"ssim needs images of at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, "
-            f"got {x.shape[1]} x {x.shape[2]}."
-        )
+        raise ValueError(f"ssim needs at least {SSIM_WINDOW} pixels a side, got {x.shape[1:3]}.")
     similarity = functools.partial(
         skimage_metrics.structural_similarity,
         channel_axis=-1,
@@ -64,21 +55,18 @@ def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
     if not np.all((codes == 0) | (codes == 1)):
         raise ValueError("codes must hold only 0 and 1.")
     frequency = np.mean(codes, axis=0, dtype=np.float64)
+    tokens = codes.reshape(-1, codes.shape[-1])
+    signs = 2.0 * tokens[:, tokens.min(axis=0) < tokens.max(axis=0)] - 1.0
+    # The mean of a product of signs is the share of agreement less that of disagreement.
+    agreement = np.abs(signs.T @ signs) / len(signs)
+    duplicate = np.any(np.triu(agreement, 1) >= 2 * _SAME - 1, axis=0)
     entropy = (special.entr(frequency) + special.entr(1.0 - frequency)) / np.log(2.0)
     return {
         "bit_rate": frequency.size,
         "mean_bit_entropy": float(np.mean(entropy)),
         "dead_bits": int(np.sum((frequency == 0.0) | (frequency == 1.0))),
-        "duplicate_bits": _duplicate_bits(codes.reshape(-1, codes.shape[-1])),
+        "duplicate_bits": int(np.sum(duplicate)),
     }
-
-
-def _duplicate_bits(tokens: np.ndarray) -> int:
-    """How many columns of (n, c) bits are, or are the opposite of, one before them."""
-    signs = 2.0 * tokens[:, tokens.min(axis=0) < tokens.max(axis=0)] - 1.0
-    # The mean of a product of signs is the share of agreement less that of disagreement.
-    agreement = np.abs(signs.T @ signs) / len(signs)
-    return int(np.sum(np.any(np.triu(agreement, 1) >= 2 * _SAME - 1, axis=0)))
 
 
 def codebook_statistics(indices: np.ndarray, size: int) -> dict[str, float | int]:
@@ -99,8 +87,6 @@ def codebook_statistics(indices: np.ndarray, size: int) -> dict[str, float | int
 
 def _check_image_pair(x: np.ndarray, y: np.ndarray) -> None:
     if x.ndim != 4 or x.shape != y.shape:
-        raise ValueError(
-            f"images must be two equal shapes (n, h, w, c), got {x.shape} and {y.shape}."
-        )
+        raise ValueError(f"images must be two equal shapes (n, h, w, c), got {x.shape}, {y.shape}.")
     if x.dtype != np.uint8 or y.dtype != np.uint8:
         raise ValueError(f"images must be uint8, got {x.dtype} and {y.dtype}.")

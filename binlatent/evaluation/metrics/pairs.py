@@ -34,7 +34,7 @@ def lpips(variables: Any, x: np.ndarray, y: np.ndarray, batch_size: int) -> np.n
 
 
 # A row measures x and y, uint8 (n, h, w, c), as (n,); one that needs "vgg16" takes its variables
-# first, and batch_size.
+# first, and batch_size. PSNR is in dB.
 METRICS = {
     "psnr": Metric(image_metrics.psnr, {"psnr": "PSNR"}),
     "ssim": Metric(image_metrics.ssim, {"ssim": "SSIM"}, smallest=image_metrics.SSIM_WINDOW),
@@ -53,11 +53,10 @@ def pair_metrics(
     vgg16: str | Path = "",
     batch_size: int = 16,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Returns means over all pairs, and standard deviations over them, of metrics in `METRICS`.
+    """Returns means over all pairs and deviations, `NAME_std`, of metrics, and how they came about.
 
     The pairs come in parts of the images and of what was made of them, uint8 (n, h, w, c) both;
-    `vgg16` is the file of weights for LPIPS, of `batch_size` pairs at a time. The numbers have
-    names, for example `psnr` and `psnr_std`, in dB; with them comes how metrics were measured.
+    `vgg16` is the file of weights for LPIPS, of `batch_size` pairs at a time.
     """
     measures = {name: METRICS[name].measure for name in names}
     for name in names:
@@ -85,14 +84,10 @@ def pair_metrics(
         joined = np.concatenate(parts).astype(np.float64)
         finite = np.isfinite(joined)
         if not finite.all():  # PSNR's
-            log.warning(
-                "%d of %d pairs are identical: their %s is infinite, and left out of the mean.",
-                *(np.sum(~finite), len(joined), name),
-            )
-            if not finite.any():
-                results[name] = math.inf
-                continue
-            joined = joined[finite]
-        results |= {name: float(np.mean(joined)), f"{name}_std": float(np.std(joined))}
+            told = "%d of %d pairs are identical: their %s is infinite, and left out of the mean."
+            log.warning(told, np.sum(~finite), len(joined), name)
+        results[name] = float(np.mean(joined[finite])) if finite.any() else math.inf
+        if finite.any():
+            results[f"{name}_std"] = float(np.std(joined[finite]))
     settled = [name for name in names if METRICS[name].settles]
     return results, {name: METRICS[name].settles(vgg16) for name in settled}

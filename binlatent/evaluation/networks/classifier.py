@@ -26,10 +26,9 @@ Params = dict[str, Any]
 class Classifier(nn.Module):
     """Maps images (n, h, w, c), float in [-1, 1], to class logits and penultimate features.
 
-    Three stages halve the grid and the features are the maxima over the last grid, so any size
-    and any number of channels work. (Maxima, because strokes are local: with means, digits take
-    more epochs to learn.) `width` is that of the first stage, a multiple of 8; the two later ones
-    have two and four times as many channels, so d = 4 * width.
+    Three stages halve the grid, and features are maxima over the last grid, so any size and any
+    number of channels work. (Strokes are local: with means, digits take more epochs to learn.)
+    `width`, a multiple of 8, is that of the first stage, and d = 4 * width.
     """
 
     num_classes: int
@@ -54,18 +53,15 @@ class Classifier(nn.Module):
 
 
 class ImageRows:
-    """Images of any sequence, such as files mapped into memory, read a batch at a time."""
+    """Images, uint8 (h, w, c), of any sequence such as mapped files, read a batch at a time."""
 
     def __init__(self, images: Sequence[np.ndarray]):
-        """Takes n >= 1 images, uint8 (h, w, c)."""
         if len(images) == 0:
             raise ValueError("at least one image is needed, got none.")
         first = np.asarray(images[0])
         self.shape = (len(images), *first.shape)
         if first.ndim != 3 or first.dtype != np.uint8:
-            raise ValueError(
-                f"images must be uint8 (n, h, w, c), got {first.dtype} of shape {self.shape}."
-            )
+            raise ValueError(f"images must be uint8 (n, h, w, c), got {first.dtype} {self.shape}.")
         self._images = images
 
     def __len__(self) -> int:
@@ -96,8 +92,7 @@ def shuffled_batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
     """Yields batches of images (b, h, w, c), labels (b,) and a key for what else a step draws.
 
-    The order of the images is drawn anew each epoch; those that do not fill a last batch are left
-    out. `batch_size`, b, is at most their number. A bar shows the progress.
+    Each epoch draws the order anew and drops images that do not fill a batch; b is at most n.
     """
     num_batches = len(images) // batch_size
     for step in tqdm(range(num_epochs * num_batches), unit=" steps", disable=None):
@@ -127,9 +122,8 @@ def train_classifier(
     labels = check_labels(labels, len(images), num_classes)
     if num_epochs < 1 or batch_size < 1:
         raise ValueError(
-            f"num_epochs and batch_size must be positive, got {num_epochs} and {batch_size}."
+            f"num_epochs, batch_size must be positive, got {num_epochs}, {batch_size}."
         )
-
     batch_size = min(batch_size, len(images))
     num_steps = num_epochs * (len(images) // batch_size)
     init_key, batches_key = jax.random.split(key)

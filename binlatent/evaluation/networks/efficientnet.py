@@ -3,8 +3,6 @@
 It is TensorFlow's network of 2020 for phones: EfficientNet-B0 without squeeze-and-excitation, with
 ReLU6. Parameters have the names of its conversion to PyTorch, `efficientnet-lite-pytorch`, without
 the underscores at their beginning.
-
-Dimensions: n batch, h w image grid, c features of a layer.
 """
 
 import jax
@@ -24,10 +22,7 @@ _STAGES = (
 
 
 def resize(images: Array) -> Array:
-    """Returns images, (n, h, w, c) of any h and w, at SIZE x SIZE, not cropped, float32.
-
-    It is bicubic and antialiased, as Pillow resizes floats; what overshoots is not clipped.
-    """
+    """Returns images, (n, h, w, c), at SIZE x SIZE, float32: bicubic, antialiased, not clipped."""
     n, _, _, c = images.shape
     return jax.image.resize(images.astype(jnp.float32), (n, SIZE, SIZE, c), "bicubic")
 
@@ -65,9 +60,9 @@ class EfficientNetLite0(nn.Module):
 
     @nn.compact
     def __call__(self, images: Array) -> dict[str, Array]:
-        """Returns `features`, (n, 1280), means of the last grid, and ImageNet's `logits`, (n, k).
+        """Returns `features`, (n, 1280), means over a grid, and ImageNet's `logits`, (n, 1000).
 
-        The images are 0 to 255, of any type, (n, h, w, 3) of any h and w; k is 1000.
+        The images are 0 to 255, of any type, (n, h, w, 3) of any h and w.
         """
         x = (resize(images) - 127) / 128
         x = nn.Conv(32, (3, 3), (2, 2), use_bias=False, name="conv_stem")(x)

@@ -1,7 +1,4 @@
-"""Features of images, by a network and batch by batch: what image metrics compare.
-
-Dimension legend: `n` images, `h w` their grid, `d` feature width, `k` classes.
-"""
+"""Features of images, by a network and batch by batch: what image metrics compare."""
 
 import functools
 from collections import defaultdict

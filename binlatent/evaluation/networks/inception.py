@@ -3,8 +3,6 @@
 It is the network of 2015 that TensorFlow published, of 1,008 logits: averages leave padding out,
 and the last block takes a maximum where others average. Parameters have the names of its conversion
 to PyTorch, which pytorch-fid and torch-fidelity use.
-
-Dimensions: n batch, h w image grid, c features of a layer.
 """
 
 import functools
@@ -50,19 +48,13 @@ class _Conv(nn.Module):
     width: int
     window: tuple[int, int] = (1, 1)
     stride: int = 1
-    padding: tuple[int, int] = (0, 0)
+    padding: str = "VALID"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        padding = [(p, p) for p in self.padding]
-        strides = (self.stride, self.stride)
-        x = nn.Conv(self.width, self.window, strides, padding, use_bias=False, name="conv")(x)
+        geometry = self.window, (self.stride, self.stride), self.padding
+        x = nn.Conv(self.width, *geometry, use_bias=False, name="conv")(x)
         return nn.relu(nn.BatchNorm(use_running_average=True, epsilon=1e-3, name="bn")(x))
-
-
-def _same(width: int, window: tuple[int, int], name: str) -> _Conv:
-    """Returns a convolution that keeps the grid."""
-    return _Conv(width, window, padding=(window[0] // 2, window[1] // 2), name=name)
 
 
 class _Mixed(nn.Module):
@@ -82,10 +74,8 @@ class _Mixed(nn.Module):
             y, last = x, len(convolutions)
             for i, (width, *window) in enumerate(convolutions, start=1):
                 name = chain if last == 1 else f"{chain}_{i}"
-                if halves and i == last:
-                    y = _Conv(width, tuple(window), 2, name=name)(y)
-                else:
-                    y = _same(width, tuple(window), name)(y)
+                stride, padding = (2, "VALID") if halves and i == last else (1, "SAME")
+                y = _Conv(width, tuple(window), stride, padding, name=name)(y)
             outputs.append(y)
         pool = _max_pool(x) if halves else _Conv(self.pool_width, name="branch_pool")(_avg_pool(x))
         return jnp.concatenate([*outputs, pool], axis=-1)
@@ -117,13 +107,15 @@ class _Mixed7(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         def fork(x, name):
-            halves = [_same(384, (1, 3), f"{name}a")(x), _same(384, (3, 1), f"{name}b")(x)]
-            return jnp.concatenate(halves, axis=-1)
+            wide = _Conv(384, (1, 3), 1, "SAME", name=f"{name}a")(x)
+            tall = _Conv(384, (3, 1), 1, "SAME", name=f"{name}b")(x)
+            return jnp.concatenate([wide, tall], axis=-1)
 
         one = _Conv(320, name="branch1x1")(x)
         three = fork(_Conv(384, name="branch3x3_1")(x), "branch3x3_2")
         double = _Conv(448, name="branch3x3dbl_1")(x)
-        double = fork(_same(384, (3, 3), "branch3x3dbl_2")(double), "branch3x3dbl_3")
+        double = _Conv(384, (3, 3), 1, "SAME", name="branch3x3dbl_2")(double)
+        double = fork(double, "branch3x3dbl_3")
         # As published: the last block's pooling is of another kind.
         pool = nn.max_pool(x, (3, 3), padding=((1, 1), (1, 1))) if self.last else _avg_pool(x)
         pool = _Conv(192, name="branch_pool")(pool)
@@ -145,13 +137,11 @@ class InceptionV3(nn.Module):
         inception score.
         """
 
-        def mean(x):
-            return jnp.mean(x, axis=(1, 2))
-
+        mean = functools.partial(jnp.mean, axis=(1, 2))
         x = (resize(images) - 128) / 128
         x = _Conv(32, (3, 3), 2, name="Conv2d_1a_3x3")(x)
         x = _Conv(32, (3, 3), name="Conv2d_2a_3x3")(x)
-        x = _same(64, (3, 3), "Conv2d_2b_3x3")(x)
+        x = _Conv(64, (3, 3), 1, "SAME", name="Conv2d_2b_3x3")(x)
         x = _max_pool(x)
         features = {"64": mean(x)}
         x = _Conv(80, name="Conv2d_3b_1x1")(x)

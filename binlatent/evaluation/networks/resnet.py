@@ -23,13 +23,12 @@ class _Block(nn.Module):
 
     width: int
     stride: int
-    dtype: Any
-    axis_name: str | None
+    conv: Any  # the class of a convolution, and of a normalisation, with what all of them share
+    norm: Any
 
     @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        conv, norm = _layers(self.dtype, self.axis_name, train)
-        out = self.width * _EXPANSION
+    def __call__(self, x: Array) -> Array:
+        conv, norm, out = self.conv, self.norm, self.width * _EXPANSION
         y = conv(self.width, (1, 1), name="conv1")(x)
         y = nn.relu(norm(name="bn1")(y))
         y = conv(self.width, (3, 3), self.stride, padding=1, name="conv2")(y)
@@ -40,15 +39,6 @@ class _Block(nn.Module):
             x = conv(out, (1, 1), self.stride, name="downsample_conv")(x)
             x = norm(name="downsample_bn")(x)
         return nn.relu(x + y)
-
-
-def _layers(dtype: Any, axis_name: str | None, train: bool) -> tuple[Any, Any]:
-    """Returns the convolution and the batch normalisation of all layers."""
-    conv = functools.partial(nn.Conv, use_bias=False, kernel_init=_he_normal, dtype=dtype)
-    norm = functools.partial(
-        nn.BatchNorm, not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name
-    )
-    return conv, norm
 
 
 class ResNet50(nn.Module):
@@ -67,16 +57,17 @@ class ResNet50(nn.Module):
         The last grid is a 32nd of each. To `train` is to normalise by the batch and to update
         `batch_stats`, a mutable collection then, and not to normalise by what is stored there.
         """
-        conv, norm = _layers(self.dtype, self.axis_name, train)
+        dtype, axis_name = self.dtype, self.axis_name
+        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=_he_normal, dtype=dtype)
+        norm = functools.partial(
+            nn.BatchNorm, not train, momentum=0.9, epsilon=1e-5, dtype=dtype, axis_name=axis_name
+        )
         x = conv(self.width, (7, 7), 2, padding=3, name="conv1")(images)
         x = nn.relu(norm(name="bn1")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, size in enumerate(self.stage_sizes):
             for i in range(size):
-                stride = 2 if stage and not i else 1
-                x = _Block(
-                    *(self.width * 2**stage, stride, self.dtype, self.axis_name),
-                    name=f"layer{stage + 1}_{i}",
-                )(x, train)
+                width, stride = self.width * 2**stage, 2 if stage and not i else 1
+                x = _Block(width, stride, conv, norm, name=f"layer{stage + 1}_{i}")(x)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.float32)
         return nn.Dense(self.num_classes, kernel_init=nn.initializers.normal(0.01), name="fc")(x)

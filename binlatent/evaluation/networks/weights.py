@@ -24,10 +24,7 @@ def efficientnet_lite0_shapes() -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def read_inception(path: str | Path) -> dict[str, Any]:
-    """Returns the variables {"params", "batch_stats"} of `InceptionV3`, NumPy arrays, float32.
-
-    Those of its logits, `fc`, are missing if they were when the file was made.
-    """
+    """Returns the variables of `InceptionV3`, float32 arrays; of `fc` only if the file has it."""
     if not Path(path).is_file():
         raise UserError(
             f"There is no file {str(path)!r} with the weights of FID's InceptionV3: download "
