@@ -95,7 +95,7 @@ def import_torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        message = "This command, and no other, needs PyTorch: run `pip install torch`."
+        message = "This command needs PyTorch: run `pip install torch`."
         raise UserError(message) from error
     return torch
 
