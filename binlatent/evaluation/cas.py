@@ -29,8 +29,7 @@ _SMALL = 64  # pixels of the shorter side up to which the digits' classifier is 
 _LEARNING_RATE = 0.1  # for 256 images a step; in proportion for others
 _WARMUP_EPOCHS = 5
 _WEIGHT_DECAY = 1e-4
-_AREAS = (0.08, 1.0)  # of a random crop, in images
-_RATIOS = (3 / 4, 4 / 3)  # of its width to its height
+_AREAS, _RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop: share, width to height
 _REFUSED = "CAS cannot be measured:"
 _ATTEMPTS = 10  # at a crop that lies within the image
 

@@ -167,9 +167,8 @@ def _check_known(known: Features, metrics: Sequence[str], which: str) -> None:
         lack = f"compares samples, but of {which} only statistics are known"
         _refuse("pool", metrics, f"{lack}: give images, or statistics with their features")
     elif (found := len(known.pool)) < _FEWEST:
-        _refuse(
-            "pool", metrics, f"needs at least {_FEWEST} images of each, and {which} has {found}"
-        )
+        lack = f"needs at least {_FEWEST} images of each, and {which} has {found}"
+        _refuse("pool", metrics, lack)
 
 
 def check_count(num: int, metrics: Sequence[str]) -> None:
