@@ -69,12 +69,12 @@ def prior_parts(experiment, optimizer=None):
 PARTS = {"autoencoder": autoencoder_parts, "prior": prior_parts}
 
 
-def on_devices(step, num_devices, num_inputs):
+def on_devices(step, num_devices, num_inputs, num_frozen=0):
     """Returns a pmapped step that donates its state."""
     return jax.pmap(
         step,
         axis_name=devices.AXIS,
-        in_axes=(None,) + (0,) * num_inputs,
+        in_axes=(None,) + (0,) * num_inputs + (None,) * num_frozen,
         out_axes=(None, None),
         donate_argnums=0,
         devices=jax.devices()[:num_devices],

@@ -13,6 +13,7 @@ import pytest
 
 from binlatent.runtime.devices import replicate
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.version import VERSION
 from binlatent.runtime.weights import fingerprint
 from binlatent.training.checkpoint import Checkpoints
 from binlatent.training.state import create_state
@@ -51,7 +52,7 @@ def read_newest(directory, set_aside=False):
         meta, state = checkpoints.newest(read, set_aside)
         step = checkpoints.latest_step()
     # Whichever it is, it is as it was saved, to the last bit.
-    assert meta == meta_of(step)
+    assert meta == meta_of(step) | {"version": VERSION}
     state, expected = (x.replace(key=jax.random.key_data(x.key)) for x in (state, state_of(step)))
     assert fingerprint(state) == fingerprint(expected)
     return step
@@ -127,7 +128,7 @@ def test_no_damage_to_any_file_passes_unnoticed(saved, tmp_path):
 def test_every_flipped_byte_of_meta_is_noticed(saved, tmp_path):
     directory = shutil.copytree(saved, tmp_path / "prior")
     path = directory / "4" / "meta" / "metadata"
-    content, whole = path.read_bytes(), meta_of(4)
+    content, whole = path.read_bytes(), meta_of(4) | {"version": VERSION}
     assert b'"next_index": 4' in content
     for i in range(len(content)):
         path.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])

@@ -15,7 +15,7 @@ from binlatent.convert import published
 from binlatent.runtime import weights
 from binlatent.runtime.errors import UserError
 
-GOLDEN = Path(__file__).parent / "data" / "lpips_vgg.npz"
+GOLDEN = Path(__file__).parents[1] / "data" / "lpips_vgg.npz"
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_gradient_is_the_slope_of_the_distance(variables):
 
 
 def test_the_published_linear_weights_come_with_their_licence():
-    folder = importlib.resources.files("binlatent.models")
+    folder = importlib.resources.files("binlatent.autoencoder")
     with np.load(folder / "lpips_linear.npz", allow_pickle=False) as file:
         linear = [file[f"lin{i}"] for i in range(5)]
         assert len(file.files) == 5
