@@ -63,10 +63,9 @@ def compile_program(function: Any, *arguments: Any, **statics: Any) -> Program:
 
 def counted_flops(*calls: tuple[int, Program]) -> float | None:
     """Returns the FLOPs of programs that are called so many times each, None if XLA cannot tell."""
-    counts = [(times, program.flops) for times, program in calls]
-    if any(count is None for _, count in counts):
+    if any(program.flops is None for _, program in calls):
         return None
-    return sum(times * count for times, count in counts)
+    return sum(times * program.flops for times, program in calls)
 
 
 class Work(NamedTuple):

@@ -10,9 +10,9 @@ from binlatent.experiment import Experiment
 from binlatent.priors.bernoulli import schedules
 
 
-def _block_kinds(checkpoint: released.Checkpoint, prefix: str) -> str:
-    """Returns a letter a block: its kind's first, or s for a change of resolution."""
-    kinds = ""
+def _match_blocks(checkpoint: released.Checkpoint, module: str, pattern: str) -> re.Match:
+    """Matches a letter a block: its kind's first, or s for a change of resolution."""
+    prefix, kinds = f"{module}.blocks.", ""
     for i in range(checkpoint.count(prefix)):
         parts = {rest.split(".")[0] for rest in checkpoint.children(f"{prefix}{i}.")}
         if parts & {"norm1", "conv1", "norm2", "conv2"}:
@@ -25,16 +25,19 @@ def _block_kinds(checkpoint: released.Checkpoint, prefix: str) -> str:
             raise checkpoint.error(f"it lacks {prefix}{i}.weight")
         else:
             kinds += "n" if checkpoint.left[f"{prefix}{i}.weight"].ndim == 1 else "c"
-    return kinds
+    match = re.fullmatch(pattern, kinds)
+    if not match:
+        raise checkpoint.error(f"the blocks of {module} are of an unknown order")
+    return match
 
 
-def _levels(checkpoint: released.Checkpoint, prefix: str, kinds: str) -> list[str]:
+def _levels(checkpoint: released.Checkpoint, module: str, kinds: str) -> list[str]:
     """Returns the kinds of each level's blocks, all with as many residual ones."""
     levels = kinds.split("s")
     depths = {level.count("r") for level in levels}
     known = all(level == "r" * len(level) or level == "ra" * level.count("r") for level in levels)
     if not known or len(depths) != 1 or depths == {0}:
-        raise checkpoint.error(f"the blocks of {prefix.rstrip('.')} are of an unknown order")
+        raise checkpoint.error(f"the blocks of {module}.blocks are of an unknown order")
     return levels
 
 
@@ -43,23 +46,20 @@ def of_autoencoder(checkpoint: released.Checkpoint, image_size: int) -> dict[str
 
     They do not imply the side of the images in pixels, `image_size`.
     """
-    encoder, decoder = "ae.encoder.blocks.", "ae.generator.blocks."
-    base_width, channels, _, _ = checkpoint.shape(f"{encoder}0.weight", 4)
-    body = re.fullmatch("c(.*)rarnc", _block_kinds(checkpoint, encoder))
-    if not body:
-        raise checkpoint.error("the blocks of ae.encoder are of an unknown order")
+    encoder, decoder = "ae.encoder", "ae.generator"
+    base_width, channels, _, _ = checkpoint.shape(f"{encoder}.blocks.0.weight", 4)
+    body = _match_blocks(checkpoint, encoder, "c(.*)rarnc")
     levels = _levels(checkpoint, encoder, body[1])
-    # The first residual block of each level has its width.
-    firsts = [i + 1 for i, k in enumerate(body[1]) if k == "r" and (not i or body[1][i - 1] == "s")]
-    widths = [checkpoint.shape(f"{encoder}{i}.conv1.weight", 4)[0] for i in firsts]
+    # The first block of each level, a residual one, has its width; before all is a convolution.
+    firsts = [1, *(i + 2 for i, kind in enumerate(body[1]) if kind == "s")]
+    widths = [checkpoint.shape(f"{encoder}.blocks.{i}.conv1.weight", 4)[0] for i in firsts]
     if any(width % base_width for width in widths):
         raise checkpoint.error(f"its levels' widths {widths} are no multiples of {base_width}")
-    body = re.fullmatch("(n?)crar(.*)nc", _block_kinds(checkpoint, decoder))
-    if not body:
-        raise checkpoint.error("the blocks of ae.generator are of an unknown order")
+    body = _match_blocks(checkpoint, decoder, "(n?)crar(.*)nc")
     num_blocks = levels[0].count("r")
     depth = _levels(checkpoint, decoder, body[2])[0].count("r")
     num_bits, embedding_width, _, _ = checkpoint.shape("ae.quantize.proj.0.weight", 4)
+    with_attention = [i for i, level in enumerate(levels) if "a" in level]
     found = {
         "data.image_size": image_size,
         "data.channels": channels,
@@ -68,9 +68,7 @@ def of_autoencoder(checkpoint: released.Checkpoint, image_size: int) -> dict[str
         "autoencoder.multipliers": tuple(width // base_width for width in widths),
         "autoencoder.num_blocks": num_blocks,
         "autoencoder.decoder_depth": depth_ratio(depth, num_blocks),
-        "autoencoder.attention_resolutions": tuple(
-            image_size // 2**i for i, level in enumerate(levels) if "a" in level
-        ),
+        "autoencoder.attention_resolutions": tuple(image_size // 2**i for i in with_attention),
         "autoencoder.embedding_width": embedding_width,
         "autoencoder.norm_first": bool(body[1]),
     }

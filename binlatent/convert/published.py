@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from binlatent.autoencoder import lpips
+from binlatent.convert import released
 from binlatent.evaluation.networks import weights as published_weights
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.state_dicts import State
@@ -13,10 +14,6 @@ from binlatent.runtime.state_dicts import State
 # Where the 13 convolutions are among the layers of torchvision's `features`.
 _VGG16_LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
-_LEAVES = {
-    **dict.fromkeys(("kernel", "scale"), "weight"),
-    **{"mean": "running_mean", "var": "running_var"},
-}
 # PyTorch has (out, in, height, width), and (out, in).
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
@@ -109,7 +106,7 @@ def _convert(
     shapes: dict[str, jax.ShapeDtypeStruct],
     theirs: Callable[[str], str],
     source: str,
-    leaves: dict[str, str] = _LEAVES,
+    leaves: dict[str, str] = released.LEAVES,
 ) -> State:
     """Returns arrays of `shapes` from the tensors of the layers that `theirs` names."""
     wrong = f"The checkpoint is not {source}:"

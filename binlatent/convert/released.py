@@ -26,7 +26,7 @@ from binlatent.runtime.state_dicts import State
 _CONVOLUTION = (2, 3, 1, 0)  # theirs is (out, in, height, width)
 _LINEAR = (1, 0)  # theirs is (out, in)
 
-_LEAVES = {
+LEAVES = {  # what PyTorch calls ours
     **dict.fromkeys(("kernel", "scale", "embedding", "embed"), "weight"),
     **{"mean": "running_mean", "var": "running_var"},
 }
@@ -54,7 +54,7 @@ def _tensors(tree: Any, rename: Callable[[str], str], kernel: tuple) -> dict[str
             axes = kernel
         full = (1,) * (len(axes) - len(x.shape)) + tuple(x.shape)  # here a 1x1 may be (in, out)
         shape = tuple(full[i] for i in np.argsort(axes))
-        tensors[path] = Tensor(f"{rename(module)}.{_LEAVES.get(leaf, leaf)}", shape, axes)
+        tensors[path] = Tensor(f"{rename(module)}.{LEAVES.get(leaf, leaf)}", shape, axes)
     return tensors
 
 

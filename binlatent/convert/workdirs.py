@@ -69,7 +69,7 @@ def convert_autoencoder(
         discriminator = {"batch_stats": {}, **discriminator, "opt_state": opt_state}
     _, base_key = jax.random.split(key_for(experiment.seed, "autoencoder"))
     state = create_state(base_key, params, optimizer, discriminator)
-    _save(out, "autoencoder", state, experiment)
+    _save(out / "autoencoder", state, experiment)
     _report(experiment, found, unused)
 
 
@@ -164,7 +164,7 @@ def convert_prior(
         shutil.rmtree(out / "autoencoder", ignore_errors=True)  # of a conversion cut short
         unfinished.rename(out / "autoencoder")
     state = create_state(base_key, params, spec.train.optimizer())
-    _save(out, "prior", state, experiment, encoder=model.encoder_fingerprint)
+    _save(out / "prior", state, experiment, encoder=model.encoder_fingerprint)
     _report(experiment, (*_PRIOR_KEYS, *found), unused)
 
 
@@ -196,15 +196,13 @@ def refuse_existing(out: Path, stage: str) -> None:
         raise UserError(f"{what}: choose another --out.")
 
 
-def _save(
-    out: Path, stage: str, state: TrainState, experiment: Experiment, encoder: str = ""
-) -> None:
+def _save(folder: Path, state: TrainState, experiment: Experiment, encoder: str = "") -> None:
     """Saves a stage as of step 0, so that training goes on with all of its own steps."""
     meta = {"config": experiment.config, "data": None, "source": "", "encoder": encoder}
     meta |= {"seconds": 0.0}
-    with command.deferring_interrupt(), Checkpoints(out / stage) as checkpoints:
+    with command.deferring_interrupt(), Checkpoints(folder) as checkpoints:
         checkpoints.save(state, meta)
-    log.info("Wrote %s", out / stage)
+    log.info("Wrote %s", folder)
 
 
 def _report(experiment: Experiment, keys: Iterable[str], unused: dict[str, int]) -> None:

@@ -58,13 +58,10 @@ def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
         read_image(file, repr(file), image_size, 1)  # says what is wrong with a file
         with Image.open(file, formats=FORMATS) as image:
             sizes.append(image.size)
-    (width, height), image_sides = sizes
-    if (width, height) != image_sides:
-        raise UserError(
-            f"The mask {path} must have the size of the image, {image_sides[0]}x{image_sides[1]}, "
-            f"not {width}x{height}."
-        )
-    side = min(width, height)
+    if sizes[0] != sizes[1]:
+        own, wanted = (f"{width}x{height}" for width, height in sizes)
+        raise UserError(f"The mask {path} must have the size of the image, {wanted}, not {own}.")
+    side = min(sizes[0])
     # At its own size first: a pixel of the result is hidden if any part of it is.
     values = read_image(path, repr(path), side, 1)[..., 0]
     shares = Image.fromarray((values >= _WHITE).astype(np.float32))

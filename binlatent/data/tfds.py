@@ -41,10 +41,8 @@ def open_images(name: str, data_dir: str, split: str) -> EncodedImages:
     features = builder.info.features
     keys = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
     if "image" not in keys or not isinstance(features["image"], tfds.features.Image):
-        raise UserError(
-            f"{name!r} of TFDS has no feature 'image' (it has: {', '.join(sorted(keys))}): "
-            "choose another"
-        )
+        has = ", ".join(sorted(keys))
+        raise UserError(f"{name!r} of TFDS has no feature 'image' (it has: {has}): choose another")
     if features["image"].np_dtype not in (np.uint8, np.uint16):
         raise UserError(
             f"the images of {name!r} of TFDS are not 8 or 16 bits deep: choose another dataset"
@@ -56,9 +54,8 @@ def open_images(name: str, data_dir: str, split: str) -> EncodedImages:
     decoders = {key: tfds.decode.SkipDecoding() for key in images}
     splits = list(builder.info.splits)
     if "train" not in splits:
-        raise UserError(
-            f"{name!r} of TFDS has no split 'train' (it has: {', '.join(splits)}): choose another"
-        )
+        has = ", ".join(splits)
+        raise UserError(f"{name!r} of TFDS has no split 'train' (it has: {has}): choose another")
     held_out = next((other for other in ("test", "validation") if other in splits), None)
     if split == "train":
         tfds_split = "train" if held_out else "train[:90%]"

@@ -69,8 +69,7 @@ def join(
         log.info(
             "Waiting for %s processes. Should one be lost later, JAX aborts the others within %d "
             "seconds: start all again, and they go on from the last checkpoint.",
-            num_processes or "all",
-            HEARTBEAT_SECONDS + 15,
+            *(num_processes or "all", HEARTBEAT_SECONDS + 15),
         )
     try:
         jax.distributed.initialize(

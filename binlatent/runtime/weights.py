@@ -43,10 +43,7 @@ def digest(*content: Any) -> str:
 
 
 def read_npz(
-    path: str | Path,
-    model: str,
-    like: dict[str, jax.ShapeDtypeStruct],
-    optional: tuple[str, ...] = (),
+    path: str | Path, model: str, like: dict[str, jax.ShapeDtypeStruct], optional: tuple = ()
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of a file, which must have the names, shapes and types of `like`.
 
@@ -69,10 +66,8 @@ def read_npz(
     for name, expected in like.items():
         found = arrays[name]
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
-            raise UserError(
-                f"{wrong}{name} is {found.dtype} {found.shape}, not "
-                f"{expected.dtype} {expected.shape}."
-            )
+            wanted = f"{expected.dtype} {expected.shape}"
+            raise UserError(f"{wrong}{name} is {found.dtype} {found.shape}, not {wanted}.")
     return arrays
 
 

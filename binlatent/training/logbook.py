@@ -61,20 +61,11 @@ def write_scalars(directory: Path, metrics: dict[str, float], step: int = 0) -> 
         writer.close()
 
 
-def drop_torn_line(path: Path, start: bytes = b"") -> None:
-    """Ends a file at its last whole line: a kill or a full disk may have cut the one after it.
-
-    Args:
-      path: of lines; there need be no such file.
-      start: of all its lines. A rest that starts otherwise is another's, and stays.
-    """
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if start.startswith(content[whole:][: len(start)]):
-            file.truncate(whole)
+def drop_torn_line(path: Path) -> None:
+    """Ends a file at its last whole line, as a kill may have cut the next; it need not be there."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class Logbook:
