@@ -1,4 +1,4 @@
-"""A training process that is killed again and again loses nothing but time.
+"""Training of both networks of stage 1 that is killed again and again loses nothing but time.
 
 KILLS=20 pytest tests/torture_test.py kills more often.
 """
@@ -28,7 +28,7 @@ CHANGES = {
     "autoencoder.loss.start_step": 5,
     "autoencoder.discriminator.width": 8,
     "autoencoder.discriminator.num_layers": 1,
-    "autoencoder.train.num_steps": 20 * KILLS,
+    "autoencoder.train.num_steps": 15 * KILLS,
     "log_every": 1,
     "checkpoint_every": EVERY,
     "preview_every": 1_000_000,
@@ -40,8 +40,8 @@ def start(workdir, digits_dir, env):
     command = [sys.executable, "-m", "binlatent.main", "--mode=train_autoencoder"]
     command += [*tiny_flags(digits_dir), f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in CHANGES.items()]  # the last counts
-    # One device: a start is then mostly that of Python, and of what is compiled already.
-    env = env | {"XLA_FLAGS": ""}
+    # Two devices: a start is then mostly that of Python, and of what is compiled already.
+    env = env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     with (workdir / "output.txt").open("w") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
 
@@ -144,6 +144,9 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(
     jax.tree.map(np.testing.assert_array_equal, state, expected)
     losses, expected = ({n: x["loss"] for n, x in logged(w).items()} for w in (killed, whole))
     assert losses == expected
+    lines = logged(killed)
+    assert not {"discriminator_loss", "adversarial_weight"} & set(lines[5])  # it starts at 5
+    assert {"discriminator_loss", "adversarial_weight"} <= set(lines[6])
     # Nothing is left of the kills.
     kept = sorted(path.name for path in (whole / "autoencoder").iterdir())
     assert sorted(path.name for path in (killed / "autoencoder").iterdir()) == kept

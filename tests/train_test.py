@@ -155,29 +155,6 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_training_with_a_discriminator_resumes_bit_for_bit(tiny_experiment, tmp_path):
-    # It starts at step 3, between two lines of the log; the second run starts from step 4.
-    experiment = tiny_experiment.change(
-        {
-            "autoencoder.loss.adversarial": 1.0,
-            "autoencoder.loss.adaptive": True,
-            "autoencoder.loss.start_step": 3,
-            "autoencoder.discriminator.width": 8,
-            "autoencoder.discriminator.num_layers": 1,
-            "autoencoder.train.decay": "constant",
-        }
-    )
-    whole = stages.train_autoencoder(experiment, tmp_path / "whole")
-    begun = experiment.change({"autoencoder.train.num_steps": 4})
-    stages.train_autoencoder(begun, tmp_path / "parts")
-    resumed = stages.train_autoencoder(experiment, tmp_path / "parts")
-    assert_same(whole.replace(key=None), resumed.replace(key=None))
-    losses = {x["step"]: x for x in lines(tmp_path / "whole") if "loss" in x}
-    assert "discriminator_loss" not in losses[2]
-    assert "discriminator_loss" in losses[4] and "adversarial_weight" in losses[6]
-
-
-@pytest.mark.slow
 def test_sigterm_saves_first_and_exits_with_zero(digits_dir, tmp_path, no_tensorflow):
     flags = ("--config.autoencoder.train.num_steps=100000", "--config.checkpoint_every=100000")
     process = start(tmp_path, digits_dir, "--mode=train_autoencoder", *flags, env=no_tensorflow)
