@@ -31,8 +31,7 @@ def check_guidance(guidance: float, interval: tuple[float, float]) -> None:
     """Refuses a guidance below 0, or an interval outside [0, 1]."""
     if not 0 <= guidance < np.inf:
         raise UserError(f"The guidance must not be negative nor infinite; got {guidance}.")
-    low, high = interval
-    if not 0 <= low <= high <= 1:
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise UserError(
             f"the guidance's interval must be 0 <= low <= high <= 1; got {tuple(interval)}."
         )

@@ -41,6 +41,7 @@ def test_guidance_is_constant_within_its_interval_ends_included():
         (1.0, (0.5, 0.2), "0 <= low <= high <= 1"),
         (1.0, (0.5, 1.2), "0 <= low <= high <= 1"),
         (1.0, (-0.1, 1), "0 <= low <= high <= 1"),
+        (1.0, (0, 0.5, 1), "0 <= low <= high <= 1"),
     ],
 )
 def test_wrong_guidance_is_refused(guidance, interval, message):

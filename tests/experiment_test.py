@@ -1,0 +1,597 @@
+"""From configs to experiments: the paper's, what is refused, what may change of what is trained."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from binlatent import stages
+from binlatent.configs import default, digits
+from binlatent.experiment import check_same_model, of_checkpoint, resolve
+from binlatent.priors.kinds import KINDS
+from binlatent.priors.prior import Prior, Settings
+from binlatent.runtime.errors import UserError
+
+# Configs of the paper, and the shapes of their codes.
+CODES = {
+    "default": (16, 16, 32),
+    "churches256": (16, 16, 32),
+    "bedrooms256": (16, 16, 32),
+    "ffhq256": (16, 16, 32),
+    "celebahq256": (16, 16, 32),
+    "imagenet256": (16, 16, 64),
+    "ffhq1024": (32, 32, 64),
+    "celebahq1024": (32, 32, 64),
+}
+
+
+def load(name, *variant):
+    return importlib.import_module(f"binlatent.configs.{name}").get_config(*variant)
+
+
+def changed(overrides, config=None):
+    config = config or default.get_config()
+    with config.ignore_type():
+        config.update_from_flattened_dict(overrides)
+    return config
+
+
+def resolved(overrides=()):
+    return resolve(changed(dict(overrides)))
+
+
+# The paper's
+
+
+def test_every_config_is_tested():
+    files = {path.stem for path in Path("configs").glob("*.py")} - {"__init__", "digits", "workdir"}
+    assert files == set(CODES)
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("name", CODES)
+def test_a_config_of_the_paper(name, variant):
+    spec = resolve(load(name, variant)).autoencoder
+    assert spec.code_shape == CODES[name]
+    train, loss = spec.train, spec.objective
+    if variant == "paper":
+        assert (train.learning_rate, train.warmup_steps, train.batch_size) == (5e-4, 10_000, 8)
+        assert (loss.mse, loss.l1, loss.perceptual, loss.adversarial) == (1, 0, 1, 1)
+        assert not loss.adaptive
+    else:
+        assert (loss.mse, loss.l1, loss.perceptual, loss.adversarial) == (0, 1, 1, 1)
+        assert loss.adaptive and spec.networks.autoencoder.decoder.norm_first
+
+
+def test_another_variant_is_refused():
+    with pytest.raises(ValueError, match="of the paper or :released, not :realesed"):
+        load("churches256", "realesed")
+
+
+def test_the_released_layout_has_the_size_of_its_weights():
+    # Of the authors' autoencoder for 256x256, without the shortcuts and the head it never uses:
+    # counted by hand from its blocks, encoder and decoder.
+    def residual(a, b):
+        return 2 * (a + b) + 9 * b * (a + b) + 2 * b + (a * b + b if a != b else 0)
+
+    def attention(a):
+        return 2 * a + 4 * (a * a + a)
+
+    middle = 2 * residual(512, 512) + attention(512)
+    levels = [(128, 128), (128, 128), (128, 256), (256, 256), (256, 512)]
+    down = sum(residual(a, b) + residual(b, b) for a, b in levels) + 2 * attention(512)
+    halvings = sum(9 * a * a + a for a in (128, 128, 256, 256))
+    encoder = 9 * 3 * 128 + 128 + down + halvings + middle + 1024 + 9 * 512 * 256 + 256
+    up_levels = [(512, 512), (512, 256), (256, 256), (256, 128), (128, 128)]
+    up = sum(residual(a, b) + residual(b, b) for a, b in up_levels) + 2 * attention(512)
+    doublings = sum(9 * a * a + a for a in (512, 256, 256, 128))
+    decoder = 512 + 9 * 256 * 512 + 512 + middle + up + doublings + 256 + 9 * 128 * 3 + 3
+    bits = 256 * 32 + 32 + 32 * 256
+    spec = resolve(load("churches256", "released")).autoencoder
+    params = jax.eval_shape(spec.init, jax.random.key(0))
+    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    assert count == encoder + decoder + bits
+
+
+# What an experiment has of a config
+
+
+def flat(content, prefix=""):
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def other(value):
+    """Returns another value of a key's kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value / 2 + 0.25
+    return value + "other" if isinstance(value, str) else (*value, 1)
+
+
+# Keys that one bottleneck alone has.
+OWNERS = {
+    "vq": ("codebook_size", "codebook_width"),
+    "real": ("num_channels", "variational"),
+}
+
+
+@pytest.mark.parametrize("name", dict(flat(default.get_config().to_dict())))
+def test_every_key_is_read(name):
+    # Another value makes another experiment, or is refused.
+    owner = next((x for x, keys in OWNERS.items() if name.split(".")[-1] in keys), "binary")
+    base = {"autoencoder.bottleneck": owner}
+    value = dict(flat(default.get_config().to_dict()))[name]
+    try:
+        experiment = resolved(base | {name: other(value)})
+    except UserError:
+        return
+    assert experiment != resolved(base)
+
+
+def test_an_experiment_says_what_its_config_does():
+    config = changed(
+        {
+            **{"seed": 7, "dtype": "bfloat16", "data.name": "digits", "data.flip": True},
+            **{"data.num_classes": 12, "prior.train.num_steps": 5, "prior.train.accumulate": 3},
+            **{"autoencoder.train.decay": "cosine", "prior.bernoulli.schedule": "cos"},
+            **{"prior.label_dropout": 0.25, "sample.temperature": 0.7, "sample.batch_size": 9},
+            **{"evaluate.metrics": ("fid", "is"), "log_every": 11, "on_nonfinite": "skip"},
+            "autoencoder.discriminator.augment": ("colour",),
+        }
+    )
+    x = resolve(config)
+    assert x.seed == 7 and x.dtype == jnp.bfloat16
+    assert (x.data.name, x.data.flip, x.data.image_shape) == ("digits", True, (256, 256, 3))
+    networks = x.autoencoder.networks
+    for dtype in (
+        networks.autoencoder.encoder.levels.dtype,
+        networks.autoencoder.decoder.levels.dtype,
+        *(networks.discriminator.dtype, networks.lpips.dtype, x.prior.prior.network.dtype),
+    ):
+        assert dtype == jnp.bfloat16
+    assert x.autoencoder.train.decay == "cosine" and x.prior.train.decay == "constant"
+    assert (x.prior.train.num_steps, x.prior.train.accumulate) == (5, 3)
+    assert x.autoencoder.objective.augment == ("colour",)
+    assert x.prior.prior.schedule == "cos" and x.prior.label_dropout == 0.25
+    assert x.prior.conditioning.kind == x.prior.prior.network.condition == "class"
+    assert x.prior.conditioning.num_classes == x.prior.prior.network.num_classes == 12
+    assert x.prior.prior.code_shape == x.autoencoder.code_shape == (16, 16, 32)
+    assert (x.sample.batch_size, x.sample.settings.temperature) == (9, 0.7)
+    assert x.sample.settings.pair == "plain_mixture"  # for "trained"
+    assert x.evaluate.metrics == ("fid", "is")
+    assert (x.run.log_every, x.run.on_nonfinite) == (11, "skip")
+
+
+def test_data_without_classes_has_a_prior_without_condition():
+    assert resolved({"data.num_classes": 0}).prior.conditioning.kind == "none"
+    assert resolved({"data.num_classes": 0}).prior.prior.network.condition == "none"
+    texts = resolved({"data.num_classes": 0, "prior.condition": "text_token"})
+    assert texts.prior.conditioning.kind == "text_token"
+
+
+def test_a_config_comes_back_as_it_went_in():
+    config = default.get_config()
+    experiment = resolve(config)
+    assert experiment.config == config.to_dict()
+    # JSON has lists for tuples.
+    assert resolve(json.loads(json.dumps(experiment.config))) == experiment
+    experiment.config["seed"] = 5
+    experiment.config["prior"]["train"]["num_steps"] = 5
+    assert experiment.config == config.to_dict()
+
+
+def test_changes_are_made_to_a_copy_and_checked():
+    experiment = resolved()
+    other = experiment.change({"prior.train.num_steps": 5, "seed": 3})
+    assert other.prior.train.num_steps == 5 and other.config["prior"]["train"]["num_steps"] == 5
+    assert other.seed == 3 and other != experiment and resolved() == experiment
+    with pytest.raises(UserError, match="num_steps must be at least 1, not 0"):
+        experiment.change({"prior.train.num_steps": 0})
+    with pytest.raises(KeyError, match="prior.train.steps"):
+        experiment.change({"prior.train.steps": 5})
+
+
+def test_the_number_of_classes_is_put_in_when_it_is_known():
+    experiment = resolved()
+    assert experiment.data.num_classes == -1
+    known = experiment.with_classes(10)
+    assert known.data.num_classes == known.prior.prior.network.num_classes == 10
+    assert known.with_classes(10) is known
+    assert experiment.with_classes(0).prior.conditioning.kind == "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnSettings(Settings):
+    temperature: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnPrior(Prior):
+    Settings = OwnSettings
+    trained = ("depth",)
+    ranges = {"depth": (1, 9)}  # noqa: RUF012
+    depth: int = 1
+
+
+@pytest.fixture
+def own_kind(monkeypatch):
+    """The default config with a kind of prior of one's own, with a section of its own."""
+    monkeypatch.setitem(KINDS, "own", OwnPrior)
+    content = default.get_config().to_dict()
+    content["prior"] |= {"kind": "own", "own": {"depth": 4}}
+    return content
+
+
+def test_a_kind_of_ones_own_gets_its_section_and_settings(own_kind):
+    experiment = resolve(own_kind)
+    prior = experiment.prior.prior
+    assert isinstance(prior, OwnPrior) and prior.depth == 4
+    assert prior.code_shape == (16, 16, 32) and prior.network.width == 512
+    assert experiment.sample.settings == OwnSettings(keep_pixels=True, temperature=0.9)
+    with pytest.raises(UserError, match=r"prior\.own\.depth must be between 1 and 9, not 10"):
+        experiment.change({"prior.own.depth": 10})
+
+
+def test_a_kind_of_ones_own_goes_on_as_it_began(own_kind):
+    here = resolve(own_kind)
+    check_same_model(here, here, "prior")
+    with pytest.raises(UserError, match=r"prior\.own\.depth is 4 there and 5 here"):
+        check_same_model(here.change({"prior.own.depth": 5}), here, "prior")
+    with pytest.raises(UserError, match=r"prior\.kind is bernoulli there and own here"):
+        check_same_model(here, resolved(), "prior")
+    check_same_model(here, resolved(), "autoencoder")
+
+
+# What is refused
+
+
+def test_the_defaults_are_accepted():
+    resolve(default.get_config())
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        (
+            {"data.image_size": 250},
+            r"image_size is 250, which the downsampling of config.autoencoder, 16 \(patch 1, "
+            r"5 levels\), does not divide",
+        ),
+        ({"autoencoder.patch": 3}, "downsampling of config.autoencoder, 48"),
+        (
+            {"autoencoder.attention_resolutions": (16, 20)},
+            "attention_resolutions names 20, but the levels of an image of 256 have the sides "
+            "256, 128, 64, 32, 16",
+        ),
+        ({"autoencoder.num_bits": 0}, "autoencoder.num_bits must be at least 1, not 0"),
+        ({"autoencoder.codebook_size": 0}, "codebook_size must be at least 1"),
+        ({"autoencoder.patch": 0}, "patch must be at least 1"),
+        ({"autoencoder.train.accumulate": 0}, "autoencoder.train.accumulate must be at least 1"),
+        ({"prior.train.accumulate": -1}, "prior.train.accumulate must be at least 0, not -1"),
+        ({"autoencoder.multipliers": ()}, r"multipliers must have at least one entry"),
+        ({"autoencoder.multipliers": (1, 0)}, r"each at least 1, not \(1, 0\)"),
+        ({"autoencoder.base_width": 48}, "multiples of the 32 groups of a norm, not 48"),
+        (
+            {"autoencoder.norm_first": True, "autoencoder.embedding_width": 40},
+            "embedding_width if norm_first, must be multiples of the 32 groups of a norm, not 40",
+        ),
+        ({"autoencoder.num_blocks": 0}, "attention_resolutions needs num_blocks of at least 1"),
+        ({"autoencoder.num_blocks": -1}, "num_blocks must be between 0 and 100, not -1"),
+        ({"autoencoder.decoder_depth": 101}, "decoder_depth must be between 0 and 100, not 101"),
+        ({"autoencoder.bottleneck": "bits"}, '"binary", "vq" or "real", not \'bits\''),
+        ({"autoencoder.loss.entropy": -0.1}, "loss.entropy must be at least 0, not -0.1"),
+        ({"autoencoder.loss.mse": float("inf")}, "loss.mse must be at least 0, not inf"),
+        ({"autoencoder.loss.kl": float("nan")}, "loss.kl must be at least 0, not nan"),
+        (
+            {"autoencoder.loss.mse": 0.0, "autoencoder.loss.perceptual": 0.0},
+            "one of mse, l1 and perceptual must be above 0",
+        ),
+        ({"on_nonfinite": "ignore"}, 'on_nonfinite must be "stop" or "skip", not \'ignore\''),
+        ({"autoencoder.discriminator.norm": "layer"}, "must be batch or group, not 'layer'"),
+        (
+            {"autoencoder.discriminator.augment": ("colour", "cutout")},
+            "knows colour and translation, not 'cutout'",
+        ),
+        (
+            {
+                "data.image_size": 16,
+                "autoencoder.multipliers": (1,),
+                "autoencoder.loss.perceptual": 0.0,
+            },
+            "An image of 16 is too small for config.autoencoder.discriminator.num_layers = 3",
+        ),
+        (
+            {
+                "data.image_size": 12,
+                "autoencoder.multipliers": (1,),
+                "autoencoder.attention_resolutions": (),
+                "autoencoder.loss.adversarial": 0.0,
+            },
+            "loss.perceptual needs images of at least 16 pixels a side, not 12",
+        ),
+        ({"seed": -1}, "config.seed must be between 0 and 4294967295, not -1"),
+        ({"seed": 2**32}, "config.seed must be between 0 and 4294967295"),
+        ({"dtype": "float16"}, 'config.dtype must be "float32" or "bfloat16", not \'float16\''),
+        ({"data.image_size": 10}, "image_size must be between 11 and 16384, not 10"),
+        ({"data.max_broken": 1.5}, "max_broken must be between 0 and 1, not 1.5"),
+        ({"data.crop": "left"}, 'data.crop must be "centre" or "random", not \'left\''),
+        ({"data.flip": True, "prior.cache_codes": True}, "Codes on disk .* learn from the images"),
+        ({"data.crop": "random", "prior.codes": "x"}, "Codes on disk .* set data.crop"),
+        ({"autoencoder.train.decay": "linear"}, 'decay must be "constant" or "cosine"'),
+        ({"prior.train.decay": "linear"}, "prior.train.decay must be .*, not 'linear'"),
+        ({"prior.train.ema_decay": 1.5}, "ema_decay must be between 0 and 1, not 1.5"),
+        ({"prior.label_dropout": -0.1}, "label_dropout must be between 0 and 1, not -0.1"),
+        ({"prior.kind": "gaussian"}, "prior.kind must be one of bernoulli, not 'gaussian'"),
+        ({"prior.condition": "colour"}, "class, text_token, text_cross; got 'colour'"),
+        ({"prior.network.num_layers": 201}, "num_layers must be between 0 and 200, not 201"),
+        ({"prior.network.num_heads": 3}, "multiple of 4 and of .*num_heads; 512 and 3 are not"),
+        ({"prior.network.width": 6, "prior.network.num_heads": 1}, "width must be a multiple of 4"),
+        ({"prior.network.width": 0}, "0 and 8 are not"),
+        ({"prior.bernoulli.num_timesteps": 0}, "num_timesteps must be between 1 and 1000000"),
+        ({"prior.bernoulli.vlb_weight": -1.0}, "vlb_weight must be at least 0, not -1.0"),
+        ({"prior.bernoulli.target": "z_1"}, "target must be one of flip, z_0, z_s; got 'z_1'"),
+        ({"prior.bernoulli.pair": "plugin"}, "pair must be one of plain_mixture, .*got 'plugin'"),
+        ({"prior.bernoulli.time_weight": "rising"}, "time_weight must be one of mean, falling"),
+        ({"prior.bernoulli.schedule": "sin"}, "schedule must be one of linear, .*got 'sin'"),
+        ({"prior.bernoulli.schedule": "given"}, "keep, k_0 to k_T, goes with"),
+        ({"prior.bernoulli.keep": (1.0, 0.0)}, "keep, k_0 to k_T, goes with"),
+        (
+            {"prior.bernoulli.schedule": "given", "prior.bernoulli.keep": (1.0, 0.0)},
+            "64 timesteps need 65 values",
+        ),
+        (
+            {
+                "prior.bernoulli.pair": "balanced_plugin",
+                "prior.bernoulli.target": "z_0",
+                "prior.bernoulli.evidence": False,
+            },
+            '"balanced_plugin" needs config.prior.bernoulli.target "flip"',
+        ),
+        ({"prior.bernoulli.pair": "balanced_plugin"}, "evidence needs the target .* to False"),
+        ({"prior.bernoulli.target": "z_s"}, "evidence needs the target .* set it to False"),
+        (
+            {
+                "prior.bernoulli.target": "z_s",
+                "prior.bernoulli.evidence": False,
+                "sample.pair": "balanced_plugin",
+            },
+            'A prior with the target "z_s" samples with "plain_mixture" alone',
+        ),
+        ({"sample.steps": 65}, "sampling steps must be between 1 and 64, .*; got 65"),
+        ({"sample.temperature": 0.0}, "temperature must be above 0 and finite; got 0"),
+        ({"sample.guidance": -1.0}, "guidance must not be negative nor infinite; got -1"),
+        ({"sample.guidance_interval": (0.5, 0.2)}, "0 <= low <= high <= 1"),
+        ({"sample.corrector_steps": -1}, "corrector_steps must be at least 0"),
+        ({"sample.known": "frozen"}, 'known must be "kept" or "noised"; got \'frozen\''),
+        ({"sample.pair": "plugin"}, "pair must be \"trained\" or one of .*; got 'plugin'"),
+        ({"sample.batch_size": 0}, "sample.batch_size must be at least 1, not 0"),
+        ({"evaluate.network": "vgg"}, 'evaluate.network must be "inception", "efficientnet" or'),
+        ({"evaluate.labels": "even"}, 'evaluate.labels must be "balanced" or "data"'),
+        ({"evaluate.every": -1}, "evaluate.every must be at least 0, not -1"),
+        ({"evaluate.bound_draws": 0}, "bound_draws must be at least 1, not 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, not 0"),
+    ],
+)
+def test_is_refused(overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        resolved(overrides)
+
+
+def test_more_steps_than_times_are_for_a_prior_of_all_times():
+    assert resolved({"sample.steps": 65, "prior.bernoulli.continuous": True})
+
+
+# What a stage refuses before any work
+
+
+@pytest.mark.parametrize("accumulate, batch_size", [(1, 6), (3, 8), (4, 8)])
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_a_batch_must_split(tiny_experiment, tmp_path, stage, accumulate, batch_size):
+    experiment = tiny_experiment.change(
+        {f"{stage}.train.accumulate": accumulate, f"{stage}.train.batch_size": batch_size}
+    )
+    devices = jax.device_count()
+    parts = "" if accumulate == 1 else f", each in {accumulate} parts"
+    sentence = f"{batch_size}, must be a multiple of {accumulate * devices}: {devices} devices"
+    setup = {"autoencoder": stages.setup_autoencoder, "prior": stages.setup_prior}[stage]
+    with pytest.raises(UserError, match=f"config.{stage}.train.batch_size, {sentence}{parts}"):
+        setup(experiment, tmp_path)
+
+
+def test_a_batch_must_split_on_one_device_too(tiny_experiment, monkeypatch):
+    changes = {"prior.train.accumulate": 3, "prior.train.batch_size": 8}
+    train = tiny_experiment.change(changes).prior.train
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with pytest.raises(UserError, match=r"8, must be a multiple of 3: 1 device, each in 3 parts"):
+        stages.check_batch(train, "prior")
+
+
+def test_the_perceptual_loss_asks_for_its_file_before_any_work(tiny_experiment, tmp_path):
+    experiment = tiny_experiment.change(
+        {
+            "data.path": "there is no such folder, and it is not looked for",
+            "autoencoder.loss.perceptual": 1.0,
+            "autoencoder.loss.vgg16": str(tmp_path / "vgg16.npz"),
+        }
+    )
+    with pytest.raises(UserError) as error:
+        stages.setup_autoencoder(experiment, tmp_path)
+    for part in (
+        str(tmp_path / "vgg16.npz"),
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "python -m binlatent.convert vgg16 --from vgg16-397923af.pth --out",
+        "--config.autoencoder.loss.perceptual=0",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["vq", "real"])
+def test_a_prior_is_over_bits(tiny_experiment, tmp_path, name):
+    experiment = tiny_experiment.change({"autoencoder.bottleneck": name})
+    for refuse in (stages.setup_prior, stages.write_codes):
+        with pytest.raises(UserError, match=f"The prior is over bits.*not '{name}'"):
+            refuse(experiment, tmp_path)
+
+
+# What is trained already
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        ({"autoencoder.loss.adversarial": 0.0}, "adversarial = 1.0, so it cannot go on with 0.0"),
+        (
+            {"autoencoder.discriminator.width": 32},
+            "discriminator.width was 64 and cannot become 32",
+        ),
+        (
+            {"autoencoder.discriminator.num_layers": 2},
+            "discriminator.num_layers was 3 and cannot become 2",
+        ),
+        (
+            {"autoencoder.discriminator.norm": "group"},
+            "discriminator.norm was 'batch' and cannot become 'group'",
+        ),
+        ({"autoencoder.num_bits": 16}, "num_bits is 32 there and 16 here"),
+        ({"autoencoder.bottleneck": "vq"}, "bottleneck is binary there and vq here"),
+        ({"data.image_size": 128, "seed": 1}, "data.image_size is 256 there and 128 here"),
+    ],
+)
+def test_training_goes_on_with_the_networks_it_began_with(overrides, sentence):
+    with pytest.raises(UserError, match=sentence):
+        stages.check_resumable(resolved(overrides), resolved(), "autoencoder")
+
+
+def test_a_discriminator_cannot_be_added_later():
+    without = resolved({"autoencoder.loss.adversarial": 0.0})
+    with pytest.raises(UserError, match="adversarial = 0.0, so it cannot go on with 1.0"):
+        stages.check_resumable(resolved(), without, "autoencoder")
+    stages.check_resumable(without, without, "autoencoder")
+    stages.check_resumable(resolved(), without, "prior")  # which has none
+
+
+@pytest.mark.parametrize(
+    "overrides, sentence",
+    [
+        ({"data.name": "digits"}, "data.name = 'folder', not 'digits'"),
+        ({"data.texts": True}, "data.texts = False, not True"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_training_goes_on_with_the_data_it_began_with(stage, overrides, sentence):
+    with pytest.raises(UserError, match=f"The {stage} in the workdir is being .*{sentence}"):
+        stages.check_same_data(resolved(overrides), resolved(), stage)
+    stages.check_same_data(resolved({"data.path": "moved"}), resolved(), stage)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "prior"])
+def test_what_is_safe_may_change_on_the_way(stage):
+    overrides = {
+        **{f"{name}.train.num_steps": 7 for name in ("autoencoder", "prior")},
+        **{f"{name}.train.learning_rate": 1e-5 for name in ("autoencoder", "prior")},
+        **{f"{name}.train.decay": "cosine" for name in ("autoencoder", "prior")},
+        **dict(log_every=1, preview_every=2, checkpoint_every=3, keep_checkpoints=4),
+        **{"on_nonfinite": "skip", "debug_nans": True, "sample.steps": 8, "data.path": "moved"},
+    }
+    stages.check_resumable(resolved(overrides), resolved(), stage)
+
+
+def test_a_prior_goes_on_with_the_network_it_began_with():
+    here = resolved(
+        {
+            "prior.network.num_layers": 12,
+            "prior.bernoulli.schedule": "cos",
+            "prior.label_dropout": 0.2,
+            "data.num_classes": 3,
+        }
+    )
+    with pytest.raises(UserError) as error:
+        stages.check_resumable(here, resolved(), "prior")
+    for part in (
+        "prior.network.num_layers is 24 there and 12 here",
+        "prior.bernoulli.schedule is linear there and cos here",
+        "data.num_classes is -1 there and 3 here",
+    ):
+        assert part in str(error.value)
+    assert "label_dropout" not in str(error.value)
+    stages.check_resumable(here, resolved(), "autoencoder")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("prior.network.width", 256),
+        ("prior.network.num_heads", 4),
+        ("prior.condition", "text_token"),
+        ("prior.text_width", 512),
+        ("prior.bernoulli.num_timesteps", 128),
+        ("prior.bernoulli.continuous", True),
+        ("prior.bernoulli.target", "z_0"),
+        ("prior.bernoulli.evidence", False),
+        ("autoencoder.signed", True),
+        ("autoencoder.deterministic", True),
+        ("autoencoder.patch", 2),
+        ("autoencoder.norm_first", True),
+        ("autoencoder.decoder_depth", 2.0),
+    ],
+)
+def test_what_fixes_a_model_stays(key, value):
+    attention = {"autoencoder.attention_resolutions": ()}
+    with pytest.raises(UserError, match=rf"{key} is .* there and {value} here"):
+        check_same_model(resolved(attention | {key: value}), resolved(attention), "prior")
+
+
+def test_weights_of_losses_may_change_on_the_way():
+    here = resolved(
+        {
+            "autoencoder.loss.adversarial": 0.5,
+            "autoencoder.loss.start_step": 7,
+            "prior.bernoulli.vlb_weight": 0.5,
+            "autoencoder.codebook_size": 7,  # which bits do not have
+        }
+    )
+    stages.check_resumable(here, resolved(), "autoencoder")
+    stages.check_resumable(here, resolved(), "prior")
+
+
+# Configs of checkpoints
+
+
+def test_a_checkpoints_config_is_that_of_its_experiment():
+    experiment = resolve(digits.get_config())
+    stored = json.loads(json.dumps({"config": experiment.config, "version": "0.2.0"}))
+    assert of_checkpoint(stored, "runs/x/prior") == experiment
+
+
+@pytest.mark.parametrize("name", ["prior.condition", "prior.network.width", "evaluate", "seed"])
+def test_a_checkpoint_of_another_version_is_said_to_be_one(name):
+    content = default.get_config().to_dict()
+    *sections, key = name.split(".")
+    section = content
+    for one in sections:
+        section = section[one]
+    del section[key]
+    sentence = r"runs/x/prior was written by binlatent {}, whose config has no .*{}"
+    with pytest.raises(UserError, match=sentence.format("0.1.0", key)):
+        of_checkpoint({"config": content}, "runs/x/prior")
+    with pytest.raises(UserError, match=sentence.format("0.3.0", key)):
+        of_checkpoint({"config": content, "version": "0.3.0"}, "runs/x/prior")
+
+
+def test_a_checkpoint_whose_config_describes_no_model_is_refused():
+    content = default.get_config().to_dict()
+    content["autoencoder"]["num_bits"] = "many"
+    with pytest.raises(UserError, match="The config in runs/x/prior describes no model: "):
+        of_checkpoint({"config": content}, "runs/x/prior")
