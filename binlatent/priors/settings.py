@@ -29,11 +29,11 @@ def with_options(prior: Prior, settings: Any, options: Mapping[str, Any]) -> Any
     names = {field.name for field in dataclasses.fields(settings)}
     changes = {}
     for name, value in options.items():
+        if value is None:
+            continue
         if name not in names:
             known = ", ".join(sorted(names))
             raise UserError(f"There is no sampling option {name!r}; there are {known}.")
-        if value is None:
-            continue
         example = getattr(settings, name)
         if not _fits(value, example):
             raise UserError(f"The sampling option {name} must be like {example!r}, not {value!r}.")
