@@ -53,7 +53,7 @@ for _name, _flag in _FLAGS.items():
 config_flags.DEFINE_config_file("config", None, "A config file.", lock_config=True)
 
 
-class Run:
+class _Run:
     """What a mode works on: the workdir, the experiment of --config if any, options, a pipeline."""
 
     def __init__(self, workdir: Path, given: experiment.Experiment | None):
@@ -69,14 +69,14 @@ class Run:
         return BinaryLatentDiffusion.from_workdir(self.workdir, self.given)
 
 
-def _given(function: Callable) -> Callable[[Run], None]:
+def _given(function: Callable) -> Callable[[_Run], None]:
     return lambda run: function(run.given, run.workdir)
 
 
-def _draw(name: str) -> Callable[[Run], None]:
+def _draw(name: str) -> Callable[[_Run], None]:
     file_name, draw = pictures.PICTURES[name]
 
-    def mode(run: Run) -> None:
+    def mode(run: _Run) -> None:
         values = {field: FLAGS[field].value for field in pictures.Request._fields[1:]}
         picture = draw(run.pipeline, pictures.Request(run.options, **values))
         png.save_png(path := Path(FLAGS.out or run.workdir / file_name), picture)
@@ -85,17 +85,19 @@ def _draw(name: str) -> Callable[[Run], None]:
     return mode
 
 
-def _evaluate(run: Run) -> None:
+def _evaluate(run: _Run) -> None:
     if FLAGS.metrics is not None:
         asked = {name: FLAGS[name].value for name in ("num", "seed", "keep")} | run.options
-        values, protocol = quality.run(run.pipeline, run.workdir, FLAGS.metrics, **asked)
+        values, protocol = quality.measure_workdir(
+            run.pipeline, run.workdir, FLAGS.metrics, **asked
+        )
         if values:
             log.info("%s\n\n%s", table(values, quality.METRICS), describe(protocol))
     elif jax.process_index() == 0:
         log.info("%s", json.dumps(report.report(run.pipeline, run.workdir), indent=2))
 
 
-def _all(run: Run) -> None:
+def _all(run: _Run) -> None:
     stages.check_prior(run.given)  # before any training
     stages.train_autoencoder(run.given, run.workdir)
     stages.train_prior(run.given, run.workdir)
@@ -109,7 +111,7 @@ MODES = {
     "train_autoencoder": Mode("Trains stage 1.", "", _given(stages.train_autoencoder), True),
     "train_prior": Mode("Trains stage 2.", "", _given(stages.train_prior), True),
     "encode": Mode("Writes the training images' codes.", "", _given(stages.write_codes), True),
-    "table4": Mode("Compares the bottlenecks.", "", _given(bottlenecks.run), True),
+    "table4": Mode("Compares the bottlenecks.", "", _given(bottlenecks.compare_bottlenecks), True),
     "sample": Mode("Draws new images.", "--label=7 --num=20", _draw("sample")),
     "reconstruct": Mode("Draws test images and reconstructions.", "--num=9", _draw("reconstruct")),
     "inpaint": Mode("Draws hidden parts anew.", "--image=a.png --mask=left", _draw("inpaint")),
@@ -129,7 +131,7 @@ def main(_: list[str]) -> None:
         given = config and experiment.resolve(config)
         content = given and given.config
         processes.check_same("the config or --mode", json.dumps([FLAGS.mode, content]))
-        mode.run(Run(Path(FLAGS.workdir), given))
+        mode.run(_Run(Path(FLAGS.workdir), given))
 
 
 def parse_flags(argv: list[str]) -> list[str]:

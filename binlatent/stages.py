@@ -304,7 +304,7 @@ def _train(experiment: Experiment, workdir: Path, stage: str, setup: Callable) -
         trained = of_checkpoint(meta, workdir / stage)
         if meta["data"] is not None:  # trained here, and not converted alone
             check_same_data(experiment, trained, stage)
-    return loop.run(setup(experiment, workdir), experiment.run, workdir)
+    return loop.train(setup(experiment, workdir), experiment.run, workdir)
 
 
 def train_autoencoder(experiment: Experiment, workdir: Path) -> TrainState:

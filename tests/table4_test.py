@@ -15,7 +15,7 @@ from binlatent.runtime.errors import UserError
 def test_table_4(tiny_experiment, tmp_path):
     sizes = {"autoencoder.codebook_size": 32, "autoencoder.num_channels": 3}
     experiment = tiny_experiment.change(sizes)
-    text = bottlenecks.run(experiment, tmp_path)
+    text = bottlenecks.compare_bottlenecks(experiment, tmp_path)
     results = json.loads((tmp_path / "table4.json").read_text())
     assert (tmp_path / "table4.md").read_text() == text
     bits = {name: row["bit_rate"] for name, row in results.items()}
@@ -44,12 +44,14 @@ def test_table_4(tiny_experiment, tmp_path):
         np.testing.assert_allclose(found, [np.mean(psnr), np.std(psnr)], atol=0.02)
     # A second time nothing is trained.
     steps = (tmp_path / "vq" / "metrics.jsonl").read_text()
-    assert bottlenecks.run(experiment, tmp_path) == text
+    assert bottlenecks.compare_bottlenecks(experiment, tmp_path) == text
     assert (tmp_path / "vq" / "metrics.jsonl").read_text() == steps
     # Rows of another budget or loss are not compared.
     rate = 2 * experiment.autoencoder.train.learning_rate
     with pytest.raises(UserError, match="vq was trained with config.autoencoder.train = "):
-        bottlenecks.run(experiment.change({"autoencoder.train.learning_rate": rate}), tmp_path)
+        bottlenecks.compare_bottlenecks(
+            experiment.change({"autoencoder.train.learning_rate": rate}), tmp_path
+        )
 
 
 def test_as_many_bits_as_the_codebook_has_is_one_row(tiny_experiment):

@@ -201,7 +201,7 @@ def train_poisoned(experiment, workdir, *steps):
     """Trains an autoencoder; the images of these steps hold a NaN."""
     stage = stages.setup_autoencoder(experiment, workdir)
     stage = stage._replace(batches=Poisoned(stage.batches, *steps))
-    return loop.run(stage, experiment.run, workdir)
+    return loop.train(stage, experiment.run, workdir)
 
 
 def test_a_non_finite_loss_stops_with_the_step_and_the_last_good_checkpoint(

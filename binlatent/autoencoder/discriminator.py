@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from binlatent.runtime.devices import mean_over_devices
+
 Array = jax.Array
 
 NORMS = ("batch", "group")
@@ -41,7 +43,7 @@ def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]
 
     def mean(x):
         local = jnp.mean(x, axis=(0, 1, 2), keepdims=True)
-        return jax.lax.pmean(local, axis_name) if axis_name else local
+        return mean_over_devices(local, axis_name) if axis_name else local
 
     # Twice over the batch, as the mean of squares less the square of the mean cancels.
     center = mean(x)

@@ -48,5 +48,7 @@ COLUMNS: rows.Columns = {
     "data": lambda row: row["data"],
     "image": lambda row: row["image_size"],
     "batch": lambda row: row["batch_size"],
-    "images/s (least to most)": lambda row: rows.spread(row, "images_per_second", "{:.0f}".format),
+    "images/s (least to most)": lambda row: rows.show_range(
+        row, "images_per_second", "{:.0f}".format
+    ),
 }

@@ -53,7 +53,7 @@ def or_dash(value: Any, shown: Callable[[Any], str] = str) -> str:
     return "-" if value is None else shown(value)
 
 
-def spread(row: Row, name: str, shown: Callable[[float], str]) -> str:
+def show_range(row: Row, name: str, shown: Callable[[float], str]) -> str:
     """Returns a median with the least and the most, which end in `_min` and `_max`."""
     return f"{shown(row[name])} ({shown(row[f'{name}_min'])} to {shown(row[f'{name}_max'])})"
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from binlatent.benchmark import rows, workloads
-from binlatent.benchmark.rows import Row, or_dash, significant, spread
+from binlatent.benchmark.rows import Row, or_dash, show_range, significant
 from binlatent.experiment import Experiment
 
 # Dense FLOP/s by JAX's `device_kind`: of bfloat16; of float32 as JAX multiplies it there unless
@@ -151,7 +151,7 @@ COLUMNS: rows.Columns = {
     "steps": lambda row: or_dash(row["steps"]),
     "guidance": lambda row: or_dash(row["guidance"], lambda w: f"{w:g}"),
     "compute": lambda row: row["dtype"],
-    "ms (least to most)": lambda row: spread(row, "seconds", lambda s: significant(1e3 * s)),
+    "ms (least to most)": lambda row: show_range(row, "seconds", lambda s: significant(1e3 * s)),
     "images/s": lambda row: significant(row["images_per_second"]),
     "TFLOP": lambda row: significant(row["flops"] / 1e12),
     "XLA's": lambda row: or_dash(row["xla_flops"], lambda flops: significant(flops / 1e12)),

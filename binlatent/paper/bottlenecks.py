@@ -127,7 +127,7 @@ def _check_budget(row: Experiment, workdir: Path) -> None:
                 )
 
 
-def run(experiment: Experiment, workdir: Path) -> str:
+def compare_bottlenecks(experiment: Experiment, workdir: Path) -> str:
     """Trains what is not trained yet, writes `table4.json` and `table4.md`, returns the table.
 
     PSNR and SSIM are mean ± standard deviation over `evaluate.num_images` test images, in uint8,

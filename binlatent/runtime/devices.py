@@ -72,11 +72,11 @@ def device_key(key: Array) -> Array:
     return jax.random.fold_in(key, jax.lax.axis_index(AXIS))
 
 
-def mean_over_devices(tree: Any) -> Any:
-    """Averages over the devices; call under pmap over `AXIS`."""
-    if jax.lax.axis_size(AXIS) == 1:  # XLA would copy every array, on CPUs
+def mean_over_devices(tree: Any, axis_name: str = AXIS) -> Any:
+    """Averages over the devices; call under pmap over the axis."""
+    if jax.lax.axis_size(axis_name) == 1:  # XLA would copy every array, on CPUs
         return tree
-    return jax.lax.pmean(tree, AXIS)
+    return jax.lax.pmean(tree, axis_name)
 
 
 def map_batches(function: Callable, batch_size: int, *arrays: Any) -> Any:

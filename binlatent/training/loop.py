@@ -146,7 +146,7 @@ class Stage(NamedTuple):
     judge_every: int = 0
 
 
-def run(stage: Stage, settings: Run, workdir: Path) -> TrainState:
+def train(stage: Stage, settings: Run, workdir: Path) -> TrainState:
     """Trains a stage from its newest checkpoint, if there is one, to its last step.
 
     Returns:
