@@ -88,9 +88,7 @@ def _draw(name: str) -> Callable[[_Run], None]:
 def _evaluate(run: _Run) -> None:
     if FLAGS.metrics is not None:
         asked = {name: FLAGS[name].value for name in ("num", "seed", "keep")} | run.options
-        values, protocol = quality.measure_workdir(
-            run.pipeline, run.workdir, FLAGS.metrics, **asked
-        )
+        values, protocol = quality.measure(run.pipeline, run.workdir, FLAGS.metrics, **asked)
         if values:
             log.info("%s\n\n%s", table(values, quality.METRICS), describe(protocol))
     elif jax.process_index() == 0:

@@ -118,7 +118,7 @@ def test_labels_of_the_data(pipeline, tmp_path, small_shards):
 
 def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
     names = ["fid", "kid", "is", "pr", "dc", "cas", "psnr", "ssim", "codes", "prior", "bound"]
-    values, protocol = quality.measure_workdir(pipeline, tmp_path, names, num=30, temperature=0.7)
+    values, protocol = quality.measure(pipeline, tmp_path, names, num=30, temperature=0.7)
     assert set(values) >= {
         *("fd_classifier", "kd_classifier", "kd_classifier_std", "score_classifier"),
         *("precision_classifier", "recall_classifier", "density_classifier"),
@@ -148,10 +148,10 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
     # Neither the reference nor the samples are judged again.
     monkeypatch.setattr(comparison, "features_of", None)
     monkeypatch.setattr(pipeline, "sample", None)
-    again, _ = quality.measure_workdir(pipeline, tmp_path, ["fid"], num=30, temperature=0.7)
+    again, _ = quality.measure(pipeline, tmp_path, ["fid"], num=30, temperature=0.7)
     assert again == {"fd_classifier": values["fd_classifier"]}
     # Metrics of one protocol are in one file.
-    quality.measure_workdir(pipeline, tmp_path, ["pr"], num=30, temperature=0.7)
+    quality.measure(pipeline, tmp_path, ["pr"], num=30, temperature=0.7)
     stored = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
     expected = {name: values[name] for name in ("fd_classifier", *PR)}
     assert sorted(len(x["metrics"]) for x in stored) == [3, len(values)]
@@ -170,27 +170,27 @@ def test_changed_images_are_judged_again(pipeline, tmp_path):
                 Image.fromarray(image).save(folder / split / str(label) / f"{i}.png")
     values = {"data.name": "folder", "data.path": str(folder)}
     pipeline.experiment = pipeline.experiment.change(values)
-    first, protocol = quality.measure_workdir(pipeline, tmp_path, ["fid"])
-    assert quality.measure_workdir(pipeline, tmp_path, ["fid"])[0] == first
+    first, protocol = quality.measure(pipeline, tmp_path, ["fid"])
+    assert quality.measure(pipeline, tmp_path, ["fid"])[0] == first
     for file in folder.rglob("*.png"):
         Image.fromarray(255 - np.asarray(Image.open(file)) // 2).save(file)
-    second, changed = quality.measure_workdir(pipeline, tmp_path, ["fid"])
+    second, changed = quality.measure(pipeline, tmp_path, ["fid"])
     assert second["fd_classifier"] != first["fd_classifier"]
     assert changed["reference"]["fingerprint"] == protocol["reference"]["fingerprint"]
     assert changed["reference"]["pixels"] != protocol["reference"]["pixels"]
 
 
 def test_damaged_files_of_before(pipeline, tmp_path):
-    first, _ = quality.measure_workdir(pipeline, tmp_path, ["fid"])
+    first, _ = quality.measure(pipeline, tmp_path, ["fid"])
     folder = tmp_path / "evaluation"
     for pattern in ("reference_*.npz", "*.json"):
         (path,) = folder.glob(pattern)
         path.write_bytes(path.read_bytes()[:100])
-    assert quality.measure_workdir(pipeline, tmp_path, ["fid"])[0] == pytest.approx(first)
+    assert quality.measure(pipeline, tmp_path, ["fid"])[0] == pytest.approx(first)
     (path,) = folder.glob("samples_*/*.npz")
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(UserError, match=r"\.npz is damaged: delete it, and it is drawn anew"):
-        quality.measure_workdir(pipeline, tmp_path, ["fid"])
+        quality.measure(pipeline, tmp_path, ["fid"])
 
 
 def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_path, monkeypatch):
@@ -199,13 +199,13 @@ def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_
     change(pipeline, reference=str(path))
     np.savez(path, mu=np.zeros(128), sigma=np.eye(128))
     with pytest.raises(UserError, match="of the reference only statistics are known"):
-        quality.measure_workdir(pipeline, tmp_path, ["kid"])
+        quality.measure(pipeline, tmp_path, ["kid"])
     np.savez(path, mu=np.zeros(9), sigma=np.eye(9))
     with pytest.raises(UserError, match="features of 9 numbers and the images of 128"):
-        quality.measure_workdir(pipeline, tmp_path, ["fid"])
+        quality.measure(pipeline, tmp_path, ["fid"])
     np.savez(path, arr_0=np.zeros((20, 28, 28, 3), np.uint8))
     with pytest.raises(UserError, match="classifier is of images of 1 channel, and these have 3"):
-        quality.measure_workdir(pipeline, tmp_path, ["fid"])
+        quality.measure(pipeline, tmp_path, ["fid"])
 
 
 @pytest.mark.parametrize(
@@ -220,18 +220,18 @@ def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_
 )
 def test_what_cannot_be_measured_is_said_first(pipeline, tmp_path, names, num, text):
     with pytest.raises(UserError, match=text):
-        quality.measure_workdir(pipeline, tmp_path, names, num=num)
+        quality.measure(pipeline, tmp_path, names, num=num)
     assert not list(tmp_path.iterdir())
 
 
 def test_what_the_prior_or_the_data_has_not(pipeline, tmp_path):
     change(pipeline, network="inception", weights=str(tmp_path / "none.npz"))
     with pytest.raises(UserError, match=r"none\.npz"):
-        quality.measure_workdir(pipeline, tmp_path, ["fid"])
+        quality.measure(pipeline, tmp_path, ["fid"])
     without = BinaryLatentDiffusion(pipeline.experiment, pipeline.autoencoder_params)
     for metric in ("bound", "prior", "fid"):
         with pytest.raises(UserError, match="has no prior yet"):
-            quality.measure_workdir(without, tmp_path, [metric])
+            quality.measure(without, tmp_path, [metric])
 
 
 def test_metrics_while_training_and_the_report(tiny_config, tmp_path, monkeypatch):
@@ -247,15 +247,13 @@ def test_metrics_while_training_and_the_report(tiny_config, tmp_path, monkeypatc
     assert not list((tmp_path / "evaluation").glob("samples_*"))
     # The last ones are those of the checkpoint's averaged weights.
     model = BinaryLatentDiffusion.from_workdir(tmp_path)
-    values, _ = quality.measure_workdir(model, tmp_path, ["fid"])
+    values, _ = quality.measure(model, tmp_path, ["fid"])
     assert values["fd_classifier"] == pytest.approx(judged[6]["fd_classifier"], rel=1e-6)
     assert checkpoint.exists(tmp_path, "prior")
     # report.json has the numbers of --metrics, and its classifier is the one that is there.
     monkeypatch.setattr(reference, "train_classifier", None)
     found = report.report(model, tmp_path)
-    values, _ = quality.measure_workdir(
-        model, tmp_path, ["psnr", "ssim", "codes", "prior", "bound"]
-    )
+    values, _ = quality.measure(model, tmp_path, ["psnr", "ssim", "codes", "prior", "bound"])
     assert found["autoencoder"] | found["prior"] == values
     assert json.loads((tmp_path / "report.json").read_text()) == found
     assert Judge(model.experiment, tmp_path).accuracy == found["samples"]["classifier_accuracy"]

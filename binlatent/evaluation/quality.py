@@ -103,7 +103,7 @@ def check(experiment: Experiment, metrics: Sequence[str], num: int) -> None:
     comparison.check_count(num, of_features)
 
 
-def measure_workdir(
+def measure(
     pipeline: BinaryLatentDiffusion,
     workdir: Path,
     metrics: Sequence[str],

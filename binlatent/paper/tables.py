@@ -38,7 +38,7 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def stored_results(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the `metrics` and `protocol` that `quality.measure_workdir` has written, the newest first."""
+    """Returns the `metrics` and `protocol` that `quality.measure` has written, the newest first."""
     paths = (workdir / "evaluation").glob("*.json")
     found = []
     for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
@@ -126,7 +126,7 @@ def table1(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, list[di
 
     Args:
       pipeline: of the workdir; results of other weights than its own are left out.
-      workdir: with results of `quality.measure_workdir`, of which the newest count.
+      workdir: with results of `quality.measure`, of which the newest count.
 
     Returns:
       The table in Markdown, and its rows: `metrics`, `protocol` and the prior's `parameters`.
