@@ -127,8 +127,7 @@ def main(_: list[str]) -> None:
         if mode.needs_config and jax.process_count() == 1:
             command.end_on_sigterm()  # of several processes, one that ends alone is seen to fail
         given = config and experiment.resolve(config)
-        content = given and given.config
-        processes.check_same("the config or --mode", json.dumps([FLAGS.mode, content]))
+        processes.check_same("the config or --mode", f"{FLAGS.mode} {given and given.config}")
         mode.run(_Run(Path(FLAGS.workdir), given))
 
 
@@ -144,7 +143,6 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def run() -> None:
-    """Entry point."""
     app.run(main, flags_parser=parse_flags)
 
 
