@@ -33,7 +33,7 @@ def pytest_configure():
 
 
 # The longest first, so that no process is left alone with one at the end.
-LONGEST = ["train", "multihost", "pretrained", "stages", "autoencoder_stage", "torture", "table4"]
+LONGEST = ["train", "multihost", "pretrained", "autoencoder_stage", "state", "torture", "table4"]
 
 
 def pytest_collection_modifyitems(items):
