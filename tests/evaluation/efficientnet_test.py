@@ -19,7 +19,7 @@ from PIL import Image
 from binlatent.convert import published
 from binlatent.evaluation.networks import efficientnet
 
-GOLDEN = Path(__file__).parent / "data" / "efficientnet_lite0.npz"
+GOLDEN = Path(__file__).parents[1] / "data" / "efficientnet_lite0.npz"
 
 
 def test_features_and_logits():

@@ -10,7 +10,7 @@ from flax import traverse_util
 
 from binlatent.evaluation.networks.resnet import ResNet50
 
-GOLDEN = np.load(Path(__file__).parent / "data" / "resnet.npz", allow_pickle=False)
+GOLDEN = np.load(Path(__file__).parents[1] / "data" / "resnet.npz", allow_pickle=False)
 MODEL = ResNet50(num_classes=10, stage_sizes=(1, 2, 1, 1))  # of the golden
 LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 

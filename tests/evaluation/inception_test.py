@@ -11,7 +11,7 @@ from flax import traverse_util
 from binlatent.convert import published
 from binlatent.evaluation.networks import inception
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 GOLDEN = np.load(DATA / "inception_v3_fid.npz", allow_pickle=False)
 
 
