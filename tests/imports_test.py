@@ -37,8 +37,6 @@ ELSEWHERE = {
     # Who builds a network with batch norm names that axis.
     "autoencoder/spec.py": {"AXIS"},
     "evaluation/cas.py": {"AXIS"},
-    # Compiles a step for a device that is not there, on a mesh in pmap's place.
-    "benchmark/memory.py": {"AXIS"},
 }
 
 # Who reads a config, or defines the flag --config. All others take typed fields.

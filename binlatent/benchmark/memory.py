@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from binlatent.autoencoder.spec import AutoencoderSpec
 from binlatent.benchmark import rows, workloads
 from binlatent.benchmark.rows import Row, or_dash
 from binlatent.experiment import Experiment
-from binlatent.runtime.devices import AXIS
+from binlatent.runtime.devices import parallel_on
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger("binlatent.benchmark")
@@ -41,12 +40,7 @@ def train_step_memory(spec: AutoencoderSpec, batch_size: int, device: Any) -> Ro
     `total`, the sum, as the new state takes the place of the old one. `flops`, as the compiler
     counts them, None if it does not.
     """
-    mesh = jax.sharding.Mesh(np.array([device]), (AXIS,))
-    axes = jax.sharding.PartitionSpec
-    # What jax.pmap makes of a step, on a mesh of one.
-    specs = {"in_specs": (axes(), axes(AXIS), axes()), "out_specs": (axes(), axes())}
-    step = jax.shard_map(spec.step(spec.networks), mesh=mesh, check_vma=False, **specs)
-    step = jax.jit(step, donate_argnums=0)
+    step = parallel_on(device, spec.step(spec.networks))
     state = jax.eval_shape(functools.partial(spec.init_state, 0))
     image = jax.ShapeDtypeStruct((batch_size, *spec.image_shape), jnp.float32)
     frozen = workloads.lpips_shapes(spec.networks)

@@ -22,6 +22,17 @@ def parallel(step: Callable, num_frozen: int = 0) -> Callable:
     return jax.pmap(step, AXIS, in_axes=in_axes, out_axes=(None, None), donate_argnums=0)
 
 
+def parallel_on(device: jax.Device, step: Callable) -> Callable:
+    """Returns `parallel` of a step with one frozen argument, for one device that need not be there.
+
+    It takes a batch that is not split.
+    """
+    mesh, spec = jax.sharding.Mesh(np.array([device]), (AXIS,)), jax.sharding.PartitionSpec
+    specs = {"in_specs": (spec(), spec(AXIS), spec()), "out_specs": (spec(), spec())}
+    step = jax.shard_map(step, mesh=mesh, check_vma=False, **specs)
+    return jax.jit(step, donate_argnums=0)
+
+
 def parallel_for_debugging(step: Callable, num_frozen: int = 0) -> Callable:
     """Returns `parallel` without pmap: each device's share is an entry of one vmapped batch.
 
