@@ -87,7 +87,7 @@ _RANGES = {
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "data.crop": ("centre", "random"),
-    "autoencoder.bottleneck": tuple(BOTTLENECKS),
+    "autoencoder.bottleneck": BOTTLENECKS,  # with what a config adds to it
     "autoencoder.train.decay": DECAYS,
     "prior.train.decay": DECAYS,
     "evaluate.network": ("inception", "efficientnet", "classifier"),
@@ -235,10 +235,10 @@ def _check_numbers(content: Content) -> None:
             limits = f"at least {least}" if most == math.inf else f"between {least} and {most}"
             raise UserError(f"config.{name} must be {limits}, not {value}.")
     for name, choices in _CHOICES.items():
-        value = _get(content, name)
-        if value not in choices:
-            shown = ", ".join(f'"{x}"' for x in choices[:-1])
-            raise UserError(f'config.{name} must be {shown} or "{choices[-1]}", not {value!r}.')
+        value, (*others, last) = _get(content, name), choices
+        if value not in (*others, last):
+            shown = ", ".join(f'"{x}"' for x in others)
+            raise UserError(f'config.{name} must be {shown} or "{last}", not {value!r}.')
 
 
 def _autoencoder(content: Content, data: Data, dtype: Any) -> AutoencoderSpec:

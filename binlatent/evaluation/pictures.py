@@ -12,7 +12,7 @@ from binlatent.data.images import read_image
 from binlatent.data.transforms import to_float, to_uint8
 from binlatent.evaluation.report import test_images
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.priors.prior import has
+from binlatent.priors.prior import has, optional
 from binlatent.runtime import png
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import key_for
@@ -148,6 +148,7 @@ def _inpaintings(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
 
 
 def _variations(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
+    optional(pipeline.experiment.prior.prior, "vary")  # before any work
     images, label = _subjects(pipeline, asked, 8)
     key, options = key_for(asked.seed, "vary"), {"strength": asked.strength, **asked.options}
     return variations(pipeline, images, label, key, asked.num or 6, **options)
