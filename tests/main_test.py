@@ -85,8 +85,8 @@ def test_configs_go_by_name(tmp_path):
 # Commands, which may stand on files of `bad_files`; code, and what the sentence says.
 REFUSED = [
     ("--config.prior.train.num_step=5", 2, "'num_step'. Did you mean \"num_steps\""),
-    ("--config.prior.train.num_steps=many", 2, "'many' is no whole number"),
-    ("--config.sample.guidance=much", 2, "'much' is no number"),
+    ("--config.prior.train.num_steps=many", 2, "'many' is not a whole number"),
+    ("--config.sample.guidance=much", 2, "'much' is not a number"),
     ("--config.data.flip=maybe", 2, "'maybe' is neither true nor false"),
     ("--config.sample.guidance_shape=x", 2, "--config has no key"),
     ("--stepps=4", 2, "Did you mean: steps"),

@@ -1,4 +1,4 @@
-"""How many images a second training's loader delivers."""
+"""How many images per second training's loader delivers."""
 
 import logging
 import statistics
@@ -15,7 +15,7 @@ log = logging.getLogger("binlatent.benchmark")
 
 
 def measure_loading(data: Data, seed: int, batch_size: int, seconds: float = 20.0) -> Row:
-    """Returns how many training images a second the loader delivers, and what that depends on.
+    """Returns how many training images per second the loader delivers, and what that depends on.
 
     `images_per_second` is the median of up to ten parts of the `seconds`, which begin when what was
     prepared ahead has been taken. JAX's devices are left alone.

@@ -101,7 +101,7 @@ class HeldOut:
 
 
 def code_use(pipeline: BinaryLatentDiffusion, test: HeldOut) -> dict[str, float | int]:
-    """Returns `bit_rate`, bits an image, 32 a real value, and how much of it the codes use."""
+    """Returns `bit_rate`, bits per image, 32 a real value, and how much of it the codes use."""
     (codes, aux), bottleneck = test.codes, pipeline.experiment.autoencoder.bottleneck
     if "probs" in aux:
         return image_metrics.code_statistics(codes)
@@ -116,7 +116,7 @@ def prior_metrics(
 ) -> dict[str, float]:
     """Returns what the kind of prior reports of images, a mean over eight draws of noise for each.
 
-    Of a Bernoulli prior that is `bce`, in nats a bit. `probs` are the encoder's y, (n, h, w, c).
+    Of a Bernoulli prior that is `bce`, in nats per bit. `probs` are the encoder's y, (n, h, w, c).
     """
     probs = np.concatenate([probs] * _DRAWS)
     labels = None if labels is None else np.concatenate([labels] * _DRAWS)

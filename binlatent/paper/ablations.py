@@ -200,7 +200,7 @@ def measure_rows(
 
 
 _COLUMNS = {
-    "bits_per_dim": ("bits a dimension", "{:.4f}"),
+    "bits_per_dim": ("bits per dimension", "{:.4f}"),
     "accuracy": ("accuracy", "{:.1%}"),
     "frechet_distance": ("Frechet distance", "{:.2f}"),
 }

@@ -24,7 +24,7 @@ from binlatent.training.checkpoint import Checkpoints, exists
 
 log = logging.getLogger(__name__)
 
-_TITLES = ("method", "size", "bits an image")
+_TITLES = ("method", "size", "bits per image")
 
 
 def _bits(experiment: Experiment) -> float:

@@ -23,7 +23,7 @@ _MOST_STEPS = 64  # of a prior that takes any number of them
 
 # What `steps_figure` measures, as its axes name it.
 _CAPTIONS = {
-    "bits_per_dim": "bits a dimension, at most",
+    "bits_per_dim": "bits per dimension, at most",
     "accuracy": "accuracy",
     "frechet_distance": "Frechet distance",
 }

@@ -33,8 +33,8 @@ def bad_usage(message: str) -> NoReturn:
 
 # What Python and absl say of a flag's value, and what we do.
 _PLAINER = (
-    (r"invalid literal for int.*?: (['\"].*['\"])", r"\1 is no whole number"),
-    (r"could not convert string to float: (['\"].*['\"])", r"\1 is no number"),
+    (r"invalid literal for int.*?: (['\"].*['\"])", r"\1 is not a whole number"),
+    (r"could not convert string to float: (['\"].*['\"])", r"\1 is not a number"),
     (r"get_config\(\) takes 0 .*", "this config has no variants: leave out ':' and what follows"),
     (r"\('Non-boolean argument to boolean flag', ('.*')\)", r"\1 is neither true nor false"),
 )

@@ -110,7 +110,7 @@ def test_table4_is_of_the_most_images_of_the_autoencoder(pipeline, tmp_path):
     # 28 pixels in patches of 7 are 4 x 4 tokens, of 8 bits in the tiny config.
     assert cells(text) == [
         {
-            **{"method": "Binary", "size": "4×4×8", "bits an image": "128"},
+            **{"method": "Binary", "size": "4×4×8", "bits per image": "128"},
             **{"images": "500", "PSNR": "24.02 ± 2.11"},
             **{"SSIM": "0.750 ± 0.060", "LPIPS": "0.200 ± 0.020"},
         }

@@ -44,7 +44,7 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
     """Returns how much of their capacity binary codes, 0 and 1 of any type, (n, h, w, c), use.
 
-    `bit_rate` is h * w * c, bits an image. `mean_bit_entropy`, in [0, 1], is the mean over these
+    `bit_rate` is h * w * c, bits per image. `mean_bit_entropy`, in [0, 1], is the mean over these
     bits of the entropy of the bit's frequency over the images. `dead_bits` is how many bits take
     the same value in every image. `duplicate_bits` is how many of the c bits of a token are alive
     and, in 99 of 100 tokens or more, what one before them is, or its opposite.
@@ -72,7 +72,7 @@ def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
 def codebook_statistics(indices: np.ndarray, size: int) -> dict[str, float | int]:
     """Returns how much of a codebook of `size` entries, s, indices use, int (n, h, w) in [0, s).
 
-    `bit_rate` is h * w * log2(s), bits an image; `codebook_used` the share of the entries that
+    `bit_rate` is h * w * log2(s), bits per image; `codebook_used` the share of the entries that
     occur, in (0, 1]; `codebook_perplexity` 2 to the entropy of their frequencies, in [1, s].
     """
     if indices.ndim != 3 or indices.size == 0 or indices.min() < 0 or indices.max() >= size:

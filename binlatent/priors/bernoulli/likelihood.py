@@ -20,11 +20,11 @@ def likelihood_bound(
     keep: Array,
     num_draws: int = 1,
 ) -> Array:
-    """Returns an unbiased estimate of the bound on -log2 p(z_0), in bits an image: (n,).
+    """Returns an unbiased estimate of the bound on -log2 p(z_0), in bits per image: (n,).
 
     L_T plus, for each step of the grid from t to s, KL(q(z_s | z_t, z_0) || p(z_s | z_t)) in
     closed form, averaged over draws of z_t. At the last step, s = 0, that is -log p(z_0 | z_t).
-    Divide by the number of bits for bits a dimension. Fewer times give a looser bound: p is then
+    Divide by the number of bits for bits per dimension. Fewer times give a looser bound: p is then
     the sampler that visits these times alone.
 
     Args:
