@@ -126,8 +126,8 @@ def measure(
     needs = {need for name in metrics for need in METRICS[name].needs}
     if "vgg16" in needs:  # what is missing is said before any work
         lpips.read_vgg16(experiment.autoencoder.vgg16)
-    if (of_samples or "prior" in needs) and not pipeline.has_prior:
-        raise UserError(f"{workdir} has no prior yet: run --mode=train_prior first.")
+    if of_samples or "prior" in needs:
+        _ = pipeline.prior_params  # without a prior it raises, before any work
     values, protocol = {}, {}
     if of_samples:
         options = {name: value for name, value in options.items() if value is not None}
