@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import tiny_flags
+from conftest import tiny_flags, xla_flags
 
 from binlatent.runtime import processes
 from binlatent.runtime.devices import replicate
@@ -46,7 +46,7 @@ class Pair:
         self.processes = []
         port = free_port()
         for i in range(2):
-            env = env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+            env = env | {"XLA_FLAGS": xla_flags(2)}
             joined = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}")
             if slurm:  # as srun sets them
                 env |= {"SLURM_JOB_ID": f"{port}", "SLURM_STEP_NODELIST": "127.0.0.1"}

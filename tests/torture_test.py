@@ -15,7 +15,7 @@ from contextlib import suppress
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_flags
+from conftest import tiny_flags, xla_flags
 
 from binlatent.runtime.devices import replicate
 from binlatent.training.checkpoint import Checkpoints
@@ -41,7 +41,7 @@ def start(workdir, digits_dir, env):
     command += [*tiny_flags(digits_dir), f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in CHANGES.items()]  # the last counts
     # Two devices: a start is then mostly that of Python, and of what is compiled already.
-    env = env | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = env | {"XLA_FLAGS": xla_flags(2)}
     with (workdir / "output.txt").open("w") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env)
 
