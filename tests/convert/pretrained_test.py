@@ -7,13 +7,12 @@ reads PyTorch's files where it is installed.
 import functools
 import importlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 import reference
+from conftest import call_main
 from PIL import Image
 
 from binlatent import stages
@@ -360,23 +359,21 @@ def test_the_command_reports_what_it_found_and_what_it_left(tmp_path, monkeypatc
     assert error.count("\n") == 1 and "There is a checkpoint of the autoencoder in" in error
 
 
-def test_features_of_a_text_are_a_flag(converted, tmp_path):
+def test_features_of_a_text_are_a_flag(converted, tmp_path, capsys):
     features, out = tmp_path / "text.npy", tmp_path / "samples.png"
     np.save(features, reference.io("prior_text_cross")["label"][0])
     workdir = converted("prior_text_cross")
     flags = [f"--workdir={workdir}", "--mode=sample", "--num=3", "--steps=2", f"--out={out}"]
-    call = [sys.executable, "-m", "binlatent.main", *flags]
-    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=300)
-    result = run([*call, f"--features={features}", "--guidance=3"])
-    assert result.returncode == 0 and out.exists(), result.stderr
-    for flags, message in (
+    assert call_main(*flags, f"--features={features}", "--guidance=3") == 0 and out.exists()
+    capsys.readouterr()
+    for asked, message in (
         ([f"--features={out}"], "is no .npy file of numbers"),
         ([f"--features={features}", "--label=1"], "not both"),
         ([f"--features={tmp_path / 'none.npy'}"], "No such file"),
     ):
-        result = run([*call, *flags])
-        assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-        assert message in result.stderr
+        assert call_main(*flags, *asked) == 1
+        errors = capsys.readouterr().err
+        assert errors.count("\n") == 1 and message in errors
 
 
 @pytest.mark.parametrize("name", [*reference.AUTOENCODERS, *reference.PRIORS])

@@ -78,11 +78,11 @@ def losses_at_start(n=4_000, **fields):
 def test_untrained_prior_with_evidence_has_the_entropy_of_the_noise(optimised):
     # The network starts at zero, so f = b_t: its BCE at t is the entropy of a B(b_t) flip. Random
     # codes have nothing more to know, so L_vlb, whose terms telescope, is that of fair bits.
-    # Without optimisations XLA adds numbers one after the other, which costs the fifth digit.
+    # In the tests XLA adds numbers one after the other, which costs the fifth digit.
     loss, metrics = losses_at_start(vlb_weight=0.5)
     np.testing.assert_allclose(metrics["residual"], entropy(B).mean(), atol=0.005)
     np.testing.assert_allclose(metrics["vlb"], np.log(2) / 8, atol=0.002)
-    np.testing.assert_allclose(loss, metrics["residual"] + 0.5 * metrics["vlb"], rtol=1e-5)
+    np.testing.assert_allclose(loss, metrics["residual"] + 0.5 * metrics["vlb"], rtol=5e-5)
     assert metrics["loss"] == loss
 
 
