@@ -83,6 +83,50 @@ class Pair:
             time.sleep(0.05)
 
 
+def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, no_tensorflow, tmp_path):
+    flags = ("--mode=train_autoencoder", "--config.autoencoder.train.num_steps=100000")
+    flags += ("--config.preview_every=100000", "--config.checkpoint_every=20")
+    folder = tmp_path / "run" / "autoencoder"
+    saved = 0
+    for victim in (1, 0):
+        with Pair(tmp_path, digits_dir, no_tensorflow, *flags) as pair:
+            pair.wait_for(folder / f"{saved + 20}")
+            start = time.monotonic()
+            pair.processes[victim].kill()
+            codes = pair.wait(HEARTBEAT_SECONDS + 60)
+            seconds = time.monotonic() - start
+        print(f"process {victim} killed, the other stopped after {seconds:.1f} s with", codes)
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, -signal.SIGKILL)
+        assert seconds < HEARTBEAT_SECONDS + 15
+        output = pair.output(1 - victim)
+        # JAX's words, or ours if it was saving.
+        died = "This most likely indicates that another task died", "Another process was lost"
+        assert any(words in output for words in died), output
+        assert saved == 0 or f"goes on from step {saved}" in pair.output(0)
+        with Checkpoints(folder, alone=True) as checkpoints:
+            saved = checkpoints.latest_step()
+    # SIGTERM to one of them stops both at the same step.
+    with Pair(tmp_path, digits_dir, no_tensorflow, *flags) as pair:
+        pair.wait_for(folder / f"{saved + 20}")
+        pair.processes[1].send_signal(signal.SIGTERM)
+        assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
+    assert f"goes on from step {saved}" in pair.output(0)
+    with Checkpoints(folder, alone=True) as checkpoints:
+        assert f"is saved at step {checkpoints.latest_step()}" in pair.output(0)
+
+
+def test_processes_of_different_configs_refuse_to_start(digits_dir, no_tensorflow, tmp_path):
+    # They are tasks of a Slurm step, which JAX finds by the environment alone.
+    own = ((), ("--config.seed=1",))
+    with Pair(tmp_path, digits_dir, no_tensorflow, own=own, slurm=True) as pair:
+        assert pair.wait() == [1, 1]
+    for i in range(2):
+        errors = [x for x in pair.output(i).splitlines() if x.startswith("Error: ")]
+        assert len(errors) == 1 and "Traceback" not in pair.output(i), pair.output(i)
+        assert "disagree on the config or --mode: 1 of 2 differ from process 0" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
 def restored(workdir, stage, experiment):
     """The state of a stage's newest checkpoint."""
     spec = {"autoencoder": experiment.autoencoder, "prior": experiment.prior}[stage]
@@ -93,6 +137,7 @@ def restored(workdir, stage, experiment):
 def test_two_processes_end_with_the_parameters_of_one(
     trained_workdir, digits_dir, tiny_experiment, no_tensorflow, tmp_path
 ):
+    # Not the first here: the other worker begins with what makes `trained_workdir`.
     with Pair(tmp_path, digits_dir, no_tensorflow, "--config.evaluate.every=6") as pair:
         assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
     for stage in ("autoencoder", "prior"):
@@ -131,50 +176,6 @@ def test_two_processes_end_with_the_parameters_of_one(
     assert "prior" not in pair.output(1) and "Wrote" not in pair.output(1)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["device"] == "4 x cpu"
-
-
-def test_processes_of_different_configs_refuse_to_start(digits_dir, no_tensorflow, tmp_path):
-    # They are tasks of a Slurm step, which JAX finds by the environment alone.
-    own = ((), ("--config.seed=1",))
-    with Pair(tmp_path, digits_dir, no_tensorflow, own=own, slurm=True) as pair:
-        assert pair.wait() == [1, 1]
-    for i in range(2):
-        errors = [x for x in pair.output(i).splitlines() if x.startswith("Error: ")]
-        assert len(errors) == 1 and "Traceback" not in pair.output(i), pair.output(i)
-        assert "disagree on the config or --mode: 1 of 2 differ from process 0" in errors[0]
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, no_tensorflow, tmp_path):
-    flags = ("--mode=train_autoencoder", "--config.autoencoder.train.num_steps=100000")
-    flags += ("--config.preview_every=100000", "--config.checkpoint_every=20")
-    folder = tmp_path / "run" / "autoencoder"
-    saved = 0
-    for victim in (1, 0):
-        with Pair(tmp_path, digits_dir, no_tensorflow, *flags) as pair:
-            pair.wait_for(folder / f"{saved + 20}")
-            start = time.monotonic()
-            pair.processes[victim].kill()
-            codes = pair.wait(HEARTBEAT_SECONDS + 60)
-            seconds = time.monotonic() - start
-        print(f"process {victim} killed, the other stopped after {seconds:.1f} s with", codes)
-        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, -signal.SIGKILL)
-        assert seconds < HEARTBEAT_SECONDS + 15
-        output = pair.output(1 - victim)
-        # JAX's words, or ours if it was saving.
-        died = "This most likely indicates that another task died", "Another process was lost"
-        assert any(words in output for words in died), output
-        assert saved == 0 or f"goes on from step {saved}" in pair.output(0)
-        with Checkpoints(folder, alone=True) as checkpoints:
-            saved = checkpoints.latest_step()
-    # SIGTERM to one of them stops both at the same step.
-    with Pair(tmp_path, digits_dir, no_tensorflow, *flags) as pair:
-        pair.wait_for(folder / f"{saved + 20}")
-        pair.processes[1].send_signal(signal.SIGTERM)
-        assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
-    assert f"goes on from step {saved}" in pair.output(0)
-    with Checkpoints(folder, alone=True) as checkpoints:
-        assert f"is saved at step {checkpoints.latest_step()}" in pair.output(0)
 
 
 def test_joining_too_late_is_one_sentence():

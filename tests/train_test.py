@@ -373,31 +373,6 @@ def test_number_of_classes_must_be_that_of_the_data(tiny_experiment, asked, give
         assert stages.with_classes(experiment, source).data.num_classes == given
 
 
-def test_a_line_of_the_log_that_was_cut_is_dropped(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
-    with Logbook(tmp_path, "prior", 1, 2) as logbook:
-        logbook.record(2, {"loss": 0.5})
-    assert [x["step"] for x in lines(tmp_path)] == [1, 2]
-
-
-def test_no_first_step_waits_for_tensorflow(tmp_path):
-    code = f"""
-import pathlib, sys
-from binlatent.training.logbook import Logbook
-with Logbook(pathlib.Path({str(tmp_path)!r}), "prior", 0, 1) as logbook:
-    logbook.tick()
-print("tensorflow" in sys.modules)
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == "False", result.stderr
-
-
-def test_a_log_that_cannot_be_is_refused_before_the_first_step(tmp_path):
-    (tmp_path / "tensorboard").write_text("")
-    with pytest.raises(UserError, match=f"log in {tmp_path} could not be written: "):
-        Logbook(tmp_path, "prior", 0, 1)
-
-
 def test_a_step_is_saved_before_its_metrics_are_written(
     trained, tiny_experiment, tmp_path, monkeypatch
 ):
@@ -412,16 +387,6 @@ def test_a_step_is_saved_before_its_metrics_are_written(
         stages.train_prior(experiment, workdir)
     with Checkpoints(workdir / "prior") as checkpoints:
         assert checkpoints.latest_step() == 2
-
-
-def test_a_log_that_a_full_disk_does_not_hold_is_one_sentence(tmp_path):
-    with (
-        pytest.raises(UserError, match=f"log in {tmp_path} could not be written: No space left"),
-        Logbook(tmp_path, "prior", 1, 2) as logbook,
-    ):
-        logbook._file.close()
-        logbook._file = open("/dev/full", "w")  # noqa: SIM115
-        logbook.record(2, {"loss": 0.5})
 
 
 def test_the_prior_learns_from_codes_that_lie_elsewhere(trained, tiny_experiment, tmp_path):
