@@ -58,8 +58,8 @@ class _Run:
 
     def __init__(self, workdir: Path, given: experiment.Experiment | None):
         self.workdir, self.given = workdir, given
-        self.options = {name: FLAGS[name].value for name in ("steps", "temperature", "guidance")}
-        self.options |= pictures.parse_options(FLAGS.option)
+        own = {name: FLAGS[name].value for name in ("steps", "temperature", "guidance")}
+        self.options = pictures.parse_options(FLAGS.option, own)
         if given is not None:  # before any training
             with_options(given.prior.prior, given.sample.settings, self.options)
 

@@ -192,6 +192,7 @@ def test_sample_writes_the_asked_number_of_digits(workdir, tmp_path):
         (("--label=10",), "between 0 and 9; got 10"),
         (("--steps=0",), "between 1 and 8"),
         (("--steps=9",), "between 1 and 8"),
+        (("--steps=9", "--option=steps=2"), "between 1 and 8"),  # the flag of its own wins
         (("--temperature=nan",), "above 0"),
         (("--temperature=-1",), "above 0"),
         (("--option=known",), "must be --option=NAME=VALUE"),

@@ -1,7 +1,7 @@
 """The pictures of a run, as uint8 arrays (height, width, channels)."""
 
 import ast
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -114,8 +114,8 @@ class Request(NamedTuple):
     strength: float = 0.5  # of variations
 
 
-def parse_options(options: Sequence[str]) -> dict[str, Any]:
-    """Returns sampling options from NAME=VALUE."""
+def parse_options(options: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns sampling options from NAME=VALUE, and from flags of their own, which win if given."""
     values = {}
     for option in options:
         name, equals, value = option.partition("=")
@@ -125,7 +125,7 @@ def parse_options(options: Sequence[str]) -> dict[str, Any]:
             values[name] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
             values[name] = value  # a word
-    return values
+    return values | {name: value for name, value in flags.items() if value is not None}
 
 
 def _samples(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
