@@ -22,12 +22,14 @@ from binlatent.autoencoder.bottleneck import BOTTLENECKS
 from binlatent.autoencoder.modules import Levels
 from binlatent.autoencoder.spec import AutoencoderSpec
 from binlatent.autoencoder.step import Objective
+from binlatent.data import classes
 from binlatent.data.splits import Data
 from binlatent.priors.conditions import Conditioning
 from binlatent.priors.kinds import KINDS
 from binlatent.priors.settings import make_settings
 from binlatent.priors.spec import PriorSpec
 from binlatent.priors.transformer import Transformer
+from binlatent.runtime import strict_json
 from binlatent.runtime.errors import UserError
 from binlatent.training.loop import Run
 from binlatent.training.optimizer import DECAYS, Training
@@ -157,20 +159,28 @@ class Experiment:
             if key not in section:
                 raise KeyError(name)
             section[key] = value
-        return resolve(content)
+        return resolve(content, self.prior.conditioning.names)
 
-    def with_classes(self, num_classes: int) -> "Experiment":
-        """Returns a copy of which the number of classes is known."""
-        if self.data.num_classes == num_classes:
-            return self
-        return self.change({"data.num_classes": num_classes})
+    def with_names(self, names: tuple[str, ...]) -> "Experiment":
+        """Returns a copy that knows the names of the classes, by number."""
+        return resolve(self.content, names)
+
+    def with_classes(self, num_classes: int, names: tuple[str, ...] = ()) -> "Experiment":
+        """Returns a copy that knows the number of classes, and their names, if given."""
+        return self.change({"data.num_classes": num_classes}).with_names(names)
 
 
-def resolve(config: ml_collections.ConfigDict | Content) -> Experiment:
+def resolve(
+    config: ml_collections.ConfigDict | Content, class_names: tuple[str, ...] = ()
+) -> Experiment:
     """Returns the experiment of a config; refuses numbers out of range, and what does not fit.
 
     Called before anything starts, so that what stage 2 or a picture at the end would refuse does
     not cost the training before it.
+
+    Args:
+      config: as `configs/default.py` has it.
+      class_names: by number; () as long as no data or checkpoint was opened that has any.
     """
     content = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     content = with_tuples(content)
@@ -184,7 +194,10 @@ def resolve(config: ml_collections.ConfigDict | Content) -> Experiment:
             'the images, or set data.crop to "centre" and data.flip to False.'
         )
     autoencoder = _autoencoder(content, data, dtype)
-    prior = _prior(content, data, autoencoder.code_shape, dtype)
+    conditioning = Conditioning.of_config(
+        section["condition"], data.num_classes, section["text_width"], class_names
+    )
+    prior = _prior(content, conditioning, autoencoder.code_shape, dtype)
     return Experiment(
         seed=content["seed"],
         dtype=dtype,
@@ -234,6 +247,8 @@ def _check_numbers(content: Content) -> None:
         if not least <= value <= most or not math.isfinite(value):
             limits = f"at least {least}" if most == math.inf else f"between {least} and {most}"
             raise UserError(f"config.{name} must be {limits}, not {value}.")
+    for name in strict_json.not_finite(content):  # a checkpoint could not hold it
+        raise UserError(f"config.{name} must be finite, not infinite or NaN.")
     for name, choices in _CHOICES.items():
         value, (*others, last) = _get(content, name), choices
         if value not in (*others, last):
@@ -284,11 +299,10 @@ def bottleneck_keys(name: str) -> list[str]:
     return [key for key in fields if key not in ("embedding_width", "parent", "name")]
 
 
-def _prior(content: Content, data: Data, code_shape: tuple[int, int, int], dtype: Any) -> PriorSpec:
+def _prior(
+    content: Content, conditioning: Conditioning, code_shape: tuple[int, int, int], dtype: Any
+) -> PriorSpec:
     section = content["prior"]
-    conditioning = Conditioning.of_config(
-        section["condition"], data.num_classes, section["text_width"]
-    )
     width, num_heads = (section["network"][key] for key in ("width", "num_heads"))
     if width < 4 or width % num_heads or width % 4:
         raise UserError(
@@ -323,7 +337,7 @@ def of_checkpoint(meta: Mapping[str, Any], where: Any) -> Experiment:
       where: the checkpoint is, for messages.
     """
     try:
-        return resolve(meta["config"])
+        return resolve(meta["config"], tuple(map(str, meta.get("classes", ()))))
     except KeyError as error:
         raise UserError(
             f"{where} was written by binlatent {meta.get('version', '0.1.0')}, whose config has no "
@@ -367,6 +381,9 @@ def check_same_model(here: Experiment, there: Experiment, stage: str) -> None:
       there: as stored in the checkpoint.
       stage: "autoencoder", or "prior", which is made for one autoencoder.
     """
+    if stage == "prior":
+        names = (x.prior.conditioning.names for x in (here, there))
+        classes.check_same(*names, stage)
     pairs = {
         name: (_get(there.content, name), _get(here.content, name))
         for name in _model_keys(here, there, stage)

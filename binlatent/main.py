@@ -1,7 +1,6 @@
 """Trains, samples and evaluates: `python -m binlatent.main --config=configs/X.py --workdir=DIR`."""
 
 import functools
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from binlatent.paper import bottlenecks
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.priors.settings import with_options
 from binlatent.runtime import command, png, processes, usage
+from binlatent.runtime.strict_json import to_json
 from binlatent.runtime.usage import Flag, Mode
 
 FLAGS = flags.FLAGS
@@ -39,7 +39,7 @@ _FLAGS = {
     "guidance": Flag(_float, None, _SAMPLED, "w >= 0, of classifier-free guidance."),
     "option": Flag(flags.DEFINE_multi_string, [], _SAMPLED, "NAME=VALUE of config.sample."),
     "seed": Flag(_int, 0, _SAMPLED, "Of the draw; default 0."),
-    "label": Flag(_int, None, ("all", *_DRAWN), "The class of all; else a row a class."),
+    "label": Flag(_str, None, ("all", *_DRAWN), "A class by name or number; else a row each."),
     "features": Flag(_str, None, _DRAWN, "A .npy file of a text's features."),
     "image": Flag(_str, None, ("inpaint", "vary"), "A file; else images of the test split."),
     "mask": Flag(_str, None, ("inpaint",), f"{', '.join(PRESETS)}, or a file; else each in turn."),
@@ -92,7 +92,7 @@ def _evaluate(run: _Run) -> None:
         if values:
             log.info("%s\n\n%s", table(values, quality.METRICS), describe(protocol))
     elif jax.process_index() == 0:
-        log.info("%s", json.dumps(report.report(run.pipeline, run.workdir), indent=2))
+        log.info("%s", to_json(report.report(run.pipeline, run.workdir), indent=2))
 
 
 def _all(run: _Run) -> None:
@@ -100,8 +100,15 @@ def _all(run: _Run) -> None:
     stages.train_autoencoder(run.given, run.workdir)
     stages.train_prior(run.given, run.workdir)
     if jax.process_index() == 0:  # the others wait for it as they exit
+        failed = []
         for mode in (_evaluate, *map(_draw, pictures.of_all(run.pipeline))):
-            mode(run)
+            try:
+                mode(run)
+            except Exception as error:  # the others are made all the same
+                log.error("%s", error)
+                failed.append(error)
+        for error in failed:
+            raise error
 
 
 MODES = {

@@ -294,6 +294,8 @@ def test_the_defaults_are_accepted():
         ({"autoencoder.loss.entropy": -0.1}, "loss.entropy must be at least 0, not -0.1"),
         ({"autoencoder.loss.mse": float("inf")}, "loss.mse must be at least 0, not inf"),
         ({"autoencoder.loss.kl": float("nan")}, "loss.kl must be at least 0, not nan"),
+        ({"prior.train.max_grad_norm": float("inf")}, "prior.train.max_grad_norm must be finite"),
+        ({"sample.guidance_interval": (0.0, float("nan"))}, "guidance_interval must be finite"),
         (
             {"autoencoder.loss.mse": 0.0, "autoencoder.loss.perceptual": 0.0},
             "one of mse, l1 and perceptual must be above 0",

@@ -11,7 +11,6 @@ TPUs that need not be there (`pip install libtpu`).
 """
 
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,6 +26,7 @@ from binlatent.benchmark.rows import Row
 from binlatent.experiment import Experiment
 from binlatent.runtime import command, usage
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.strict_json import to_json
 
 FLAGS = flags.FLAGS
 log = logging.getLogger("binlatent.benchmark")  # also as __main__
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
         for number, row in enumerate(_measured(name, experiment)):
             if not FLAGS.json and not number:
                 print(rows.table_head(columns, row))
-            print(json.dumps(row) if FLAGS.json else rows.table_line(columns, row), flush=True)
+            print(to_json(row) if FLAGS.json else rows.table_line(columns, row), flush=True)
 
 
 def _measured(name: str, experiment: Experiment | None) -> Iterable[Row]:
@@ -109,7 +109,7 @@ def _measured(name: str, experiment: Experiment | None) -> Iterable[Row]:
 def _kept(measured: Iterable[Row]) -> Iterator[Row]:
     for row in measured:
         if FLAGS.out:
-            _append(FLAGS.out, json.dumps(row) + "\n")
+            _append(FLAGS.out, to_json(row) + "\n")
         yield row
 
 

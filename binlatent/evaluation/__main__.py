@@ -16,7 +16,7 @@ from typing import Any
 from binlatent.evaluation import comparison, exchange, results
 from binlatent.evaluation.metrics import pairs
 from binlatent.evaluation.networks import features
-from binlatent.runtime import command
+from binlatent.runtime import command, strict_json
 from binlatent.runtime.errors import UserError
 from binlatent.training import logbook
 
@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
         protocol |= {"quantised": "uint8", **results.machine()}
         print(f"{results.table(values, _METRICS)}\n\n{results.describe(protocol)}")
         if flags.out:
-            results.write_json(flags.out, {"metrics": values, "protocol": protocol})
+            strict_json.write_json(flags.out, {"metrics": values, "protocol": protocol})
         if flags.tensorboard:
             logbook.write_scalars(flags.tensorboard, values)
 

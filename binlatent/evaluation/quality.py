@@ -26,6 +26,7 @@ from binlatent.evaluation.reference import network, reference
 from binlatent.evaluation.samples import Samples
 from binlatent.experiment import Experiment
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime import strict_json
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import key_for
 from binlatent.runtime.weights import digest
@@ -193,7 +194,7 @@ def _write(workdir: Path, values: dict[str, float], protocol: dict[str, Any]) ->
     except (FileNotFoundError, ValueError, KeyError):  # none, or cut by a kill
         earlier, settled = {}, {}
     together = common | {"metrics": settled | protocol.get("metrics", {})}
-    results.write_json(path, {"metrics": earlier | values, "protocol": together})
+    strict_json.write_json(path, {"metrics": earlier | values, "protocol": together})
     step = 0  # of the newest checkpoint of the last stage that there is
     if stages := [stage for stage in ("prior", "autoencoder") if exists(workdir, stage)]:
         with Checkpoints.open(workdir, stages[0]) as checkpoints:

@@ -24,6 +24,7 @@ from binlatent.evaluation.metrics import image_metrics, pairs
 from binlatent.evaluation.metrics.table import Metric
 from binlatent.experiment import Experiment
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime import strict_json
 from binlatent.runtime.keys import key_for
 from binlatent.runtime.weights import fingerprint
 from binlatent.training.checkpoint import Checkpoints
@@ -193,34 +194,38 @@ def autoencoder_metrics(
     return measure(pipeline, HeldOut(pipeline, to_uint8(images)), _OF_AUTOENCODER)[0]
 
 
-def sample_metrics(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[dict[str, Any], float]:
+def sample_metrics(
+    pipeline: BinaryLatentDiffusion, workdir: Path, seconds: dict[str, float]
+) -> dict[str, Any]:
     """Judges the samples of a prior with classes, as `config.sample` says and without guidance.
 
     Returns the metrics of `Judge.sample_quality`, those without guidance as `_unguided`, with the
-    settings and the classifier's own accuracy; and the seconds that the first samples took.
+    settings and the classifier's own accuracy. Adds to `seconds` how long the first samples took,
+    as `sampling`.
     """
     experiment = pipeline.experiment
     judge, num_samples = Judge(experiment, workdir), experiment.evaluate.num_samples
     settings, runs = experiment.sample.settings, {"": {}}
     if hasattr(settings, "guidance"):  # not every kind of prior has it
         runs["_unguided"] = {"guidance": 0.0}
-    result, seconds = {"classifier_accuracy": judge.accuracy}, []
+    result = {"classifier_accuracy": judge.accuracy}
     for suffix, options in runs.items():
         log.info("Drawing %d samples%s", num_samples, suffix.replace("_", ", "))
         start = time.monotonic()
         # The same noise with and without guidance: a paired comparison.
         quality = judge.sample_quality(pipeline, key_for(experiment.seed, "report"), **options)
-        seconds.append(time.monotonic() - start)
+        seconds.setdefault("sampling", time.monotonic() - start)
         result |= {f"{name}{suffix}": value for name, value in quality.items()}
     shown = [name for name in ("steps", "temperature", "guidance") if hasattr(settings, name)]
     result |= {name: getattr(settings, name) for name in shown}
-    return {**result, "num_samples": num_samples}, seconds[0]
+    return {**result, "num_samples": num_samples}
 
 
 def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, Any]:
     """Judges a trained autoencoder and prior, writes `report.json` into the workdir and returns it.
 
-    Without classes there is no `samples` part: the classifier that judges them needs labels.
+    Without classes there is no `samples` part: the classifier that judges them needs labels. What
+    fails is left out and named in `failed`; the first error is raised when the rest is written.
     """
     workdir, seconds = Path(workdir), {}
     for stage in ("autoencoder", "prior"):
@@ -228,13 +233,23 @@ def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, An
             seconds[stage] = checkpoints.newest(Checkpoints.meta)["seconds"]
     test = HeldOut.read(pipeline)
     log.info("Measuring the length of %d test codes", len(test.images))
-    content = {
-        "autoencoder": measure(pipeline, test, _OF_AUTOENCODER)[0],
-        "prior": measure(pipeline, test, ("prior", "bound"))[0],
+    parts = {
+        "autoencoder": lambda: measure(pipeline, test, _OF_AUTOENCODER)[0],
+        "prior": lambda: measure(pipeline, test, ("prior", "bound"))[0],
     }
     if pipeline.experiment.prior.conditioning.kind == "class" and test.labels is not None:
-        content["samples"], seconds["sampling"] = sample_metrics(pipeline, workdir)
+        parts["samples"] = lambda: sample_metrics(pipeline, workdir, seconds)
+    content, failed = {}, {}
+    for name, part in parts.items():
+        try:
+            content[name] = part()
+        except Exception as error:
+            failed[name] = error
+    if failed:
+        content["failed"] = {name: str(error) for name, error in failed.items()}
     content["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     content["device"] = results.machine()["device"]
-    results.write_json(workdir / "report.json", content)
+    strict_json.write_json(workdir / "report.json", content)
+    for error in failed.values():
+        raise error
     return content

@@ -1,14 +1,10 @@
-"""Results: metrics and the protocol that they were measured by, for a terminal and as JSON."""
+"""Results: metrics and the protocol that they were measured by, for a terminal."""
 
-import json
-import math
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from binlatent.evaluation.metrics.table import Table, title
-from binlatent.runtime.files import atomic
 
 
 def table(metrics: dict[str, float], *tables: Table) -> str:
@@ -37,15 +33,3 @@ def machine() -> dict[str, str]:
     """Returns the devices and the version of JAX, for a protocol."""
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     return {"device": device, "jax": jax.__version__}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes JSON, all of it or nothing; null for numbers that are not finite."""
-    with atomic(path) as unfinished:
-        unfinished.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {name: _finite(value) for name, value in content.items()}
-    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -9,10 +9,9 @@ from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 
-from binlatent.evaluation import results
 from binlatent.paper import bottlenecks, figures, neighbours, tables
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.runtime import command
+from binlatent.runtime import command, strict_json
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger("binlatent.paper")  # also as __main__
@@ -71,7 +70,7 @@ def _write(item: Item, workdir: Path | None, out: Path, options: dict[str, Any])
     made = item.make(pipeline, workdir, **options)
     if isinstance(made, tuple):
         made, content = made
-        results.write_json(out.with_suffix(".json"), content)
+        strict_json.write_json(out.with_suffix(".json"), content)
     if isinstance(made, str):
         out.write_text(made)
         sys.stdout.write(made)

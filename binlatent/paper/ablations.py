@@ -25,6 +25,7 @@ from binlatent.paper.tables import markdown
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import command
 from binlatent.runtime.keys import key_for
+from binlatent.runtime.strict_json import to_json
 
 log = logging.getLogger("binlatent.paper.ablations")  # also as __main__
 
@@ -194,7 +195,7 @@ def measure_rows(
             row = variant, sampler, seed
             measured[row] = quality
             with path.open("a") as file:
-                file.write(json.dumps({"row": row, "values": quality}) + "\n")
+                file.write(to_json({"row": row, "values": quality}) + "\n")
             log.info("%s, %s, seed %d: %s", *row, quality)
     return measured
 

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 
 from binlatent import stages
-from binlatent.evaluation import report, results
+from binlatent.evaluation import report
 from binlatent.experiment import Experiment
 from binlatent.paper.tables import markdown, no_results, stored_results
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime import strict_json
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.weights import fingerprint
 from binlatent.training.checkpoint import Checkpoints, exists
@@ -147,7 +148,7 @@ def compare_bottlenecks(experiment: Experiment, workdir: Path) -> str:
         lines.append([*_described(row), *cells])
     text = markdown([*_TITLES, "PSNR", "SSIM", "use of the code"], lines)
     if jax.process_index() == 0:
-        results.write_json(workdir / "table4.json", measured)
+        strict_json.write_json(workdir / "table4.json", measured)
         (workdir / "table4.md").write_text(text)
     log.info("%s", text)
     return text

@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.strict_json import finite
 from binlatent.runtime.version import VERSION
 from binlatent.runtime.weights import fingerprint
 from binlatent.training.state import TrainState
@@ -149,7 +150,7 @@ class Checkpoints:
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves, and returns when all is on disk."""
-        meta = {"version": VERSION, **meta}
+        meta = finite({"version": VERSION, **meta})
         # As NumPy's arrays, of which process 0 writes each once.
         state = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
         parts = {"state": state.replace(ema_params={}), "ema_params": state.ema_params}

@@ -2,7 +2,6 @@
 
 import datetime
 import functools
-import json
 import logging
 import math
 import os
@@ -17,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from binlatent.runtime import png
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.strict_json import to_json
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class Logbook:
             return
         entry = {"stage": self._stage, "step": step, **metrics}
         with self._writing():
-            self._file.write(json.dumps(entry) + "\n")
+            self._file.write(to_json(entry) + "\n")
             self._file.flush()
             if self._writer is not None:
                 self._writer.write_scalars(step, metrics)

@@ -162,8 +162,11 @@ def test_identical_grey_and_differently_named_pairs(capsys, tmp_path):
     pair = (f"--reference={tmp_path / 'grey.npz'}", f"--images={tmp_path / 'colour.npz'}")
     code, out, err = run(capsys, *pair, "--metrics=psnr", f"--out={tmp_path / 'x.json'}")
     assert code == 0 and "1 of 3 pairs are identical: their psnr is infinite" in err
-    values = json.loads((tmp_path / "x.json").read_text())["metrics"]
+    content = json.loads((tmp_path / "x.json").read_text())
+    values = content["metrics"]
     assert values["psnr"] == pytest.approx(20 * np.log10(255 / 10)) and values["psnr_std"] < 1e-9
+    assert content["protocol"]["psnr"].startswith("1 of 3 pairs are identical")
+    assert "psnr: 1 of 3 pairs are identical" in out
     same = f"--images={tmp_path / 'grey.npz'}"
     code, _, _ = run(capsys, pair[0], same, "--metrics=psnr", f"--out={tmp_path / 'x.json'}")
     assert code == 0

@@ -1,6 +1,7 @@
 """A workdir's samples: drawn once, shard by shard, judged, and told with how."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -232,6 +233,24 @@ def test_what_the_prior_or_the_data_has_not(pipeline, tmp_path):
     for metric in ("bound", "prior", "fid"):
         with pytest.raises(UserError, match="has no prior yet"):
             quality.measure(without, tmp_path, [metric])
+
+
+@pytest.mark.parametrize("exact", [0, 1, 2])
+def test_an_exact_reconstruction_is_left_out_of_the_psnr(tiny_experiment, exact, caplog, tmp_path):
+    class Reconstructed(report.HeldOut):
+        def reconstructions(self):
+            wrong = self.images + np.uint8(5)
+            wrong[:exact] = self.images[:exact]
+            yield self.images, wrong
+
+    pipeline = SimpleNamespace(experiment=tiny_experiment)
+    test = Reconstructed(pipeline, np.full((2, 16, 16, 1), 100, np.uint8))
+    values, settings = report.measure(pipeline, test, ["psnr", "ssim"])
+    expected = {0: 20 * np.log10(255 / 5), 1: 20 * np.log10(255 / 5), 2: np.inf}[exact]
+    assert values["psnr"] == pytest.approx(expected)
+    assert ("psnr_std" in values) == (exact < 2)
+    assert (f"{exact} of 2 pairs are identical" in caplog.text) == bool(exact)
+    assert ("psnr" in settings) == bool(exact)
 
 
 def test_metrics_while_training_and_the_report(tiny_config, tmp_path, monkeypatch):

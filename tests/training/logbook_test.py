@@ -29,6 +29,16 @@ def test_a_record_of_no_metrics_is_none(tmp_path, caplog):
     assert steps(tmp_path) == [2] and caplog.messages == ["prior 2/2: loss 0.5"]
 
 
+def test_a_metric_that_is_not_finite_is_null_in_the_file_and_shows_in_the_log(tmp_path, caplog):
+    values = {"bce": float("nan"), "psnr": float("inf"), "ssim": 1.0}
+    with caplog.at_level("INFO", "binlatent"), Logbook(tmp_path, "prior", 0, 2) as logbook:
+        logbook.record(1, values)
+    assert (tmp_path / "metrics.jsonl").read_text() == (
+        '{"stage": "prior", "step": 1, "bce": null, "psnr": null, "ssim": 1.0}\n'
+    )
+    assert caplog.messages == ["prior 1/2: bce nan, psnr inf, ssim 1"]
+
+
 def test_no_first_step_waits_for_tensorflow(tmp_path):
     code = f"""
 import pathlib, sys

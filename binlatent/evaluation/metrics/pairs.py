@@ -53,10 +53,11 @@ def pair_metrics(
     vgg16: str | Path = "",
     batch_size: int = 16,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Returns means over all pairs and deviations, `NAME_std`, of metrics, and how they came about.
+    """Returns means over pairs and deviations, `NAME_std`, of metrics, and how they came about.
 
     The pairs come in parts of the images and of what was made of them, uint8 (n, h, w, c) both;
-    `vgg16` is the file of weights for LPIPS, of `batch_size` pairs at a time.
+    `vgg16` is the file of weights for LPIPS, of `batch_size` pairs at a time. PSNR is the mean over
+    the pairs that differ, infinite and without a deviation where none does.
     """
     measures = {name: METRICS[name].measure for name in names}
     for name in names:
@@ -79,15 +80,17 @@ def pair_metrics(
                     f"not {x.shape[1]}x{x.shape[2]}: leave it out."
                 )
             values[name].append(measure(x, y))
-    results = {}
+    results, settled = {}, {}
     for name, parts in values.items():
         joined = np.concatenate(parts).astype(np.float64)
         finite = np.isfinite(joined)
+        if METRICS[name].settles:
+            settled[name] = METRICS[name].settles(vgg16)
         if not finite.all():  # PSNR's
-            told = "%d of %d pairs are identical: their %s is infinite, and left out of the mean."
-            log.warning(told, np.sum(~finite), len(joined), name)
+            count = f"{np.sum(~finite)} of {len(joined)} pairs are identical"
+            log.warning("%s: their %s is infinite, and left out of the mean.", count, name)
+            settled[name] = f"{count}, and left out of the mean"
         results[name] = float(np.mean(joined[finite])) if finite.any() else math.inf
         if finite.any():
             results[f"{name}_std"] = float(np.std(joined[finite]))
-    settled = [name for name in names if METRICS[name].settles]
-    return results, {name: METRICS[name].settles(vgg16) for name in settled}
+    return results, settled
