@@ -134,6 +134,7 @@ def encoded_images():
         encoded(colour, "BMP"),
         encoded(colour, "PPM"),
         encoded(colour, "GIF", save_all=True, append_images=[colour.rotate(90)]),
+        *([encoded(colour, "AVIF")] if "AVIF" in images.FORMATS else []),
     ]
 
 

@@ -238,7 +238,10 @@ def test_ones_own_image_is_inpainted_and_varied(workdir, tmp_path, capsys):
 
     for flags, message in (
         (("--mode=inpaint",), "--image needs --mask: a file, or one of centre"),
-        (("--mode=inpaint", "--mask=nothing.png"), "There is no image 'nothing.png'"),
+        (
+            ("--mode=inpaint", "--mask=nothing.png"),
+            "--mask=nothing.png is no file, and none of centre, top",
+        ),
         (("--mode=vary", "--strength=2"), "above 0 and at most 1; got 2"),
     ):
         assert call_main(*own, *flags) == 1 and message in capsys.readouterr().err

@@ -7,13 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from binlatent.data import transforms
 from binlatent.runtime.errors import UserError
 
 # Pillow's decoders of these run no other program, as that of EPS does.
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_HAS_AVIF = "avif" in features.modules and features.check("avif")  # since Pillow 11.3
+FORMATS = (
+    *(("AVIF",) if _HAS_AVIF else ()),
+    *("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"),
+)
 Image.init()  # for Pillow to know all of them by name
 
 
@@ -45,7 +49,7 @@ def read_image(
 
 
 def read_whole(file: str, what: str) -> np.ndarray:
-    """Returns an image as it is, of three channels, uint8 (h, w, 3); raises as `read_image`."""
+    """Returns an image upright, at its own size, uint8 (h, w, 3); raises as `read_image`."""
     with _opened(file, what) as image:
         return np.asarray(transforms.to_channels(image, 3))
 
@@ -58,8 +62,10 @@ def _opened(file: str | BinaryIO, what: str) -> Iterator[Image.Image]:
         # Reading from a pipe would not end.
         raise UnreadableImage(f"{cannot}: it is no file")
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            yield image
+        with contextlib.ExitStack() as stack:
+            # By its name, Pillow would map an uncompressed TIFF, and garble one that is turned.
+            stream = stack.enter_context(open(file, "rb")) if isinstance(file, str) else file
+            yield stack.enter_context(Image.open(stream, formats=FORMATS))
     except FileNotFoundError as error:
         raise UnreadableImage(f"there is no image {what}") from error
     except UnidentifiedImageError as error:

@@ -3,13 +3,19 @@
 import numpy as np
 from PIL import Image, ImageDraw
 
-from binlatent.data.images import FORMATS, read_image
+from binlatent.data.images import read_image, read_whole
 from binlatent.runtime.errors import UserError
 
 # By the part that is drawn anew.
 PRESETS = ("centre", "top", "bottom", "left", "right", "strokes", "outpainting")
 
 _WHITE = 128  # and above: drawn anew
+
+
+def preset_name(mask: str) -> str | None:
+    """Returns which of `PRESETS` a word names, "center" too; None if it is no preset."""
+    name = "centre" if mask == "center" else mask
+    return name if name in PRESETS else None
 
 
 def preset(name: str, height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -51,16 +57,15 @@ def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
     """Returns the mask in a file, bool (image_size, image_size), True where a pixel is kept.
 
     White and transparent pixels are drawn anew, black ones are kept. The mask must have the size of
-    the image in `image_path`, and is cropped and scaled as that is.
+    the image in `image_path`, both upright, and is cropped and scaled as that is.
     """
-    sizes = []
-    for file in (path, image_path):
-        read_image(file, repr(file), image_size, 1)  # says what is wrong with a file
-        with Image.open(file, formats=FORMATS) as image:
-            sizes.append(image.size)
+    sizes = [read_whole(file, repr(file)).shape[1::-1] for file in (path, image_path)]
     if sizes[0] != sizes[1]:
         own, wanted = (f"{width}x{height}" for width, height in sizes)
-        raise UserError(f"The mask {path} must have the size of the image, {wanted}, not {own}.")
+        raise UserError(
+            f"The mask {path} must have the size of the image, {wanted}, not {own}; "
+            "both as they are shown, turned by their EXIF tags."
+        )
     side = min(sizes[0])
     # At its own size first: a pixel of the result is hidden if any part of it is.
     values = read_image(path, repr(path), side, 1)[..., 0]

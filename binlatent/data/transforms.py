@@ -34,17 +34,56 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     Raises:
       ValueError: for floating-point images (mode "F"), whose range is not known.
     """
+    _mark_transparent(image)
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("floating-point images have no fixed range, convert it to 8 or 16 bits")
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit values at 255.
         values = np.clip(np.asarray(image, np.float64), 0, 65535)
+        if "transparency" in image.info:  # one value, as PNG has it
+            values[values == image.info["transparency"]] = 65535
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("L" if channels == 1 else "RGB")
+
+
+def _mark_transparent(image: Image.Image) -> None:
+    """Makes Pillow find the transparent colour of a PNG that is not of 8 bits.
+
+    The colour is given in the bits of the file; Pillow compares it with values scaled to 8 bits.
+    """
+    if image.format != "PNG" or "transparency" not in image.info or not image.tile:
+        return
+    colour, stored = image.info["transparency"], image.tile[0][3]
+    if stored in _GREY_STEPS:
+        step = _GREY_STEPS[stored]
+        image.info["transparency"] = colour % (255 // step + 1) * step
+    elif stored == "RGB;16B":
+        low, high = _low_bytes(image), np.asarray(image)
+        clear = (high * np.uint16(256) + low == colour).all(axis=-1)
+        image.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+        del image.info["transparency"]
+
+
+# By how a grey PNG of 2 or 4 bits is stored, what Pillow multiplies its values by.
+_GREY_STEPS = {"L;2": 85, "L;4": 17}
+
+
+def _low_bytes(image: Image.Image) -> np.ndarray:
+    """Returns the lower halves of the values of a 16-bit colour PNG, of which Pillow has the upper.
+
+    uint8 (h, w, 3). The image must not be loaded yet.
+    """
+    place = image.fp.tell()
+    image.fp.seek(0)
+    again = Image.open(image.fp, formats=["PNG"])
+    again.tile = [(*again.tile[0][:3], "RGB;16L")]
+    values = np.asarray(again)
+    image.fp.seek(place)
+    return values
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The pictures of a run, as uint8 arrays (height, width, channels)."""
 
 import ast
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -184,8 +185,9 @@ def _masks(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> np.ndar
     height, width, _ = pipeline.experiment.data.image_shape
     if asked.image and asked.mask is None:
         raise UserError(f"--image needs --mask: a file, or one of {', '.join(masks.PRESETS)}.")
-    if asked.mask is None or asked.mask in masks.PRESETS:
-        names = masks.PRESETS if asked.mask is None else (asked.mask,)
+    name = asked.mask and masks.preset_name(asked.mask)
+    if name or asked.mask is None:
+        names = (name,) if name else masks.PRESETS
         turns = [(names[i % len(names)], asked.seed + i) for i in range(num)]
         return np.stack([masks.preset(name, height, width, seed) for name, seed in turns])
     if not asked.image:
@@ -203,6 +205,8 @@ PICTURES = {
     "vary": ("variations.png", _variations),
     "trajectory": ("trajectory.png", _trajectory),
 }
+    if not os.path.exists(asked.mask):
+        raise UserError(f"--mask={asked.mask} is no file, and none of {', '.join(masks.PRESETS)}.")
 
 
 def of_all(pipeline: BinaryLatentDiffusion) -> list[str]:
