@@ -14,11 +14,21 @@ _TYPES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "LongStorage": "<i8", "
 def read(file: str | Path | BinaryIO) -> dict[str, np.ndarray] | None:
     """Returns the tensors of a TorchScript archive by their names, `layers.conv.weight`.
 
-    None of any other file.
+    None of any other file. An open one is left where it was, for who reads it next.
 
     Raises:
       Exception: of many types, if it is damaged.
     """
+    if isinstance(file, str | Path):
+        return _read(file)
+    place = file.tell()
+    try:
+        return _read(file)
+    finally:
+        file.seek(place)
+
+
+def _read(file: str | Path | BinaryIO) -> dict[str, np.ndarray] | None:
     if not zipfile.is_zipfile(file):
         return None
     with zipfile.ZipFile(file) as archive:
