@@ -11,11 +11,12 @@ import numpy as np
 
 from binlatent.autoencoder import bottleneck, programs
 from binlatent.data.masks import known_tokens
-from binlatent.experiment import Experiment, check_same_model, of_checkpoint
+from binlatent.experiment import Experiment, of_checkpoint
 from binlatent.priors import step
 from binlatent.priors.conditions import Condition
 from binlatent.priors.prior import Known, optional
 from binlatent.priors.settings import with_options
+from binlatent.resume import check_same_model
 from binlatent.runtime.devices import map_batches, replicate
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import sample_keys
@@ -64,6 +65,8 @@ class BinaryLatentDiffusion:
                 if used.data.num_classes == -1:
                     used = used.with_classes(trained.data.num_classes)
                 check_same_model(used, trained, stage)
+                if not used.prior.conditioning.names:
+                    used = used.with_names(trained.prior.conditioning.names)
                 spec = {"autoencoder": used.autoencoder, "prior": used.prior}[stage]
                 like = jax.eval_shape(spec.init, jax.random.key(0))
                 return used, checkpoints.restore_ema(like)
@@ -94,6 +97,12 @@ class BinaryLatentDiffusion:
         """Classes that the prior can be asked for, 0 if there are none."""
         conditioning = self.experiment.prior.conditioning
         return conditioning.num_classes if conditioning.kind == "class" else 0
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of those classes by number; digits where they have none."""
+        names = self.experiment.prior.conditioning.names
+        return names or tuple(map(str, range(self.num_classes)))
 
     @property
     def encoder_fingerprint(self) -> str:
@@ -226,8 +235,8 @@ class BinaryLatentDiffusion:
         Args:
           num: n, at least 1.
           key: a typed PRNG key, `jax.random.key(seed)`; or one a sample, (num,).
-          label: a class, or n of them; of a prior of texts, the features of one, (e,) or (m, e), or
-            of n; None for none.
+          label: a class, by its number, or by its name as a string, or n of them; of a prior of
+            texts, the features of one, (e,) or (m, e), or of n; None for none.
           **options: in place of those in `config.sample`, by the same names; of a Bernoulli prior
             among them `steps` (between 1 and the T of training), `temperature` (tau > 0; less is
             less diverse) and `guidance` (w >= 0), and `times`, a list that falls to 0, in place of
@@ -337,7 +346,7 @@ class BinaryLatentDiffusion:
         Args:
           codes: in {0, 1}, (n, h, w, c).
           key: a typed PRNG key, for the noise that a bound averages over.
-          label: a class, or n of them; None for no class.
+          label: a class, by number or name, or n of them; None for no class.
           num_draws: of that noise.
           **options: of the sampler that the bound is about, such as `steps` or `times`; without
             any, the tightest bound, over all T steps.

@@ -187,7 +187,7 @@ def check_listing(root, table=""):
         for split in ("train", "test"):
             listing = folder.list_images(str(root), split, table)
             assert len(listing.files) == len(listing.labels) == len(listing.texts) > 0
-            assert all(0 <= label < max(listing.num_classes, 1) for label in listing.labels)
+            assert all(0 <= label < max(len(listing.classes), 1) for label in listing.labels)
             yield from listing.files
     except UserError as error:
         said(error)

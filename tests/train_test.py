@@ -19,6 +19,7 @@ from binlatent.data import codes
 from binlatent.data.sources import Source
 from binlatent.data.splits import load_images, open_split
 from binlatent.data.transforms import to_float
+from binlatent.evaluation import report
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime.devices import replicate
 from binlatent.runtime.errors import UserError
@@ -327,12 +328,19 @@ def test_resuming_with_another_model_names_the_difference(trained, tiny_experime
 def test_resuming_with_more_steps_goes_on(trained, tiny_experiment, tmp_path, caplog):
     workdir = shutil.copytree(trained[0], tmp_path / "run")
     shutil.rmtree(workdir / "prior")
-    experiment = tiny_experiment.change({"autoencoder.train.num_steps": 8, "seed": 5})
+    values = {"autoencoder.train.num_steps": 8, "seed": 5, "autoencoder.train.ema_decay": 0.5}
+    values |= {"log_every": 1, "prior.train.learning_rate": 0.5}
+    experiment = tiny_experiment.change(values)
     state = stages.train_autoencoder(experiment, workdir)
-    assert "config.seed was 0 and is 5: the autoencoder goes on, but not as" in caplog.text
+    told = [text for text in caplog.messages if "goes on, but not as it would have" in text]
+    assert told == [
+        "The autoencoder goes on, but not as it would have: config.seed was 0 and is 5; "
+        "config.autoencoder.train.ema_decay was 0.99 and is 0.5; "
+        "config.autoencoder.train.num_steps was 6 and is 8."
+    ]
     assert int(state.step) == 8
     steps = [x["step"] for x in lines(workdir) if "loss" in x and x["stage"] == "autoencoder"]
-    assert steps == [2, 4, 6, 8]
+    assert steps == [2, 4, 6, 7, 8]
 
 
 def test_other_data_is_refused_before_it_is_prepared(trained, tiny_experiment, tmp_path):
@@ -358,13 +366,13 @@ def test_a_prior_of_another_autoencoder_is_refused(
 
 def test_loaded_images_are_spread_over_the_source():
     examples = [{"image": np.full((2, 2, 1), i, np.uint8), "label": i // 10} for i in range(30)]
-    images, labels = load_images(Source(examples, 3), 4)
+    images, labels = load_images(Source(examples, ("a", "b", "c")), 4)
     assert images[:, 0, 0, 0].tolist() == [0, 9, 19, 29] and labels.tolist() == [0, 0, 1, 2]
 
 
 @pytest.mark.parametrize("asked, given", [(-1, 10), (0, 0), (10, 10), (7, None)])
 def test_number_of_classes_must_be_that_of_the_data(tiny_experiment, asked, given):
-    source = Source(examples=[], num_classes=10)
+    source = Source(examples=[], classes=tuple(map(str, range(10))))
     experiment = tiny_experiment.change({"data.num_classes": asked})
     if given is None:
         with pytest.raises(UserError, match="is 7, but the data has 10 classes"):
@@ -430,3 +438,57 @@ def test_an_unlabelled_folder_trains_and_samples(tmp_path):
     picture = Image.open(tmp_path / "run" / "samples.png")
     assert picture.mode == "RGB"
     assert "samples" not in json.loads((tmp_path / "run" / "report.json").read_text())
+
+
+@pytest.mark.slow
+def test_classes_have_names_from_the_folder_to_the_picture(tmp_path, capsys):
+    images, workdir = tmp_path / "images", tmp_path / "run"
+    noise = np.random.default_rng(0).integers(0, 256, (13, 14, 14), np.uint8)
+    for i, image in enumerate(noise):
+        (folder := images / str(i % 12)).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    flags = (*tiny_flags(images), "--config.data.name=folder", "--config.data.image_size=14")
+    flags += ("--config.autoencoder.train.num_steps=2", "--config.prior.train.num_steps=2")
+    flags += (f"--workdir={workdir}",)
+    assert call_main(*flags) == 0
+    names, told = [str(i) for i in range(12)], capsys.readouterr().err
+    assert "12 training images, 12 classes: 0 '0', 1 '1', 2 '2'" in told
+    assert "11 of 12 classes of" in told and "There is one test image alone" in told
+    assert json.loads((workdir / "classes.json").read_text()) == names
+    pipeline = BinaryLatentDiffusion.from_workdir(workdir)
+    assert pipeline.class_names == tuple(names)
+    for stage in ("autoencoder", "prior"):
+        with Checkpoints.open(workdir, stage) as checkpoints:
+            assert checkpoints.meta()["classes"] == names
+    # One test image has an accuracy and no distance; the pictures are there.
+    judged = json.loads((workdir / "report.json").read_text())["samples"]
+    assert "accuracy" in judged and "frechet_distance" not in judged
+    assert (workdir / "samples.png").exists() and (workdir / "inpainting.png").exists()
+    assert call_main(f"--workdir={workdir}", "--mode=sample", "--label=11", "--num=2") == 0
+    assert call_main(f"--workdir={workdir}", "--mode=sample", "--label=dog") == 1
+    assert "There is no class 'dog'" in capsys.readouterr().err
+
+    (images / "11").rename(images / "1 1")
+    capsys.readouterr()
+    for more in ((*flags, "--config.prior.train.num_steps=4"), (f"--workdir={workdir}",)):
+        mode = "train_prior" if len(more) > 1 else "evaluate"
+        assert call_main(*more, f"--mode={mode}") == 1
+        sentence = capsys.readouterr().err
+        assert "trained with 12 classes, 0 '0'" in sentence and "have 12, 0 '0'" in sentence
+        assert "differ from number 2 on" in sentence
+
+
+def test_what_fails_in_a_report_costs_nothing_else(trained_workdir, tmp_path, monkeypatch):
+    workdir = shutil.copytree(trained_workdir, tmp_path / "run")
+    (workdir / "report.json").unlink()
+    (workdir / "samples.png").unlink(missing_ok=True)
+
+    def fail(*_):
+        raise UserError("no judge today")
+
+    monkeypatch.setattr(report, "sample_metrics", fail)
+    with pytest.raises(UserError, match="no judge today"):
+        report.report(BinaryLatentDiffusion.from_workdir(workdir), workdir)
+    written = json.loads((workdir / "report.json").read_text())
+    assert written["failed"] == {"samples": "no judge today"}
+    assert written["autoencoder"]["psnr"] > 0 and written["prior"]["bits_per_image"] > 0

@@ -27,6 +27,7 @@ from binlatent.data.splits import Data
 from binlatent.data.transforms import to_float
 from binlatent.runtime import files
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.strict_json import write_json
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ def open_codes(folder: Path, encoder: str) -> Source:
     try:
         info = json.loads((folder / "info.json").read_text())
         codes, known = Codes(folder, info), info["encoder"]
-        num_classes, fingerprint = int(info["num_classes"]), str(info["data"]["source"])
+        classes = tuple(map(str, info["data"]["classes"]))
+        fingerprint = str(info["data"]["source"])
         if len(codes) != info["count"]:
             raise ValueError(f"{len(codes)} codes in place of {info['count']}")
     except Exception as error:  # by where the damage is
@@ -90,7 +92,7 @@ def open_codes(folder: Path, encoder: str) -> Source:
             f"The codes in {folder} are of another encoder than that of this workdir: encode "
             "the images again with --mode=encode."
         )
-    return Source(codes, num_classes, fingerprint)
+    return Source(codes, classes, fingerprint)
 
 
 def write_codes(
@@ -105,8 +107,8 @@ def write_codes(
 ) -> Path:
     """Writes the codes of a source, shard by shard; goes on where it was interrupted.
 
-    Their folder is named after the encoder's weights and the images' names and labels, so that no
-    others are taken for them. Several processes take turns at the shards.
+    Their folder is named after the encoder's weights and the images' names, labels and classes, so
+    that no others are taken for them. Several processes take turns at the shards.
 
     Args:
       source: of the images, read as `data` says.
@@ -119,7 +121,7 @@ def write_codes(
     """
     count = len(source.examples)
     about = {name: getattr(data, name) for name in ("image_size", "channels", "texts")}
-    about["source"] = source.fingerprint
+    about |= {"source": source.fingerprint, "classes": source.classes}
     dataset = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:8]
     target = folder / f"{encoder}_{dataset}"
     if (target / "info.json").exists():
@@ -146,12 +148,10 @@ def write_codes(
         "code_shape": code_shape,
         "label_type": label.dtype.str,
         "label_shape": label.shape,
-        "num_classes": source.num_classes,
         "count": count,
         "data": about,
     }
-    with files.atomic(target / "info.json") as unfinished:
-        unfinished.write_text(json.dumps(info, indent=2) + "\n")
+    write_json(target / "info.json", info)
     return target
 
 

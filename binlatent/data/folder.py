@@ -5,29 +5,18 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import reprlib
-import time
-from contextlib import suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from binlatent.data import classes as class_names
+from binlatent.data import walk
 from binlatent.data.images import EncodedImages
 from binlatent.runtime.errors import UserError
-from binlatent.runtime.files import atomic
 
 log = logging.getLogger(__name__)
-
-EXTENSIONS = (
-    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
-)
-_TEST_NAMES = ("test", "val", "validation")
-
-# A walk of so many files or more is kept in the folder; shorter ones take no time.
-_KEPT_FILES = 1_000
-_KEPT_NAME = ".binlatent_index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +26,20 @@ class Listing:
     files: list[str]
     labels: list[int]  # one a file; 0 where there are no classes
     texts: list[str]  # one a file: where the features of its text should be
-    num_classes: int  # 0: unlabelled
+    classes: tuple[str, ...]  # names by number; (): unlabelled
 
 
 class _Image(NamedTuple):
-    name: str  # of the class, "" for none
+    label: str  # the name of the class, "" for none
     file: str
     text: str = ""  # file of features; "" for the image's own name with .npy
 
 
-def open_images(path: str, split: str, table: str = "", texts: bool = False) -> EncodedImages:
+def open_images(
+    path: str, split: str, table: str = "", texts: bool = False, labelled: bool = True
+) -> EncodedImages:
     """Opens what `list_images` lists; with `texts`, the labels are the features of texts."""
-    listing = list_images(path, split, table)
+    listing = list_images(path, split, table, labelled)
     root = len(os.path.join(os.path.expanduser(path), ""))
     rows = zip(listing.files, listing.labels, listing.texts, strict=True)
     names = "\n".join(f"{file[root:]} {label} {text[root:]}" for file, label, text in rows)
@@ -65,8 +56,8 @@ def open_images(path: str, split: str, table: str = "", texts: bool = False) -> 
                 )
         return file, repr(file), label
 
-    num_classes = 0 if texts else listing.num_classes
-    return EncodedImages(len(listing.files), num_classes, read, names, listing.files)
+    classes = () if texts else listing.classes
+    return EncodedImages(len(listing.files), classes, read, names, listing.files)
 
 
 def _read_features(file: str) -> np.ndarray:
@@ -85,19 +76,27 @@ def _read_features(file: str) -> np.ndarray:
     return features.astype(np.float32)
 
 
-def list_images(path: str, split: str, table: str = "") -> Listing:
+def list_images(path: str, split: str, table: str = "", labelled: bool = True) -> Listing:
     """Lists the images below a folder in sorted order.
 
-    Two or more subfolders, with no image beside them, are classes, numbered in sorted order;
-    anything else is unlabelled. Subfolders `train/` and `test/` (or `val/`, `validation/`) are the
-    splits if there; otherwise every tenth image of each class, from the first on, is a test image.
-    Names that start with a dot are skipped. A walk of many files is kept in the folder, in
-    `.binlatent_index.json`, until one of its subfolders changes.
+    Two or more subfolders, with no image beside them, are classes, numbered in natural order (2
+    before 10); anything else is unlabelled. Subfolders `train/` and `test/` (or a synonym of
+    `classes.TEST_NAMES`, in any case) are the splits if there; otherwise every tenth image of each
+    class, from the first on, is a test image. Names that start with a dot are skipped. A walk of
+    many files is kept in the folder, in `.binlatent_index.json`, until one of its subfolders
+    changes.
 
     A table, CSV with a header or JSON lines, takes the place of the walk: its column `file` is
-    relative to the folder; `label`, a name or a whole number from 0, `text`, a .npy file of
-    features, and `split`, train or test, may be missing. The table, .csv or .jsonl, is relative to
-    the folder too.
+    relative to the folder; `label`, a name or a number, `text`, a .npy file of features, and
+    `split`, train or test, may be missing. Its classes are the labels that occur. The table, .csv
+    or .jsonl, is relative to the folder too.
+
+    Args:
+      path: of the folder.
+      split: "train" or "test".
+      table: the name of the table, "" for none.
+      labelled: whether labels matter; without, classes of one image each, or of test images alone,
+        are no classes, and are not refused.
     """
     if not path:
         raise UserError("data.name=folder needs the folder of images: --config.data.path=DIR")
@@ -105,120 +104,76 @@ def list_images(path: str, split: str, table: str = "") -> Listing:
     if not os.path.isdir(path):
         raise UserError(f"there is no folder {path!r}: give --config.data.path=DIR, one of images")
     if table:
-        return _from_table(path, os.path.join(path, table), split)
-    train = os.path.join(path, "train")
-    tests = [os.path.join(path, name) for name in _TEST_NAMES]
-    test = next((folder for folder in tests if os.path.isdir(folder)), None)
-    if test and not os.path.isdir(train):
-        raise UserError(f"there is {test!r} but no {train!r}: add it, or rename the former")
-    root = train if os.path.isdir(train) else path
-    images = _find(root)
+        return _from_table(path, os.path.join(path, table), split, labelled)
+    train, test = _split_folders(path)
+    images = _find(train or path)
     if not test:
-        return _split_listing(root, images, split, _classes(images))
-    return _listing(images if split == "train" else _find(test), _classes(images), "train/")
+        return _split_listing(train or path, images, split, _classes(images), labelled)
+    return _listing(images if split == "train" else _find(test), _classes(images), train, labelled)
 
 
-def find_images(path: str) -> list[str]:
-    """Returns all images below a folder, sorted; writes nothing there."""
-    files, _ = _walk(path)
-    if not files:
-        raise _no_images(path)
-    return sorted(os.path.join(path, file) for file in files)
+def _split_folders(path: str) -> tuple[str, str]:
+    """Returns the subfolders of the splits, "" for one that is not there; asks where it is unclear.
 
-
-def _no_images(root: str) -> UserError:
-    return UserError(f"there are no images in {root!r} (looked for {', '.join(EXTENSIONS)})")
+    A folder named like a split, in any case, is never taken for a class.
+    """
+    names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    names = [name for name in names if not name.startswith(".")]
+    trains, tests = ([x for x in names if class_names.split_of(x) == y] for y in ("train", "test"))
+    others = [name for name in names if name not in trains + tests]
+    shown = ", ".join(map(repr, trains + tests))
+    if len(trains) > 1 or (tests and not trains):
+        raise UserError(
+            f"the subfolders {shown} of {path!r} are named like splits, of which one must be "
+            "'train': rename them to train and test, or say with a table which image is what"
+        )
+    if trains and not tests:
+        others = [name for name in others if walk.has_images(os.path.join(path, name))]
+        if others:
+            raise UserError(
+                f"{path!r} has images in {shown}, named like a split, and in "
+                f"{', '.join(map(repr, others[:5]))}: if all are classes, rename {shown}; if not, "
+                "move the others away"
+            )
+    tests.sort(key=lambda name: class_names.TEST_NAMES.index(class_names.clean(name).casefold()))
+    if tests and (left := tests[1:] + others):
+        log.info("Of %s, %s and %s are used, not %s", path, *trains, tests[0], ", ".join(left))
+    return tuple(os.path.join(path, found[0]) if found else "" for found in (trains, tests))
 
 
 def _find(root: str) -> list[_Image]:
     """Returns the images below root, sorted; the first subfolder's name is the class."""
-    files = _kept(root)
-    if files is None:
-        files, changed = _walk(root)
-        _keep(root, files, changed)
-    if not files:
-        raise _no_images(root)
-    images = []
-    for file in files:
-        name, separator, _ = file.partition(os.sep)
-        images.append(_Image(name if separator else "", os.path.join(root, file)))
-    return sorted(images, key=lambda image: image.file)
+    images, start = [], len(os.path.join(root, ""))
+    for file in walk.find_images(root, keep=True):
+        name, separator, _ = file[start:].partition(os.sep)
+        images.append(_Image(class_names.clean(name) if separator else "", file))
+    return images
 
 
-def _walk(root: str) -> tuple[list[str], dict[str, int]]:
-    """Returns the images below root, relative to it, and when each folder last changed, in ns."""
-    found, changed, seen = [], {}, set()
-    for directory, subfolders, names in os.walk(root, followlinks=True):
-        # Sorted, so that of two links to one folder it is the same that counts.
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        relative, status = os.path.relpath(directory, root), os.stat(directory)
-        if (status.st_dev, status.st_ino) in seen:  # a link back, or a second one
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        changed[relative] = status.st_mtime_ns
-        for name in names:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                found.append(os.path.normpath(os.path.join(relative, name)))
-    return found, changed
-
-
-def _keep(root: str, found: list[str], changed: dict[str, int]) -> None:
-    """Keeps a long walk in the folder, if that can be written."""
-    # A folder that changed just now may change again without its time telling.
-    if len(found) < _KEPT_FILES or time.time_ns() - max(changed.values()) < 2_000_000_000:
-        return
-    with suppress(OSError):
-        with atomic(Path(root, _KEPT_NAME)) as unfinished:
-            unfinished.write_text(json.dumps({"files": found, "changed": changed}))
-        # The new file has changed the folder's own time.
-        os.utime(root, ns=(changed["."], changed["."]))
-
-
-def _kept(root: str) -> list[str] | None:
-    """Returns the walk that is kept in a folder, None if there is none that still holds."""
-    path = Path(root, _KEPT_NAME)
-    if not path.is_file():
-        return None
-    try:
-        kept = json.loads(path.read_text())
-        now = {name: os.stat(os.path.join(root, name)).st_mtime_ns for name in kept["changed"]}
-        files = kept["files"] if now == kept["changed"] and now else None
-    except Exception:  # whatever is wrong with it, a walk does without
-        return None
-
-    # It may come from someone else: only what a walk could have found.
-    def could_be_found(file: Any) -> bool:
-        inside = isinstance(file, str) and not os.path.isabs(file) and ".." not in Path(file).parts
-        return inside and file.lower().endswith(EXTENSIONS)
-
-    return files if isinstance(files, list) and all(map(could_be_found, files)) else None
-
-
-def _from_table(root: str, path: str, split: str) -> Listing:
+def _from_table(root: str, path: str, split: str, labelled: bool) -> Listing:
     rows = _read_table(path)
-    images = {"train": [], "test": []}
+    images = {}  # by split as it is named
     for line, row in enumerate(rows, start=1):
         own_split, image = _read_row(root, row, f"line {line} of {path!r}")
-        images[own_split].append(image)
-    every = images["train"] + images["test"]
-    if 0 < sum(not image.name for image in every) < len(every):
+        images.setdefault(own_split, []).append(image)
+    every = [image for of_split in images.values() for image in of_split]
+    if 0 < sum(not image.label for image in every) < len(every):
         raise UserError(f"in {path!r} some lines have a label and some have none: all, or none")
     if ignored := sorted(map(str, set().union(*rows) - {"file", "label", "split", "text"})):
         log.warning("Of %s, these columns are not used: %s", path, reprlib.repr(ignored))
-    classes = _classes(every)
-    # Numbers are classes themselves, some of which may have no image.
-    if classes and all(map(_is_number, classes)):
-        classes = [str(i) for i in range(max(map(int, classes)) + 1)]
     if not any("split" in row for row in rows):
-        return _split_listing(path, every, split, classes)
-    if not images[split]:
+        return _split_listing(path, every, split, _classes(every), labelled)
+    train = [x for name in class_names.TRAIN_NAMES for x in images.get(name, [])]
+    test = next((images[name] for name in class_names.TEST_NAMES if name in images), [])
+    if not (chosen := train if split == "train" else test):
         raise UserError(f"{path!r} has no image of the split {split!r}: add some")
-    return _listing(images[split], classes, path)
+    if left := len(every) - len(train) - len(test):
+        log.info("Of %s, %d images are of a further split for testing and not used", path, left)
+    return _listing(chosen, _classes(train), path, labelled)
 
 
 def _read_row(root: str, row: dict[str, Any], where: str) -> tuple[str, _Image]:
-    """Returns the split and the image of a table's line."""
+    """Returns the split, as it is named in small letters, and the image of a table's line."""
     file, label = row.get("file"), row.get("label", "")
     text, split = row.get("text") or "", row.get("split") or "train"
     shown = reprlib.repr
@@ -231,14 +186,20 @@ def _read_row(root: str, row: dict[str, Any], where: str) -> tuple[str, _Image]:
         raise UserError(f"{where} has the label {shown(label)}, which is no name or whole number")
     if not isinstance(text, str) or (text and not text.endswith(".npy")):
         raise UserError(f"{where} has the text {shown(text)}, which is no .npy file of features")
-    if split not in ("train", "test"):
+    if not isinstance(split, str) or not class_names.split_of(split):
         raise UserError(f"{where} is of the split {shown(split)}, not of train or test")
-    name = str(int(label)) if _is_number(str(label)) else str(label)
-    return split, _Image(name, os.path.join(root, file), os.path.join(root, text) if text else "")
+    file, text = (_path(root, name, where) if name else "" for name in (file, text))
+    return class_names.clean(split).casefold(), _Image(class_names.clean(str(label)), file, text)
 
 
-def _is_number(name: str) -> bool:
-    return name.isdecimal() and len(name) < 7
+def _path(root: str, name: str, where: str) -> str:
+    """Returns the path of a table's file, whose separators may be those of Windows."""
+    path = os.path.join(root, os.path.expanduser(name))
+    if "\\" not in name or os.path.exists(path):
+        return path
+    if re.match(r"[A-Za-z]:\\|\\\\", name):
+        raise UserError(f"{where} has the file {name!r} of another machine: make it relative")
+    return os.path.join(root, name.replace("\\", "/"))
 
 
 def _read_table(path: str) -> list[dict[str, Any]]:
@@ -261,18 +222,34 @@ def _read_table(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _classes(images: list[_Image]) -> list[str]:
+def _classes(images: list[_Image]) -> tuple[str, ...]:
     """Returns the classes' names in order; none for one alone, or where some images have none."""
-    names = sorted({image.name for image in images})
+    names = {image.label for image in images}
     if "" in names and len(names) > 1:
         log.warning("Some images lie beside the subfolders of others, so that these are no classes")
-    return names if "" not in names and len(names) > 1 else []
+    return class_names.in_order(names) if "" not in names and len(names) > 1 else ()
 
 
-def _split_listing(where: str, images: list[_Image], split: str, classes: list[str]) -> Listing:
+def _split_listing(
+    where: str, images: list[_Image], split: str, classes: tuple[str, ...], labelled: bool
+) -> Listing:
     by_class = {name: [] for name in classes or [""]}
     for image in images:
-        by_class[image.name if classes else ""].append(image)
+        by_class[image.label if classes else ""].append(image)
+    if len(classes) == len(images) > 0:
+        if labelled:
+            raise UserError(
+                f"every class of {where!r}, {class_names.describe(classes)}, has one image, so "
+                "that none can be held out as a test image. If these are no classes, set "
+                "--config.data.num_classes=0; otherwise add images"
+            )
+        by_class, classes = {"": images}, ()
+    alone = sum(len(of_class) == 1 for of_class in by_class.values())
+    if labelled and 2 * alone > len(by_class):
+        class_names.warn_once(
+            f"{alone} of {len(classes)} classes of {where!r} have one image: if these are no "
+            "classes, set --config.data.num_classes=0"
+        )
     kept = []
     for of_class in by_class.values():
         for i, image in enumerate(of_class):
@@ -280,20 +257,21 @@ def _split_listing(where: str, images: list[_Image], split: str, classes: list[s
             kept += [image] if is_test == (split == "test") else []
     if not kept:
         raise UserError(f"{where!r} has too few images to hold out a test image: add images")
-    return _listing(kept, classes, where)
+    return _listing(kept, classes, where, labelled)
 
 
-def _listing(images: list[_Image], classes: list[str], where: str) -> Listing:
+def _listing(images: list[_Image], classes: tuple[str, ...], where: str, labelled: bool) -> Listing:
     numbers = {name: number for number, name in enumerate(classes)}
-    for image in images:
-        if classes and image.name not in numbers:
-            raise UserError(
-                f"{image.file!r} is in none of the class folders of {where} "
-                f"({', '.join(classes)}): move or remove it"
-            )
+    strange = next((image for image in images if classes and image.label not in numbers), None)
+    if strange and labelled:
+        raise UserError(
+            f"{strange.file!r} is of the class {strange.label!r}, which has no training image in "
+            f"{where!r} ({class_names.describe(classes)}): move or remove it"
+        )
+    classes = () if strange else classes
     return Listing(
         [image.file for image in images],
-        [numbers[image.name] if classes else 0 for image in images],
+        [numbers[image.label] if classes else 0 for image in images],
         [image.text or os.path.splitext(image.file)[0] + ".npy" for image in images],
-        len(classes),
+        classes,
     )

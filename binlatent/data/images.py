@@ -29,7 +29,7 @@ class EncodedImages(NamedTuple):
     """The images of a split, as their files have them."""
 
     count: int
-    num_classes: int
+    classes: tuple[str, ...]  # names by number; (): unlabelled
     # Returns the encoded image of an index, or its file; its name for messages; its label.
     read: Callable[[int], tuple[str | BinaryIO, str, int | np.ndarray]]
     names: str  # of all images, with their labels

@@ -18,8 +18,8 @@ def open_images(path: str, split: str) -> EncodedImages:
     path = os.path.expanduser(path)
     if not os.path.isdir(path):
         raise UserError(f"there is no folder {path!r}: give --config.data.path=DIR, one of LMDB")
-    names = [name for name in sorted(os.listdir(path)) if name.endswith("lmdb")]
-    train, test = ([name for name in names if word in name] for word in ("train", "val"))
+    names = [name for name in sorted(os.listdir(path)) if name.lower().endswith("lmdb")]
+    train, test = ([x for x in names if word in x.lower()] for word in ("train", "val"))
     alone = os.path.isfile(os.path.join(path, "data.mdb"))
     if not alone and not len(train) == len(test) == 1:
         raise UserError(
@@ -49,7 +49,7 @@ def open_images(path: str, split: str) -> EncodedImages:
             image = transaction.get(keys[index])
         return io.BytesIO(image), f"{keys[index]!r} of {path!r}", 0
 
-    return EncodedImages(len(keys), 0, read, "\n".join(map(repr, keys)), [file])
+    return EncodedImages(len(keys), (), read, "\n".join(map(repr, keys)), [file])
 
 
 @functools.cache  # one process may not open the same one twice

@@ -13,9 +13,14 @@ class Source:
 
     # Random access, from several threads: {'image': uint8 (h, w, c), 'label': int or float array}.
     examples: Any
-    num_classes: int  # 0: unlabelled, and every label is 0
+    classes: tuple[str, ...] = ()  # names by number; (): unlabelled, and every label is 0
     fingerprint: str = ""  # tells which images with which labels these are, by their names
     files: tuple[str, ...] = ()  # that they lie in, where these can be changed
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are, 0 if the images are unlabelled."""
+        return len(self.classes)
 
 
 def stamp(files: Sequence[str]) -> str:

@@ -55,7 +55,9 @@ def open_split(data: Data, split: str, workdir: Path | None = None, keep: bool =
         given = f"size {data.image_size} and {data.channels} channels"
         raise UserError(f"images must have a positive size and 1 or 3 channels, not {given}")
     if data.name == "folder":
-        encoded = folder.open_images(data.path, split, data.table, data.texts)
+        encoded = folder.open_images(
+            *(data.path, split, data.table, data.texts), labelled=data.num_classes != 0
+        )
     elif data.texts or data.table:
         raise UserError(f"data.table and data.texts are for data.name=folder, not {data.name!r}")
     elif data.name == "lmdb":
@@ -72,7 +74,7 @@ def open_split(data: Data, split: str, workdir: Path | None = None, keep: bool =
         report=workdir and workdir / "bad_files.txt",
     )
     digest = hashlib.sha256(encoded.names.encode("utf-8", "surrogatepass"))
-    return Source(images, encoded.num_classes, digest.hexdigest()[:16], tuple(encoded.files))
+    return Source(images, encoded.classes, digest.hexdigest()[:16], tuple(encoded.files))
 
 
 def load_images(source: Source, limit: int) -> tuple[np.ndarray, np.ndarray]:

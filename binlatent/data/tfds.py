@@ -48,7 +48,7 @@ def open_images(name: str, data_dir: str, split: str) -> EncodedImages:
             f"the images of {name!r} of TFDS are not 8 or 16 bits deep: choose another dataset"
         )
     labelled = "label" in keys and isinstance(features["label"], tfds.features.ClassLabel)
-    num_classes = (features["label"].num_classes or 0) if labelled else 0
+    classes = tuple(features["label"].names or ()) if labelled else ()
     # TFDS passes encoded images on: `read_image` takes more kinds, and only 'image' is wanted.
     images = [key for key in keys if isinstance(features[key], tfds.features.Image)]
     decoders = {key: tfds.decode.SkipDecoding() for key in images}
@@ -71,12 +71,12 @@ def open_images(name: str, data_dir: str, split: str) -> EncodedImages:
 
     def read(index: int) -> tuple[BinaryIO, str, int]:
         record = records[index]
-        label = int(record["label"]) if num_classes else 0
+        label = int(record["label"]) if classes else 0
         return io.BytesIO(record["image"]), f"{index} of {name!r}, {tfds_split}", label
 
     names = f"{builder.info.full_name} {tfds_split} {len(records)}"
     # No files: what is prepared does not change.
-    return EncodedImages(len(records), num_classes, read, names, ())
+    return EncodedImages(len(records), classes, read, names, ())
 
 
 def _find_prepared(name: str, data_dir: str) -> Any | None:

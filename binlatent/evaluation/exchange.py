@@ -18,13 +18,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from binlatent.data import folder, loader
+from binlatent.data import loader, walk
 from binlatent.data.images import read_image, read_whole
 from binlatent.evaluation.metrics.feature_metrics import Gaussian, Statistics
 from binlatent.evaluation.networks.features import Features
 from binlatent.runtime import state_dicts, weights
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.files import atomic
+from binlatent.runtime.strict_json import to_json
 
 CENTRE_SQUARE = "centre square, bicubic with antialiasing where its size is another"
 
@@ -63,7 +64,7 @@ def _protocol(path: Path, count: int, size: tuple[int, ...], transform: str) -> 
 
 
 def _open_folder(path: Path, image_size: int | None) -> ImageSet:
-    files = folder.find_images(str(path))
+    files = walk.find_images(str(path))
     size, transform = (image_size, image_size), CENTRE_SQUARE
     if image_size is None:
         size, transform = read_whole(files[0], repr(files[0])).shape[:2], "none"
@@ -228,7 +229,7 @@ def write_statistics(path: Path, features: Features, protocol: dict[str, Any]) -
         path.parent.mkdir(parents=True, exist_ok=True)
         state_dicts.write_cache(path, *features.gaussians["pool"])
         return
-    arrays = {"count": np.array(features.count), "protocol": np.array(json.dumps(protocol))}
+    arrays = {"count": np.array(features.count), "protocol": np.array(to_json(protocol))}
     for name, gaussian in features.gaussians.items():
         arrays |= dict(zip(_GAUSSIANS[name], gaussian, strict=True))
     optional = {"features": features.pool, "logits": features.logits}

@@ -31,7 +31,7 @@ class Judge:
         test = open_split(experiment.data, "test")
         self.images, self.labels = load_images(test, experiment.evaluate.num_images)
         found = self._network.apply(self.images, _BATCH)
-        self._known = Statistics.of(found["pool"]).gaussian
+        self._known = Statistics.of(found["pool"])
         self.accuracy = _accuracy(found["logits"], self.labels)
 
     def sample_quality(
@@ -40,7 +40,8 @@ class Judge:
         """Draws `evaluate.num_samples` samples, classes in turn, by options of `pipeline.sample`.
 
         Returns `accuracy`, how often a sample with label y is classified as y, and the
-        `frechet_distance` between the classifier's features of samples and of real test images.
+        `frechet_distance` between the classifier's features of samples and of real test images, if
+        there are two of each.
         """
         wanted = np.arange(pipeline.experiment.evaluate.num_samples) % pipeline.num_classes
         return self._quality(pipeline.sample(len(wanted), key, wanted, **options), wanted)
@@ -56,11 +57,11 @@ class Judge:
 
     def _quality(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         found = self._network.apply(to_uint8(images), _BATCH)
-        gaussian = Statistics.of(found["pool"]).gaussian
-        return {
-            "accuracy": _accuracy(found["logits"], labels),
-            "frechet_distance": frechet_distance(self._known, gaussian),
-        }
+        quality = {"accuracy": _accuracy(found["logits"], labels)}
+        if min(self._known.count, len(images)) > 1:
+            gaussian = Statistics.of(found["pool"]).gaussian
+            quality["frechet_distance"] = frechet_distance(self._known.gaussian, gaussian)
+        return quality
 
 
 def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:

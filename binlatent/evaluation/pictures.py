@@ -44,12 +44,22 @@ def samples(
 ) -> np.ndarray:
     """Draws samples: ten of each class in a row, or `num` of classes in turn, or of one label."""
     all_classes, labels = class_rows(pipeline.num_classes)
+    titles = row_titles(pipeline, labels) if num is None and label is None else None
     if label is not None:
         labels = label
     elif num is not None and pipeline.num_classes:
         labels = np.arange(num) % pipeline.num_classes
     num = all_classes if num is None else num
-    return png.grid(as_rows(pipeline.sample(num, key, labels, **options)))
+    return png.grid(as_rows(pipeline.sample(num, key, labels, **options)), titles)
+
+
+def row_titles(
+    pipeline: BinaryLatentDiffusion, labels: np.ndarray | None, columns: int = 10
+) -> list[str] | None:
+    """Returns the names of the classes of rows, whose images have the labels; None without any."""
+    if labels is None:
+        return None
+    return [pipeline.class_names[label] for label in labels[::columns]]
 
 
 def reconstructions(pipeline: BinaryLatentDiffusion, images: np.ndarray) -> np.ndarray:
@@ -99,7 +109,8 @@ def trajectory(pipeline: BinaryLatentDiffusion, key: jax.Array, columns: int = 9
     num, labels = class_rows(pipeline.num_classes, columns=1)
     states = pipeline.trajectory(num, key, labels).z_t
     shown = np.unique(np.linspace(0, states.shape[1] - 1, columns).round().astype(int))
-    return png.grid([to_uint8(pipeline.decode(row[shown])) for row in states])
+    rows = [to_uint8(pipeline.decode(row[shown])) for row in states]
+    return png.grid(rows, row_titles(pipeline, labels, columns=1))
 
 
 class Request(NamedTuple):
@@ -108,7 +119,7 @@ class Request(NamedTuple):
     options: dict[str, Any]  # of the sampler, in place of `config.sample`
     num: int | None = None  # images, or results of each; None for as many as there is room for
     seed: int = 0  # of the draw
-    label: int | None = None  # the class of all
+    label: str | int | None = None  # the class of all, by name or number
     features: str | None = None  # the path of a text's features
     image: str | None = None  # path of the user's own; None for test images
     mask: str | None = None  # a preset or a path; None for every preset in turn
@@ -194,6 +205,8 @@ def _masks(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> np.ndar
         raise UserError(
             f"--mask={asked.mask} is none of {', '.join(masks.PRESETS)}; a file needs --image."
         )
+    if not os.path.exists(asked.mask):
+        raise UserError(f"--mask={asked.mask} is no file, and none of {', '.join(masks.PRESETS)}.")
     return masks.read_mask(asked.mask, asked.image, height)[None]
 
 
@@ -205,8 +218,6 @@ PICTURES = {
     "vary": ("variations.png", _variations),
     "trajectory": ("trajectory.png", _trajectory),
 }
-    if not os.path.exists(asked.mask):
-        raise UserError(f"--mask={asked.mask} is no file, and none of {', '.join(masks.PRESETS)}.")
 
 
 def of_all(pipeline: BinaryLatentDiffusion) -> list[str]:

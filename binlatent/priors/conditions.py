@@ -1,12 +1,15 @@
 """What a prior can be asked for: a class, the features of a text, or nothing."""
 
 import dataclasses
+import difflib
+import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from binlatent.data import classes
 from binlatent.data.sources import Source
 from binlatent.runtime.errors import UserError
 
@@ -37,14 +40,18 @@ class Conditioning:
       kind: of `CONDITIONS`, or "none".
       num_classes: of "class"; -1 as long as no data was opened that could tell.
       text_width: e, of the features of texts.
+      names: of the classes, by number; () if they are not known.
     """
 
     kind: str = "none"
     num_classes: int = 0
     text_width: int = 0
+    names: tuple[str, ...] = ()
 
     @classmethod
-    def of_config(cls, condition: str, num_classes: int, text_width: int) -> "Conditioning":
+    def of_config(
+        cls, condition: str, num_classes: int, text_width: int, names: tuple[str, ...] = ()
+    ) -> "Conditioning":
         """Returns the conditioning of a config; data without classes has none of "class"."""
         if condition not in CONDITIONS:
             raise UserError(
@@ -52,7 +59,8 @@ class Conditioning:
             )
         if condition == "class" and not num_classes:
             condition = "none"
-        return cls(condition, num_classes, text_width)
+        known = condition == "class" and num_classes in (-1, len(names))
+        return cls(condition, num_classes, text_width, names if known else ())
 
     @property
     def of_texts(self) -> bool:
@@ -71,7 +79,8 @@ class Conditioning:
         """Returns the labels of `num` samples as the network takes them; None stays None.
 
         Args:
-          label: a class, or `num` of them; the features of one text, or of `num`.
+          label: a class, by name or number, or `num` of them; the features of one text, or of
+            `num`.
           num: n.
         """
         if label is None:
@@ -81,19 +90,36 @@ class Conditioning:
         if self.of_texts:
             return self._features(label, num, CONDITIONS[self.kind])
         given = np.asarray(label)
+        if given.dtype.kind == "U":
+            given = label = np.vectorize(self._number, otypes=[np.int32])(given)
         whole = given.dtype.kind in "iuf" and not np.any(given % 1)
         if given.shape not in ((), (num,)) or not whole:
             shown = label if given.ndim == 0 else f"an array of {given.dtype} {given.shape}"
             raise UserError(
-                f"This prior is asked for by classes: one integer or {num} of them, not {shown}."
+                f"This prior is asked for by classes: one name or integer, or {num} of them, not "
+                f"{shown}."
             )
         labels = np.broadcast_to(np.asarray(label, np.int32), num)
         if labels.min() < 0 or labels.max() >= self.num_classes:
             raise UserError(
-                f"A label must be between 0 and {self.num_classes - 1}; "
+                f"A label must be the name of a class, or between 0 and {self.num_classes - 1}; "
                 f"got {labels.min() if labels.min() < 0 else labels.max()}."
             )
         return labels
+
+    def _number(self, label: str) -> int:
+        """Returns the number of a class by its name, or by that number in digits."""
+        name = classes.clean(label)
+        if name in self.names:
+            return self.names.index(name)
+        if re.fullmatch(r"[+-]?[0-9]{1,9}", name):
+            return int(name)
+        near = difflib.get_close_matches(name, self.names, n=1)
+        meant = f", did you mean {near[0]!r}" if near else ""
+        raise UserError(
+            f"There is no class {label!r}{meant}: the classes are "
+            f"{classes.describe(self.names) or f'0 to {self.num_classes - 1}, without names'}."
+        )
 
     def _features(self, features: Any, num: int, ndim: int) -> np.ndarray:
         """Returns the features of `num` samples' texts, each an array of `ndim` dimensions."""
@@ -126,6 +152,7 @@ class Conditioning:
         if self.kind == "none":
             return None
         if self.kind == "class":
+            classes.check_same(source.classes, self.names, "prior")
             if self.num_classes != -1 and source.num_classes not in (0, self.num_classes):
                 raise UserError(
                     f"The prior has {self.num_classes} classes, but the images have "

@@ -1,24 +1,45 @@
 """Pictures of arrays of images: grids, and PNG files."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 _GAP = 2
 _BACKGROUND = 96
 
 
-def grid(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """Lays out rows, each uint8 (n, h, w, channels), with gaps; uint8 (height, width, channels)."""
+def grid(rows: Sequence[np.ndarray], titles: Sequence[str] | None = None) -> np.ndarray:
+    """Lays out rows of images with gaps, titles on the left.
+
+    Args:
+      rows: uint8 (n, h, w, channels) each.
+      titles: one a row, of which 20 characters are shown.
+
+    Returns:
+      uint8 (height, width, channels).
+    """
     images = np.stack(rows)
     num_rows, num_columns, h, w, channels = images.shape
     pad = ((0, 0), (0, 0), (_GAP, 0), (_GAP, 0), (0, 0))
     cells = np.pad(images, pad, constant_values=_BACKGROUND)
     height, width = num_rows * (h + _GAP), num_columns * (w + _GAP)
     sheet = cells.transpose(0, 2, 1, 3, 4).reshape(height, width, channels)
-    return np.pad(sheet, ((0, _GAP), (0, _GAP), (0, 0)), constant_values=_BACKGROUND)
+    sheet = np.pad(sheet, ((0, _GAP), (0, _GAP), (0, 0)), constant_values=_BACKGROUND)
+    if titles is None:
+        return sheet
+    shown = [title if len(title) <= 20 else f"{title[:19]}…" for title in titles]
+    font = ImageFont.load_default(min(max(h // 3, 10), 24))
+    width = _GAP + math.ceil(max(font.getlength(title) for title in shown))
+    margin = Image.new("L", (width, len(sheet)), _BACKGROUND)
+    draw = ImageDraw.Draw(margin)
+    for row, title in enumerate(shown):
+        middle = _GAP + row * (h + _GAP) + h // 2
+        draw.text((_GAP, middle), title, fill=255, font=font, anchor="lm")
+    letters = np.asarray(margin)[..., None].repeat(channels, axis=-1)
+    return np.concatenate([letters, sheet], axis=1)
 
 
 def save_png(path: Path, image: np.ndarray, min_side: int = 400) -> None:

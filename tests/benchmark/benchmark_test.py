@@ -91,7 +91,7 @@ def test_data_speed_is_that_of_the_examples(tiny, monkeypatch):
             time.sleep(0.01)
             return {"image": np.zeros((28, 28, 1), np.uint8), "label": 0}
 
-    monkeypatch.setattr(splits, "open_split", lambda data, split, keep: Source(Slow(), 0))
+    monkeypatch.setattr(splits, "open_split", lambda data, split, keep: Source(Slow()))
     monkeypatch.setattr(machine, "cores", lambda: 8)
     row = loading.measure_loading(tiny.data, tiny.seed, 5, seconds=2.0)
     least, median, most = (row[f"images_per_second{end}"] for end in ("_min", "", "_max"))

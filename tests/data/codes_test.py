@@ -33,7 +33,7 @@ def probabilities(images):
 
 
 def write(folder, images, encode_probs=probabilities, data=DATA, encoder="e", **changes):
-    source = Source(images, 10, **({"fingerprint": "f"} | changes))
+    source = Source(images, tuple(map(str, range(10))), **({"fingerprint": "f"} | changes))
     options = dict(encoder=encoder, encode_probs=encode_probs, code_shape=SHAPE)
     return codes.write_codes(source, Path(folder), **options, data=data, batch_size=20)
 

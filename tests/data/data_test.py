@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from binlatent.data import folder, loader, transforms
+from binlatent.data import classes, folder, loader, transforms, walk
 from binlatent.data.images import read_image
 from binlatent.data.sources import Source
 from binlatent.data.splits import Data, load_images, open_split
@@ -59,8 +59,8 @@ def write_images(path, values, size=4):
         Image.fromarray(np.full((size, size), value, np.uint8)).save(path / f"{i:03}.png")
 
 
-def open_folder(path, split="train", size=4, channels=1):
-    return open_split(Data("folder", str(path), size, channels), split)
+def open_folder(path, split="train", size=4, channels=1, **options):
+    return open_split(Data("folder", str(path), size, channels, **options), split)
 
 
 def values(source):
@@ -286,10 +286,12 @@ def test_folder_errors(tmp_path):
     write_images(tmp_path / "one", [0])
     fails(tmp_path / "one", "too few images to hold out", "test")
     write_images(tmp_path / "half" / "test", [0])
-    fails(tmp_path / "half", "there is '.*test' but no '.*train'")
+    fails(tmp_path / "half", "'test' of '.*half' are named like splits, .* must be 'train'")
     for name in ("train/cat", "train/dog", "test/cow"):
         write_images(tmp_path / "cows" / name, [0])
-    fails(tmp_path / "cows", "cow.*is in none of the class folders of train/ .cat, dog", "test")
+    message = "is of the class 'cow', which has no training image in .* .0 'cat', 1 'dog'"
+    fails(tmp_path / "cows", message, "test")
+    assert open_folder(tmp_path / "cows", "test", num_classes=0).num_classes == 0
     with pytest.raises(UserError, match="1 or 3 channels, not size 4 and 2 channels"):
         open_folder(tmp_path / "one", channels=2)
 
@@ -314,7 +316,7 @@ def test_no_image_starts_a_program_or_waits_for_one(tmp_path):
     # Ghostscript would run what an EPS file says, whatever the file's name.
     (tmp_path / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     os.mkfifo(tmp_path / "1.png")
-    for name, reason in (("0.png", "it is none of BMP, GIF, JPEG"), ("1.png", "it is no file")):
+    for name, reason in (("0.png", "it is none of (AVIF, )?BMP, GIF"), ("1.png", "it is no file")):
         path = str(tmp_path / name)
         with pytest.raises(UserError, match=f"{name}', replace or remove it: {reason}"):
             read_image(path, repr(path), 4, 1)
@@ -371,6 +373,123 @@ def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path):
         source.examples[0]
 
 
+# Classes
+
+
+def class_folders(path, names):
+    for i, name in enumerate(names):
+        write_images(path / name, [10 * i, 10 * i + 1])
+
+
+def test_folders_named_by_numbers_are_classes_in_numeric_order(tmp_path):
+    class_folders(tmp_path, map(str, range(12)))
+    train = open_folder(tmp_path)
+    assert train.classes == tuple(map(str, range(12)))
+    assert dict(zip(values(train), labels(train), strict=True)) == {
+        10 * i + 1: i for i in range(12)
+    }
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["10", "9", "007", "7"], ["007", "7", "9", "10"]),
+        (["img10", "img9", "Img2"], ["Img2", "img9", "img10"]),
+        (["b", "10", "a1", "A0"], ["10", "A0", "a1", "b"]),
+        (["9" * 5000, "1"], ["1", "9" * 5000]),  # more digits than int() takes
+        (["\u0661", "2"], ["2", "\u0661"]),  # digits of other scripts are letters
+    ],
+)
+def test_the_order_of_classes_is_natural(names, expected):
+    assert list(classes.in_order(names)) == expected
+
+
+def test_names_are_stripped_and_normalised(tmp_path, caplog):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    class_folders(tmp_path, ["cat", "cat ", composed, decomposed, "Dog", "dog"])
+    train = open_folder(tmp_path)
+    assert train.classes == (composed, "cat", "Dog", "dog") and len(train.examples) > 4
+    assert "These classes differ in upper and lower case alone: 'Dog', 'dog'" in caplog.text
+
+
+@pytest.mark.parametrize("numbers", [range(1, 8), range(2001, 2008), [3, 999999, 12]])
+def test_the_classes_of_a_table_are_those_that_occur(tmp_path, caplog, numbers):
+    write_images(tmp_path, range(2 * len(numbers)))
+    lines = "".join(f"{i:03}.png,{x}\n" for i, x in enumerate([*numbers] * 2))
+    write_table(tmp_path, f"file,label\n{lines}")
+    for kind in ("table.csv", "table.jsonl"):
+        train = open_table(tmp_path, kind)
+        assert train.classes == tuple(map(str, sorted(numbers)))
+        names = [train.classes[label] for label in labels(train)]
+        assert names == [str(numbers[i % len(numbers)]) for i in values(train)]
+    told = "No image has the label 4, 5, 6, 7, 8, 9, 10, 11, 13, 14: these are no classes"
+    assert (told in caplog.text) == (999999 in numbers)
+
+
+@pytest.mark.parametrize(
+    "names, split",
+    [
+        (("Train", "Test"), "Test"),
+        (("TRAINING", "valid"), "valid"),
+        (("train ", "Dev"), "Dev"),
+        (("train", "val", "test", "notes"), "test"),
+    ],
+)
+def test_split_names_in_any_case_are_no_classes(tmp_path, names, split):
+    for i, name in enumerate(names):
+        write_images(tmp_path / name, [10 * i, 10 * i + 1])
+    train, test = open_folder(tmp_path), open_folder(tmp_path, "test")
+    assert train.num_classes == 0 and values(train) == [0, 1]
+    assert values(test) == [10 * names.index(split), 10 * names.index(split) + 1]
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (("Train", "training"), "'Train', 'training' of .* are named like splits, of which one"),
+        (("test", "val"), "'test', 'val' of .* one must be 'train'"),
+        (("train", "car", "boat"), "images in 'train', named like a split, and in 'boat', 'car'"),
+    ],
+)
+def test_unclear_names_of_splits_are_asked_about(tmp_path, names, message):
+    class_folders(tmp_path, names)
+    with pytest.raises(UserError, match=message):
+        open_folder(tmp_path)
+
+
+def test_classes_of_one_image_each_are_asked_about(tmp_path):
+    for i in range(20):
+        write_images(tmp_path / f"person{i}", [i])
+    for split in ("train", "test"):
+        with pytest.raises(UserError, match="has one image, so .*data.num_classes=0"):
+            open_folder(tmp_path, split)
+    train, test = (open_folder(tmp_path, split, num_classes=0) for split in ("train", "test"))
+    assert train.num_classes == 0 and len(train.examples) == 18 and len(test.examples) == 2
+
+
+def test_images_of_other_kinds_are_counted(tmp_path, caplog):
+    write_images(tmp_path, range(20))
+    for i in range(60):
+        (tmp_path / f"{i}.{('HEIC', 'jxl', 'heic')[i % 3]}").write_bytes(b"")
+    assert len(open_folder(tmp_path).examples) == 18
+    assert caplog.text.count("40 .heic, 20 .jxl are left out: convert them to PNG or JPEG") == 1
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match="found 40 .heic, 20 .jxl: convert them to PNG or JPEG"):
+        open_folder(tmp_path)
+
+
+def test_a_table_made_on_windows(tmp_path):
+    write_images(tmp_path / "deep" / "er", range(2))
+    (tmp_path / "a\\b.png").write_bytes((tmp_path / "deep" / "er" / "000.png").read_bytes())
+    names = ["deep\\er\\000.png", "deep\\er\\001.png", "a\\b.png"]
+    write_table(tmp_path, "\n".join(["file", *names]))
+    assert values(open_table(tmp_path, "table.csv")) == [1, 0]
+    write_table(tmp_path, "file\nC:\\photos\\1.png")
+    with pytest.raises(UserError, match="of another machine: make it relative"):
+        open_table(tmp_path, "table.csv")
+
+
 # Tables
 
 
@@ -390,16 +509,16 @@ def open_table(path, name, split="train", **options):
 def test_a_table_names_images_labels_and_splits(tmp_path, kind):
     write_images(tmp_path / "deep", range(4))
     rows = ["file,label,split"]
-    rows += ["deep/003.png,dog,train", "deep/000.png,cat,test", "deep/001.png,ape,train"]
+    rows += ["deep/003.png,dog,train", "deep/000.png,dog,Val", "deep/001.png,ape,Training"]
     write_table(tmp_path, "\n".join(rows))
     train, test = open_table(tmp_path, kind), open_table(tmp_path, kind, "test")
-    assert (values(train), labels(train)) == ([3, 1], [2, 0])
+    assert (values(train), labels(train)) == ([3, 1], [1, 0])
     assert (values(test), labels(test)) == ([0], [1])
-    assert train.num_classes == test.num_classes == 3
-    # Numbers are classes themselves, even those that no image has.
-    write_table(tmp_path, "file,label\n" + "".join(f"deep/{i:03}.png,{2 * i}\n" for i in range(4)))
-    train = open_table(tmp_path, kind)
-    assert train.num_classes == 7 and labels(train) == [0, 2, 4, 6]
+    assert train.classes == test.classes == ("ape", "dog")
+    # Of a further split for testing nothing is used.
+    write_table(tmp_path, "\n".join([*rows, "deep/002.png,dog,test"]))
+    assert values(open_table(tmp_path, kind, "test")) == [2]
+    assert values(open_table(tmp_path, kind)) == [3, 1]
     # Without labels and splits, every tenth is for testing.
     write_table(tmp_path, "file\n" + "".join(f"deep/{i:03}.png\n" for i in range(4)))
     train, test = open_table(tmp_path, kind), open_table(tmp_path, kind, "test")
@@ -428,8 +547,8 @@ def test_a_table_says_where_texts_are(tmp_path):
         ),
         (
             "a.csv",
-            "file,split\n0.png,val\n",
-            "line 1 .* is of the split 'val', not of train or test",
+            "file,split\n0.png,half\n",
+            "line 1 .* is of the split 'half', not of train or test",
         ),
         ("a.csv", "file,text\n0.png,a lion\n", "has the text 'a lion', which is no .npy file"),
         ("a.csv", "file,split\n0.png,train\n", "no image of the split 'test'"),
@@ -454,7 +573,7 @@ def test_tables_as_spreadsheets_write_them(tmp_path, caplog):
     lines = "".join(f"00{i}.png, {'ab'[i % 2]}, x\n" for i in range(4))
     table.write_text(f"\ufefffile, label, note\n{lines}")
     listing = folder.list_images(str(tmp_path), "train", "t.csv")
-    assert listing.num_classes == 2 and "these columns are not used: ['note']" in caplog.text
+    assert listing.classes == ("a", "b") and "these columns are not used: ['note']" in caplog.text
     table.write_text("file,label\n000.png,a\n001.png,\n002.png,b\n")
     with pytest.raises(UserError, match="some lines have a label and some have none"):
         folder.list_images(str(tmp_path), "train", "t.csv")
@@ -550,10 +669,10 @@ def test_lmdb_as_lsun_has_it(tmp_path):
 
 
 def test_every_listed_extension_can_be_read(tmp_path):
-    for i, extension in enumerate(folder.EXTENSIONS):
+    for i, extension in enumerate(walk.EXTENSIONS):
         Image.new("L", (4, 4), 200).save(tmp_path / f"{i}{extension.upper()}")
     found = values(open_folder(tmp_path)) + values(open_folder(tmp_path, "test"))
-    assert len(found) == len(folder.EXTENSIONS)
+    assert len(found) == len(walk.EXTENSIONS)
     np.testing.assert_allclose(found, 200, atol=2)  # JPEG and WebP are lossy
 
 
@@ -771,7 +890,7 @@ def test_other_arrays_than_images_keep_their_values():
         def __getitem__(self, index):
             return {"probs": np.full((2, 2, 8), index / 6, np.float16), "label": index}
 
-    source = Source(Codes(), num_classes=6)
+    source = Source(Codes(), tuple(map(str, range(6))))
     batch = next(loader.train_batches(source, 4, seed=0))
     assert batch["probs"].shape == (4, 2, 2, 8) and batch["probs"].dtype == np.float16
     np.testing.assert_allclose(batch["probs"][:, 0, 0, 0], batch["label"] / 6, atol=1e-3)

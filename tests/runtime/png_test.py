@@ -15,6 +15,19 @@ def test_grid_lays_images_out_in_rows_with_gaps():
     np.testing.assert_array_equal(sheet[:, :2], 96)
 
 
+def test_titles_are_beside_their_rows():
+    rows = [np.zeros((2, 12, 5, channels), np.uint8) for channels in (3, 3)]
+    plain, sheet = png.grid(rows), png.grid(rows, ["cat", "x" * 50])
+    width = sheet.shape[1] - plain.shape[1]
+    np.testing.assert_array_equal(sheet[:, width:], plain)
+    upper, lower = sheet[2:14, :width], sheet[16:28, :width]
+    assert upper.max() > 200 < lower.max() and sheet[[0, 1, 14, 15], :width].min() == 96
+    # Cut after 20 characters; three letters take a part of that.
+    assert np.flatnonzero((upper > 96).any((0, 2))).max() < 0.4 * width
+    longer = png.grid(rows, ["cat", "x" * 500])
+    np.testing.assert_array_equal(longer, sheet)
+
+
 def test_png_is_enlarged_by_a_whole_factor(tmp_path):
     image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
     png.save_png(tmp_path / "new" / "x.png", image, min_side=8)

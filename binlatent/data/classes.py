@@ -1,0 +1,92 @@
+"""Names of classes and of splits, as folders and tables write them."""
+
+import functools
+import logging
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+from binlatent.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+# In any case. Of several, the first that is there counts.
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "testing", "val", "valid", "validation", "dev", "eval")
+
+
+def clean(name: str) -> str:
+    """Returns a name without spaces around it, in Unicode's normal form C."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def split_of(name: str) -> str:
+    """Returns which split a name means, "train" or "test", and "" if none."""
+    name = clean(name).casefold()
+    return "train" if name in TRAIN_NAMES else "test" if name in TEST_NAMES else ""
+
+
+def in_order(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns the names of classes by their number: in natural order, a2 before a10."""
+    names = sorted(set(names))
+    by_case = {}
+    for name in names:
+        by_case.setdefault(name.casefold(), []).append(name)
+    if alike := [pair for pair in by_case.values() if len(pair) > 1]:
+        warn_once(
+            f"These classes differ in upper and lower case alone: {', '.join(map(repr, alike[0]))}"
+        )
+    ordered = tuple(sorted(names, key=_natural))
+    if missing := gaps(ordered):
+        warn_once(f"No image has the label {', '.join(map(str, missing))}: these are no classes")
+    return ordered
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Returns a key by which digits compare as numbers, and come before other characters."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name.casefold())
+    digits = [part.lstrip("0") if part[0] in "0123456789" else None for part in parts]
+    return [
+        (True, 0, part) if number is None else (False, len(number), number)
+        for part, number in zip(parts, digits, strict=True)
+    ]
+
+
+def gaps(names: Sequence[str]) -> list[int]:
+    """Returns the whole numbers between those that are the names of classes, ten at most."""
+    if not all(re.fullmatch(r"[0-9]{1,18}", name) for name in names):
+        return []
+    numbers, missing = sorted(map(int, names)), []
+    for before, after in zip(numbers, numbers[1:], strict=False):
+        missing += range(before + 1, min(after, before + 11))
+    return missing[:10]
+
+
+def describe(names: Sequence[str]) -> str:
+    """Returns the numbers and names of classes, the first eight and the last."""
+    shown = [f"{number} {name!r}" for number, name in enumerate(names)]
+    return ", ".join(shown if len(shown) < 11 else [*shown[:8], "...", shown[-1]])
+
+
+def check_same(here: Sequence[str], there: Sequence[str], what: str) -> None:
+    """Refuses classes with other names or numbers than those of training; () is not known.
+
+    Args:
+      here, there: the names of the images and of `what`, by number.
+      what: was trained on the latter, for the message.
+    """
+    if not here or not there or tuple(here) == tuple(there):
+        return
+    pairs = enumerate(zip(here, there, strict=False))
+    first = next((i for i, (a, b) in pairs if a != b), min(len(here), len(there)))
+    raise UserError(
+        f"The {what} was trained with {len(there)} classes, {describe(there)}, but the images have "
+        f"{len(here)}, {describe(here)}; they differ from number {first} on. Give the images, or "
+        "names of folders or labels, that it was trained on, or use another --workdir."
+    )
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Logs a warning about the data once, however often they are opened."""
+    log.warning("%s", text)

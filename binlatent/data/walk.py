@@ -1,0 +1,118 @@
+"""The images below a folder; a long walk is kept there."""
+
+import collections
+import json
+import logging
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from binlatent.data.classes import warn_once
+from binlatent.data.images import FORMATS
+from binlatent.runtime.errors import UserError
+from binlatent.runtime.strict_json import write_json
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".bmp", ".gif"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+    *((".avif",) if "AVIF" in FORMATS else ()),  # by Pillow's version
+)
+# Of images too, but not read here.
+_OTHER_EXTENSIONS = (
+    *(() if "AVIF" in FORMATS else (".avif",)),
+    *(".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".exr", ".hdr"),
+    *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
+)
+
+# A walk of so many files or more is kept in the folder; shorter ones take no time.
+_KEPT_FILES = 1_000
+_KEPT_NAME = ".binlatent_index.json"
+
+
+def find_images(root: str, keep: bool = False) -> list[str]:
+    """Returns all images below a folder, sorted; with `keep`, a long walk is kept there."""
+    kept = _kept(root) if keep else None
+    if kept is None:
+        files, changed, others = _walk(root)
+        if keep:
+            _keep(root, files, changed, others)
+    else:
+        files, others = kept
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
+    if not files:
+        found = f"; found {counts}: convert them to PNG or JPEG" if others else ""
+        looked = ", ".join(EXTENSIONS)
+        raise UserError(f"there are no images in {root!r} (looked for {looked}{found})")
+    if others:
+        warn_once(f"Of {root}, {counts} are left out: convert them to PNG or JPEG to use them")
+    return sorted(os.path.join(root, file) for file in files)
+
+
+def has_images(root: str) -> bool:
+    """Tells whether there is any image below a folder."""
+    return bool(_walk(root)[0])
+
+
+def _walk(root: str) -> tuple[list[str], dict[str, int], dict[str, int]]:
+    """Returns what is below root.
+
+    That is the images, relative to it; when each folder last changed, in ns; and how many images
+    there are of each kind that is not read.
+    """
+    found, changed, others, seen = [], {}, collections.Counter(), set()
+    for directory, subfolders, names in os.walk(root, followlinks=True):
+        # Sorted, so that of two links to one folder it is the same that counts.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        relative, status = os.path.relpath(directory, root), os.stat(directory)
+        if (status.st_dev, status.st_ino) in seen:  # a link back, or a second one
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        changed[relative] = status.st_mtime_ns
+        for name in names:
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                found.append(os.path.normpath(os.path.join(relative, name)))
+            elif name.lower().endswith(_OTHER_EXTENSIONS) and not name.startswith("."):
+                others[os.path.splitext(name)[1].lower()] += 1
+    return found, changed, dict(others)
+
+
+def _keep(root: str, found: list[str], changed: dict[str, int], others: dict[str, int]) -> None:
+    """Keeps a long walk in the folder, if that can be written."""
+    # A folder that changed just now may change again without its time telling.
+    if len(found) < _KEPT_FILES or time.time_ns() - max(changed.values()) < 2_000_000_000:
+        return
+    with suppress(OSError):
+        content = {"files": found, "changed": changed, "others": others}
+        write_json(Path(root, _KEPT_NAME), content, indent=None)
+        # The new file has changed the folder's own time.
+        os.utime(root, ns=(changed["."], changed["."]))
+
+
+def _kept(root: str) -> tuple[list[str], dict[str, int]] | None:
+    """Returns images and counts of a kept walk, None if there is none that still holds."""
+    path = Path(root, _KEPT_NAME)
+    if not path.is_file():
+        return None
+    try:
+        kept = json.loads(path.read_text())
+        now = {name: os.stat(os.path.join(root, name)).st_mtime_ns for name in kept["changed"]}
+        files = kept["files"] if now == kept["changed"] and now else None
+        others = {
+            kind: int(kept["others"][kind])
+            for kind in kept["others"].keys() & set(_OTHER_EXTENSIONS)
+        }
+    except Exception:  # whatever is wrong with it, a walk does without
+        return None
+
+    # It may come from someone else: only what a walk could have found.
+    def could_be_found(file: Any) -> bool:
+        inside = isinstance(file, str) and not os.path.isabs(file) and ".." not in Path(file).parts
+        return inside and file.lower().endswith(EXTENSIONS)
+
+    whole = isinstance(files, list) and all(map(could_be_found, files))
+    return (files, others) if whole else None
