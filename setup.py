@@ -44,7 +44,7 @@ setup(
         "tensorflow-datasets",  # prepares and reads digits, and datasets by name
         "tqdm",  # progress bars
     ],
-    entry_points={"console_scripts": ["binlatent = binlatent.main:run"]},
+    entry_points={"console_scripts": ["binlatent = binlatent.__main__:run"]},
     extras_require={
         "convert": ["torch"],  # reads the checkpoints of other projects
         "lmdb": ["lmdb"],  # reads LSUN as it is downloaded

@@ -1,6 +1,15 @@
 """`python -m binlatent`: the same as `python -m binlatent.main` and the command `binlatent`."""
 
-from binlatent.main import run
+from binlatent.runtime import interrupt
+
+
+def run() -> None:
+    """Runs the main command, the imports of which take seconds."""
+    interrupt.end_at_once()
+    from binlatent import main
+
+    main.run()
+
 
 if __name__ == "__main__":
     run()

@@ -29,6 +29,7 @@ from binlatent.priors.kinds import KINDS
 from binlatent.priors.settings import make_settings
 from binlatent.priors.spec import PriorSpec
 from binlatent.priors.transformer import Transformer
+from binlatent.runtime.keys import MAX_SEED
 from binlatent.runtime import strict_json
 from binlatent.runtime.errors import UserError
 from binlatent.training.loop import Run
@@ -41,7 +42,7 @@ Content = Mapping[str, Any]  # a config as nested dictionaries
 # the machine busy for ever.
 _AT_LEAST_0, _AT_LEAST_1, _SHARE = (0, math.inf), (1, math.inf), (0, 1)
 _RANGES = {
-    "seed": (0, 2**32 - 1),
+    "seed": (0, MAX_SEED),
     **dict.fromkeys(("log_every", "preview_every", "checkpoint_every"), _AT_LEAST_1),
     "keep_checkpoints": _AT_LEAST_1,
     "data.image_size": (11, 2**14),  # 11 is the window of SSIM
@@ -182,6 +183,7 @@ def resolve(
       config: as `configs/default.py` has it.
       class_names: by number; () as long as no data or checkpoint was opened that has any.
     """
+    _spell(content)
     content = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     content = with_tuples(content)
     _check_numbers(content)
@@ -211,6 +213,18 @@ def resolve(
         run=_take(Run, content),
         content=content,
     )
+# American, and as we write.
+_SPELLINGS = {"center": "centre", "color": "colour"}
+
+
+def _spell(content: dict[str, Any]) -> None:
+    """Writes the words of a config that have two spellings in ours."""
+    data, discriminator = content["data"], content["autoencoder"]["discriminator"]
+    data["crop"] = _SPELLINGS.get(data["crop"], data["crop"])
+    words = discriminator["augment"]
+    discriminator["augment"] = tuple(_SPELLINGS.get(word, word) for word in words)
+
+
 
 
 def with_tuples(value: Any) -> Any:

@@ -1,5 +1,10 @@
 """Trains, samples and evaluates: `python -m binlatent.main --config=configs/X.py --workdir=DIR`."""
 
+from binlatent.runtime import interrupt
+
+if __name__ == "__main__":
+    interrupt.end_at_once()  # before imports that take seconds
+
 import functools
 import logging
 from collections.abc import Callable

@@ -26,7 +26,7 @@ ROOMS = {
     "paper": (*_STAGES, "stages", "evaluation", "configs"),
     "main": (*_STAGES, "stages", "evaluation", "paper"),
     "__init__": ("runtime", "pipeline"),  # the latter on first use: tests/install_test.py
-    "__main__": ("main",),
+    "__main__": ("runtime", "main"),
 }
 
 # What runs on several devices lies in runtime/, but for these.

@@ -93,7 +93,7 @@ def test_a_wheel_holds_the_package_its_configs_and_its_data(wheel):
     configs = {f"binlatent/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
     data = {f"binlatent/autoencoder/lpips_linear.{end}" for end in ("npz", "LICENSE")}
     assert names == modules | configs | data
-    assert "binlatent = binlatent.main:run" in entry_points
+    assert "binlatent = binlatent.__main__:run" in entry_points
     assert "Requires-Dist: orbax-checkpoint<1\n" in metadata
     needed = re.findall(r"^Requires-Dist: (tensor\w+)$", metadata, re.MULTILINE)
     assert not needed, "of the extra tfds alone"

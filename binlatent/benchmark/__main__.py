@@ -10,6 +10,11 @@ them, and says what memory the compiled programs ask for. With --topology they a
 TPUs that need not be there (`pip install libtpu`).
 """
 
+from binlatent.runtime import interrupt
+
+if __name__ == "__main__":
+    interrupt.end_at_once()  # before imports that take seconds
+
 import itertools
 import logging
 from collections.abc import Iterable, Iterator

@@ -8,6 +8,11 @@ python -m binlatent.convert vgg16 --from vgg16-397923af.pth --out vgg16.npz
 As vgg16 also inception and efficientnet_lite0, the feature networks of `convert/published.py`.
 """
 
+from binlatent.runtime import interrupt
+
+if __name__ == "__main__":
+    interrupt.end_at_once()  # before imports that take seconds
+
 import argparse
 import logging
 from collections.abc import Callable

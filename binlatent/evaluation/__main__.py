@@ -8,6 +8,11 @@ torch-fidelity's cache. psnr, ssim and lpips compare the images of two folders i
 order.
 """
 
+from binlatent.runtime import interrupt
+
+if __name__ == "__main__":
+    interrupt.end_at_once()  # before imports that take seconds
+
 import argparse
 import logging
 from pathlib import Path

@@ -52,6 +52,7 @@ class Samples:
         self._pipeline, self._network, self._num = pipeline, network, num
         self._options, self._keep = options or {}, keep
         self._with_images = images or keep == "npz"
+        key = key_for(seed, "evaluate")
         experiment = pipeline.experiment
         labels, self._labels = _labelling(experiment, seed)
         self.protocol = {
@@ -69,7 +70,7 @@ class Samples:
         shard = min(_SHARD, -(-num // jax.process_count()))
         sizes = [(start, min(shard, num - start)) for start in range(0, num, shard)]
         self._shards = [_Shard(self.folder, start, size) for start, size in sizes]
-        self._draw(key_for(seed, "evaluate"))
+        self._draw(key)
 
     def _draw(self, key: jax.Array) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,10 @@
 """The paper's figures and tables, a file each: `python -m binlatent.paper FIGURE --workdir=DIR`."""
 
+from binlatent.runtime import interrupt
+
+if __name__ == "__main__":
+    interrupt.end_at_once()  # before imports that take seconds
+
 import argparse
 import logging
 import sys
@@ -11,7 +16,7 @@ from matplotlib import pyplot as plt
 
 from binlatent.paper import bottlenecks, figures, neighbours, tables
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.runtime import command, strict_json
+from binlatent.runtime import command, keys, strict_json
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger("binlatent.paper")  # also as __main__
@@ -56,6 +61,12 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
+def _seed(text: str) -> int:
+    if not text.isdecimal() or keys.seed_problem(int(text)):
+        raise argparse.ArgumentTypeError(f"must be between 0 and {keys.MAX_SEED}, not {text!r}")
+    return int(text)
+
+
 def _whole_numbers(text: str) -> list[int]:
     return list(map(_whole_number, text.split(",")))
 
@@ -85,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("figure", choices=ITEMS)
     flag("--workdir", type=Path, help="of a trained prior; not for schedules")
     flag("--out", type=Path, help="PNG, PDF or SVG file, .md of a table; default in WORKDIR")
-    flag("--seed", type=int, help="of the samples; default 0")
+    flag("--seed", type=_seed, help="of the samples; default 0")
     flag("--num", type=_whole_number, help="of samples; neighbours shows 8, table6 times 100")
     flag("--by", choices=neighbours.BY, help="what neighbours are nearest by; default features")
     flag("--steps", type=_whole_numbers, help="of the sampler, for table6; default 16,64")

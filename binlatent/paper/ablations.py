@@ -6,6 +6,11 @@ One autoencoder, and a prior for each variant and seed, in folders of their own;
 or measured already is not done again.
 """
 
+from binlatent.runtime import interrupt
+
+if __name__ == "__main__":
+    interrupt.end_at_once()  # before imports that take seconds
+
 import argparse
 import itertools
 import json

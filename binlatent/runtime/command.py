@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +18,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
+from binlatent.runtime import interrupt
 from binlatent.runtime.errors import UserError
 
 
@@ -29,6 +30,12 @@ def _end(message: str, code: int) -> NoReturn:
 def bad_usage(message: str) -> NoReturn:
     """Says what is wrong with the command line, and exits with code 2."""
     _end(f"Bad usage: {message} (--help lists the flags, the config file the keys)", 2)
+
+
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Tells whether one of absl's flags for help is given."""
+    asked = {argument.lstrip("-") for argument in argv if argument.startswith("-")}
+    return bool(asked & {"help", "h", "?", "helpshort", "helpfull", "helpxml"})
 
 
 # What Python and absl say of a flag's value, and what we do.
@@ -44,6 +51,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     """Returns argv without absl's flags, which are parsed; what is wrong with them is bad usage."""
     try:
         return flags.FLAGS(argv)
+    except SystemExit as end:  # by absl's --help with code 1, or by the config file
+        sys.exit(0 if asks_for_help(argv) else end.code)
     except flags.Error as error:
         message = str(error).strip()
         if "Traceback" in message:  # of the config file; its last line says what is wrong
@@ -205,7 +214,8 @@ def reporting() -> Iterator[None]:
     # Here already, to come after what is registered later, which has something to close.
     atexit.register(_end_if_set, interrupted)
     try:
-        yield
+        with interrupt.raising():
+            yield
     except KeyboardInterrupt:
         interrupted.set()
         _end("Interrupted.", 130)

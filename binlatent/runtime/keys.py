@@ -11,8 +11,21 @@ from binlatent.runtime.errors import UserError
 Array = jax.Array
 
 
+MAX_SEED = 2**32 - 1
+
+
+def seed_problem(seed: int) -> str | None:
+    """Returns what is wrong with a seed, in words; None of one from 0 to MAX_SEED.
+
+    JAX fails at larger ones, or takes them modulo 2**32.
+    """
+    return None if 0 <= seed <= MAX_SEED else f"must be between 0 and {MAX_SEED}, not {seed}"
+
+
 def key_for(seed: int, purpose: str) -> Array:
     """Returns the key of a seed for one purpose, so that no two purposes share randomness."""
+    if (problem := seed_problem(seed)) is not None:
+        raise UserError(f"The seed {problem}.")
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 

@@ -1,14 +1,14 @@
 """The help of the main command, and configs by name."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from absl import flags as absl_flags
 
 from binlatent import configs
-from binlatent.runtime import command, processes
+from binlatent.runtime import command, keys, processes
 from binlatent.runtime.version import VERSION
 
 
@@ -53,13 +53,12 @@ def with_config_paths(argv: Iterable[str]) -> list[str]:
     return arguments
 
 
-def show_help(argv: Iterable[str], modes: Mapping[str, Mode], flags: Mapping[str, Flag]) -> None:
+def show_help(argv: Sequence[str], modes: Mapping[str, Mode], flags: Mapping[str, Flag]) -> None:
     """Answers --help and --version, and exits with code 0."""
-    asked = {argument.lstrip("-") for argument in argv if argument.startswith("-")}
-    if "version" in asked:
+    if {"--version", "-version"} & set(argv):
         sys.stdout.write(f"binlatent {VERSION}\n")
         sys.exit(0)
-    if not asked & {"help", "h", "helpshort", "helpfull"}:
+    if not command.asks_for_help(argv):
         return
 
     def lines(names: Iterable[str]) -> list[str]:
@@ -98,8 +97,11 @@ def parse_flags(argv: list[str], modes: Mapping[str, Mode], flags: Mapping[str, 
     for name, flag in flags.items():
         if values[name].present and flag.modes and mode not in flag.modes:
             command.bad_usage(f"--{name} is for --mode={' or '.join(flag.modes)}")
-    if values.num is not None and values.num < 1:
-        command.bad_usage(f"--num must be at least 1, not {values.num}")
+    if values.num is not None and not 1 <= values.num < 2**31:
+        limit = "at least 1" if values.num < 1 else f"less than {2**31}"
+        command.bad_usage(f"--num must be {limit}, not {values.num}")
+    if (problem := keys.seed_problem(values.seed)) is not None:
+        command.bad_usage(f"--seed {problem}")
     if values.out and not values.out.lower().endswith(".png"):
         command.bad_usage("--out must be a file that ends in .png")
     processes.check_flags(values.coordinator, values.num_processes, values.process_id)
