@@ -7,7 +7,6 @@ where the object is built.
 import copy
 import dataclasses
 import functools
-import json
 import math
 import operator
 import textwrap
@@ -22,7 +21,6 @@ from binlatent.autoencoder.bottleneck import BOTTLENECKS
 from binlatent.autoencoder.modules import Levels
 from binlatent.autoencoder.spec import AutoencoderSpec
 from binlatent.autoencoder.step import Objective
-from binlatent.data import classes
 from binlatent.data.splits import Data
 from binlatent.priors.conditions import Conditioning
 from binlatent.priors.kinds import KINDS
@@ -360,56 +358,3 @@ def of_checkpoint(meta: Mapping[str, Any], where: Any) -> Experiment:
     except Exception as error:  # also of a value of another type
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
         raise UserError(f"The config in {where} describes no model: {reason}") from error
-
-
-# What fixes the meaning of a stage's arrays, beside the keys of bottleneck and kind.
-_AUTOENCODER_KEYS = (
-    *("data.image_size", "data.channels"),
-    *(
-        f"autoencoder.{name}"
-        for name in (
-            *("bottleneck", "base_width", "multipliers", "patch", "num_blocks", "decoder_depth"),
-            *("attention_resolutions", "embedding_width", "norm_first"),
-        )
-    ),
-)
-
-
-def _model_keys(here: Experiment, there: Experiment, stage: str) -> list[str]:
-    own = bottleneck_keys(here.content["autoencoder"]["bottleneck"])
-    keys = [*_AUTOENCODER_KEYS, *(f"autoencoder.{key}" for key in own)]
-    if stage == "prior":
-        kind = here.prior.kind
-        keys += ["data.num_classes", "prior.kind", "prior.condition", "prior.text_width"]
-        keys += [f"prior.network.{key}" for key in here.content["prior"]["network"]]
-        if there.prior.kind == kind:
-            keys += [f"prior.{kind}.{key}" for key in here.prior.prior.trained]
-    return keys
-
-
-def check_same_model(here: Experiment, there: Experiment, stage: str) -> None:
-    """Refuses an experiment with another model than a checkpoint's.
-
-    Args:
-      here: as given now.
-      there: as stored in the checkpoint.
-      stage: "autoencoder", or "prior", which is made for one autoencoder.
-    """
-    if stage == "prior":
-        names = (x.prior.conditioning.names for x in (here, there))
-        classes.check_same(*names, stage)
-    pairs = {
-        name: (_get(there.content, name), _get(here.content, name))
-        for name in _model_keys(here, there, stage)
-    }
-    differences = [
-        f"{name} is {before} there and {now} here"
-        for name, (before, now) in pairs.items()
-        # As JSON: tuples come back from a checkpoint as lists.
-        if json.dumps(before, default=str) != json.dumps(now, default=str)
-    ]
-    if differences:
-        raise UserError(
-            f"The config does not fit the trained {stage} in the workdir: "
-            f"{'; '.join(differences)}. Use the same values, or another --workdir."
-        )

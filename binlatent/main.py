@@ -102,8 +102,9 @@ def _evaluate(run: _Run) -> None:
 
 def _all(run: _Run) -> None:
     stages.check_prior(run.given)  # before any training
-    stages.train_autoencoder(run.given, run.workdir)
-    stages.train_prior(run.given, run.workdir)
+    with stages.alone_in(run.workdir):
+        stages.train_autoencoder(run.given, run.workdir)
+        stages.train_prior(run.given, run.workdir)
     if jax.process_index() == 0:  # the others wait for it as they exit
         failed = []
         for mode in (_evaluate, *map(_draw, pictures.of_all(run.pipeline))):

@@ -3,6 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ import jax
 import numpy as np
 
 from binlatent.autoencoder.lpips import read_vgg16
-from binlatent.data import codes, loader
+from binlatent.data import classes, codes, loader
 from binlatent.data.sources import Source
 from binlatent.data.splits import load_images, open_split
 from binlatent.data.transforms import to_float
 from binlatent.evaluation import pictures, quality, report
-from binlatent.experiment import Experiment, check_same_model, of_checkpoint
+from binlatent.experiment import Experiment, of_checkpoint
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.runtime import processes
+from binlatent.resume import changed_keys, check_resumable, check_same_data
+from binlatent.runtime import processes, strict_json
 from binlatent.runtime.devices import parallel, parallel_for_debugging, replicate
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import key_for
+from binlatent.runtime.locks import only_process
 from binlatent.training import loop
 from binlatent.training.checkpoint import Checkpoints, exists
 from binlatent.training.loop import Stage
@@ -31,15 +34,18 @@ log = logging.getLogger(__name__)
 
 
 def with_classes(experiment: Experiment, source: Source) -> Experiment:
-    """Returns a copy of the experiment that knows how many classes there are."""
-    log.info("%d training images, %d classes", len(source.examples), source.num_classes)
+    """Returns a copy of the experiment that knows the classes of the training images."""
+    listed = f": {classes.describe(source.classes)}" if source.classes else ""
+    log.info("%d training images, %d classes%s", len(source.examples), source.num_classes, listed)
     asked = experiment.data.num_classes
+    if asked:
+        classes.check_same(source.classes, experiment.prior.conditioning.names, "model")
     if asked not in (-1, 0, source.num_classes):
         raise UserError(
             f"config.data.num_classes is {asked}, but the data has {source.num_classes} classes; "
             f"set it to that, to 0 to ignore labels, or to -1."
         )
-    return experiment.with_classes(source.num_classes) if asked == -1 else experiment
+    return experiment.with_classes(source.num_classes, source.classes) if asked else experiment
 
 
 def check_batch(train: Training, stage: str) -> None:
@@ -64,52 +70,15 @@ def check_prior(experiment: Experiment) -> None:
     check_batch(experiment.prior.train, "prior")
 
 
-def check_same_data(here: Experiment, there: Experiment, stage: str) -> None:
-    """Refuses other data than a checkpoint's training began with.
-
-    Args:
-      here: as given now.
-      there: as stored in the checkpoint.
-      stage: its name.
-    """
-    for name in ("name", "texts"):
-        now, before = getattr(here.data, name), getattr(there.data, name)
-        if now != before:
-            raise UserError(
-                f"The {stage} in the workdir is being trained on config.data.{name} = {before!r}, "
-                f"not {now!r}: use the same, or another --workdir."
-            )
+def _check_meta(experiment: Experiment, stage: str, directory: Path, meta: dict[str, Any]) -> None:
+    """Refuses a checkpoint's `meta` if training cannot go on from it."""
+    check_resumable(experiment, of_checkpoint(meta, directory), stage)
 
 
-def check_resumable(here: Experiment, there: Experiment, stage: str) -> None:
-    """Refuses an experiment with which a checkpoint's training cannot go on; as above."""
-    check_same_model(here, there, stage)
-    now, before = here.autoencoder, there.autoencoder
-    critics = now.networks.discriminator, before.networks.discriminator
-    if stage != "autoencoder" or critics == (None, None):
-        return
-    if None in critics:
-        raise UserError(
-            "The autoencoder in the workdir was trained with config.autoencoder.loss.adversarial = "
-            f"{before.objective.adversarial}, so it cannot go on with {now.objective.adversarial}: "
-            "only with one above 0 does it have a discriminator. To start one late, set "
-            "loss.start_step."
-        )
-    for name in ("width", "num_layers", "norm"):
-        new, old = (getattr(critic, name) for critic in critics)
-        if new != old:
-            raise UserError(
-                f"config.autoencoder.discriminator.{name} was {old!r} and cannot become {new!r}: "
-                "use the same, or another --workdir."
-            )
-
-
-def _check_meta(
+def _tell_changes(
     experiment: Experiment, stage: str, source: str, directory: Path, meta: dict[str, Any]
 ) -> None:
-    """Refuses a checkpoint's `meta` if training cannot go on; warns if it goes on otherwise."""
-    trained = of_checkpoint(meta, directory)
-    check_resumable(experiment, trained, stage)
+    """Warns, if training goes on otherwise than a checkpoint's `meta` says it began."""
     if meta["data"] is None:  # converted, not trained here
         return
     if meta["source"] != source:
@@ -118,19 +87,11 @@ def _check_meta(
             "these, from the same place in another order.",
             stage,
         )
-    train, before = (getattr(x, stage).train for x in (experiment, trained))
-    values = {
-        "seed": (experiment.seed, trained.seed),
-        f"{stage}.train.batch_size": (train.batch_size, before.batch_size),
-        "data.crop": (experiment.data.crop, trained.data.crop),
-        "data.flip": (experiment.data.flip, trained.data.flip),
-    }
-    for name, (here, there) in values.items():
-        if here != there:
-            log.warning(
-                "config.%s was %r and is %r: the %s goes on, but not as it would have.",
-                *(name, there, here, stage),
-            )
+    changes = changed_keys(experiment, of_checkpoint(meta, directory), stage)
+    if changes:
+        pairs = changes.items()
+        listed = [f"config.{name} was {old!r} and is {new!r}" for name, (old, new) in pairs]
+        log.warning("The %s goes on, but not as it would have: %s.", stage, "; ".join(listed))
 
 
 def _batches(
@@ -149,6 +110,17 @@ def _batches(
     )
 
 
+def _open_test(experiment: Experiment, workdir: Path) -> Source:
+    """Returns the test split; says before training what so few images cannot tell."""
+    test = open_split(experiment.data, "test", workdir)
+    if len(test.examples) < 2:
+        log.warning(
+            "There is one test image alone: report.json will have no Frechet distance, which needs "
+            "two. Add images."
+        )
+    return test
+
+
 def setup_autoencoder(experiment: Experiment, workdir: Path) -> Stage:
     """Returns stage 1 at its first step.
 
@@ -159,7 +131,8 @@ def setup_autoencoder(experiment: Experiment, workdir: Path) -> Stage:
     spec = experiment.autoencoder
     check_batch(spec.train, "autoencoder")
     lpips_params = read_vgg16(spec.vgg16) if spec.networks.lpips else {}
-    source, test = (open_split(experiment.data, split, workdir) for split in ("train", "test"))
+    source = open_split(experiment.data, "train", workdir)
+    test = _open_test(experiment, workdir)
     experiment = with_classes(experiment, source)
     lpips_params, networks = replicate(lpips_params), spec.networks
     with_discriminator, without = (
@@ -187,9 +160,17 @@ def setup_autoencoder(experiment: Experiment, workdir: Path) -> Stage:
         state=spec.init_state(experiment.seed),
         step=step,
         batches=_batches(source, spec.train, experiment),
-        meta={"config": experiment.config, "source": source.fingerprint, "encoder": ""},
+        meta={
+            "config": experiment.config,
+            "source": source.fingerprint,
+            "classes": experiment.prior.conditioning.names,
+            "encoder": "",
+        },
         check_resumable=functools.partial(
-            _check_meta, experiment, "autoencoder", source.fingerprint, workdir / "autoencoder"
+            _check_meta, experiment, "autoencoder", workdir / "autoencoder"
+        ),
+        tell_changes=functools.partial(
+            _tell_changes, experiment, "autoencoder", source.fingerprint, workdir / "autoencoder"
         ),
         check_unfinished=check_unfinished,
         evaluate=lambda params: report.autoencoder_metrics(pipeline(params), images),
@@ -250,7 +231,7 @@ def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
             "the features of a text beside each image of a folder, or learn from other images."
         )
     conditioning.known(source, np.asarray(source.examples[0]["label"])[None])
-    test = open_split(experiment.data, "test", workdir)
+    test = _open_test(experiment, workdir)
     cached = "probs" in source.examples[0]
     apply = experiment.autoencoder.networks.autoencoder.apply
     encode_probs = functools.partial(apply, method="probs")
@@ -271,10 +252,12 @@ def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
         meta={
             "config": experiment.config,
             "source": source.fingerprint,
+            "classes": experiment.prior.conditioning.names,
             "encoder": encoder.encoder_fingerprint,
         },
-        check_resumable=functools.partial(
-            _check_meta, experiment, "prior", source.fingerprint, workdir / "prior"
+        check_resumable=functools.partial(_check_meta, experiment, "prior", workdir / "prior"),
+        tell_changes=functools.partial(
+            _tell_changes, experiment, "prior", source.fingerprint, workdir / "prior"
         ),
         check_unfinished=lambda: None,
         evaluate=lambda params: report.prior_metrics(pipeline(params), probs, labels),
@@ -295,16 +278,28 @@ def _parallel(experiment: Experiment, step: Callable) -> Callable:
     return parallel_for_debugging(step, num_frozen=1)
 
 
-def _train(experiment: Experiment, workdir: Path, stage: str, setup: Callable) -> TrainState:
+def alone_in(workdir: Path) -> AbstractContextManager:
+    """Returns what keeps other processes, but those of this run, from training in a workdir."""
+    if jax.process_index():  # the first locks it for all
+        return nullcontext()
+    return only_process(workdir / ".training.lock", f"{workdir} is being trained")
+
+
+def _train(experiment: Experiment, workdir: Path, name: str, setup: Callable) -> TrainState:
     """Trains a stage in a workdir, or goes on with it, or finds it done."""
     workdir = Path(workdir)
-    if exists(workdir, stage):  # other data is refused before hours go into preparing it
-        with Checkpoints.open(workdir, stage) as checkpoints:
-            meta = checkpoints.newest(Checkpoints.meta)
-        trained = of_checkpoint(meta, workdir / stage)
-        if meta["data"] is not None:  # trained here, and not converted alone
-            check_same_data(experiment, trained, stage)
-    return loop.train(setup(experiment, workdir), experiment.run, workdir)
+    with alone_in(workdir):
+        if exists(workdir, name):  # other data is refused before hours go into preparing it
+            with Checkpoints.open(workdir, name) as checkpoints:
+                meta = checkpoints.newest(Checkpoints.meta)
+            trained = of_checkpoint(meta, workdir / name)
+            if meta["data"] is not None:  # trained here, and not converted alone
+                check_same_data(experiment, trained, name)
+                experiment = experiment.with_names(trained.prior.conditioning.names)
+        stage = setup(experiment, workdir)
+        if (names := stage.meta["classes"]) and jax.process_index() == 0:
+            strict_json.write_json(workdir / "classes.json", names)
+        return loop.train(stage, experiment.run, workdir)
 
 
 def train_autoencoder(experiment: Experiment, workdir: Path) -> TrainState:

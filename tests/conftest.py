@@ -4,6 +4,7 @@ What takes long to make is made once for all of pytest's workers: the digits, a 
 of untrained networks, and what is compiled. A test that writes into a workdir takes a copy of it.
 """
 
+import contextlib
 import fcntl
 import gc
 import importlib.metadata
@@ -234,6 +235,35 @@ def call_main(*flags):
     finally:
         signal.signal(signal.SIGTERM, handler)
     return 0
+
+
+HOLD = """
+import sys
+from binlatent.runtime.locks import only_process
+from pathlib import Path
+with only_process(Path(sys.argv[1]), "It is done"):
+    print("inside", flush=True)
+    sys.stdin.read()
+"""
+
+
+def start_python(code, *arguments):
+    """Starts Python in another process, without JAX."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+@contextlib.contextmanager
+def held(path):
+    """Yields another process that holds a lock, of `binlatent.runtime.locks`."""
+    process = start_python(HOLD, path)
+    assert process.stdout.readline() == "inside\n", process.stderr.read()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent import stages
+from binlatent import resume, stages
 from binlatent.configs import default, digits
-from binlatent.experiment import check_same_model, of_checkpoint, resolve
+from binlatent.experiment import of_checkpoint, resolve
 from binlatent.priors.kinds import KINDS
 from binlatent.priors.prior import Prior, Settings
+from binlatent.resume import check_same_model
 from binlatent.runtime.errors import UserError
 
 # Configs of the paper, and the shapes of their codes.
@@ -208,7 +209,11 @@ def test_the_number_of_classes_is_put_in_when_it_is_known():
     assert experiment.data.num_classes == -1
     known = experiment.with_classes(10)
     assert known.data.num_classes == known.prior.prior.network.num_classes == 10
-    assert known.with_classes(10) is known
+    assert known.with_classes(10) == known and not known.prior.conditioning.names
+    assert known.with_names(("a", "b")) == known  # of another number: not of these classes
+    named = experiment.with_classes(2, ("a", "b"))
+    assert named.change({"seed": 1}).prior.conditioning.names == ("a", "b")
+    assert named.change({"data.num_classes": 0}).prior.conditioning.names == ()
     assert experiment.with_classes(0).prior.conditioning.kind == "none"
 
 
@@ -473,15 +478,15 @@ def test_a_prior_is_over_bits(tiny_experiment, tmp_path, name):
 )
 def test_training_goes_on_with_the_networks_it_began_with(overrides, sentence):
     with pytest.raises(UserError, match=sentence):
-        stages.check_resumable(resolved(overrides), resolved(), "autoencoder")
+        resume.check_resumable(resolved(overrides), resolved(), "autoencoder")
 
 
 def test_a_discriminator_cannot_be_added_later():
     without = resolved({"autoencoder.loss.adversarial": 0.0})
     with pytest.raises(UserError, match="adversarial = 0.0, so it cannot go on with 1.0"):
-        stages.check_resumable(resolved(), without, "autoencoder")
-    stages.check_resumable(without, without, "autoencoder")
-    stages.check_resumable(resolved(), without, "prior")  # which has none
+        resume.check_resumable(resolved(), without, "autoencoder")
+    resume.check_resumable(without, without, "autoencoder")
+    resume.check_resumable(resolved(), without, "prior")  # which has none
 
 
 @pytest.mark.parametrize(
@@ -494,8 +499,8 @@ def test_a_discriminator_cannot_be_added_later():
 @pytest.mark.parametrize("stage", ["autoencoder", "prior"])
 def test_training_goes_on_with_the_data_it_began_with(stage, overrides, sentence):
     with pytest.raises(UserError, match=f"The {stage} in the workdir is being .*{sentence}"):
-        stages.check_same_data(resolved(overrides), resolved(), stage)
-    stages.check_same_data(resolved({"data.path": "moved"}), resolved(), stage)
+        resume.check_same_data(resolved(overrides), resolved(), stage)
+    resume.check_same_data(resolved({"data.path": "moved"}), resolved(), stage)
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "prior"])
@@ -507,7 +512,7 @@ def test_what_is_safe_may_change_on_the_way(stage):
         **dict(log_every=1, preview_every=2, checkpoint_every=3, keep_checkpoints=4),
         **{"on_nonfinite": "skip", "debug_nans": True, "sample.steps": 8, "data.path": "moved"},
     }
-    stages.check_resumable(resolved(overrides), resolved(), stage)
+    resume.check_resumable(resolved(overrides), resolved(), stage)
 
 
 def test_a_prior_goes_on_with_the_network_it_began_with():
@@ -520,7 +525,7 @@ def test_a_prior_goes_on_with_the_network_it_began_with():
         }
     )
     with pytest.raises(UserError) as error:
-        stages.check_resumable(here, resolved(), "prior")
+        resume.check_resumable(here, resolved(), "prior")
     for part in (
         "prior.network.num_layers is 24 there and 12 here",
         "prior.bernoulli.schedule is linear there and cos here",
@@ -528,7 +533,7 @@ def test_a_prior_goes_on_with_the_network_it_began_with():
     ):
         assert part in str(error.value)
     assert "label_dropout" not in str(error.value)
-    stages.check_resumable(here, resolved(), "autoencoder")
+    resume.check_resumable(here, resolved(), "autoencoder")
 
 
 @pytest.mark.parametrize(
@@ -564,8 +569,8 @@ def test_weights_of_losses_may_change_on_the_way():
             "autoencoder.codebook_size": 7,  # which bits do not have
         }
     )
-    stages.check_resumable(here, resolved(), "autoencoder")
-    stages.check_resumable(here, resolved(), "prior")
+    resume.check_resumable(here, resolved(), "autoencoder")
+    resume.check_resumable(here, resolved(), "prior")
 
 
 # Configs of checkpoints

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "binlatent"
 
 # Of each room, lowest first, what it may import beside itself: rooms, or a folder of one.
 _LOWEST = ("runtime", "data", "training")
-_STAGES = (*_LOWEST, "autoencoder", "priors", "experiment", "pipeline")
+_STAGES = (*_LOWEST, "autoencoder", "priors", "experiment", "resume", "pipeline")
 ROOMS = {
     "runtime": ("configs",),  # by name, for --config
     "data": ("runtime",),
@@ -18,7 +18,8 @@ ROOMS = {
     "autoencoder": _LOWEST,
     "priors": _LOWEST,
     "experiment": (*_LOWEST, "autoencoder", "priors"),
-    "pipeline": (*_LOWEST, "autoencoder", "priors", "experiment"),
+    "resume": (*_LOWEST, "autoencoder", "priors", "experiment"),
+    "pipeline": (*_LOWEST, "autoencoder", "priors", "experiment", "resume"),
     "benchmark": (*_STAGES, "configs"),
     "evaluation": _STAGES,
     "stages": (*_STAGES, "evaluation"),

@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
-from conftest import call_main, tiny_flags
+from conftest import call_main, held, tiny_flags
 from PIL import Image
 
 from binlatent import stages
@@ -19,7 +20,8 @@ from binlatent.data import codes
 from binlatent.data.sources import Source
 from binlatent.data.splits import load_images, open_split
 from binlatent.data.transforms import to_float
-from binlatent.evaluation import report
+from binlatent.evaluation import quality, report
+from binlatent.paper import bottlenecks
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime.devices import replicate
 from binlatent.runtime.errors import UserError
@@ -323,6 +325,31 @@ def test_resuming_with_another_model_names_the_difference(trained, tiny_experime
     experiment = tiny_experiment.change({"autoencoder.num_bits": 16})
     with pytest.raises(UserError, match="autoencoder.num_bits is 8 there and 16 here"):
         stages.train_autoencoder(experiment, trained[0])
+
+
+def test_a_second_process_is_refused_where_one_trains(trained, tiny_experiment, tmp_path):
+    shutil.copytree(trained[0], workdir := tmp_path / "run")
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    lock = workdir / ".training.lock"
+    calls = (
+        lambda: stages.train_autoencoder(tiny_experiment, workdir),
+        lambda: stages.train_prior(tiny_experiment, workdir),
+        lambda: bottlenecks.compare_bottlenecks(tiny_experiment, workdir),
+    )
+    with held(lock) as other:
+        sentence = f"{workdir} is being trained already, by process {other.pid} on "
+        for call in calls:
+            with pytest.raises(UserError, match=sentence):
+                call()
+        # Who only reads is let in; so are the other processes of the one run.
+        from_workdir(workdir)
+        quality.measure(from_workdir(workdir), workdir, ["codes"])
+        with mock.patch.object(jax, "process_index", lambda: 1), stages.alone_in(workdir):
+            pass
+    after = {path: path.read_bytes() for path in before if path.name != "metrics.jsonl"}
+    assert all(before[path] == after[path] for path in after if path != lock)
+    assert [x["stage"] for x in lines(workdir)][-1] == "evaluation"
+    stages.train_prior(tiny_experiment, workdir)
 
 
 def test_resuming_with_more_steps_goes_on(trained, tiny_experiment, tmp_path, caplog):

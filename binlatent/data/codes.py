@@ -12,7 +12,7 @@ import math
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from binlatent.data import loader
 from binlatent.data.sources import Source
 from binlatent.data.splits import Data
 from binlatent.data.transforms import to_float
-from binlatent.runtime import files
+from binlatent.runtime import files, locks
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.strict_json import write_json
 
@@ -126,20 +126,23 @@ def write_codes(
     target = folder / f"{encoder}_{dataset}"
     if (target / "info.json").exists():
         return target
-    log.info("Encoding %d images into %s", count, target)
     names = _shard_names(count)
     this, turns = jax.process_index(), jax.process_count()
-    with tqdm(total=count, unit=" images", disable=True if this else None) as progress:
-        for i, name in enumerate(names):
-            part = range(i * _SHARD, min((i + 1) * _SHARD, count))
-            if i % turns == this and not (target / name).exists():
-                _write_shard(source, part, encode_probs, batch_size, target / name, progress)
-            else:
-                progress.update(len(part))
-    # If another process fails, this one is ended.
-    last = ["info.json"] if this else names
-    while not all((target / name).exists() for name in last):
-        time.sleep(0.5)
+    doing = f"The codes in {target} are being written"
+    # The first process locks the folder for all that take turns.
+    with nullcontext() if this else locks.only_process(target / ".lock", doing):
+        log.info("Encoding %d images into %s", count, target)
+        with tqdm(total=count, unit=" images", disable=True if this else None) as progress:
+            for i, name in enumerate(names):
+                part = range(i * _SHARD, min((i + 1) * _SHARD, count))
+                if i % turns == this and not (target / name).exists():
+                    _write_shard(source, part, encode_probs, batch_size, target / name, progress)
+                else:
+                    progress.update(len(part))
+        # If another process fails, this one is ended.
+        last = ["info.json"] if this else names
+        while not all((target / name).exists() for name in last):
+            time.sleep(0.5)
     if this:
         return target
     label = _label(source.examples[0]["label"])
@@ -168,7 +171,7 @@ def _write_shard(
     path: Path,
     progress: tqdm,
 ) -> None:
-    with files.atomic(path) as unfinished:
+    with files.atomic(path, alone=True) as unfinished:
         writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
         for batch in loader.in_order(len(part), lambda i: source.examples[part[i]], batch_size):
             num = len(batch["image"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from binlatent.data.images import EncodedImages, UnreadableImage, read_image
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.locks import in_turn
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +82,9 @@ class DecodedImages:
             if self._report is None:
                 return
             self._report.parent.mkdir(parents=True, exist_ok=True)
-            known = self._report.read_text().splitlines() if self._report.exists() else []
-            if message not in known:
-                with self._report.open("a") as file:
+            # An evaluation may write it beside a training.
+            with self._report.open("a+") as file, in_turn(file):
+                file.seek(0)
+                if message not in file.read().splitlines():
                     file.write(f"{message}\n")
+                    file.flush()

@@ -29,6 +29,7 @@ from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import strict_json
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import key_for
+from binlatent.runtime.locks import in_turn
 from binlatent.runtime.weights import digest
 from binlatent.training.checkpoint import Checkpoints, exists
 from binlatent.training.logbook import Logbook
@@ -188,13 +189,15 @@ def _write(workdir: Path, values: dict[str, float], protocol: dict[str, Any]) ->
     """Writes metrics to the log, and to the one file of their protocol, but for its `metrics`."""
     common = {name: value for name, value in protocol.items() if name != "metrics"}
     path = workdir / "evaluation" / f"{digest(common)}.json"
-    try:
-        earlier = json.loads(path.read_text())
-        earlier, settled = earlier["metrics"], earlier["protocol"].get("metrics", {})
-    except (FileNotFoundError, ValueError, KeyError):  # none, or cut by a kill
-        earlier, settled = {}, {}
-    together = common | {"metrics": settled | protocol.get("metrics", {})}
-    strict_json.write_json(path, {"metrics": earlier | values, "protocol": together})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / ".results.lock").open("a") as file, in_turn(file):
+        try:
+            earlier = json.loads(path.read_text())
+            earlier, settled = earlier["metrics"], earlier["protocol"].get("metrics", {})
+        except (FileNotFoundError, ValueError, KeyError):  # none, or cut by a kill
+            earlier, settled = {}, {}
+        together = common | {"metrics": settled | protocol.get("metrics", {})}
+        strict_json.write_json(path, {"metrics": earlier | values, "protocol": together})
     step = 0  # of the newest checkpoint of the last stage that there is
     if stages := [stage for stage in ("prior", "autoencoder") if exists(workdir, stage)]:
         with Checkpoints.open(workdir, stages[0]) as checkpoints:
@@ -220,7 +223,9 @@ def judge_while_training(
     judge, known, _ = _opponents(experiment, workdir, asked.metrics)
 
     def measure(params: Any) -> dict[str, float]:
-        samples = Samples(pipeline(params), judge, workdir / "evaluation", asked.num_samples)
+        # In a folder of its own, as --mode=evaluate may draw the same beside the training.
+        folder = workdir / "evaluation" / "while_training"
+        samples = Samples(pipeline(params), judge, folder, asked.num_samples)
         if jax.process_index():
             return {}
         values, _ = comparison.compare(known, samples.features(), asked.metrics, judge.suffix)

@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import png, weights
 from binlatent.runtime.files import atomic
 from binlatent.runtime.keys import key_for, sample_keys
+from binlatent.runtime.locks import only_process
 from binlatent.runtime.weights import digest
 
 _SHARD = 500  # samples drawn before their features are written, at most
@@ -75,14 +77,18 @@ class Samples:
     def _draw(self, key: jax.Array) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         this, turns = jax.process_index(), jax.process_count()
-        with tqdm(total=self._num, unit=" samples", disable=True if this else None) as progress:
-            for i, shard in enumerate(self._shards):
-                if i % turns == this and not self._is_whole(shard):
-                    self._draw_shard(shard, sample_keys(key, shard.size, shard.start))
-                progress.update(shard.size)
-        # If another process fails, this one is ended.
-        while not this and not all(map(self._is_whole, self._shards)):
-            time.sleep(0.5)
+        doing = f"The samples in {self.folder} are being drawn"
+        # The first process locks the folder for all that take turns; to read it needs no lock.
+        apart = this or all(map(self._is_whole, self._shards))
+        with nullcontext() if apart else only_process(self.folder / ".lock", doing):
+            with tqdm(total=self._num, unit=" samples", disable=True if this else None) as progress:
+                for i, shard in enumerate(self._shards):
+                    if i % turns == this and not self._is_whole(shard):
+                        self._draw_shard(shard, sample_keys(key, shard.size, shard.start))
+                    progress.update(shard.size)
+            # If another process fails, this one is ended.
+            while not this and not all(map(self._is_whole, self._shards)):
+                time.sleep(0.5)
 
     def _is_whole(self, shard: "_Shard") -> bool:
         needed = [shard.path] + [shard.images] * self._with_images
@@ -99,7 +105,7 @@ class Samples:
             for path, image in zip(shard.pngs, images, strict=True):
                 png.save_png(path, image, min_side=1)
         if self._with_images:
-            with atomic(shard.images) as unfinished, unfinished.open("wb") as file:
+            with atomic(shard.images, alone=True) as unfinished, unfinished.open("wb") as file:
                 np.save(file, images)
         weights.write_npz(shard.path, arrays)  # last: with it the shard is whole
 

@@ -256,8 +256,9 @@ def main(argv: list[str] | None = None) -> None:
         experiment = resolve(digits.get_config()).change({"data.path": flags.data})
         if flags.num_steps:
             experiment = experiment.change({"prior.train.num_steps": flags.num_steps})
-        stages.train_autoencoder(experiment, flags.workdir)
-        measured = measure_rows(experiment, flags.workdir, flags.seeds, flags.variants)
+        with stages.alone_in(flags.workdir):
+            stages.train_autoencoder(experiment, flags.workdir)
+            measured = measure_rows(experiment, flags.workdir, flags.seeds, flags.variants)
         text = markdown_tables(measured, flags.seeds)
         (budget_folder(experiment, flags.workdir) / "ablations.md").write_text(text)
         sys.stdout.write(text)

@@ -134,6 +134,11 @@ def compare_bottlenecks(experiment: Experiment, workdir: Path) -> str:
     PSNR and SSIM are mean ± standard deviation over `evaluate.num_images` test images, in uint8,
     of the averaged weights.
     """
+    with stages.alone_in(workdir):
+        return _compare(experiment, workdir)
+
+
+def _compare(experiment: Experiment, workdir: Path) -> str:
     rows = variants(experiment)
     for name, row in rows.items():  # all, before any training
         _check_budget(row, workdir / name)

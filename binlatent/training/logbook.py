@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from binlatent.runtime import png
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.locks import in_turn
 from binlatent.runtime.strict_json import to_json
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def write_scalars(directory: Path, metrics: dict[str, float], step: int = 0) -> 
 def drop_torn_line(path: Path) -> None:
     """Ends a file at its last whole line, as a kill may have cut the next; it need not be there."""
     if path.exists():
-        with path.open("rb+") as file:
+        with path.open("rb+") as file, in_turn(file):
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
@@ -127,8 +128,10 @@ class Logbook:
             return
         entry = {"stage": self._stage, "step": step, **metrics}
         with self._writing():
-            self._file.write(to_json(entry) + "\n")
-            self._file.flush()
+            # An evaluation may write beside a training.
+            with nullcontext() if self._events is None else in_turn(self._file):
+                self._file.write(to_json(entry) + "\n")
+                self._file.flush()
             if self._writer is not None:
                 self._writer.write_scalars(step, metrics)
         text = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())

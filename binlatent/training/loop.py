@@ -126,6 +126,7 @@ class Stage(NamedTuple):
       batches: a Grain iterator.
       meta: of its checkpoints: `config`, `source`, `encoder`, ...
       check_resumable: refuses a checkpoint's `meta` if training cannot go on from it.
+      tell_changes: warns of what is other than a checkpoint's `meta` says, before going on.
       check_unfinished: refuses to go on with a stage that is not at its last step.
       evaluate: EMA parameters -> metrics.
       preview: EMA parameters -> a picture.
@@ -139,6 +140,7 @@ class Stage(NamedTuple):
     batches: Any
     meta: dict[str, Any]
     check_resumable: Callable[[dict[str, Any]], None]
+    tell_changes: Callable[[dict[str, Any]], None]
     check_unfinished: Callable[[], None]
     evaluate: Callable[[Any], dict[str, float]]
     preview: Callable[[Any], np.ndarray]
@@ -177,6 +179,8 @@ def train(stage: Stage, settings: Run, workdir: Path) -> TrainState:
                 return state
             stage.check_unfinished()
             log.info("The %s goes on from step %d in %s.", stage.name, step, workdir)
+            if writes:
+                stage.tell_changes(meta)
             if meta["data"] is not None:
                 stage.batches.set_state(meta["data"])
         started = time.monotonic() - seconds

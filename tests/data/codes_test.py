@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import held
 
 from binlatent.data import codes, loader
 from binlatent.data.sources import Source
@@ -41,6 +42,21 @@ def write(folder, images, encode_probs=probabilities, data=DATA, encoder="e", **
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(codes, "_SHARD", 50)
+
+
+def test_two_processes_do_not_write_the_same_codes(tmp_path):
+    target = write(tmp_path, Images(60))
+    (target / "info.json").unlink()
+    with (
+        held(target / ".lock") as other,
+        pytest.raises(
+            UserError, match=f"are being written already, by .*{other.pid} on"
+        ),
+    ):
+        write(tmp_path, Images(60))
+    assert write(tmp_path, Images(60)) == target
+    with held(target / ".lock"):  # what is whole is only read
+        assert write(tmp_path, Images(60)) == target
 
 
 def test_codes_are_the_encoders_probabilities(tmp_path):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from conftest import held
 from PIL import Image
 
 from binlatent import stages
@@ -71,7 +72,7 @@ def test_samples_are_those_of_their_seed_and_class(pipeline, tmp_path, small_sha
 
 def test_only_what_is_missing_is_drawn(pipeline, tmp_path, small_shards, monkeypatch):
     first = draw(pipeline, tmp_path)
-    before = {path.name: path.read_bytes() for path in first.folder.iterdir()}
+    before = {path.name: path.read_bytes() for path in first.folder.glob("*.np[yz]")}
     assert len(before) == 6
     drawn = []
     sample = pipeline.sample
@@ -89,6 +90,16 @@ def test_only_what_is_missing_is_drawn(pipeline, tmp_path, small_shards, monkeyp
     draw(pipeline, tmp_path, 24)
     assert drawn == [8, 8]
     assert draw(pipeline, tmp_path, 2, options={"temperature": 0.5}).folder != first.folder
+
+
+def test_two_processes_do_not_draw_the_same_samples(pipeline, tmp_path, small_shards):
+    found = draw(pipeline, tmp_path)
+    with held(found.folder / ".lock") as other:
+        draw(pipeline, tmp_path)  # all are there
+        (found.folder / "0000008_8.npz").unlink()
+        with pytest.raises(UserError, match=f"are being drawn already, by process {other.pid} on"):
+            draw(pipeline, tmp_path)
+    draw(pipeline, tmp_path)
 
 
 @pytest.mark.parametrize("keep", ["png", "npz"])

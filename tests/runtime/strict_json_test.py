@@ -59,7 +59,7 @@ NOT_WRITTEN = {
     ("paper/tables.py", "_of_samples"),
     ("paper/bottlenecks.py", "_check_budget"),
     ("benchmark/speed.py", "subject"),
-    ("experiment.py", "check_same_model"),
+    ("resume.py", "check_same_model"),
     ("data/codes.py", "write_codes"),
 }
 
