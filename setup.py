@@ -13,6 +13,10 @@ _TFDS = [
     "tensorboard",  # clu's TensorBoard writer imports it
     "tensorflow",  # prepares most TFDS datasets, not digits; clu's TensorBoard writer
 ]
+_TEXTS = [
+    "safetensors",  # Hugging Face's files of weights
+    "tokenizers",  # texts to tokens, by a tokenizer.json
+]
 
 setup(
     name="binlatent",
@@ -48,9 +52,18 @@ setup(
     extras_require={
         "convert": ["torch"],  # reads the checkpoints of other projects
         "lmdb": ["lmdb"],  # reads LSUN as it is downloaded
+        "texts": _TEXTS,  # text encoders
         "tfds": _TFDS,
         # hypothesis: damaged and hostile files; pytest-xdist: compiling takes one core a process,
         # so two processes halve the time
-        "test": [*_TFDS, "hypothesis", "lmdb", "pytest", "pytest-xdist", "ruff>=0.17,<0.18"],
+        "test": [
+            *_TEXTS,
+            *_TFDS,
+            "hypothesis",
+            "lmdb",
+            "pytest",
+            "pytest-xdist",
+            "ruff>=0.17,<0.18",
+        ],
     },
 )

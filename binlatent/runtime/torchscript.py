@@ -1,26 +1,34 @@
-"""The tensors of a TorchScript archive, read without PyTorch and without running its code."""
+"""The tensors of PyTorch's zip files, read without PyTorch and without running their code.
+
+They are archives of TorchScript, and what `torch.save` writes of a state dict.
+"""
 
 import collections
 import pickle
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 
-_TYPES = {"FloatStorage": "<f4", "DoubleStorage": "<f8", "LongStorage": "<i8", "IntStorage": "<i4"}
+_TYPES = {
+    **{"HalfStorage": "<f2", "FloatStorage": "<f4", "DoubleStorage": "<f8"},
+    **{"LongStorage": "<i8", "IntStorage": "<i4"},
+}
 
 
 def read(file: str | Path | BinaryIO) -> dict[str, np.ndarray] | None:
-    """Returns the tensors of a TorchScript archive by their names, `layers.conv.weight`.
+    """Returns the tensors of a file by their names, `layers.conv.weight`.
 
-    None of any other file. An open one is left where it was, for who reads it next.
+    None if it is neither TorchScript nor a plain state dict: PyTorch may know more. An open file is
+    left where it was, for who reads it next.
 
     Raises:
       Exception: of many types, if it is damaged.
     """
     if isinstance(file, str | Path):
-        return _read(file)
+        with open(file, "rb") as stream:
+            return _read(stream)
     place = file.tell()
     try:
         return _read(file)
@@ -28,18 +36,33 @@ def read(file: str | Path | BinaryIO) -> dict[str, np.ndarray] | None:
         file.seek(place)
 
 
-def _read(file: str | Path | BinaryIO) -> dict[str, np.ndarray] | None:
+def _read(file: BinaryIO) -> dict[str, np.ndarray] | None:
+    begins = file.read(4)
     if not zipfile.is_zipfile(file):
+        if begins == b"PK\3\4":
+            raise zipfile.BadZipFile("it is cut")
         return None
     with zipfile.ZipFile(file) as archive:
-        parts = [name.rpartition("/") for name in archive.namelist()]
-        folders = [folder for folder, _, name in parts if name == "constants.pkl"]
-        if not folders:
+        folders = {name.name: name.parent for name in map(PurePosixPath, archive.namelist())}
+        scripted = "constants.pkl" in folders
+        folder = folders.get("constants.pkl" if scripted else "data.pkl")
+        big_endian = "byteorder" in folders and archive.read(f"{folder}/byteorder") != b"little"
+        if folder is None or big_endian:
             return None
-        with archive.open(f"{folders[0]}/data.pkl") as stream:
-            module = _Unpickler(stream, archive, f"{folders[0]}/data").load()
+        try:
+            with archive.open(f"{folder}/data.pkl") as stream:
+                content = _Unpickler(stream, archive, f"{folder}/data").load()
+        except Exception:  # of many types: damaged, or more than tensors
+            if scripted:
+                raise
+            return None
+    if not scripted:
+        plain = isinstance(content, dict) and all(
+            isinstance(name, str) and isinstance(x, np.ndarray) for name, x in content.items()
+        )
+        return dict(content) if plain else None
     tensors: dict[str, np.ndarray] = {}
-    _collect(module, "", tensors)
+    _collect(content, "", tensors)
     return tensors
 
 

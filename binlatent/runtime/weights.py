@@ -50,15 +50,28 @@ def read_npz(
     Those that are `optional` may be missing, all together.
     """
     wrong = f"{path} is not what `python -m binlatent.convert {model}` writes: make it anew, as "
+    arrays = load_npz(path, wrong)
+    if not any(name in arrays for name in optional):
+        like = {name: x for name, x in like.items() if name not in optional}
+    check_arrays(arrays, like, wrong)
+    return arrays
+
+
+def load_npz(path: str | Path, wrong: str) -> dict[str, np.ndarray]:
+    """Returns all arrays of a file; `wrong` begins the error if it is damaged."""
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = dict(file.items())
+            return dict(file.items())
     except PermissionError:
         raise
     except Exception as error:  # by where the damage is
         raise UserError(f"{wrong}it is damaged or no .npz file.") from error
-    if not any(name in arrays for name in optional):
-        like = {name: x for name, x in like.items() if name not in optional}
+
+
+def check_arrays(
+    arrays: dict[str, np.ndarray], like: dict[str, jax.ShapeDtypeStruct], wrong: str
+) -> None:
+    """Raises UserError, which begins with `wrong`, if names, shapes or types are not those."""
     if missing := sorted(like.keys() - arrays.keys()):
         raise UserError(f"{wrong}it lacks {missing[0]}.")
     if extra := sorted(arrays.keys() - like.keys()):
@@ -68,7 +81,6 @@ def read_npz(
         if (found.shape, found.dtype) != (expected.shape, expected.dtype):
             wanted = f"{expected.dtype} {expected.shape}"
             raise UserError(f"{wrong}{name} is {found.dtype} {found.shape}, not {wanted}.")
-    return arrays
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -4,6 +4,7 @@ Each file is small, of the very kind of the published one: a TorchScript archive
 hand here, or a state dict in PyTorch's older or newer format, in a wheel or alone.
 """
 
+import gzip
 import io
 import pickle
 import re
@@ -14,6 +15,7 @@ import zipfile
 from pathlib import Path
 
 import drawn
+import encoders
 import numpy as np
 import pytest
 import reference
@@ -21,6 +23,7 @@ import reference
 from binlatent.convert import __main__ as convert
 from binlatent.evaluation.networks import weights as published_weights
 from binlatent.runtime import state_dicts, torchscript
+from binlatent.texts.encoder import TextEncoder
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,8 +55,8 @@ def documented_of(name, ending=""):
 
 def test_all_documented_conversions_are_run_here():
     names = sorted(words[0] for words in COMMANDS)
-    kinds = ["autoencoder", "efficientnet_lite0", "export", "inception", "inception"]
-    assert names == [*kinds, "prior", "vgg16"]
+    kinds = ["autoencoder", "clip", "clip", "efficientnet_lite0", "export"]
+    assert names == [*kinds, "inception", "inception", "minilm", "prior", "vgg16"]
 
 
 def torchscript_bytes(shapes):
@@ -116,6 +119,56 @@ def torchscript_bytes(shapes):
         for number in range(len(shapes)):
             archive.writestr(f"net/data/{number}", np.float32(number).tobytes())
     return memory.getvalue()
+
+
+def test_text_encoders_without_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    # CLIP's smallest vocabulary is all bytes, twice, here with two merges, a start and an end.
+    width, vocab_size = 64, 516
+    layer = "transformer.resblocks.0"
+    shapes = {
+        "visual.proj": (3, 3),
+        "input_resolution": (),
+        "positional_embedding": (8, width),
+        "text_projection": (width, 5),
+        "logit_scale": (),
+        f"{layer}.attn.in_proj_weight": (3 * width, width),
+        f"{layer}.attn.in_proj_bias": (3 * width,),
+        **{f"{layer}.{x}.bias": (width,) for x in ("attn.out_proj", "ln_1", "ln_2", "mlp.c_proj")},
+        **{f"{layer}.{x}.weight": (width,) for x in ("ln_1", "ln_2")},
+        f"{layer}.attn.out_proj.weight": (width, width),
+        f"{layer}.mlp.c_fc.weight": (96, width),
+        f"{layer}.mlp.c_fc.bias": (96,),
+        f"{layer}.mlp.c_proj.weight": (width, 96),
+        "token_embedding.weight": (vocab_size, width),
+        **{f"ln_final.{x}": (width,) for x in ("weight", "bias")},
+    }
+    openai, clip = documented_of("clip", ".pt"), documented_of("clip", "14")
+    minilm = documented_of("minilm")
+    merges = gzip.compress(b"#version: 0.2\na p\nap p\n")
+    content, expected = torchscript_bytes(shapes), list(shapes).index(f"{layer}.mlp.c_fc.weight")
+    monkeypatch.chdir(tmp_path)
+    Path(openai[2]).write_bytes(content)
+    wheel = openai[openai.index("--tokenizer") + 1]
+    write_wheel(wheel, "open_clip/bpe_simple_vocab_16e6.txt.gz", merges)
+    convert.main(openai)
+    encoder = TextEncoder.load(openai[openai.index("--out") + 1])
+    assert (encoder.variables["params"]["layer_0"]["mlp_in"]["kernel"] == expected).all()
+    assert encoder.model.num_heads == 1
+    # The first merge, and the letter p, the 80th printable one, at the end of a word.
+    assert encoder.tokenizer.encode("app").ids[1:-1] == [512, 256 + 79]
+    monkeypatch.chdir(ROOT)
+    encoders.write_clip(tmp_path / clip[2])
+    bert = encoders.write_bert(tmp_path / "bert")
+    monkeypatch.chdir(tmp_path)
+    convert.main(clip)
+    assert TextEncoder.load(clip[-1]).model.num_layers == 3
+    with zipfile.ZipFile("model.zip", "w") as archive:
+        for name in ("model.safetensors", "config.json", "tokenizer.json"):
+            archive.write(bert / name, name)
+    write_wheel(minilm[2], "all_minilm_l6_v2/model.zip", Path("model.zip").read_bytes())
+    convert.main(minilm)
+    assert TextEncoder.load(minilm[-1]).model.width == 24
 
 
 def write_wheel(path, member, content):

@@ -2,11 +2,13 @@
 
 tests/data/tiny_torchscript.pt was saved by PyTorch 2.14: a module with a transposed parameter t =
 arange(6).reshape(2, 3).T, and `net`, a Sequential of one with `conv`, weight arange(12) of (3, 2,
-1, 2), bias (1, 2, 3), and a buffer `count` of 7.
+1, 2), bias (1, 2, 3), and a buffer `count` of 7. clip_openai.pt is a state dict that it saved.
 """
 
 import io
 import pickle
+import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -73,3 +75,63 @@ def test_tensors_lie_within_their_storage(tmp_path):
     (tmp_path / "x.pt").write_bytes(changed(**{weight: b"\0" * 8}))
     with pytest.raises(UserError, match=r"x\.pt is no checkpoint"):
         state_dicts.read(tmp_path / "x.pt")
+
+
+def state_dict(**files):
+    """The bytes of a state dict {"x": [1, 2]} as `torch.save` writes it, of 16 bits."""
+
+    class Storage:
+        pass
+
+    class Tensor:
+        def __reduce__(self):
+            return rebuild, (Storage(), 0, (2,), (1,), False, {})
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, thing):
+            if isinstance(thing, Storage):
+                return "storage", storage_type, "0", "cpu", 2
+            return None
+
+    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+    storage_type = torch.HalfStorage = type("HalfStorage", (), {"__module__": "torch"})
+    exec("def _rebuild_tensor_v2(): pass", vars(utils))
+    rebuild = utils._rebuild_tensor_v2
+    pickled, memory = io.BytesIO(), io.BytesIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch", torch)
+        patch.setitem(sys.modules, "torch._utils", utils)
+        Pickler(pickled, protocol=2).dump({"x": Tensor()})
+    content = {"data.pkl": pickled.getvalue(), "byteorder": b"little"}
+    content["data/0"] = np.array([1, 2], np.float16).tobytes()
+    with zipfile.ZipFile(memory, "w") as archive:
+        for name, data in (content | files).items():
+            archive.writestr(f"model/{name}", data)
+    return memory.getvalue()
+
+
+def test_a_state_dict_needs_no_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    state = state_dicts.read(TINY.with_name("clip_openai.pt"))
+    assert state["positional_embedding"].shape == (20, 64) and state["logit_scale"].shape == ()
+    assert len(state) == 42
+    (tmp_path / "x.pt").write_bytes(state_dict())
+    (name, x), *rest = state_dicts.read(tmp_path / "x.pt").items()
+    assert (name, x.dtype, x.tolist(), rest) == ("x", np.float32, [1, 2], [])
+
+
+def test_what_is_no_plain_state_dict_is_left_to_pytorch(tmp_path):
+    malicious = pickle.dumps({"x": Malicious(tmp_path / "ran")}, protocol=2)
+    nested = pickle.dumps({"x": {"y": 1}}, protocol=2)
+    for changed_file in ({"data.pkl": malicious}, {"data.pkl": nested}, {"byteorder": b"big"}):
+        assert torchscript.read(io.BytesIO(state_dict(**changed_file))) is None
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_that_is_cut_is_refused_without_pytorch(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    good = state_dict()
+    for size in (4, 100, len(good) - 1):
+        (tmp_path / "x.pt").write_bytes(good[:size])
+        with pytest.raises(UserError, match=r"x\.pt is no checkpoint .* download it again"):
+            state_dicts.read(tmp_path / "x.pt")

@@ -1,0 +1,1 @@
+"""Captions to features: text encoders in Flax, their tokenisers and their files."""

