@@ -33,7 +33,8 @@ def network(experiment: Experiment, workdir: Path) -> Network:
     """Returns the network that `evaluate.network` names."""
     if experiment.evaluate.network == "classifier":
         return classifier(experiment, workdir)
-    return features.published(experiment.evaluate.network, experiment.evaluate.weights)
+    asked, flag = experiment.evaluate, "--config.evaluate.weights=FILE"
+    return features.published(asked.network, asked.weights, flag)
 
 
 def classifier(experiment: Experiment, workdir: Path) -> Network:
