@@ -14,7 +14,7 @@ from conftest import call_main, parse_main, write_checkpoints
 from PIL import Image
 
 from binlatent import experiment as experiments
-from binlatent import main
+from binlatent import main, stages
 from binlatent.autoencoder import lpips
 from binlatent.configs import default
 from binlatent.convert import __main__ as convert
@@ -203,6 +203,24 @@ def test_data_named_from_another_folder_and_moved(tiny_experiment, tmp_path, mon
     # Where a config is needed, this says so.
     assert call_main("--workdir=../run", "--mode=train_prior", f"{advice}=pictures") == 2
     assert f"{advice} needs --config: a file, a name, or workdir:DIR" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_says_that_its_images_have_moved(tiny_experiment, tmp_path, caplog):
+    images_below(tmp_path / "a")
+    values = {"data.name": "folder", "data.path": str(tmp_path / "a"), "data.num_classes": 0}
+    first = stages.setup_autoencoder(tiny_experiment.change(values), tmp_path / "run")
+    meta = first.meta | {"data": {}}
+    (tmp_path / "a").rename(tmp_path / "b")
+    values["data.path"] = str(tmp_path / "b")
+    second = stages.setup_autoencoder(tiny_experiment.change(values), tmp_path / "run")
+    with caplog.at_level("INFO"):
+        second.tell_changes(meta)
+    moved = f"The images have moved from '{tmp_path / 'a'}' to '{tmp_path / 'b'}'"
+    assert caplog.messages == [f"{moved}: they are those that the autoencoder began with."]
+    caplog.clear()
+    second.tell_changes(meta | {"source": "of other names"})
+    assert "are not those that the autoencoder began with" in caplog.text
+    assert "moved" not in caplog.text
 
 
 # Advice
