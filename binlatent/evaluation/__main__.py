@@ -43,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--weights", type=path, help="its .npz file; default: NETWORK.npz")
     flag("--vgg16", type=path, default=Path("vgg16.npz"), help=f"for lpips; {default}")
     flag("--size", type=int, help="bring a folder's images to squares of so many pixels first")
+    about = "share of a folder's images that may be unreadable, as data.max_broken; not of pairs"
+    flag("--max_broken", type=float, default=0.0, help=f"{about}; {default}")
     flag("--batch_size", type=int, default=64, help=f"changes speed and memory; {default}")
     flag("--out", type=path, metavar="FILE", help=".json file of the metrics and their protocol")
     flag("--tensorboard", type=path, metavar="DIR", help="to write them to as well")
@@ -75,7 +77,8 @@ def _feature_metrics(
     found, protocol = {}, {}
     for name, path in given.items():
         how = network, flags.batch_size, flags.size
-        found[name], protocol[name] = comparison.load_features(path, *how)
+        tolerance = {"max_broken": flags.max_broken}
+        found[name], protocol[name] = comparison.load_features(path, *how, **tolerance)
         if name == "reference" and "images" in given:  # before the images are read
             comparison.check_reference(found[name], names)
     sizes = {x["size"] for x in protocol.values() if "size" in x}
@@ -152,6 +155,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--write_statistics needs --reference")
     if flags.batch_size < 1 or (flags.size is not None and flags.size < 1):
         parser.error("--batch_size and --size must be at least 1")
+    if not 0 <= flags.max_broken <= 1:
+        parser.error("--max_broken must be between 0 and 1")
     command.prepare_jax()
     with command.reporting():
         names = [name.strip() for name in flags.metrics.split(",") if name.strip()]
