@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import operator
+import os
 import textwrap
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -27,9 +28,9 @@ from binlatent.priors.kinds import KINDS
 from binlatent.priors.settings import make_settings
 from binlatent.priors.spec import PriorSpec
 from binlatent.priors.transformer import Transformer
-from binlatent.runtime.keys import MAX_SEED
-from binlatent.runtime import strict_json
+from binlatent.runtime import paths, strict_json
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import MAX_SEED
 from binlatent.training.loop import Run
 from binlatent.training.optimizer import DECAYS, Training
 
@@ -181,10 +182,11 @@ def resolve(
       config: as `configs/default.py` has it.
       class_names: by number; () as long as no data or checkpoint was opened that has any.
     """
-    _spell(content)
     content = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     content = with_tuples(content)
+    _spell(content)
     _check_numbers(content)
+    _locate(content)
     dtype = jnp.dtype(content["dtype"])
     data = _take(Data, content, "data")
     section = content["prior"]
@@ -211,6 +213,30 @@ def resolve(
         run=_take(Run, content),
         content=content,
     )
+
+
+# Keys that hold the path of a file or folder, if they are not empty.
+PATHS = (
+    *("data.path", "prior.codes", "autoencoder.loss.vgg16", "evaluate.weights"),
+    "evaluate.reference",
+)
+
+
+def _locate(content: dict[str, Any]) -> None:
+    """Makes a config's paths absolute, so that they mean the same in another folder.
+
+    `data.table` lies in `data.path`, and TFDS itself reads a data directory of a bucket.
+    """
+    for name in PATHS:
+        *sections, key = name.split(".")
+        section = functools.reduce(operator.getitem, sections, content)
+        path = section[key]
+        of_tfds = name == "data.path" and content["data"]["name"] not in ("folder", "lmdb")
+        word = name == "evaluate.reference" and path in ("train", "test")
+        if path and not word and not (of_tfds and paths.is_address(path)):
+            section[key] = os.path.abspath(paths.expand(path, f"config.{name}"))
+
+
 # American, and as we write.
 _SPELLINGS = {"center": "centre", "color": "colour"}
 
@@ -221,8 +247,6 @@ def _spell(content: dict[str, Any]) -> None:
     data["crop"] = _SPELLINGS.get(data["crop"], data["crop"])
     words = discriminator["augment"]
     discriminator["augment"] = tuple(_SPELLINGS.get(word, word) for word in words)
-
-
 
 
 def with_tuples(value: Any) -> Any:

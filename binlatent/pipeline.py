@@ -17,6 +17,7 @@ from binlatent.priors.conditions import Condition
 from binlatent.priors.prior import Known, optional
 from binlatent.priors.settings import with_options
 from binlatent.resume import check_same_model
+from binlatent.runtime import paths
 from binlatent.runtime.devices import map_batches, replicate
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import sample_keys
@@ -52,7 +53,7 @@ class BinaryLatentDiffusion:
           experiment: to use instead of the checkpoint's; with the same model.
           prior: whether to load the prior.
         """
-        workdir = Path(workdir)
+        workdir = Path(paths.expand(str(workdir), "workdir"))
         if not workdir.is_dir():
             raise UserError(f"There is no workdir {workdir}: train one, or check --workdir.")
 
@@ -89,7 +90,10 @@ class BinaryLatentDiffusion:
     def prior_params(self) -> Any:
         """The prior's parameters; without a prior, a UserError."""
         if not self.has_prior:
-            raise UserError("This workdir has no prior yet: run --mode=train_prior first.")
+            raise UserError(
+                "This workdir has no prior yet: train it first, by `python -m binlatent.main "
+                "--config=CONFIG --workdir=DIR --mode=train_prior`."
+            )
         return self._prior_params
 
     @property

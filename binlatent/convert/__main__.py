@@ -45,15 +45,15 @@ def _parser() -> argparse.ArgumentParser:
         summary = function.__doc__.splitlines()[0]
         return commands.add_parser(name, help=summary, description=summary)
 
-    flags = {}
+    flags, path = {}, {"type": command.path_argument, "required": True}
     for name, function in (_STAGES | _FEATURE_NETWORKS | _TEXT_ENCODERS).items():
         flag = flags[name] = add(name, function).add_argument
         about = "PyTorch checkpoint, or the .whl that carries it"
         if name in _TEXT_ENCODERS:
             about = "folder with model.safetensors, a file of weights, or the .whl that carries it"
-        flag("--from", dest="source", required=True, metavar="PATH", help=about)
+        flag("--from", dest="source", metavar="PATH", help=about, **path)
         written = "workdir to write" if name in _STAGES else ".npz file to write"
-        flag("--out", type=Path, required=True, help=written)
+        flag("--out", help=written, **path)
 
     flag = flags["autoencoder"]
     flag("--image_size", type=int, default=256, help="side of the images in pixels; default 256")
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--deterministic", action="store_true", help="bits are never drawn")
 
     flag = flags["prior"]
-    flag("--autoencoder", type=Path, required=True, help="workdir of its autoencoder")
+    flag("--autoencoder", **path, help="workdir of its autoencoder")
     flag("--num_heads", type=int, help="of attention; default: heads of 64")
     flag("--schedule", choices=schedules.NAMES, help="default: as in the checkpoint, or linear")
     flag("--num_timesteps", type=int, help="T; default: as in the checkpoint, or 64")
@@ -71,12 +71,13 @@ def _parser() -> argparse.ArgumentParser:
 
     flag = flags["clip"]
     files = "tokenizer.json, OpenAI's bpe_simple_vocab_16e6.txt.gz, or a .whl that carries that"
-    flag("--tokenizer", type=Path, help=f"{files}; default: tokenizer.json beside the weights")
+    about = f"{files}; default: tokenizer.json beside the weights"
+    flag("--tokenizer", type=command.path_argument, help=about)
     flag("--num_heads", type=int, help="of attention; default: of config.json, or heads of 64")
 
     flag = add("export", workdirs.export_workdir).add_argument
-    flag("--workdir", type=Path, required=True, help="to read")
-    flag("--out", type=Path, required=True, help="folder that gets saved_models/*.th")
+    flag("--workdir", **path, help="to read")
+    flag("--out", **path, help="folder that gets saved_models/*.th")
     return parser
 
 

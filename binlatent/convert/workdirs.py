@@ -106,8 +106,8 @@ def convert_prior(
     refuse_existing(out, "prior")
     if not exists(autoencoder, "autoencoder"):
         raise UserError(
-            f"There is no autoencoder in {autoencoder}: name the folder that `python -m "
-            "binlatent.convert autoencoder --out` has written as --autoencoder."
+            f"There is no autoencoder in {autoencoder}: name by --autoencoder the workdir that "
+            "`python -m binlatent.convert autoencoder --from FILE --out DIR` has written."
         )
     model = BinaryLatentDiffusion.from_workdir(autoencoder, prior=False)
     elsewhere = out.resolve() != autoencoder.resolve()

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 
+from binlatent.experiment import PATHS
 from binlatent.paper import bottlenecks, figures, neighbours, tables
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import command, keys, strict_json
@@ -71,10 +72,14 @@ def _whole_numbers(text: str) -> list[int]:
     return list(map(_whole_number, text.split(",")))
 
 
-def _write(item: Item, workdir: Path | None, out: Path, options: dict[str, Any]) -> None:
+def _write(
+    item: Item, workdir: Path | None, out: Path, options: dict[str, Any], moved: dict[str, str]
+) -> None:
     pipeline = None
     if item.reads:
         pipeline = BinaryLatentDiffusion.from_workdir(workdir, prior=item.reads == "prior")
+        if moved:
+            pipeline.experiment = pipeline.experiment.change(moved)
     if item.reads == "prior":
         _ = pipeline.prior_params  # an error without one, before any work
     out.parent.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
@@ -92,14 +97,16 @@ def _write(item: Item, workdir: Path | None, out: Path, options: dict[str, Any])
 def main(argv: list[str] | None = None) -> None:
     """Draws one figure or writes one table; a user's error is one sentence and exit code 1."""
     parser = argparse.ArgumentParser("binlatent.paper", description=__doc__)
-    flag = parser.add_argument
+    flag, path = parser.add_argument, command.path_argument
     flag("figure", choices=ITEMS)
-    flag("--workdir", type=Path, help="of a trained prior; not for schedules")
-    flag("--out", type=Path, help="PNG, PDF or SVG file, .md of a table; default in WORKDIR")
+    flag("--workdir", type=path, help="of a trained prior; not for schedules")
+    flag("--out", type=path, help="PNG, PDF or SVG file, .md of a table; default in WORKDIR")
     flag("--seed", type=_seed, help="of the samples; default 0")
     flag("--num", type=_whole_number, help="of samples; neighbours shows 8, table6 times 100")
     flag("--by", choices=neighbours.BY, help="what neighbours are nearest by; default features")
     flag("--steps", type=_whole_numbers, help="of the sampler, for table6; default 16,64")
+    for key in PATHS:
+        flag(f"--config.{key}", dest=key, metavar="PATH", help="where that is, if it has moved")
     flags = parser.parse_args(argv)
     name, item = flags.figure, ITEMS[flags.figure]
     given = {option: getattr(flags, option) for option in ("seed", "num", "by", "steps")}
@@ -117,7 +124,8 @@ def main(argv: list[str] | None = None) -> None:
         if out.suffix.lower() not in item.suffixes:
             endings = " or ".join(", ".join(item.suffixes).rsplit(", ", 1))
             raise UserError(f"--out must end in {endings}, not {out}.")
-        _write(item, flags.workdir, out, options)
+        moved = {key: path for key in PATHS if (path := getattr(flags, key)) is not None}
+        _write(item, flags.workdir, out, options, moved)
         log.info("Wrote %s", out)
 
 

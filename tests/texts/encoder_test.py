@@ -123,8 +123,7 @@ def test_another_file_is_refused(arrays, tmp_path, change, message):
         if isinstance(x, tuple):
             changed[key] = np.zeros(x, np.float32)
     weights.write_npz(tmp_path / "x.npz", changed)
-    beginning = r"x\.npz is not what `python -m binlatent\.convert minilm` or `clip` writes: "
-    with pytest.raises(UserError, match=rf"{beginning}make it anew, as {message}"):
+    with pytest.raises(UserError, match=rf"x\.npz is not what .* make it anew, as {message}"):
         TextEncoder.load(tmp_path / "x.npz")
 
 
