@@ -116,8 +116,7 @@ def _check_budget(row: Experiment, workdir: Path) -> None:
         meta = checkpoints.newest(Checkpoints.meta)
     here, trained = row.without_paths, of_checkpoint(meta, workdir).without_paths
     for section in ("data", "autoencoder"):
-        # As JSON, as the checkpoint has it.
-        for key, value in json.loads(json.dumps(row.content[section])).items():
+        for key, value in here[section].items():
             before = trained[section].get(key)
             # The classes are filled in by training, and nothing to an autoencoder.
             if value != before and key != "num_classes":
