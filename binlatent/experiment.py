@@ -150,6 +150,15 @@ class Experiment:
         """A copy of the config as nested dictionaries."""
         return copy.deepcopy(dict(self.content))
 
+    @property
+    def without_paths(self) -> dict[str, Any]:
+        """A copy of the config whose paths are empty, as they differ from machine to machine."""
+        content = self.config
+        for name in PATHS:
+            *sections, key = name.split(".")
+            functools.reduce(operator.getitem, sections, content)[key] = ""
+        return content
+
     def change(self, values: Mapping[str, Any]) -> "Experiment":
         """Returns a copy with other values by key, such as {"sample.steps": 16}, all checked."""
         content = self.config

@@ -141,7 +141,9 @@ def main(_: list[str]) -> None:
         if mode.needs_config and jax.process_count() == 1:
             command.end_on_sigterm()  # of several processes, one that ends alone is seen to fail
         given = config and experiment.resolve(config)
-        processes.check_same("the config or --mode", f"{FLAGS.mode} {given and given.config}")
+        processes.check_same(
+            "the config or --mode", f"{FLAGS.mode} {given and given.without_paths}"
+        )
         mode.run(_Run(Path(FLAGS.workdir), given))
 
 

@@ -25,7 +25,7 @@ from binlatent.experiment import resolve
 from binlatent.paper import __main__ as paper
 from binlatent.paper import ablations, tables
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.runtime import keys
+from binlatent.runtime import keys, usage
 from binlatent.runtime.errors import UserError
 from binlatent.training.checkpoint import Checkpoints
 
@@ -82,6 +82,8 @@ def test_flags_of_the_main_command_know_the_home_folder(tmp_path, monkeypatch):
     found = [main.FLAGS[name].value for name in ("workdir", "image", "out", "mask", "features")]
     files = ["x", "a.png", "b.png", "m.png", "t.npy"]
     assert found == [f"{tmp_path}/{file}" for file in files]
+    (config,) = usage.with_config_paths(["--config=~/a.py:b"])
+    assert config == f"--config={tmp_path}/a.py:b"
     parse_main("--workdir=x", "--mode=inpaint", "--mask=centre")
     assert (main.FLAGS.workdir, main.FLAGS.mask) == ("x", "centre")
 
@@ -174,6 +176,21 @@ def test_paths_in_configs_are_absolute(tmp_path, monkeypatch, name):
             resolved("gs://b/x", of="lmdb")
     if name == "evaluate.reference":
         assert (resolved("train"), resolved("test")) == ("train", "test")
+
+
+def test_what_a_config_says_beside_its_paths_is_the_same_anywhere(tmp_path, monkeypatch):
+    """Rows of benchmarks, and processes on other machines, are told apart by it."""
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        config = default.get_config()
+        config.data.path = "photos"
+        found.append(resolve(config))
+    assert found[0].data.path == str(tmp_path / "a" / "photos") != found[1].data.path
+    assert found[0].without_paths == found[1].without_paths
+    config.data.image_size = 128
+    assert resolve(config).without_paths != found[0].without_paths
 
 
 def images_below(path):

@@ -5,7 +5,6 @@ with each bottleneck at equal budget, in folders of DIR; what is trained already
 again. `python -m binlatent.paper table4 --workdir=DIR` writes the row of a workdir's autoencoder.
 """
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -15,7 +14,7 @@ import jax
 
 from binlatent import stages
 from binlatent.evaluation import report
-from binlatent.experiment import Experiment
+from binlatent.experiment import Experiment, of_checkpoint
 from binlatent.paper.tables import markdown, no_results, stored_results
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import strict_json
@@ -114,10 +113,10 @@ def _check_budget(row: Experiment, workdir: Path) -> None:
     if not exists(workdir, "autoencoder"):
         return
     with Checkpoints.open(workdir, "autoencoder") as checkpoints:
-        trained = checkpoints.newest(Checkpoints.meta)["config"]
+        meta = checkpoints.newest(Checkpoints.meta)
+    here, trained = row.without_paths, of_checkpoint(meta, workdir).without_paths
     for section in ("data", "autoencoder"):
-        # As JSON, as the checkpoint has it.
-        for key, value in json.loads(json.dumps(row.content[section])).items():
+        for key, value in here[section].items():
             before = trained[section].get(key)
             # The classes are filled in by training, and nothing to an autoencoder.
             if value != before and key != "num_classes":

@@ -42,13 +42,14 @@ def stored_results(workdir: Path) -> list[dict[str, Any]]:
     """Returns the `metrics` and `protocol` that `quality.measure` has written, the newest first."""
     paths = (workdir / "evaluation").glob("*.json")
     found = []
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in paths:
         try:
             content = json.loads(path.read_text())
-            found.append({name: dict(content[name]) for name in ("metrics", "protocol")})
-        except (ValueError, KeyError, TypeError) as error:
+            result = {name: dict(content[name]) for name in ("metrics", "protocol")}
+            found.append((path.stat().st_mtime_ns, result))
+        except (OSError, ValueError, KeyError, TypeError) as error:  # OSError: of a broken link
             raise UserError(f"{path} is no result of an evaluation: delete it.") from error
-    return found
+    return [result for _, result in sorted(found, key=lambda x: x[0], reverse=True)]
 
 
 def no_results(workdir: Path, older: bool, metrics: str) -> UserError:
