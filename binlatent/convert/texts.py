@@ -80,8 +80,7 @@ def minilm(source: str | Path) -> State:
       source: its folder, model.safetensors in it, or a wheel or zip file of it.
     """
     found = read_snapshot(source, r"pooler\.|.*\.position_ids$")
-    state, what = dict(found.state), "MiniLM's, as all-MiniLM-L6-v2"
-    wrong = f"{source} is not {what}:"
+    state, wrong = dict(found.state), f"{source} is not MiniLM, such as all-MiniLM-L6-v2:"
     _check_config(found.config, _BERT, wrong)
     _check_config(found.pooling, _POOLING, wrong)
     vocab_size, width = _shape(state, "embeddings.word_embeddings.weight", wrong)
@@ -93,7 +92,7 @@ def minilm(source: str | Path) -> State:
     model = Bert(vocab_size, max_tokens, width, depth, num_heads, mlp_width)
     # A sentence has one part, so the embedding of the first is added to every position's.
     extra = {"params/position_embeddings": state.pop(_BERT_POSITIONS) + state.pop(_BERT_PARTS)[:1]}
-    params = extra | _convert(state, model, extra, _BERT_LAYER, _BERT_MODULES, wrong)
+    params = _convert(state, model, extra, _BERT_LAYER, _BERT_MODULES, wrong)
     if found.tokenizer is None:
         raise UserError(f"{source} has no tokenizer.json beside the weights: download it too.")
     return _packed("minilm", model, params, found.tokenizer, wrong)
@@ -108,10 +107,11 @@ def clip(source: str | Path, tokenizer: Path | None = None, num_heads: int | Non
       num_heads: of attention; by default as config.json says, or heads of 64.
     """
     found = read_snapshot(source, _CLIP_LEFT_OUT)
-    wrong = f"{source} is not CLIP's, such as ViT-L/14's:"
+    wrong = f"{source} is not CLIP, such as ViT-L/14:"
     theirs = "positional_embedding" in found.state
     state = _from_openai(found.state, wrong) if theirs else dict(found.state)
-    config = found.config.get("text_config", found.config)
+    # A config.json beside OpenAI's file is of something else.
+    config = {} if theirs else found.config.get("text_config", found.config)
     if not isinstance(config, dict):
         raise UserError(f"{wrong} text_config in config.json is {config!r}.")
     _check_config(config, _CLIP, wrong)
@@ -119,12 +119,13 @@ def clip(source: str | Path, tokenizer: Path | None = None, num_heads: int | Non
     max_tokens, _ = _shape(state, _CLIP_POSITIONS, wrong, width)
     mlp_width, _ = _shape(state, f"{_CLIP_LAYER}0.mlp.fc1.weight", wrong)
     pooled_width, _ = _shape(state, "text_projection.weight", wrong)
-    heads = num_heads or config.get("num_attention_heads", max(width // 64, 1))
-    heads = _num_heads(heads, width, wrong)
+    if num_heads is None:
+        num_heads = config.get("num_attention_heads", max(width // 64, 1))
+    heads = _num_heads(num_heads, width, wrong)
     depth = _depth(state, _CLIP_LAYER)
     model = ClipText(vocab_size, max_tokens, width, depth, heads, mlp_width, pooled_width)
     extra = {"params/position_embedding": state.pop(_CLIP_POSITIONS)}
-    params = extra | _convert(state, model, extra, _CLIP_LAYER, _CLIP_MODULES, wrong)
+    params = _convert(state, model, extra, _CLIP_LAYER, _CLIP_MODULES, wrong)
     if tokenizer is None and found.tokenizer is None:
         raise UserError(
             "There is no tokenizer.json beside the weights: give OpenAI's "

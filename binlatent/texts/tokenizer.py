@@ -35,16 +35,19 @@ def load_tokenizer(text: str, model: Any) -> Any:
     library = import_tokenizers()
     try:
         tokenizer = library.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises no other type
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(model.max_tokens)
+        shortest = tokenizer.encode("").ids
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # as is the library's PanicException
         raise ValueError("its tokenizer is damaged") from error
-    largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest + 1 != model.vocab_size:
         raise ValueError(
             f"its tokenizer has {largest + 1} tokens, and its embedding {model.vocab_size}"
         )
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(model.max_tokens)
-    if not tokenizer.encode("").ids:
+    if not shortest:
         raise ValueError("its tokenizer adds no start or end to a text")
     return tokenizer
 

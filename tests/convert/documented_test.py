@@ -149,6 +149,7 @@ def test_text_encoders_without_pytorch(tmp_path, monkeypatch):
     content, expected = torchscript_bytes(shapes), list(shapes).index(f"{layer}.mlp.c_fc.weight")
     monkeypatch.chdir(tmp_path)
     Path(openai[2]).write_bytes(content)
+    Path("config.json").write_text('{"num_attention_heads": 2}')  # of another model
     wheel = openai[openai.index("--tokenizer") + 1]
     write_wheel(wheel, "open_clip/bpe_simple_vocab_16e6.txt.gz", merges)
     convert.main(openai)
