@@ -77,7 +77,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoencoder.train.accumulate = 1  # parts of a batch, one after the other
 
     config.prior = prior = ml_collections.ConfigDict()
-    prior.kind = "bernoulli"  # the paper's; its own keys are in the section of that name
+    prior.kind = "bernoulli"  # the paper's, or "autoregressive"; a section of that name is its own
     prior.network = ml_collections.ConfigDict()
     prior.network.width = 512
     prior.network.num_layers = 24
@@ -93,6 +93,9 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     bernoulli.vlb_weight = 0.1  # lambda of (13); the target "z_s" has L_vlb alone
     bernoulli.time_weight = "mean"  # or "falling", 1 - (t - 1)/T
     bernoulli.stratified = False  # spread a batch's times evenly
+    prior.autoregressive = autoregressive = ml_collections.ConfigDict()
+    autoregressive.head = "joint"  # or "independent": bits of a token, given the tokens before
+    autoregressive.group = 8  # bits of a token at a time, a softmax over their values; of "joint"
     prior.condition = "class"  # if the data has any; or "text_token", "text_cross"
     prior.text_width = 768  # of a text's features, as of CLIP ViT-L/14
     prior.label_dropout = 0.1
