@@ -77,7 +77,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoencoder.train.accumulate = 1  # parts of a batch, one after the other
 
     config.prior = prior = ml_collections.ConfigDict()
-    prior.kind = "bernoulli"  # the paper's, or "absorbing"; see the section of that name
+    # The paper's; or "absorbing", "autoregressive". The section of that name is its own.
+    prior.kind = "bernoulli"
     prior.network = ml_collections.ConfigDict()
     prior.network.width = 512
     prior.network.num_layers = 24
@@ -98,6 +99,9 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     absorbing.schedule = "linear"  # or "cos", "sigmoid", "given"; 1 - k is the share hidden
     absorbing.keep = ()  # k_0..k_T of the schedule "given"
     absorbing.time_weight = "bound"  # or "falling", 1 - t/T
+    prior.autoregressive = autoregressive = ml_collections.ConfigDict()
+    autoregressive.head = "joint"  # or "independent": bits of a token, given the tokens before
+    autoregressive.group = 8  # bits of a token at a time, a softmax over their values; of "joint"
     prior.condition = "class"  # if the data has any; or "text_token", "text_cross"
     prior.text_width = 768  # of a text's features, as of CLIP ViT-L/14
     prior.label_dropout = 0.1
