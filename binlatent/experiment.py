@@ -26,10 +26,9 @@ from binlatent.priors.conditions import Conditioning
 from binlatent.priors.kinds import KINDS
 from binlatent.priors.settings import make_settings
 from binlatent.priors.spec import PriorSpec
-from binlatent.priors.transformer import Transformer
-from binlatent.runtime.keys import MAX_SEED
 from binlatent.runtime import strict_json
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import MAX_SEED
 from binlatent.training.loop import Run
 from binlatent.training.optimizer import DECAYS, Training
 
@@ -181,9 +180,9 @@ def resolve(
       config: as `configs/default.py` has it.
       class_names: by number; () as long as no data or checkpoint was opened that has any.
     """
-    _spell(content)
     content = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     content = with_tuples(content)
+    _spell(content)
     _check_numbers(content)
     dtype = jnp.dtype(content["dtype"])
     data = _take(Data, content, "data")
@@ -211,6 +210,8 @@ def resolve(
         run=_take(Run, content),
         content=content,
     )
+
+
 # American, and as we write.
 _SPELLINGS = {"center": "centre", "color": "colour"}
 
@@ -221,8 +222,6 @@ def _spell(content: dict[str, Any]) -> None:
     data["crop"] = _SPELLINGS.get(data["crop"], data["crop"])
     words = discriminator["augment"]
     discriminator["augment"] = tuple(_SPELLINGS.get(word, word) for word in words)
-
-
 
 
 def with_tuples(value: Any) -> Any:
@@ -321,17 +320,20 @@ def _prior(
             "config.prior.network.width must be a multiple of 4 and of "
             f"config.prior.network.num_heads; {width} and {num_heads} are not."
         )
-    network = Transformer(
+    name = section["kind"]
+    kind, own = KINDS[name], section.get(name, {})
+    network = kind.make_network(
+        code_shape,
+        own,
         **section["network"],
         condition=conditioning.kind,
         num_classes=conditioning.num_classes,
         text_width=conditioning.text_width,
         dtype=dtype,
     )
-    kind = section["kind"]
     return PriorSpec(
-        kind=kind,
-        prior=KINDS[kind](code_shape=code_shape, network=network, **section.get(kind, {})),
+        kind=name,
+        prior=kind(code_shape=code_shape, network=network, **own),
         conditioning=conditioning,
         train=_take(Training, content, "prior.train"),
         **{key: section[key] for key in ("label_dropout", "cache_codes", "codes")},

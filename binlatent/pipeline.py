@@ -287,12 +287,11 @@ class BinaryLatentDiffusion:
                 f"not {mask.shape}."
             )
         mask = np.broadcast_to(mask, images.shape[:3])
+        known_mask = self.known_bits(mask)
         keep = mask[..., None]
         count = np.maximum(keep.sum(axis=(1, 2), keepdims=True), 1)
         mean = (images * keep).sum(axis=(1, 2), keepdims=True) / count
         codes = self.encode(np.where(keep, images, mean))
-        known_mask = known_tokens(mask, self.code_shape[:2])[..., None]
-        known_mask = np.broadcast_to(known_mask, codes.shape).astype(np.float32)
         codes = self._draw(
             *("sample", key, label, len(images), codes, known_mask),
             settings=settings,
@@ -300,6 +299,17 @@ class BinaryLatentDiffusion:
         )
         decoded = self.decode(codes)
         return np.where(keep, images, decoded) if settings.keep_pixels else decoded
+
+    def known_bits(self, mask: np.ndarray) -> np.ndarray:
+        """Returns 1 for bits of known tokens, float32 (n, h, w, c).
+
+        The mask is bool (n, height, width), as of `inpaint`; one that the prior cannot take is
+        refused.
+        """
+        tokens = known_tokens(mask, self.code_shape[:2])[..., None]
+        known = np.broadcast_to(tokens, (len(mask), *self.code_shape)).astype(np.float32)
+        self._prior.check_known(known)
+        return known
 
     def vary(
         self,

@@ -24,7 +24,7 @@ ROOMS = {
     "evaluation": _STAGES,
     "stages": (*_STAGES, "evaluation"),
     "convert": (*_STAGES, "stages", "evaluation.networks", "configs"),
-    "paper": (*_STAGES, "stages", "evaluation", "configs"),
+    "paper": (*_STAGES, "stages", "evaluation", "benchmark", "configs"),
     "main": (*_STAGES, "stages", "evaluation", "paper"),
     "__init__": ("runtime", "pipeline"),  # the latter on first use: tests/install_test.py
     "__main__": ("runtime", "main"),

@@ -49,9 +49,7 @@ def test_two_processes_do_not_write_the_same_codes(tmp_path):
     (target / "info.json").unlink()
     with (
         held(target / ".lock") as other,
-        pytest.raises(
-            UserError, match=f"are being written already, by .*{other.pid} on"
-        ),
+        pytest.raises(UserError, match=f"are being written already, by .*{other.pid} on"),
     ):
         write(tmp_path, Images(60))
     assert write(tmp_path, Images(60)) == target

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent.priors.bernoulli import schedules
+from binlatent.priors import schedules
 
 GOLDEN = np.load("tests/data/schedules.npz")
 T = 8
