@@ -249,8 +249,9 @@ class BinaryLatentDiffusion:
         """Returns what the sampler passes through on its way to `num` codes, as `sample_codes`.
 
         Returns:
-          `z_t`, bool (num, S + 1, h, w, c), from z_T to z_0, and, of a Bernoulli prior, `p_0`,
-          P(z_0 = 1 | z_t), float32 (num, S, h, w, c).
+          `z_t`, bool (num, S + 1, h, w, c), from z_T to z_0; of a Bernoulli prior also `p_0`,
+          P(z_0 = 1 | z_t), float32 (num, S, h, w, c); of an absorbing one also `hidden`, bool as
+          z_t, in which hidden bits are as the last call drew them.
         """
         _check_num(num)
         return self._draw("trajectory", key, label, num, settings=self.settings(options))
@@ -320,14 +321,15 @@ class BinaryLatentDiffusion:
         strength: float = 0.5,
         **options: Any,
     ) -> np.ndarray:
-        """Returns variations of images: of a Bernoulli prior, codes noised to t and denoised.
+        """Returns variations of images: codes noised to t, or partly hidden, and drawn anew.
 
         Args:
           images: (n, height, width, channels) in [-1, 1].
           key, label: as of `sample_codes`.
-          strength: in (0, 1], t / T: near 0 the image itself, at 1 a new one.
-          **options: as of `sample_codes`; of the `steps` from T those below t are made. `times`
-            start at t, whatever the strength.
+          strength: in (0, 1], t / T, or the share that is hidden: near 0 the image itself, at 1 a
+            new one.
+          **options: as of `sample_codes`; of a Bernoulli prior's `steps` from T those below t are
+            made. `times` start at t, whatever the strength.
         """
         optional(self._prior, "vary")  # before any work
         if not 0 < strength <= 1:
@@ -351,7 +353,8 @@ class BinaryLatentDiffusion:
     ) -> np.ndarray:
         """Returns -log2 p(code), or an upper bound on it, in bits per image: (n,).
 
-        Of a Bernoulli prior, the variational bound (paper, (7)).
+        Of a Bernoulli prior, the variational bound (paper, (7)); of an absorbing one, the bound for
+        a random order.
 
         Args:
           codes: in {0, 1}, (n, h, w, c).
@@ -359,7 +362,7 @@ class BinaryLatentDiffusion:
           label: a class, by number or name, or n of them; None for no class.
           num_draws: of that noise.
           **options: of the sampler that the bound is about, such as `steps` or `times`; without
-            any, the tightest bound, over all T steps.
+            any, the tightest bound, over all T steps or one unit a step.
         """
         if num_draws < 1:
             raise UserError(f"num_draws must be at least 1; got {num_draws}.")

@@ -55,6 +55,13 @@ def test_own_schedule_is_met_at_its_times_and_straight_between_them():
     np.testing.assert_allclose(schedules.betas(own), [0.3, 1 - 0.6 / 0.7, 1 - 0.1 / 0.6])
 
 
+@pytest.mark.parametrize("schedule", [*schedules.NAMES, (1.0, 0.7, 0.6, 0.0)])
+def test_times_at_is_the_schedules_inverse(schedule):
+    u = np.linspace(0, 1, 101)
+    times = schedules.times_at(schedule, schedules.keep_at(schedule, u))
+    np.testing.assert_allclose(times, u, atol=1e-7)  # the cosine is flat at its ends
+
+
 @pytest.mark.parametrize(
     "schedule, num_timesteps, message",
     [

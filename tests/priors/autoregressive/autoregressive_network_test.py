@@ -100,7 +100,7 @@ def test_a_group_sees_the_bits_of_the_groups_before_alone():
         np.testing.assert_array_equal(change > 0, np.arange(3) > bit // 2)
 
 
-@pytest.mark.parametrize("condition, head", zip(LABELS, 2 * HEADS, strict=True))
+@pytest.mark.parametrize("condition, head", list(zip(LABELS, 2 * HEADS, strict=True)))
 def test_cached_logits_are_those_of_one_pass(condition, head):
     network, params = make_network(condition, head)
     label = LABELS[condition]
