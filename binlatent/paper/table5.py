@@ -54,11 +54,29 @@ class Variant(NamedTuple):
     samplers: tuple[Options, ...] = ({},)
 
 
+_ORDERS = ({"order": "random"}, {"order": "confidence"})
+
 VARIANTS = {
     "bernoulli": Variant(
         "Bernoulli diffusion, z_0 in the evidence form",
         {"kind": "bernoulli", "bernoulli.target": "z_0", "bernoulli.evidence": True},
     ),
+    **{
+        f"absorbing_{name}": Variant(
+            f"absorbing diffusion, {title}", {"kind": "absorbing", "absorbing.unit": unit}, _ORDERS
+        )
+        for name, unit, title in (
+            ("token", "token", "by token"),
+            ("bit", "bit", "by bit"),
+            ("groups", "4", "by 4 bits"),
+        )
+    },
+    **{
+        f"autoregressive_{head}": Variant(
+            f"autoregression, {head} bits", {"kind": "autoregressive", "autoregressive.head": head}
+        )
+        for head in ("independent", "joint")
+    },
 }
 
 STEPS = (4, 8, 16)  # of samplers that take any number, beside the most
@@ -70,7 +88,7 @@ GRID = {"temperature": (0.8, 1.0, 1.2), "guidance": (0.0, 0.5, 1.0)}
 SWEPT = 300  # samples of each point of the grid, at most
 
 BATCHES = (1, 64)  # whose seconds are measured
-_REPEATS = 5
+_REPEATS = 3
 
 
 def base_experiment(trained: Experiment, overrides: Sequence[str]) -> Experiment:
@@ -113,13 +131,13 @@ def samplings(prior: Prior, sampler: Options) -> list[Options]:
 
 def sweep_points(prior: Prior, labelled: bool, sampler: Options) -> list[Options]:
     """Returns the points of the sweep of a sampler, of the options that it takes."""
-    names = [name for name in GRID if _takes(prior, name) and (labelled or name != "guidance")]
     fixed = dict(sampler)
     if _takes(prior, "steps"):
         fixed["steps"] = min(STEPS[-1], prior.max_steps or STEPS[-1])
-    if _takes(prior, "guidance"):
-        fixed["guidance"] = 0.0  # without labels there is nothing to guide by
-    points = itertools.product(*(GRID[name] for name in names))
+    # Without labels there is nothing to guide by.
+    values = GRID if labelled else GRID | {"guidance": (0.0,)}
+    names = [name for name in GRID if _takes(prior, name)]
+    points = itertools.product(*(values[name] for name in names))
     return [fixed | dict(zip(names, point, strict=True)) for point in points]
 
 
@@ -134,7 +152,7 @@ class _Numbers:
         self.experiment, self._workdir, self._num = experiment, workdir, num
         self.folder = runs.budget_folder(experiment, workdir / "table5")
         # What samples and test images depend on, beside a row's own words.
-        how = {name: experiment.content[name] for name in ("evaluate", "dtype")}
+        how = {name: experiment.content[name] for name in ("dtype", "sample", "evaluate")}
         self._path = self.folder / f"results_{digest(how)}.jsonl"
         self._measured = runs.read_rows(self._path)
         self._trained = functools.lru_cache(maxsize=1)(self._train)

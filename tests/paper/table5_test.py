@@ -11,6 +11,7 @@ from binlatent.evaluation.judge import Judge
 from binlatent.paper import __main__ as plots
 from binlatent.paper import table5
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.priors.settings import with_options
 from binlatent.runtime.keys import key_for
 
 
@@ -73,6 +74,12 @@ def test_a_prior_is_trained_once_tuned_and_measured(workdir, monkeypatch, capsys
     assert list(row["seconds"]) == ["4"]
     assert all(0 < seconds < 10 for seconds in row["seconds"].values())
 
+    # Without classes there is no accuracy.
+    unlabelled = experiment.change({"data.num_classes": 0})
+    params = unlabelled.prior.init(jax.random.key(0))
+    unlabelled = BinaryLatentDiffusion(unlabelled, pipeline.autoencoder_params, params)
+    assert set(judge.sample_quality(unlabelled, key, 8)) == {"frechet_distance"}
+
     # A second time nothing is trained or measured: it needs no prior any more.
     shutil.rmtree(folder / "prior")
     assert command(workdir, *flags) == (text, content)
@@ -124,6 +131,36 @@ def test_the_table_shows_what_was_measured():
     shown = {"0.8, 0": "**0.80**", "0.8, 1": "1.80", "1.2, 0": "1.20", "1, 0.5": "-"}
     assert swept.items() >= shown.items() and swept["sampling"] == "order random"
     assert "1,700 steps of 128 codes" in text and "2 x TPU v4" in text and "300 samples" in text
+
+
+def test_rows_are_of_4_8_16_and_all_calls(tiny_experiment):
+    # A code is 4 x 4 tokens of 8 bits.
+    steps = {
+        "bernoulli": [4, 8],
+        "absorbing_token": [4, 8, 16],
+        "absorbing_bit": [4, 8, 16, 128],
+        "absorbing_groups": [4, 8, 16, 32],
+        "autoregressive_independent": [None],
+        "autoregressive_joint": [None],
+    }
+    assert steps.keys() == table5.VARIANTS.keys()
+    experiment = tiny_experiment.change({"sample.steps": 8, "prior.bernoulli.target": "flip"})
+    for name, variant in table5.VARIANTS.items():
+        own = table5.variant_experiment(experiment, name, 5)
+        prior = own.prior.prior
+        assert own.seed == 5 and own.prior.cache_codes
+        assert own.prior.train == experiment.prior.train  # an equal budget
+        assert prior.exact == name.startswith("autoregressive")
+        orders = {sampler.get("order") for sampler in variant.samplers}
+        assert orders == ({"random", "confidence"} if "absorbing" in name else {None})
+        for sampler in variant.samplers:
+            rows = table5.samplings(prior, sampler)
+            assert [row.get("steps") for row in rows] == steps[name]
+            for options in (*rows, *table5.sweep_points(prior, True, sampler)):
+                settings = with_options(prior, own.sample.settings, {"guidance": 0.0} | options)
+                guided = options.get("guidance", 0) > 0
+                calls = options.get("steps", 1)
+                assert prior.network_calls(settings, True) == (calls, calls if guided else 0)
 
 
 def test_a_sampler_is_swept_by_the_options_that_it_takes(tiny_experiment):
