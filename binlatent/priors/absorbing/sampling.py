@@ -70,10 +70,9 @@ def unmask(
 ) -> tuple[Array, Trajectory | None]:
     """Draws the free bits of codes.
 
-    Each call draws all hidden bits, each from its own probability, and keeps those of some units.
-    With the free bits of f units, and c_j of `counts` hidden before the j-th call, it keeps
-    ceil(f_j (c_j - c_{j+1}) / c_j), f_j being those still hidden: one at most where the counts fall
-    by one, whatever f is.
+    Each call draws all hidden bits, each from its own probability, and keeps those of some units:
+    a share 1 - c_{j+1} / c_j of the hidden ones, rounded up, where c are the counts. Of an image
+    with known bits, fewer units are hidden than c_j; where c falls by one, one at most is kept.
 
     Args:
       predict: the network, guidance included.
@@ -87,8 +86,8 @@ def unmask(
       order: of `ORDERS`. "random": a random set of units is kept, so that codes follow the model.
         "confidence": the units with the highest score.
       score: of `SCORES`.
-      order_temperature: of the Gumbel noise that is added to the score, at the first call; it falls
-        linearly to 0 at the last.
+      order_temperature: of the Gumbel noise that is added to the score; times 1 - j / S at call
+        j = 1, ..., S.
       revise: whether units that were kept may be hidden again: those with the lowest score as of
         the call that drew them are hidden (Ghazvininejad et al., Mask-Predict, 2019).
       return_trajectory: whether to keep what is passed through.
