@@ -134,10 +134,10 @@ def sweep_points(prior: Prior, labelled: bool, sampler: Options) -> list[Options
     fixed = dict(sampler)
     if _takes(prior, "steps"):
         fixed["steps"] = min(STEPS[-1], prior.max_steps or STEPS[-1])
-    # Without labels there is nothing to guide by.
-    values = GRID if labelled else GRID | {"guidance": (0.0,)}
-    names = [name for name in GRID if _takes(prior, name)]
-    points = itertools.product(*(values[name] for name in names))
+    if _takes(prior, "guidance"):
+        fixed["guidance"] = 0.0  # without labels there is nothing to guide by
+    names = [name for name in GRID if _takes(prior, name) and (labelled or name != "guidance")]
+    points = itertools.product(*(GRID[name] for name in names))
     return [fixed | dict(zip(names, point, strict=True)) for point in points]
 
 

@@ -63,22 +63,22 @@ def sample_codes(
     """
     params, n, (h, w, c) = network.round_weights(params), len(keys), network.code_shape
     label, given = condition or (None, None)
-    if guided:  # a batch of both: each sample with its label, then each without
-        label = jnp.concatenate([label, label])
+    if guided:  # each sample with its label and, as the next of the batch, without
+        label = jnp.repeat(label, 2, axis=0)
         given = jnp.ones(n, bool) if given is None else given
-        given = jnp.concatenate([given, jnp.zeros(n, bool)])
+        given = jnp.stack([given, jnp.zeros(n, bool)], axis=1).reshape(-1)
     head, uniforms = network.head, noise_from_keys(keys, (c,))
     size = head.group_size
 
     def both(token):
-        return jnp.concatenate([token, token]) if guided else token
+        return jnp.repeat(token, 2, axis=0) if guided else token
 
     def draw_token(hidden, uniform):
         def draw_group(group, token):
             logits = network.apply(params, hidden, both(token[:, :c]), group, method="group_logits")
             if guided:
-                conditional, unconditional = jnp.split(logits, 2)
-                logits = (1 + guidance) * conditional - guidance * unconditional
+                pairs = logits.reshape(n, 2, -1)
+                logits = (1 + guidance) * pairs[:, 0] - guidance * pairs[:, 1]
             own = jax.lax.dynamic_slice_in_dim(uniform, group * size, size, axis=1)
             drawn = head.draw(logits / temperature, own, group)
             return jax.lax.dynamic_update_slice_in_dim(token, drawn, group * size, axis=1)

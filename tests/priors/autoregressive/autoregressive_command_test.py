@@ -63,10 +63,10 @@ def test_another_head_is_refused(flags, workdir, capsys):
 
 def test_pictures_are_drawn_all_but_those_it_has_not(workdir, pipeline, tmp_path):
     assert pictures.of_all(pipeline) == ["sample", "reconstruct", "inpaint"]
-    asked = (f"--workdir={workdir}", f"--out={tmp_path / 'a.png'}", "--num=2")
+    asked = (f"--workdir={workdir}", f"--out={tmp_path / 'a.png'}")
     options = ("--temperature=0.5", "--guidance=2")
-    assert call_main(*asked, "--mode=sample", "--label=7", *options) == 0
-    assert call_main(*asked, "--mode=inpaint", *options) == 0
+    assert call_main(*asked, "--mode=sample", "--num=10", "--label=7", *options) == 0
+    assert call_main(*asked, "--mode=inpaint", "--num=2", *options) == 0
     width, height = Image.open(tmp_path / "a.png").size
     assert width == pytest.approx(4 * height, rel=0.1)  # one preset: both images, two completions
     for draw in (figures.temperature_figure, figures.guidance_figure):

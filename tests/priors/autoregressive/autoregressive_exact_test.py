@@ -12,10 +12,12 @@ from binlatent.priors.autoregressive.heads import make_head
 from binlatent.priors.autoregressive.prior import AutoregressivePrior, AutoregressiveSettings
 from binlatent.priors.conditions import Condition
 from binlatent.priors.prior import Known
+from binlatent.runtime import devices
 from binlatent.runtime.errors import UserError
 
 PLACES = 2 ** np.arange(chain.BITS - 1, -1, -1)  # of bits in the number of a state
 N = 20_000
+CLASSES = Condition(jnp.arange(99) % 3)
 
 
 def probability(start, state, span, values):
@@ -298,15 +300,36 @@ def test_samples_are_as_long_as_their_entropy(head, group):
     assert abs(found.mean() - entropy) < 4 * spread / np.sqrt(4_000)
 
 
-def test_a_sample_does_not_depend_on_the_rest_of_its_batch():
+def test_a_guidance_of_almost_0_is_as_none():
+    # Guidance of 0 is another program, without the unconditional network.
     prior, params = random_prior((2, 2, 3), "joint", 2, "class")
-    keys, labels = jax.random.split(jax.random.key(3), 6), jnp.arange(6) % 3
+    codes = [
+        sample(prior, AutoregressiveSettings(guidance=w), condition=CLASSES, params=params, n=99)
+        for w in (0.0, 1e-30, 2.0)
+    ]
+    np.testing.assert_array_equal(codes[0], codes[1])
+    assert np.any(codes[0] != codes[2])
+
+
+def test_a_sample_is_its_keys_alone_and_devices_draw_without_a_word_to_one_another():
+    prior, params = random_prior((2, 2, 3), "joint", 2, "class")
     settings = AutoregressiveSettings(guidance=0.5, temperature=0.9)
-    together = prior.sample(params, keys, Condition(labels), settings)
+    keys, label = jax.random.split(jax.random.key(3), 8), jnp.arange(8) % 3
+
+    @jax.jit
+    def draw(params, keys, label):
+        return prior.sample(params, keys, Condition(label), settings)
+
+    arguments = devices.replicate(params), *devices.spread([keys, label])
+    program = draw.lower(*arguments).compile()
+    together = program(*arguments)
+    assert len(together.devices()) == 4
+    assert len(np.unique(np.asarray(together).reshape(8, -1), axis=0)) == 8
     for i in (0, 5):
-        alone = prior.sample(params, keys[i : i + 1], Condition(labels[i : i + 1]), settings)
+        alone = draw(params, keys[i : i + 1], label[i : i + 1])
         np.testing.assert_array_equal(alone[0], together[i])
-    assert len(np.unique(np.asarray(together).reshape(6, -1), axis=0)) == 6
+    for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert word not in program.as_text()
 
 
 def test_the_loss_is_the_code_length_in_nats_per_bit():
