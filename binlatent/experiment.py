@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import operator
+import os
 import textwrap
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from binlatent.priors.conditions import Conditioning
 from binlatent.priors.kinds import KINDS
 from binlatent.priors.settings import make_settings
 from binlatent.priors.spec import PriorSpec
-from binlatent.runtime import strict_json
+from binlatent.runtime import paths, strict_json
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import MAX_SEED
 from binlatent.training.loop import Run
@@ -148,6 +149,15 @@ class Experiment:
         """A copy of the config as nested dictionaries."""
         return copy.deepcopy(dict(self.content))
 
+    @property
+    def without_paths(self) -> dict[str, Any]:
+        """A copy of the config whose paths are empty, as they differ from machine to machine."""
+        content = self.config
+        for name in PATHS:
+            *sections, key = name.split(".")
+            functools.reduce(operator.getitem, sections, content)[key] = ""
+        return content
+
     def change(self, values: Mapping[str, Any]) -> "Experiment":
         """Returns a copy with other values by key, such as {"sample.steps": 16}, all checked."""
         content = self.config
@@ -184,6 +194,7 @@ def resolve(
     content = with_tuples(content)
     _spell(content)
     _check_numbers(content)
+    _locate(content)
     dtype = jnp.dtype(content["dtype"])
     data = _take(Data, content, "data")
     section = content["prior"]
@@ -210,6 +221,28 @@ def resolve(
         run=_take(Run, content),
         content=content,
     )
+
+
+# Keys that hold the path of a file or folder, if they are not empty.
+PATHS = (
+    *("data.path", "prior.codes", "autoencoder.loss.vgg16", "evaluate.weights"),
+    "evaluate.reference",
+)
+
+
+def _locate(content: dict[str, Any]) -> None:
+    """Makes a config's paths absolute, so that they mean the same in another folder.
+
+    `data.table` lies in `data.path`, and TFDS itself reads a data directory of a bucket.
+    """
+    for name in PATHS:
+        *sections, key = name.split(".")
+        section = functools.reduce(operator.getitem, sections, content)
+        path = section[key]
+        of_tfds = name == "data.path" and content["data"]["name"] not in ("folder", "lmdb")
+        word = name == "evaluate.reference" and path in ("train", "test")
+        if path and not word and not (of_tfds and paths.is_address(path)):
+            section[key] = os.path.abspath(paths.expand(path, f"config.{name}"))
 
 
 # American, and as we write.

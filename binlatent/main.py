@@ -32,8 +32,9 @@ _DRAWN = ("sample", "inpaint", "vary")
 _SAMPLED = ("all", *_DRAWN, "evaluate")
 
 _int, _float, _str = flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_string
+_path = command.define_path
 _FLAGS = {
-    "workdir": Flag(_str, None, (), "Folder of checkpoints, metrics and pictures."),
+    "workdir": Flag(_path, None, (), "Folder of checkpoints, metrics and pictures."),
     "mode": Flag(_str, "all", (), "What to do, of those below; default all."),
     "coordinator": Flag(_str, None, (), "HOST:PORT of process 0, if several train together."),
     "num_processes": Flag(_int, None, (), "How many processes train together."),
@@ -45,11 +46,11 @@ _FLAGS = {
     "option": Flag(flags.DEFINE_multi_string, [], _SAMPLED, "NAME=VALUE of config.sample."),
     "seed": Flag(_int, 0, _SAMPLED, "Of the draw; default 0."),
     "label": Flag(_str, None, ("all", *_DRAWN), "A class by name or number; else a row each."),
-    "features": Flag(_str, None, _DRAWN, "A .npy file of a text's features."),
-    "image": Flag(_str, None, ("inpaint", "vary"), "A file; else images of the test split."),
-    "mask": Flag(_str, None, ("inpaint",), f"{', '.join(PRESETS)}, or a file; else each in turn."),
+    "features": Flag(_path, None, _DRAWN, "A .npy file of a text's features."),
+    "image": Flag(_path, None, ("inpaint", "vary"), "A file; else images of the test split."),
+    "mask": Flag(_path, None, ("inpaint",), f"{', '.join(PRESETS)}, or a file; else each in turn."),
     "strength": Flag(_float, 0.5, ("vary",), "How far from the image, above 0 to 1; default 0.5."),
-    "out": Flag(_str, None, (*_DRAWN, "reconstruct"), "The PNG file to write."),
+    "out": Flag(_path, None, (*_DRAWN, "reconstruct"), "The PNG file to write."),
     "metrics": Flag(flags.DEFINE_list, None, ("evaluate",), f"Of {','.join(quality.METRICS)}."),
     "keep": Flag(_str, "none", ("evaluate",), f"Samples to keep: {', '.join(quality.KEEP)}."),
 }
@@ -140,7 +141,9 @@ def main(_: list[str]) -> None:
         if mode.needs_config and jax.process_count() == 1:
             command.end_on_sigterm()  # of several processes, one that ends alone is seen to fail
         given = config and experiment.resolve(config)
-        processes.check_same("the config or --mode", f"{FLAGS.mode} {given and given.config}")
+        processes.check_same(
+            "the config or --mode", f"{FLAGS.mode} {given and given.without_paths}"
+        )
         mode.run(_Run(Path(FLAGS.workdir), given))
 
 

@@ -17,6 +17,7 @@ from binlatent.priors.conditions import Condition
 from binlatent.priors.prior import Known, optional
 from binlatent.priors.settings import with_options
 from binlatent.resume import check_same_model
+from binlatent.runtime import paths
 from binlatent.runtime.devices import map_batches, replicate
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import sample_keys
@@ -52,7 +53,7 @@ class BinaryLatentDiffusion:
           experiment: to use instead of the checkpoint's; with the same model.
           prior: whether to load the prior.
         """
-        workdir = Path(workdir)
+        workdir = Path(paths.expand(str(workdir), "workdir"))
         if not workdir.is_dir():
             raise UserError(f"There is no workdir {workdir}: train one, or check --workdir.")
 
@@ -89,7 +90,10 @@ class BinaryLatentDiffusion:
     def prior_params(self) -> Any:
         """The prior's parameters; without a prior, a UserError."""
         if not self.has_prior:
-            raise UserError("This workdir has no prior yet: run --mode=train_prior first.")
+            raise UserError(
+                "This workdir has no prior yet: train it first, by `python -m binlatent.main "
+                "--config=CONFIG --workdir=DIR --mode=train_prior`."
+            )
         return self._prior_params
 
     @property
@@ -237,10 +241,8 @@ class BinaryLatentDiffusion:
           key: a typed PRNG key, `jax.random.key(seed)`; or one a sample, (num,).
           label: a class, by its number, or by its name as a string, or n of them; of a prior of
             texts, the features of one, (e,) or (m, e), or of n; None for none.
-          **options: in place of those in `config.sample`, by the same names; of a Bernoulli prior
-            among them `steps` (between 1 and the T of training), `temperature` (tau > 0; less is
-            less diverse) and `guidance` (w >= 0), and `times`, a list that falls to 0, in place of
-            `steps`.
+          **options: in place of those in `config.sample`, by the same names, of the prior's kind:
+            `temperature` (tau > 0; less is less diverse), `guidance` (w >= 0), `steps`, ...
         """
         _check_num(num)
         return self._draw("sample", key, label, num, settings=self.settings(options))
@@ -302,11 +304,7 @@ class BinaryLatentDiffusion:
         return np.where(keep, images, decoded) if settings.keep_pixels else decoded
 
     def known_bits(self, mask: np.ndarray) -> np.ndarray:
-        """Returns 1 for bits of known tokens, float32 (n, h, w, c).
-
-        The mask is bool (n, height, width), as of `inpaint`; one that the prior cannot take is
-        refused.
-        """
+        """Returns 1 for bits of known tokens, float32 (n, h, w, c), of a mask as of `inpaint`."""
         tokens = known_tokens(mask, self.code_shape[:2])[..., None]
         known = np.broadcast_to(tokens, (len(mask), *self.code_shape)).astype(np.float32)
         self._prior.check_known(known)

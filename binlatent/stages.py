@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from binlatent.autoencoder.lpips import read_vgg16
+from binlatent.autoencoder import lpips
 from binlatent.data import classes, codes, loader
 from binlatent.data.sources import Source
 from binlatent.data.splits import load_images, open_split
@@ -87,7 +87,12 @@ def _tell_changes(
             "these, from the same place in another order.",
             stage,
         )
-    changes = changed_keys(experiment, of_checkpoint(meta, directory), stage)
+    trained = of_checkpoint(meta, directory)
+    places = trained.data.path, experiment.data.path
+    if meta["source"] == source and places[0] != places[1]:
+        told = "The images have moved from %r to %r: they are those that the %s began with."
+        log.info(told, *places, stage)
+    changes = changed_keys(experiment, trained, stage)
     if changes:
         pairs = changes.items()
         listed = [f"config.{name} was {old!r} and is {new!r}" for name, (old, new) in pairs]
@@ -130,7 +135,8 @@ def setup_autoencoder(experiment: Experiment, workdir: Path) -> Stage:
     """
     spec = experiment.autoencoder
     check_batch(spec.train, "autoencoder")
-    lpips_params = read_vgg16(spec.vgg16) if spec.networks.lpips else {}
+    instead = f"{lpips.ELSEWHERE}, or train without it by --config.autoencoder.loss.perceptual=0"
+    lpips_params = lpips.read_vgg16(spec.vgg16, instead) if spec.networks.lpips else {}
     source = open_split(experiment.data, "train", workdir)
     test = _open_test(experiment, workdir)
     experiment = with_classes(experiment, source)

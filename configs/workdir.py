@@ -11,6 +11,7 @@ from pathlib import Path
 import ml_collections
 
 from binlatent.experiment import with_tuples
+from binlatent.runtime import paths
 from binlatent.training import checkpoint
 
 
@@ -18,6 +19,7 @@ def get_config(workdir: str = "") -> ml_collections.ConfigDict:
     """Returns the config of a workdir's prior or, if it has none, of its autoencoder."""
     if not workdir:
         raise ValueError("name the workdir, --config=configs/workdir.py:DIR")
+    workdir = paths.expand(workdir)
     stage = "prior" if checkpoint.exists(Path(workdir), "prior") else "autoencoder"
     with checkpoint.Checkpoints.open(Path(workdir), stage) as checkpoints:
         content = checkpoints.newest(checkpoint.Checkpoints.meta)["config"]

@@ -119,7 +119,11 @@ REFUSED_WITHOUT_DIGITS = [
     ("--config=configs/ffhq256.py:realesed", 2, "paper or :released, not :realesed"),
     ("--config=digits:nothing", 2, "this config has no variants"),
     ("--config=digitz", 2, "--config=digitz is no file, and none of bedrooms256, "),
-    ("--config=configs/ffhq256.py", 1, "There is no file 'vgg16.npz'"),
+    (
+        "--config=configs/ffhq256.py",
+        1,
+        "train without it by --config.autoencoder.loss.perceptual=0",
+    ),
     ("--config=configs/nothing.py", 1, "no config file configs/nothing.py"),
     ("--config=configs/nothing.py --config.seed=1", 2, "No such file or directory"),
     ("--config=README.md", 2, "README.md, line "),
@@ -135,7 +139,7 @@ REFUSED_WITHOUT_DIGITS = [
     ("--mode=sample --mask=top", 2, "--mask is for --mode=inpaint"),
     ("--mode=reconstruct --steps=3", 2, "--steps is for --mode=all or sample"),
     ("--mode=sample", 1, "There is no workdir"),
-    ("--mode=sample --workdir={files}/empty", 1, "run --mode=train_autoencoder first"),
+    ("--mode=sample --workdir={files}/empty", 1, "--mode=train_autoencoder`"),
 ]
 
 

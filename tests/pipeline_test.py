@@ -353,7 +353,7 @@ def test_unconditional_prior_takes_no_label(tiny_experiment):
 def test_sampling_before_the_prior_is_trained_says_so(tiny_experiment):
     pipeline = untrained(tiny_experiment, prior=False)
     assert not pipeline.has_prior
-    with pytest.raises(UserError, match="--mode=train_prior first"):
+    with pytest.raises(UserError, match="--mode=train_prior`"):
         pipeline.sample(1, jax.random.key(0), 1)
 
 

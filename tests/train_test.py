@@ -87,6 +87,21 @@ def test_main_job_leaves_the_pictures_and_the_report(trained):
     assert report["device"] == "4 x cpu"
 
 
+def test_a_strict_parser_reads_all_json_of_a_run(trained):
+    def refuse(word):  # NaN, Infinity
+        raise ValueError(word)
+
+    workdir, _ = trained
+    paths = [*workdir.rglob("*.json"), *workdir.rglob("*.jsonl")]
+    paths += workdir.glob("*/*/meta/metadata")
+    names = {path.name for path in paths}
+    assert {"report.json", "metrics.jsonl", "info.json", "metadata", "classes.json"} <= names
+    for path in paths:
+        text = path.read_text()
+        for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
+            json.loads(line, parse_constant=refuse)
+
+
 def test_metrics_and_previews_are_written(trained):
     workdir, output = trained
     written = lines(workdir)

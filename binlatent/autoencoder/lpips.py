@@ -5,6 +5,7 @@ its classifier; `read_vgg16` reads the trained ones.
 """
 
 import functools
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from binlatent.runtime.weights import read_npz, shapes
 Array = jax.Array
 
 MIN_SIZE = 16  # the smallest h and w: four poolings leave one pixel
+
+ELSEWHERE = "name the file by --config.autoencoder.loss.vgg16=FILE"
 
 _WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 # ImageNet's mean and standard deviation, for images in [-1, 1].
@@ -107,14 +110,17 @@ def vgg16_shapes() -> dict[str, jax.ShapeDtypeStruct]:
     return {name.removeprefix("params/"): like for name, like in found.items()}
 
 
-def read_vgg16(path: str | Path) -> dict[str, Any]:
-    """Returns the variables {"params": ...} of `VGG16` and of `LPIPS`, NumPy arrays, float32."""
+def read_vgg16(path: str | Path, instead: str = ELSEWHERE) -> dict[str, Any]:
+    """Returns the variables {"params": ...} of `VGG16` and of `LPIPS`, NumPy arrays, float32.
+
+    `instead` is what else can be done where there is no file, for the message.
+    """
     if not Path(path).is_file():
         raise UserError(
-            f"There is no file {str(path)!r} with VGG16's weights for the perceptual loss: "
-            "download torchvision's https://download.pytorch.org/models/vgg16-397923af.pth and run "
-            "`python -m binlatent.convert vgg16 --from vgg16-397923af.pth --out FILE`, or train "
-            "without it by --config.autoencoder.loss.perceptual=0."
+            f"There is no file {str(path)!r} with VGG16's weights for LPIPS: download "
+            "torchvision's https://download.pytorch.org/models/vgg16-397923af.pth and run "
+            "`python -m binlatent.convert vgg16 --from vgg16-397923af.pth --out "
+            f"{shlex.quote(str(path))}`, or {instead}."
         )
     return {
         "params": traverse_util.unflatten_dict(read_npz(path, "vgg16", vgg16_shapes()), sep="/")

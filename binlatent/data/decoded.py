@@ -2,8 +2,9 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from binlatent.data.images import EncodedImages, UnreadableImage, read_image
 from binlatent.runtime.errors import UserError
@@ -11,9 +12,11 @@ from binlatent.runtime.locks import in_turn
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-class DecodedImages:
-    """Examples {'image', 'label'}, where the next readable one stands in for one that is not.
+
+class StandIns:
+    """Reads numbered images; the next readable one stands in for one that is not.
 
     Which one that is does not depend on the threads. What cannot be read is named once, in the log
     and in the file `report`, if any; a larger share than `max_broken` stops the run.
@@ -21,56 +24,39 @@ class DecodedImages:
 
     def __init__(
         self,
-        encoded: EncodedImages,
-        image_size: int,
-        channels: int,
-        *,
-        keep: bool,  # what was decoded, in memory
-        max_broken: float = 0.0,
+        count: int,
+        max_broken: float,
         report: Path | None = None,
+        key: str = "config.data.max_broken",  # by which a user sets the share, for the message
     ):
-        self._encoded, self._size = encoded, (image_size, channels)
-        self._keep, self._kept = keep, {}
-        self._max_broken, self._report = max_broken, report
-        self._limit = min(max_broken * encoded.count, encoded.count - 1)
+        self._count, self._max_broken, self._report, self._key = count, max_broken, report, key
+        self._limit = min(max_broken * count, count - 1)
         self._bad: set[int] = set()
         self._last = ""
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return self._encoded.count
+    @property
+    def num_unreadable(self) -> int:
+        """How many images were found that cannot be read."""
+        return len(self._bad)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.read(index)
-
-    def read(self, index: int, position: float = 0.5) -> dict[str, Any]:
-        """Returns an example, cropped at a position along its longer side, in [0, 1]."""
-        index = range(len(self))[index]  # raises IndexError past the end
+    def read(self, index: int, decode: Callable[[int], T]) -> T:
+        """Returns `decode(index)`, or of the next index for which it is not UnreadableImage."""
+        index = range(self._count)[index]  # raises IndexError past the end
         while True:
             if index not in self._bad:
                 try:
-                    return self._decode(index, position)
+                    return decode(index)
                 except UnreadableImage as error:
                     self._note(index, str(error))
             if len(self._bad) > self._limit:
                 named = f"; {self._report} names them" if self._report else ""
                 raise UserError(
-                    f"{len(self._bad)} of {len(self)} images cannot be read{named}, which is more "
-                    f"than config.data.max_broken = {self._max_broken:g} allows: replace or remove "
+                    f"{len(self._bad)} of {self._count} images cannot be read{named}, which is "
+                    f"more than {self._key} = {self._max_broken:g} allows: replace or remove "
                     f"them, or raise it. The last: {self._last}"
                 )
-            index = (index + 1) % len(self)
-
-    def _decode(self, index: int, position: float) -> dict[str, Any]:
-        keep = self._keep and position == 0.5
-        # Two threads may both decode an image: the same values, so no lock is needed.
-        example = self._kept.get(index) if keep else None
-        if example is None:
-            file, what, label = self._encoded.read(index)
-            example = {"image": read_image(file, what, *self._size, position), "label": label}
-        if keep:
-            self._kept[index] = example
-        return dict(example)
+            index = (index + 1) % self._count
 
     def _note(self, index: int, message: str) -> None:
         with self._lock:
@@ -88,3 +74,47 @@ class DecodedImages:
                 if message not in file.read().splitlines():
                     file.write(f"{message}\n")
                     file.flush()
+
+
+class DecodedImages:
+    """Examples {'image', 'label'}, with `StandIns` for those that cannot be read."""
+
+    def __init__(
+        self,
+        encoded: EncodedImages,
+        image_size: int,
+        channels: int,
+        *,
+        keep: bool,  # what was decoded, in memory
+        max_broken: float = 0.0,
+        report: Path | None = None,
+    ):
+        self._encoded, self._size = encoded, (image_size, channels)
+        self._keep, self._kept = keep, {}
+        self._stand_ins = StandIns(encoded.count, max_broken, report)
+
+    def __len__(self) -> int:
+        return self._encoded.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(index)
+
+    @property
+    def num_unreadable(self) -> int:
+        """How many images were found that cannot be read."""
+        return self._stand_ins.num_unreadable
+
+    def read(self, index: int, position: float = 0.5) -> dict[str, Any]:
+        """Returns an example, cropped at a position along its longer side, in [0, 1]."""
+        return self._stand_ins.read(index, lambda i: self._decode(i, position))
+
+    def _decode(self, index: int, position: float) -> dict[str, Any]:
+        keep = self._keep and position == 0.5
+        # Two threads may both decode an image: the same values, so no lock is needed.
+        example = self._kept.get(index) if keep else None
+        if example is None:
+            file, what, label = self._encoded.read(index)
+            example = {"image": read_image(file, what, *self._size, position), "label": label}
+        if keep:
+            self._kept[index] = example
+        return dict(example)

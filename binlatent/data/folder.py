@@ -1,5 +1,6 @@
 """A folder of images, with their classes, texts and split: by a walk, or by a table."""
 
+import contextlib
 import csv
 import dataclasses
 import json
@@ -13,7 +14,7 @@ import numpy as np
 
 from binlatent.data import classes as class_names
 from binlatent.data import walk
-from binlatent.data.images import EncodedImages
+from binlatent.data.images import EncodedImages, UnreadableImage
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def open_images(
     root = len(os.path.join(os.path.expanduser(path), ""))
     rows = zip(listing.files, listing.labels, listing.texts, strict=True)
     names = "\n".join(f"{file[root:]} {label} {text[root:]}" for file, label, text in rows)
-    shape = _read_features(listing.texts[0]).shape if texts else ()
+    shape = _first_shape(listing.texts) if texts else ()
 
     def read(index: int) -> tuple[str, str, int | np.ndarray]:
         file, label, text = listing.files[index], listing.labels[index], listing.texts[index]
@@ -60,19 +61,31 @@ def open_images(
     return EncodedImages(len(listing.files), classes, read, names, listing.files)
 
 
+def _first_shape(texts: list[str]) -> tuple[int, ...]:
+    """Returns the shape of the first features that can be read, of which a few may be broken."""
+    for text in texts[:100]:
+        with contextlib.suppress(UnreadableImage):
+            return _read_features(text).shape
+    return _read_features(texts[0]).shape
+
+
 def _read_features(file: str) -> np.ndarray:
-    """Returns the features of a text, float32, (e,) or (m, e)."""
+    """Returns the features of a text, float32, (e,) or (m, e).
+
+    Raises:
+      UnreadableImage: if it cannot be read; an image without its text is as good as none.
+    """
     try:
         features = np.load(file, allow_pickle=False)
     except FileNotFoundError as error:
-        raise UserError(
+        raise UnreadableImage(
             f"data.texts needs the features of each image's text: there is no {file!r}"
         ) from error
     except Exception as error:  # by where the damage is
-        raise UserError(f"{file!r} is no .npy file of numbers: {error}") from error
+        raise UnreadableImage(f"{file!r} is no .npy file of numbers: {error}") from error
     numbers = isinstance(features, np.ndarray) and features.dtype.kind in "fiu"
     if not numbers or features.ndim not in (1, 2) or not np.isfinite(features).all():
-        raise UserError(f"{file!r} must hold finite numbers, (e,) or (m, e)")
+        raise UnreadableImage(f"{file!r} must hold finite numbers, (e,) or (m, e)")
     return features.astype(np.float32)
 
 

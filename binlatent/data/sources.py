@@ -24,9 +24,16 @@ class Source:
 
 
 def stamp(files: Sequence[str]) -> str:
-    """Returns 16 hexadecimal digits that change with the files: with their sizes or times."""
+    """Returns 16 hexadecimal digits that change with the files: with their sizes or times.
+
+    A file that is missing, as behind a broken link, counts as such.
+    """
     digest = hashlib.sha256()
     for file in files:
-        status = os.stat(file)
+        try:
+            status = os.stat(file)
+        except OSError:
+            digest.update(b"missing\n")
+            continue
         digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]

@@ -64,15 +64,25 @@ def _walk(root: str) -> tuple[list[str], dict[str, int], dict[str, int]]:
     there are of each kind that is not read.
     """
     found, changed, others, seen = [], {}, collections.Counter(), set()
-    for directory, subfolders, names in os.walk(root, followlinks=True):
+
+    def left_out(error: OSError) -> None:
+        changed["."] = time.time_ns()  # such a walk is not to be kept
+        log.warning("The images in %s are left out: %s", error.filename, error.strerror)
+
+    for directory, subfolders, names in os.walk(root, onerror=left_out, followlinks=True):
         # Sorted, so that of two links to one folder it is the same that counts.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        relative, status = os.path.relpath(directory, root), os.stat(directory)
+        try:
+            relative, status = os.path.relpath(directory, root), os.stat(directory)
+        except OSError as error:  # it has vanished meanwhile
+            left_out(error)
+            subfolders.clear()
+            continue
         if (status.st_dev, status.st_ino) in seen:  # a link back, or a second one
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
-        changed[relative] = status.st_mtime_ns
+        changed.setdefault(relative, status.st_mtime_ns)
         for name in names:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
                 found.append(os.path.normpath(os.path.join(relative, name)))

@@ -34,21 +34,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "binlatent.evaluation", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    flag = parser.add_argument
-    flag("--reference", type=Path, metavar="PATH", help="the real images, or their statistics")
-    flag("--images", type=Path, metavar="PATH", help="those to judge")
+    flag, path = parser.add_argument, command.path_argument
+    flag("--reference", type=path, metavar="PATH", help="the real images, or their statistics")
+    flag("--images", type=path, metavar="PATH", help="those to judge")
     default = "default: %(default)s"
     flag("--metrics", default="fid,kid,is,pr,dc", help=f"of {','.join(_METRICS)}; {default}")
     flag("--network", choices=features.WIDTHS, help="default: inception, or that of the statistics")
-    flag("--weights", type=Path, help="its .npz file; default: NETWORK.npz")
-    flag("--vgg16", type=Path, default=Path("vgg16.npz"), help=f"for lpips; {default}")
+    flag("--weights", type=path, help="its .npz file; default: NETWORK.npz")
+    flag("--vgg16", type=path, default=Path("vgg16.npz"), help=f"for lpips; {default}")
     flag("--size", type=int, help="bring a folder's images to squares of so many pixels first")
+    about = "share of a folder's images that may be unreadable, as data.max_broken; not of pairs"
+    flag("--max_broken", type=float, default=0.0, help=f"{about}; {default}")
     flag("--batch_size", type=int, default=64, help=f"changes speed and memory; {default}")
-    flag("--out", type=Path, metavar="FILE", help=".json file of the metrics and their protocol")
-    flag("--tensorboard", type=Path, metavar="DIR", help="to write them to as well")
+    flag("--out", type=path, metavar="FILE", help=".json file of the metrics and their protocol")
+    flag("--tensorboard", type=path, metavar="DIR", help="to write them to as well")
     flag(
         "--write_statistics",
-        type=Path,
+        type=path,
         metavar="FILE",
         help="write the reference's statistics to an .npz file, to give as --reference later, or "
         "to a .pt file of torch-fidelity",
@@ -69,12 +71,14 @@ def _feature_metrics(
             raise UserError(f"There is no folder or .npz file {str(path)!r}.")
     network = None
     if any(exchange.holds_images(x) or not exchange.holds_statistics(x) for x in given.values()):
-        network = features.published(flags.network or "inception", flags.weights or "")
+        name = flags.network or "inception"
+        network = features.published(name, flags.weights or "", "--weights=FILE")
         comparison.check_network(network.name, names, network.logits)
     found, protocol = {}, {}
     for name, path in given.items():
         how = network, flags.batch_size, flags.size
-        found[name], protocol[name] = comparison.load_features(path, *how)
+        tolerance = {"max_broken": flags.max_broken}
+        found[name], protocol[name] = comparison.load_features(path, *how, **tolerance)
         if name == "reference" and "images" in given:  # before the images are read
             comparison.check_reference(found[name], names)
     sizes = {x["size"] for x in protocol.values() if "size" in x}
@@ -134,7 +138,8 @@ def _pair_metrics(
         pair = next(pair for pair in zip(x.names, y.names, strict=True) if pair[0] != pair[1])
         log.warning("Pairs are in sorted order, so that %s goes with %s, for example.", *pair)
     both = zip(x.batches(flags.batch_size), y.batches(flags.batch_size), strict=True)
-    how = {"vgg16": flags.vgg16, "batch_size": flags.batch_size}
+    instead = "name the file by --vgg16=FILE, or leave out the metric lpips"
+    how = {"vgg16": flags.vgg16, "instead": instead, "batch_size": flags.batch_size}
     values, settings = pairs.pair_metrics(both, names, **how)
     protocol = {"reference": x.protocol, "images": y.protocol, "pairs": "in sorted order"}
     return values, protocol | settings
@@ -150,6 +155,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--write_statistics needs --reference")
     if flags.batch_size < 1 or (flags.size is not None and flags.size < 1):
         parser.error("--batch_size and --size must be at least 1")
+    if not 0 <= flags.max_broken <= 1:
+        parser.error("--max_broken must be between 0 and 1")
     command.prepare_jax()
     with command.reporting():
         names = [name.strip() for name in flags.metrics.split(",") if name.strip()]

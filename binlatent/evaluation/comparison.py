@@ -180,7 +180,10 @@ def check_count(num: int, metrics: Sequence[str]) -> None:
 def features_of(
     network: Network, images: ImageSet, batch_size: int
 ) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of images, and their protocol with a fingerprint of all `pixels`."""
+    """Returns the features of images, and their protocol with a fingerprint of all `pixels`.
+
+    The protocol also says how many are `unreadable`, if any: others stood in for them.
+    """
     name = images.protocol["images"]
     grey, pixels = 0, hashlib.sha256()
 
@@ -198,15 +201,25 @@ def features_of(
     if grey:
         told = "%d of the %d images in %s are grey: they count as r = g = b."
         log.warning(told, grey, images.count, name)
-    return features, {**images.protocol, "pixels": pixels.hexdigest()[:16]}
+    protocol = {**images.protocol, "pixels": pixels.hexdigest()[:16]}
+    if unreadable := images.num_unreadable():
+        told = "%d of the %d images in %s cannot be read: others stood in for them."
+        log.warning(told, unreadable, images.count, name)
+        protocol["unreadable"] = unreadable
+    return features, protocol
 
 
 def load_features(
-    path: Path, network: Network | None, batch_size: int, image_size: int | None = None
+    path: Path,
+    network: Network | None,
+    batch_size: int,
+    image_size: int | None = None,
+    **tolerance: Any,
 ) -> tuple[Features, dict[str, Any]]:
     """Returns the features of a folder, or of an .npz file of images or statistics, and a protocol.
 
-    `network` is for images, None where there are none; stored protocols may name their `network`.
+    `network` is for images, None where there are none; stored protocols may name their `network`;
+    `tolerance` is what `exchange.open_set` takes: `max_broken` and its `key`.
     """
     known = None
     if exchange.holds_statistics(path):
@@ -220,7 +233,7 @@ def load_features(
         protocol = {"statistics": str(path), "file": weights.sha256(path), **protocol}
         if not exchange.holds_images(path):
             return known, protocol
-    images = exchange.open_set(path, image_size)
+    images = exchange.open_set(path, image_size, **{"max_broken": 0.0} | tolerance)
     log.info("%d images of %s in %s", images.count, images.protocol["size"], path)
     found, described = features_of(network, images, batch_size)
     # ADM's references: images, and statistics of more than these, by Inception.

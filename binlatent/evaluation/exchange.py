@@ -19,7 +19,8 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from binlatent.data import loader, walk
-from binlatent.data.images import read_image, read_whole
+from binlatent.data.decoded import StandIns
+from binlatent.data.images import UnreadableImage, read_image, read_whole
 from binlatent.evaluation.metrics.feature_metrics import Gaussian, Statistics
 from binlatent.evaluation.networks.features import Features
 from binlatent.runtime import state_dicts, weights
@@ -38,16 +39,26 @@ class ImageSet(NamedTuple):
     count: int  # n
     batches: Callable[[int], Iterator[np.ndarray]]  # of a size: uint8 (b, h, w, 1 or 3), in order
     protocol: dict[str, Any]  # which images these are, in words and numbers
+    # How many of those that were read could not be, so that others stand in for them.
+    num_unreadable: Callable[[], int] = lambda: 0
     names: list[str] | None = None  # of the files in the folder, without endings, if there are any
 
 
-def open_set(path: Path, image_size: int | None = None) -> ImageSet:
+def open_set(
+    path: Path,
+    image_size: int | None = None,
+    *,
+    max_broken: float | None = None,
+    key: str = "--max_broken",
+) -> ImageSet:
     """Opens an .npz file of images, or a folder, brought to squares of `image_size` if given.
 
-    An image that cannot be read, or has another size than the first, is refused by `batches`.
+    An image that has another size than the first is refused by `batches`, and so is one that cannot
+    be read, unless it is of the share `max_broken` of a folder, for which others stand in; `key` is
+    what sets that share, for the message.
     """
     if path.is_dir():
-        return _open_folder(path, image_size)
+        return _open_folder(path, image_size, max_broken, key)
     if not path.is_file():
         raise UserError(f"There is no folder or .npz file {str(path)!r}.")
     if image_size is not None:
@@ -63,28 +74,47 @@ def _protocol(path: Path, count: int, size: tuple[int, ...], transform: str) -> 
     return {"images": str(path), "count": count, "size": size, "transform": transform}
 
 
-def _open_folder(path: Path, image_size: int | None) -> ImageSet:
+def _open_folder(
+    path: Path, image_size: int | None, max_broken: float | None, key: str
+) -> ImageSet:
     files = walk.find_images(str(path))
-    size, transform = (image_size, image_size), CENTRE_SQUARE
-    if image_size is None:
-        size, transform = read_whole(files[0], repr(files[0])).shape[:2], "none"
+    count, size, transform = len(files), (image_size, image_size), CENTRE_SQUARE
+    stand_ins = StandIns(count, max_broken or 0.0, key=key)
 
-    def read(index: int) -> np.ndarray:
-        file = files[index]
+    def read(index: int, decode: Callable[[int], Any]) -> Any:
+        if max_broken is not None:
+            return stand_ins.read(index, decode)
+        try:
+            return decode(index)
+        except UnreadableImage as error:
+            exact = "none stands in for it, as pairs are of all images"
+            raise UserError(f"{error}; {exact}") from error
+
+    def whole(index: int) -> tuple[str, np.ndarray]:
+        return files[index], read_whole(files[index], repr(files[index]))
+
+    if image_size is None:
+        first, image = read(0, whole)
+        size, transform = image.shape[:2], "none"
+
+    def decode(index: int) -> np.ndarray:
         if image_size is not None:
-            return read_image(file, repr(file), image_size, 3)
-        image = read_whole(file, repr(file))
+            return read_image(files[index], repr(files[index]), image_size, 3)
+        file, image = whole(index)
         if image.shape[:2] != size:
             raise UserError(
-                f"The images in {path} have several sizes: {Path(files[0]).name} is "
-                f"{size[1]}x{size[0]}, {Path(file).name} {image.shape[1]}x{image.shape[0]}. Give "
-                "--size=N to bring all to squares of N pixels."
+                f"The images in {path} have several sizes: {Path(first).name} is "
+                f"{size[1]}x{size[0]}, {Path(file).name} {image.shape[1]}x{image.shape[0]}. Bring "
+                "all to one, as --size=N of binlatent.evaluation does, to squares of N pixels."
             )
         return image
 
+    def batches(batch_size: int) -> Iterator[np.ndarray]:
+        return loader.in_order(count, lambda i: read(i, decode), batch_size)
+
     names = [str(Path(file).relative_to(path).with_suffix("")) for file in files]
-    protocol = _protocol(path, len(files), size, transform)
-    return ImageSet(len(files), lambda b: loader.in_order(len(files), read, b), protocol, names)
+    protocol = _protocol(path, count, size, transform)
+    return ImageSet(count, batches, protocol, lambda: stand_ins.num_unreadable, names)
 
 
 def _damaged(path: Path, error: Exception | str) -> UserError:

@@ -33,7 +33,8 @@ def network(experiment: Experiment, workdir: Path) -> Network:
     """Returns the network that `evaluate.network` names."""
     if experiment.evaluate.network == "classifier":
         return classifier(experiment, workdir)
-    return features.published(experiment.evaluate.network, experiment.evaluate.weights)
+    asked, flag = experiment.evaluate, "--config.evaluate.weights=FILE"
+    return features.published(asked.network, asked.weights, flag)
 
 
 def classifier(experiment: Experiment, workdir: Path) -> Network:
@@ -67,7 +68,9 @@ def reference(
     name = experiment.evaluate.reference
     if name in ("train", "test"):
         return features_of_split(experiment, network, workdir, name)
-    known, protocol = comparison.load_features(Path(name), network, experiment.sample.batch_size)
+    tolerance = {"max_broken": experiment.data.max_broken, "key": "config.data.max_broken"}
+    batch_size = experiment.sample.batch_size
+    known, protocol = comparison.load_features(Path(name), network, batch_size, **tolerance)
     protocol.pop("network", None)
     return known, protocol
 
@@ -100,7 +103,7 @@ def features_of_split(
     def batches(size: int) -> Iterator[np.ndarray]:
         return loader.in_order(count, lambda i: source.examples[i]["image"], size)
 
-    images = ImageSet(count, batches, protocol)
+    images = ImageSet(count, batches, protocol, lambda: source.examples.num_unreadable)
     found, protocol = comparison.features_of(network, images, experiment.sample.batch_size)
     found = found._replace(logits=None)
     exchange.write_statistics(path, found, {**protocol, "network": network.protocol})

@@ -91,11 +91,13 @@ class HeldOut:
     @property
     def protocol(self) -> dict[str, Any]:
         """Which images these are, and how they are encoded."""
+        unreadable = self.source.examples.num_unreadable
         return {
             "images": self.pipeline.experiment.data.name,
             "split": "test",
             "fingerprint": self.source.fingerprint,
             "count": len(self.images),
+            **({"unreadable": unreadable} if unreadable else {}),
             "autoencoder": fingerprint(self.pipeline.autoencoder_params),
             "codes": "y > 0.5",
         }

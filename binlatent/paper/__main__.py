@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 
+from binlatent.experiment import PATHS
 from binlatent.paper import bottlenecks, figures, neighbours, table5, tables
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import command, keys, strict_json
@@ -75,10 +76,10 @@ def _whole_numbers(text: str) -> list[int]:
 
 
 def _seeds(text: str) -> list[int]:
-    seeds = text.split(",")
-    if not all(map(str.isdecimal, seeds)) or len(set(map(int, seeds))) < len(seeds):
-        raise argparse.ArgumentTypeError(f"{text!r} are not different whole numbers from 0")
-    return list(map(int, seeds))
+    seeds = list(map(_seed, text.split(",")))
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r} are not different seeds")
+    return seeds
 
 
 def _kinds(text: str) -> list[str]:
@@ -89,7 +90,7 @@ def _kinds(text: str) -> list[str]:
     return names
 
 
-_FOR_ALL = ("figure", "workdir", "out")
+_FOR_ALL = ("figure", "workdir", "out", "keys")
 
 
 def _joined_keys(argv: list[str]) -> list[str]:
@@ -102,10 +103,14 @@ def _joined_keys(argv: list[str]) -> list[str]:
     return joined
 
 
-def _write(item: Item, workdir: Path | None, out: Path, options: dict[str, Any]) -> None:
+def _write(
+    item: Item, workdir: Path | None, out: Path, options: dict[str, Any], moved: dict[str, str]
+) -> None:
     pipeline = None
     if item.reads:
         pipeline = BinaryLatentDiffusion.from_workdir(workdir, prior=item.reads == "prior")
+        if moved:
+            pipeline.experiment = pipeline.experiment.change(moved)
     if item.reads == "prior":
         _ = pipeline.prior_params  # an error without one, before any work
     out.parent.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
@@ -123,10 +128,10 @@ def _write(item: Item, workdir: Path | None, out: Path, options: dict[str, Any])
 def main(argv: list[str] | None = None) -> None:
     """Draws one figure or writes one table; a user's error is one sentence and exit code 1."""
     parser = argparse.ArgumentParser("binlatent.paper", description=__doc__)
-    flag = parser.add_argument
+    flag, path = parser.add_argument, command.path_argument
     flag("figure", choices=ITEMS)
-    flag("--workdir", type=Path, help="of a trained prior; not for schedules")
-    flag("--out", type=Path, help="PNG, PDF or SVG file, .md of a table; default in WORKDIR")
+    flag("--workdir", type=path, help="of a trained prior; not for schedules")
+    flag("--out", type=path, help="PNG, PDF or SVG file, .md of a table; default in WORKDIR")
     flag("--seed", type=_seed, help="of the samples; default 0")
     about = "of samples; neighbours shows 8, table6 times 100, table5 judges evaluate.num_samples"
     flag("--num", type=_whole_number, help=about)
@@ -134,12 +139,17 @@ def main(argv: list[str] | None = None) -> None:
     flag("--steps", type=_whole_numbers, help="of the sampler, for table6; default 16,64")
     flag("--kinds", type=_kinds, help=f"of table5, some of {','.join(table5.VARIANTS)}")
     flag("--seeds", type=_seeds, help="of the priors of table5; default 0")
-    about = "a key of the workdir's config for table5, as --config.prior.train.num_steps=500"
-    flag("--config.KEY", dest="config", metavar="VALUE", action="append", help=about)
+    about = "a path of the workdir's config that has moved, as --config.data.path=DIR; for table5 "
+    about += "any key, as --config.prior.train.num_steps=500"
+    flag("--config.KEY", dest="keys", metavar="VALUE", action="append", default=[], help=about)
     flags = parser.parse_args(_joined_keys(sys.argv[1:] if argv is None else argv))
     name, item = flags.figure, ITEMS[flags.figure]
     given = {name: value for name, value in vars(flags).items() if name not in _FOR_ALL}
     options = {option: value for option, value in given.items() if value is not None}
+    keys_given = dict(entry.split("=", 1) for entry in flags.keys)
+    moved = {key: value for key, value in keys_given.items() if key in PATHS}
+    if others := [f"{key}={value}" for key, value in keys_given.items() if key not in PATHS]:
+        options["config"] = others
     for option in options:
         if option not in item.flags:
             takers = [taker for taker, other in ITEMS.items() if option in other.flags]
@@ -153,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         if out.suffix.lower() not in item.suffixes:
             endings = " or ".join(", ".join(item.suffixes).rsplit(", ", 1))
             raise UserError(f"--out must end in {endings}, not {out}.")
-        _write(item, flags.workdir, out, options)
+        _write(item, flags.workdir, out, options, moved)
         log.info("Wrote %s", out)
 
 

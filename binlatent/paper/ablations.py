@@ -210,10 +210,13 @@ def markdown_tables(measured: Measured, seeds: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Trains, measures and prints the tables; a user's error is one sentence and exit code 1."""
     parser = argparse.ArgumentParser("binlatent.paper.ablations", description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="folder of all runs")
+    parser.add_argument(
+        "--workdir", type=command.path_argument, required=True, help="folder of all runs"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="priors a variant")
     parser.add_argument("--num_steps", type=int, help="of a prior's training; the config's if not")
-    parser.add_argument("--data", default="", help="TFDS's data_dir")
+    data = ("--data", "--config.data.path")
+    parser.add_argument(*data, default="", help="TFDS's data_dir")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
     flags = parser.parse_args(argv)
     if flags.seeds < 1:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from binlatent import stages
-from binlatent.experiment import Experiment
+from binlatent.experiment import Experiment, of_checkpoint
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.priors.kinds import KINDS
 from binlatent.runtime.errors import UserError
@@ -40,12 +40,12 @@ def check_budget(row: Experiment, workdir: Path, stage: str) -> None:
     if not exists(workdir, stage):
         return
     with Checkpoints.open(workdir, stage) as checkpoints:
-        trained = checkpoints.newest(Checkpoints.meta)["config"]
+        meta = checkpoints.newest(Checkpoints.meta)
+    here, trained = row.without_paths, of_checkpoint(meta, workdir).without_paths
     # The classes are filled in by training; sections of other kinds of prior mean nothing.
     ignored = {"num_classes", *KINDS} - {row.prior.kind}
     for section in ("data", stage):
-        # As JSON, as the checkpoint has it.
-        for key, value in json.loads(json.dumps(row.content[section])).items():
+        for key, value in here[section].items():
             before = trained[section].get(key)
             if value != before and key not in ignored:
                 raise UserError(

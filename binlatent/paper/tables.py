@@ -7,6 +7,7 @@ of the results of `--mode=evaluate --metrics=...` in the workdir; Table 6 is mea
 import dataclasses
 import json
 import logging
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,13 +42,14 @@ def stored_results(workdir: Path) -> list[dict[str, Any]]:
     """Returns the `metrics` and `protocol` that `quality.measure` has written, the newest first."""
     paths = (workdir / "evaluation").glob("*.json")
     found = []
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+    for path in paths:
         try:
             content = json.loads(path.read_text())
-            found.append({name: dict(content[name]) for name in ("metrics", "protocol")})
-        except (ValueError, KeyError, TypeError) as error:
+            result = {name: dict(content[name]) for name in ("metrics", "protocol")}
+            found.append((path.stat().st_mtime_ns, result))
+        except (OSError, ValueError, KeyError, TypeError) as error:  # OSError: of a broken link
             raise UserError(f"{path} is no result of an evaluation: delete it.") from error
-    return found
+    return [result for _, result in sorted(found, key=lambda x: x[0], reverse=True)]
 
 
 def no_results(workdir: Path, older: bool, metrics: str) -> UserError:
@@ -56,8 +58,8 @@ def no_results(workdir: Path, older: bool, metrics: str) -> UserError:
     if older:
         what = f"The results in {workdir} are of other weights than its newest checkpoints'"
         when = "again"
-    command = f"run --mode=evaluate --workdir={workdir} --metrics={metrics}"
-    return UserError(f"{what}: {command} {when}.")
+    flags = f"--workdir={shlex.quote(str(workdir))} --mode=evaluate --metrics={metrics}"
+    return UserError(f"{what}: run `python -m binlatent.main {flags}` {when}.")
 
 
 def _of_samples(pipeline: BinaryLatentDiffusion, workdir: Path) -> list[dict[str, Any]]:

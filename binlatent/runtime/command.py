@@ -1,5 +1,6 @@
 """What the commands have in common: flags, JAX's settings, the log, how errors are reported."""
 
+import argparse
 import atexit
 import logging
 import os
@@ -18,7 +19,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from binlatent.runtime import interrupt
+from binlatent.runtime import interrupt, paths
 from binlatent.runtime.errors import UserError
 
 
@@ -32,11 +33,36 @@ def bad_usage(message: str) -> NoReturn:
     _end(f"Bad usage: {message} (--help lists the flags, the config file the keys)", 2)
 
 
+class _PathParser(flags.ArgumentParser):
+    """Of the value of a flag."""
+
+    def parse(self, argument: str) -> str:
+        try:
+            return paths.expand(argument)
+        except UserError as error:
+            raise ValueError(str(error)) from error
+
+
+def define_path(name: str, default: str | None, about: str) -> None:
+    """Defines one of absl's flags, with the home folder for `~`."""
+    flags.DEFINE(_PathParser(), name, default, about)
+
+
+def path_argument(text: str) -> Path:
+    """Returns an argument of argparse as a path, with the home folder for `~`."""
+    try:
+        return Path(paths.expand(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
 def asks_for_help(argv: Sequence[str]) -> bool:
     """Tells whether one of absl's flags for help is given."""
     asked = {argument.lstrip("-") for argument in argv if argument.startswith("-")}
     return bool(asked & {"help", "h", "?", "helpshort", "helpfull", "helpxml"})
 
+
+flags.disclaim_key_flags()  # --help lists a flag under the module that asks for it
 
 # What Python and absl say of a flag's value, and what we do.
 _PLAINER = (

@@ -24,7 +24,8 @@ def seed_problem(seed: int) -> str | None:
 
 def key_for(seed: int, purpose: str) -> Array:
     """Returns the key of a seed for one purpose, so that no two purposes share randomness."""
-    if (problem := seed_problem(seed)) is not None:
+    # Under jit it is not known here.
+    if isinstance(seed, int) and (problem := seed_problem(seed)) is not None:
         raise UserError(f"The seed {problem}.")
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 

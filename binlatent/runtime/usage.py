@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from absl import flags as absl_flags
 
 from binlatent import configs
-from binlatent.runtime import command, keys, processes
+from binlatent.runtime import command, keys, paths, processes
+from binlatent.runtime.errors import UserError
 from binlatent.runtime.version import VERSION
 
 
@@ -48,9 +49,36 @@ def with_config_paths(argv: Iterable[str]) -> list[str]:
                 argument = f"{flag}{equals}{path}{colon}{variant}"
             elif not {".", "/"} & set(value):
                 command.bad_usage(f"--config={name} is no file, and none of {', '.join(names)}")
+            else:
+                try:
+                    path = paths.expand(value if paths.is_address(value) else name)
+                except UserError as error:
+                    command.bad_usage(f"--config: {error}")
+                argument = f"{flag}{equals}{path}{colon}{variant}"
         is_config = argument in ("--config", "-config")
         arguments.append(argument)
     return arguments
+
+
+def with_config_of_workdir(argv: Sequence[str], modes: Mapping[str, Mode]) -> list[str]:
+    """Returns arguments with the workdir's config, where some of its keys are given but no config.
+
+    Not for a mode that needs a config.
+    """
+    names = [argument.lstrip("-").partition("=")[0] for argument in argv]
+    keys = [name for name in names if name.startswith("config.")]
+    values = dict.fromkeys(("workdir", "mode"), "")
+    for name in values:
+        for i, argument in enumerate(argv):
+            if names[i] == name and argument.startswith("-"):
+                _, equals, value = argument.partition("=")
+                values[name] = value if equals else "".join(argv[i + 1 : i + 2])
+    if not keys or "config" in names or not values["workdir"]:
+        return list(argv)
+    mode = values["mode"] or "all"
+    if mode in modes and modes[mode].needs_config:
+        command.bad_usage(f"--{keys[0]} needs --config: a file, a name, or workdir:DIR")
+    return [argv[0], f"--config=workdir:{values['workdir']}", *argv[1:]]
 
 
 def show_help(argv: Sequence[str], modes: Mapping[str, Mode], flags: Mapping[str, Flag]) -> None:
@@ -84,7 +112,8 @@ def show_help(argv: Sequence[str], modes: Mapping[str, Mode], flags: Mapping[str
 def parse_flags(argv: list[str], modes: Mapping[str, Mode], flags: Mapping[str, Flag]) -> list[str]:
     """Parses flags, or says what is wrong with them in one sentence and exits with code 2."""
     show_help(argv[1:], modes, flags)
-    unparsed, values = command.parse_flags(with_config_paths(argv)), absl_flags.FLAGS
+    argv = with_config_paths(with_config_of_workdir(argv, modes))
+    unparsed, values = command.parse_flags(argv), absl_flags.FLAGS
     mode = values.mode
     if len(unparsed) > 1:
         command.bad_usage(f"Unexpected argument {unparsed[1]!r}: flags start with --")

@@ -49,7 +49,8 @@ def read_npz(
 
     Those that are `optional` may be missing, all together.
     """
-    wrong = f"{path} is not what `python -m binlatent.convert {model}` writes: make it anew, as "
+    command = f"python -m binlatent.convert {model} --from FILE --out FILE.npz"
+    wrong = f"{path} is not what `{command}` writes: make it anew, as "
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = dict(file.items())

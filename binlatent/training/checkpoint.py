@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,7 +86,9 @@ class Checkpoints:
         """Opens a trained stage for reading."""
         if not exists(workdir, stage):
             raise UserError(
-                f"{workdir} has no checkpoint of the {stage}: run --mode=train_{stage} first."
+                f"{workdir} has no checkpoint of the {stage}: train it first, by `python -m "
+                f"binlatent.main --config=CONFIG --workdir={shlex.quote(str(workdir))} "
+                f"--mode=train_{stage}`."
             )
         return cls(workdir / stage, alone=True)
 
@@ -241,8 +244,7 @@ class Checkpoints:
         if self.meta()["encoder"] != fingerprint:
             raise UserError(
                 f"The prior in {self.directory} was trained for another autoencoder than the one "
-                "beside it: bring that one back, or delete the prior's folder and run "
-                "--mode=train_prior."
+                "beside it: bring that one back, or delete the prior's folder and train it anew."
             )
 
     def restore_ema(self, like: Any) -> Any:

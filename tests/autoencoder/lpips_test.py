@@ -151,8 +151,8 @@ def test_a_missing_file_says_where_the_weights_are_from():
     for part in (
         "'no/vgg16.npz'",
         "https://download.pytorch.org/models/vgg16-397923af.pth",
-        "python -m binlatent.convert vgg16 --from vgg16-397923af.pth --out FILE",
-        "--config.autoencoder.loss.perceptual=0",
+        "python -m binlatent.convert vgg16 --from vgg16-397923af.pth --out no/vgg16.npz`",
+        "--config.autoencoder.loss.vgg16=FILE",
     ):
         assert part in str(error.value)
 

@@ -921,7 +921,7 @@ def test_texts_that_cannot_be_read_are_named(tmp_path):
 
     def read(index):
         source = open_split(Data("folder", str(tmp_path), 4, 1, texts=True), "train")
-        return source.examples[index]
+        return list(source.examples)[index]
 
     cases = [
         (other, np.zeros(4), r"003\.npy' have the shape \(4,\), those of .* \(3,\)"),

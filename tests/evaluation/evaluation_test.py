@@ -180,6 +180,26 @@ def test_identical_grey_and_differently_named_pairs(capsys, tmp_path):
     assert code == 0 and "so that a1 goes with b1, for example" in err
 
 
+def test_a_broken_link_is_refused_counted_or_named(capsys, sets, effnet, tmp_path):
+    path, real, _ = sets
+    for i, image in enumerate(real):
+        Image.fromarray(image).save(tmp_path / f"{i:03}.png")
+    (tmp_path / "005.png").unlink()
+    (tmp_path / "005.png").symlink_to(tmp_path / "moved.png")
+    both = (f"--reference={path / 'real'}", f"--images={tmp_path}", "--network=efficientnet")
+    both += (f"--weights={effnet}", "--batch_size=8")
+    code, _, err = run(capsys, *both, "--metrics=fid")
+    assert code == 1 and "1 of 24 images cannot be read" in err
+    assert "more than --max_broken = 0 allows" in err and "there is no image" in err
+    out = tmp_path / "result.json"
+    code, text, err = run(capsys, *both, "--metrics=fid", "--max_broken=0.05", f"--out={out}")
+    assert code == 0 and "1 of the 24 images in" in err and "unreadable 1" in text
+    protocol = json.loads(out.read_text())["protocol"]
+    assert protocol["images"]["unreadable"] == 1 and "unreadable" not in protocol["reference"]
+    code, _, err = run(capsys, *both, "--metrics=psnr", "--max_broken=0.05")
+    assert code == 1 and "none stands in for it, as pairs are of all images" in err
+
+
 def test_usage(capsys):
     code, _, err = run(capsys, "--metrics=fid")
     assert code == 2 and "give --images" in err

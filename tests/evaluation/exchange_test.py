@@ -138,7 +138,7 @@ def test_cut_batch(tmp_path):
 def test_several_sizes(tmp_path):
     save(tmp_path, pictures(0))
     Image.fromarray(pictures(1, 1, (9, 9))[0]).save(tmp_path / "zoo.png")
-    with pytest.raises(UserError, match=r"000\.png is 16x12, zoo\.png 9x9\. Give --size=N"):
+    with pytest.raises(UserError, match=r"000\.png is 16x12, zoo\.png 9x9\. Bring all to one"):
         list(exchange.open_set(tmp_path).batches(2))
     assert joined(exchange.open_set(tmp_path, 8), 4).shape == (6, 8, 8, 3)
 
@@ -152,6 +152,25 @@ def test_nothing_there(tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot read the image .*bad\.png"):
         list(exchange.open_set(tmp_path).batches(2))
+
+
+@pytest.mark.parametrize("size", [None, 12])
+@pytest.mark.parametrize("broken", [0, 3])
+def test_others_stand_in_for_a_share_that_cannot_be_read(tmp_path, broken, size):
+    images = pictures(3, 5, (12, 12))
+    save(tmp_path, images)
+    file = tmp_path / f"{broken:03}.png"
+    file.unlink()
+    file.symlink_to(tmp_path / "moved.png")
+    found = exchange.open_set(tmp_path, size, max_broken=0.2)
+    images[broken] = images[broken + 1]
+    np.testing.assert_array_equal(joined(found, 2), images)
+    assert found.count == 5 and found.num_unreadable() == 1
+    with pytest.raises(UserError, match=r"1 of 5 images cannot .* more than KEY = 0\.1 allows"):
+        list(exchange.open_set(tmp_path, size, max_broken=0.1, key="KEY").batches(2))
+    exact = r"there is no image .*; none stands in for it, as pairs are of all images"
+    with pytest.raises(UserError, match=exact):
+        list(exchange.open_set(tmp_path, size).batches(2))
 
 
 def test_caches_of_torch_fidelity(tmp_path):

@@ -15,6 +15,7 @@ from binlatent.data.transforms import to_uint8
 from binlatent.evaluation import comparison, quality, reference, report, samples
 from binlatent.evaluation.judge import Judge
 from binlatent.evaluation.metrics.feature_metrics import Statistics, frechet_distance
+from binlatent.evaluation.networks.features import Network
 from binlatent.experiment import resolve
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime.errors import UserError
@@ -244,6 +245,31 @@ def test_what_the_prior_or_the_data_has_not(pipeline, tmp_path):
     for metric in ("bound", "prior", "fid"):
         with pytest.raises(UserError, match="has no prior yet"):
             quality.measure(without, tmp_path, [metric])
+
+
+@pytest.mark.parametrize("reference_of", ["train", "folder"])
+def test_a_broken_link_among_the_reference_is_counted(tmp_path, tiny_experiment, reference_of):
+    folder, pool = tmp_path / "images", np.random.default_rng(0).normal(size=(30, 4))
+    folder.mkdir()
+    for i, image in enumerate(np.random.default_rng(1).integers(0, 256, (20, 28, 28), np.uint8)):
+        Image.fromarray(image).save(folder / f"{i:02}.png")
+    (folder / "03.png").unlink()
+    (folder / "03.png").symlink_to(tmp_path / "moved.png")
+    names = {"train": "train", "folder": str(folder)}
+    values = {"data.name": "folder", "data.path": str(folder), "data.max_broken": 0.1}
+    values |= {"evaluate.reference": names[reference_of], "data.num_classes": 0}
+    experiment = tiny_experiment.change(values)
+    network = Network("efficientnet", 4, lambda x, _: {"pool": pool[: len(x)]}, {"name": "x"})
+    count = {"train": 18, "folder": 20}[reference_of]
+    for _ in range(2):  # the second is read from the workdir, if it is of a split
+        found, protocol = reference.reference(experiment, network, tmp_path / "run")
+        assert found.count == protocol["count"] == count and protocol["unreadable"] == 1
+    with pytest.raises(UserError, match="more than config.data.max_broken = 0.01 allows"):
+        experiment = experiment.change({"data.max_broken": 0.01})
+        reference.reference(experiment, network, tmp_path / "other")
+    if reference_of == "train":
+        test = report.HeldOut.read(SimpleNamespace(experiment=experiment))
+        assert len(test.images) == 2 and test.source.examples.num_unreadable == 0
 
 
 @pytest.mark.parametrize("exact", [0, 1, 2])

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from binlatent.evaluation import report
+from binlatent.experiment import resolve
 from binlatent.paper import bottlenecks
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime.errors import UserError
 
 
 @pytest.mark.slow
-def test_table_4(tiny_experiment, tmp_path):
+def test_table_4(tiny_config, tiny_experiment, tmp_path, monkeypatch):
     sizes = {"autoencoder.codebook_size": 32, "autoencoder.num_channels": 3}
     experiment = tiny_experiment.change(sizes)
     text = bottlenecks.compare_bottlenecks(experiment, tmp_path)
@@ -42,7 +43,9 @@ def test_table_4(tiny_experiment, tmp_path):
         psnr = 10 * np.log10(255**2 / np.mean(error, axis=(1, 2, 3)))
         found = [float(x) for x in row[3].split(" ± ")]
         np.testing.assert_allclose(found, [np.mean(psnr), np.std(psnr)], atol=0.02)
-    # A second time nothing is trained.
+    # A second time nothing is trained, not even from a folder with another vgg16.npz.
+    monkeypatch.chdir(tmp_path / "vq")
+    experiment = resolve(tiny_config).change(sizes)
     steps = (tmp_path / "vq" / "metrics.jsonl").read_text()
     assert bottlenecks.compare_bottlenecks(experiment, tmp_path) == text
     assert (tmp_path / "vq" / "metrics.jsonl").read_text() == steps

@@ -54,6 +54,20 @@ def cells(text):
 TRAIN = {"network": {"network": "x"}, "reference": {"images": "digits", "split": "train"}}
 
 
+@pytest.mark.parametrize("content", [None, "{", '{"metrics": 1}'])
+def test_what_is_no_result_is_named(tmp_path, content):
+    folder = tmp_path / "evaluation"
+    folder.mkdir()
+    (folder / "a.json").write_text('{"metrics": {"fid": 1.0}, "protocol": {}}')
+    assert tables.stored_results(tmp_path) == [{"metrics": {"fid": 1.0}, "protocol": {}}]
+    if content is None:
+        (folder / "b.json").symlink_to(tmp_path / "moved.json")
+    else:
+        (folder / "b.json").write_text(content)
+    with pytest.raises(UserError, match="b.json is no result of an evaluation: delete it"):
+        tables.stored_results(tmp_path)
+
+
 def test_table1_has_a_row_for_each_sampler(pipeline, tmp_path):
     fast, slow = samples_of(pipeline), samples_of(pipeline, steps=64, count=1_000)
     write(tmp_path, 9, {"fid": 99.0, "precision": 0.9, "recall": 0.9}, samples=fast, **TRAIN)
@@ -164,11 +178,11 @@ def test_the_command_writes_table6(pipeline, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("make", [tables.table1, bottlenecks.table4_row])
 def test_without_results_the_command_is_named(pipeline, tmp_path, make):
     wanted = "fid,is,pr" if make is tables.table1 else "psnr,ssim"
-    with pytest.raises(UserError, match=f"no results .* --mode=evaluate .*--metrics={wanted} fir"):
+    with pytest.raises(UserError, match=f"no results .* --mode=evaluate .*--metrics={wanted}` fir"):
         make(pipeline, tmp_path)
     write(tmp_path, 0, {"fid": 1.0}, samples=samples_of(pipeline, weights="EMA, old"), **TRAIN)
     write(tmp_path, 1, {"psnr": 1.0, "psnr_std": 1.0}, **{"test images": {"count": 3}})
-    with pytest.raises(UserError, match=f"of other weights .*--metrics={wanted} again"):
+    with pytest.raises(UserError, match=f"of other weights .*--metrics={wanted}` again"):
         make(pipeline, tmp_path)
     (tmp_path / "evaluation" / "0.json").write_text("[]")
     with pytest.raises(UserError, match=r"0\.json is no result"):

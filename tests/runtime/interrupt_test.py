@@ -1,0 +1,65 @@
+"""Ctrl-C before a command has imported what it needs."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from binlatent.runtime import interrupt
+
+PACKAGE = Path(interrupt.__file__).parents[1]
+
+# In place of JAX: an import during which the user presses Ctrl-C, and which swallows errors.
+SWALLOWS = """
+import os, signal, time
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except BaseException:
+    pass
+"""
+# A process in the background may have been started to ignore it.
+NOT_IGNORED = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+)
+
+
+def commands():
+    """The modules that `python -m` runs."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if 'if __name__ == "__main__":' in path.read_text():
+            yield ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+def test_ctrl_c_among_the_imports_is_one_word(tmp_path):
+    (tmp_path / "jax.py").write_text(SWALLOWS)
+    path = os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])
+    environment = os.environ | {"PYTHONPATH": path}
+    started = {}
+    for name in (*commands(), "binlatent"):
+        line = [sys.executable, "-c", NOT_IGNORED, "-m", name]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        started[name] = subprocess.Popen(line, env=environment, text=True, **pipes)
+    assert {"binlatent.main", "binlatent.paper.ablations", "binlatent"} <= started.keys()
+    for name, process in started.items():
+        output, errors = process.communicate(timeout=60)
+        assert (process.returncode, output, errors) == (130, "", "Interrupted.\n"), name
+
+
+def test_inside_it_is_raised_and_where_it_is_ignored_it_stays_so():
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupt.end_at_once()
+        early = signal.getsignal(signal.SIGINT)
+        assert early is not signal.default_int_handler
+        with interrupt.raising():
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGINT) is early
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        interrupt.end_at_once()
+        with interrupt.raising():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, previous)
