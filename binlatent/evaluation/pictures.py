@@ -155,8 +155,7 @@ def _reconstructions(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndar
 
 
 def _inpaintings(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    num = len(_presets(pipeline)) if asked.mask is None else 8
-    images, label = _subjects(pipeline, asked, num)
+    images, label = _subjects(pipeline, asked, len(masks.PRESETS) if asked.mask is None else 8)
     keep, key = _masks(pipeline, asked, len(images)), key_for(asked.seed, "inpaint")
     return inpaintings(pipeline, images, keep, label, key, asked.num or 6, **asked.options)
 

@@ -5,7 +5,6 @@ A head sees a token's bits as G groups, one drawn after the other, and gives K n
 Dimensions: c bits of a token, g bits of a group, d width, m tokens of all images together.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from flax import linen as nn
 
 from binlatent.priors.attention import dense, gelu
 from binlatent.priors.transformer import layer_norm
+from binlatent.runtime.errors import UserError
 
 Array = jax.Array
 
@@ -96,9 +96,8 @@ class JointHead(nn.Module):
         x = layer_norm(jnp.float32, "ln_f")(x).reshape(m, k, d)
         zeros, shape = nn.initializers.zeros, (self.num_groups, 2**self.group_size)
         weights = self.param("weights", zeros, (shape[0], d, shape[1]))[groups]
-        return (
-            jnp.einsum("mkd,kdv->mkv", x, weights) + self.param("bias", zeros, shape)[groups][None]
-        )
+        bias = self.param("bias", zeros, shape)[groups]
+        return jnp.einsum("mkd,kdv->mkv", x, weights) + bias[None]
 
     def log_probs(self, logits: Array, tokens: Array) -> Array:
         """Returns log p(token | before) in nats: (..., G, 2^g), (..., c) -> (...)."""
@@ -140,8 +139,12 @@ class JointHead(nn.Module):
         return self.num_groups * a_group
 
 
-def make_head(name: str, num_bits: int, group: int, dtype: Any) -> nn.Module | None:
-    """Returns a head by its name in a config, None for a name that is none."""
-    joint = functools.partial(JointHead, num_bits, min(group, num_bits), dtype)
-    heads = {"independent": functools.partial(IndependentHead, num_bits, dtype), "joint": joint}
-    return heads[name]() if name in heads else None
+def make_head(name: str, num_bits: int, group: int, dtype: Any) -> IndependentHead | JointHead:
+    """Returns the head of a config, `group` bits at a time if it is "joint"."""
+    if name == "independent":
+        return IndependentHead(num_bits, dtype)
+    if name == "joint":
+        return JointHead(num_bits, min(group, num_bits), dtype)
+    raise UserError(
+        f'config.prior.autoregressive.head must be "independent" or "joint", not {name!r}.'
+    )

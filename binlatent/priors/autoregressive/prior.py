@@ -68,12 +68,7 @@ class AutoregressivePrior(Prior):
         cls, code_shape: tuple[int, int, int], section: Mapping[str, Any], **fields: Any
     ) -> nn.Module:
         """Returns a causal transformer with the head of the kind's section."""
-        name, group = section["head"], section["group"]
-        head = make_head(name, code_shape[-1], group, fields["dtype"])
-        if head is None:
-            raise UserError(
-                f'config.prior.autoregressive.head must be "independent" or "joint", not {name!r}.'
-            )
+        head = make_head(section["head"], code_shape[-1], section["group"], fields["dtype"])
         return CausalTransformer(code_shape, head, **fields)
 
     def _bit_losses(self, params: Any, bits: Array, condition: Condition | None) -> Array:

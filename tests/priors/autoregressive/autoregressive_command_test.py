@@ -68,7 +68,7 @@ def test_pictures_are_drawn_all_but_those_it_has_not(workdir, pipeline, tmp_path
     assert call_main(*asked, "--mode=sample", "--num=10", "--label=7", *options) == 0
     assert call_main(*asked, "--mode=inpaint", "--num=2", *options) == 0
     width, height = Image.open(tmp_path / "a.png").size
-    assert width == pytest.approx(4 * height, rel=0.1)  # one preset: both images, two completions
+    assert 7 * width == pytest.approx(4 * height, rel=0.1)  # both images and two completions
     for draw in (figures.temperature_figure, figures.guidance_figure):
         draw(pipeline).savefig(tmp_path / "figure.png")
 
