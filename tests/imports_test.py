@@ -45,7 +45,7 @@ CONFIG_READERS = {"experiment.py", "main.py", "benchmark/__main__.py", "runtime/
 
 # Names in two rooms for the same idea.
 SAME_IDEA = {
-    **dict.fromkeys(("main", "parse_flags"), "of a command, or of a mode of one"),
+    **dict.fromkeys(("main", "parse_flags", "run"), "of a command, or of a mode of one"),
     **dict.fromkeys(("Noise", "draw_noise", "update", "train_step"), "of each stage's step"),
     "to_float": "uint8 to [-1, 1], in NumPy and on the device",
     "write_codes": "of any encoder, and of a workdir's",
