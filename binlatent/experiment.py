@@ -27,7 +27,6 @@ from binlatent.priors.conditions import Conditioning
 from binlatent.priors.kinds import KINDS
 from binlatent.priors.settings import make_settings
 from binlatent.priors.spec import PriorSpec
-from binlatent.priors.transformer import Transformer
 from binlatent.runtime import paths, strict_json
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import MAX_SEED
@@ -354,17 +353,20 @@ def _prior(
             "config.prior.network.width must be a multiple of 4 and of "
             f"config.prior.network.num_heads; {width} and {num_heads} are not."
         )
-    network = Transformer(
+    name = section["kind"]
+    kind, own = KINDS[name], section.get(name, {})
+    network = kind.make_network(
+        code_shape,
+        own,
         **section["network"],
         condition=conditioning.kind,
         num_classes=conditioning.num_classes,
         text_width=conditioning.text_width,
         dtype=dtype,
     )
-    kind = section["kind"]
     return PriorSpec(
-        kind=kind,
-        prior=KINDS[kind](code_shape=code_shape, network=network, **section.get(kind, {})),
+        kind=name,
+        prior=kind(code_shape=code_shape, network=network, **own),
         conditioning=conditioning,
         train=_take(Training, content, "prior.train"),
         **{key: section[key] for key in ("label_dropout", "cache_codes", "codes")},

@@ -40,7 +40,7 @@ _FLAGS = {
     "num_processes": Flag(_int, None, (), "How many processes train together."),
     "process_id": Flag(_int, None, (), "Which of them this is, from 0."),
     "num": Flag(_int, None, (*_SAMPLED, "reconstruct"), "Images, or results of each."),
-    "steps": Flag(_int, None, _SAMPLED, "Reverse steps, 1 to T of training."),
+    "steps": Flag(_int, None, _SAMPLED, "Network calls of the sampler, at most T or units."),
     "temperature": Flag(_float, None, _SAMPLED, "tau > 0; less is less diverse."),
     "guidance": Flag(_float, None, _SAMPLED, "w >= 0, of classifier-free guidance."),
     "option": Flag(flags.DEFINE_multi_string, [], _SAMPLED, "NAME=VALUE of config.sample."),

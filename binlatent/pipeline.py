@@ -241,10 +241,8 @@ class BinaryLatentDiffusion:
           key: a typed PRNG key, `jax.random.key(seed)`; or one a sample, (num,).
           label: a class, by its number, or by its name as a string, or n of them; of a prior of
             texts, the features of one, (e,) or (m, e), or of n; None for none.
-          **options: in place of those in `config.sample`, by the same names; of a Bernoulli prior
-            among them `steps` (between 1 and the T of training), `temperature` (tau > 0; less is
-            less diverse) and `guidance` (w >= 0), and `times`, a list that falls to 0, in place of
-            `steps`.
+          **options: in place of those in `config.sample`, by the same names, of the prior's kind:
+            `temperature` (tau > 0; less is less diverse), `guidance` (w >= 0), `steps`, ...
         """
         _check_num(num)
         return self._draw("sample", key, label, num, settings=self.settings(options))
@@ -253,8 +251,9 @@ class BinaryLatentDiffusion:
         """Returns what the sampler passes through on its way to `num` codes, as `sample_codes`.
 
         Returns:
-          `z_t`, bool (num, S + 1, h, w, c), from z_T to z_0, and, of a Bernoulli prior, `p_0`,
-          P(z_0 = 1 | z_t), float32 (num, S, h, w, c).
+          `z_t`, bool (num, S + 1, h, w, c), from z_T to z_0; of a Bernoulli prior also `p_0`,
+          P(z_0 = 1 | z_t), float32 (num, S, h, w, c); of an absorbing one also `hidden`, bool as
+          z_t, in which hidden bits are as the last call drew them.
         """
         _check_num(num)
         return self._draw("trajectory", key, label, num, settings=self.settings(options))
@@ -291,12 +290,11 @@ class BinaryLatentDiffusion:
                 f"not {mask.shape}."
             )
         mask = np.broadcast_to(mask, images.shape[:3])
+        known_mask = self.known_bits(mask)
         keep = mask[..., None]
         count = np.maximum(keep.sum(axis=(1, 2), keepdims=True), 1)
         mean = (images * keep).sum(axis=(1, 2), keepdims=True) / count
         codes = self.encode(np.where(keep, images, mean))
-        known_mask = known_tokens(mask, self.code_shape[:2])[..., None]
-        known_mask = np.broadcast_to(known_mask, codes.shape).astype(np.float32)
         codes = self._draw(
             *("sample", key, label, len(images), codes, known_mask),
             settings=settings,
@@ -304,6 +302,13 @@ class BinaryLatentDiffusion:
         )
         decoded = self.decode(codes)
         return np.where(keep, images, decoded) if settings.keep_pixels else decoded
+
+    def known_bits(self, mask: np.ndarray) -> np.ndarray:
+        """Returns 1 for bits of known tokens, float32 (n, h, w, c), of a mask as of `inpaint`."""
+        tokens = known_tokens(mask, self.code_shape[:2])[..., None]
+        known = np.broadcast_to(tokens, (len(mask), *self.code_shape)).astype(np.float32)
+        self._prior.check_known(known)
+        return known
 
     def vary(
         self,
@@ -314,14 +319,15 @@ class BinaryLatentDiffusion:
         strength: float = 0.5,
         **options: Any,
     ) -> np.ndarray:
-        """Returns variations of images: of a Bernoulli prior, codes noised to t and denoised.
+        """Returns variations of images: codes noised to t, or partly hidden, and drawn anew.
 
         Args:
           images: (n, height, width, channels) in [-1, 1].
           key, label: as of `sample_codes`.
-          strength: in (0, 1], t / T: near 0 the image itself, at 1 a new one.
-          **options: as of `sample_codes`; of the `steps` from T those below t are made. `times`
-            start at t, whatever the strength.
+          strength: in (0, 1], t / T, or the share that is hidden: near 0 the image itself, at 1 a
+            new one.
+          **options: as of `sample_codes`; of a Bernoulli prior's `steps` from T those below t are
+            made. `times` start at t, whatever the strength.
         """
         optional(self._prior, "vary")  # before any work
         if not 0 < strength <= 1:
@@ -345,7 +351,8 @@ class BinaryLatentDiffusion:
     ) -> np.ndarray:
         """Returns -log2 p(code), or an upper bound on it, in bits per image: (n,).
 
-        Of a Bernoulli prior, the variational bound (paper, (7)).
+        Of a Bernoulli prior, the variational bound (paper, (7)); of an absorbing one, the bound for
+        a random order.
 
         Args:
           codes: in {0, 1}, (n, h, w, c).
@@ -353,7 +360,7 @@ class BinaryLatentDiffusion:
           label: a class, by number or name, or n of them; None for no class.
           num_draws: of that noise.
           **options: of the sampler that the bound is about, such as `steps` or `times`; without
-            any, the tightest bound, over all T steps.
+            any, the tightest bound, over all T steps or one unit a step.
         """
         if num_draws < 1:
             raise UserError(f"num_draws must be at least 1; got {num_draws}.")

@@ -49,7 +49,7 @@ def check_same_model(here: Experiment, there: Experiment, stage: str) -> None:
     """
     if stage == "prior":
         names = (x.prior.conditioning.names for x in (here, there))
-        classes.check_same(*names, stage)
+        classes.check_same_classes(*names, stage)
     pairs = {
         name: (_value(there, name), _value(here, name)) for name in _model_keys(here, there, stage)
     }

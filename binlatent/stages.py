@@ -35,11 +35,11 @@ log = logging.getLogger(__name__)
 
 def with_classes(experiment: Experiment, source: Source) -> Experiment:
     """Returns a copy of the experiment that knows the classes of the training images."""
-    listed = f": {classes.describe(source.classes)}" if source.classes else ""
+    listed = f": {classes.numbered(source.classes)}" if source.classes else ""
     log.info("%d training images, %d classes%s", len(source.examples), source.num_classes, listed)
     asked = experiment.data.num_classes
     if asked:
-        classes.check_same(source.classes, experiment.prior.conditioning.names, "model")
+        classes.check_same_classes(source.classes, experiment.prior.conditioning.names, "model")
     if asked not in (-1, 0, source.num_classes):
         raise UserError(
             f"config.data.num_classes is {asked}, but the data has {source.num_classes} classes; "

@@ -77,7 +77,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoencoder.train.accumulate = 1  # parts of a batch, one after the other
 
     config.prior = prior = ml_collections.ConfigDict()
-    prior.kind = "bernoulli"  # the paper's; its own keys are in the section of that name
+    # The paper's; or "absorbing", "autoregressive". The section of that name is its own.
+    prior.kind = "bernoulli"
     prior.network = ml_collections.ConfigDict()
     prior.network.width = 512
     prior.network.num_layers = 24
@@ -93,6 +94,14 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     bernoulli.vlb_weight = 0.1  # lambda of (13); the target "z_s" has L_vlb alone
     bernoulli.time_weight = "mean"  # or "falling", 1 - (t - 1)/T
     bernoulli.stratified = False  # spread a batch's times evenly
+    prior.absorbing = absorbing = ml_collections.ConfigDict()
+    absorbing.unit = "token"  # or "bit", or "8": bits that are hidden together
+    absorbing.schedule = "linear"  # or "cos", "sigmoid", "given"; 1 - k is the share hidden
+    absorbing.keep = ()  # k_0..k_T of the schedule "given"
+    absorbing.time_weight = "bound"  # or "falling", 1 - t/T
+    prior.autoregressive = autoregressive = ml_collections.ConfigDict()
+    autoregressive.head = "joint"  # or "independent": bits of a token, given the tokens before
+    autoregressive.group = 8  # bits of a token at a time, a softmax over their values; of "joint"
     prior.condition = "class"  # if the data has any; or "text_token", "text_cross"
     prior.text_width = 768  # of a text's features, as of CLIP ViT-L/14
     prior.label_dropout = 0.1
@@ -118,6 +127,12 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     sample.corrector_steps = 0  # after each step, each a network call
     sample.corrector_size = 0.1  # share of bits that a corrector step draws anew
     sample.known = "kept"  # or "noised": inpainting's known bits on the way
+    # Of prior.kind "absorbing", of which `steps` are network calls, 1 to the number of units.
+    sample.guidance_schedule = "constant"  # or "rising", from 0
+    sample.order = "random"  # or "confidence": which units a call keeps
+    sample.score = "certainty"  # or "likelihood", of the order "confidence"
+    sample.order_temperature = 1.0  # of the Gumbel noise in that order; it falls to 0
+    sample.revise = False  # hide the least sure units again in that order
     sample.keep_pixels = True  # inpainting's known pixels come back as they were
     sample.batch_size = 16
 

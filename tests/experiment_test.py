@@ -128,11 +128,21 @@ OWNERS = {
 }
 
 
+def kind_of(name):
+    """Returns the first kind of prior that takes a key, or the first of all."""
+    *sections, key = name.split(".")
+    for kind, prior in KINDS.items():
+        fields = [field.name for field in dataclasses.fields(prior.Settings)]
+        if name == f"prior.{kind}.{key}" or (sections == ["sample"] and key in fields):
+            return kind
+    return next(iter(KINDS))
+
+
 @pytest.mark.parametrize("name", dict(flat(default.get_config().to_dict())))
 def test_every_key_is_read(name):
     # Another value makes another experiment, or is refused.
     owner = next((x for x, keys in OWNERS.items() if name.split(".")[-1] in keys), "binary")
-    base = {"autoencoder.bottleneck": owner}
+    base = {"autoencoder.bottleneck": owner, "prior.kind": kind_of(name)}
     value = dict(flat(default.get_config().to_dict()))[name]
     try:
         experiment = resolved(base | {name: other(value)})
@@ -344,7 +354,7 @@ def test_the_defaults_are_accepted():
         ({"prior.train.decay": "linear"}, "prior.train.decay must be .*, not 'linear'"),
         ({"prior.train.ema_decay": 1.5}, "ema_decay must be between 0 and 1, not 1.5"),
         ({"prior.label_dropout": -0.1}, "label_dropout must be between 0 and 1, not -0.1"),
-        ({"prior.kind": "gaussian"}, "prior.kind must be one of bernoulli, not 'gaussian'"),
+        ({"prior.kind": "gaussian"}, "prior.kind must be one of bernoulli, .*not 'gaussian'"),
         ({"prior.condition": "colour"}, "class, text_token, text_cross; got 'colour'"),
         ({"prior.network.num_layers": 201}, "num_layers must be between 0 and 200, not 201"),
         ({"prior.network.num_heads": 3}, "multiple of 4 and of .*num_heads; 512 and 3 are not"),

@@ -26,7 +26,7 @@ ROOMS = {
     "evaluation": _STAGES,
     "stages": (*_STAGES, "evaluation"),
     "convert": (*_STAGES, "stages", "evaluation.networks", "configs"),
-    "paper": (*_STAGES, "stages", "evaluation", "configs"),
+    "paper": (*_STAGES, "stages", "evaluation", "benchmark", "configs"),
     "main": (*_STAGES, "stages", "evaluation", "paper"),
     "__init__": ("runtime", "pipeline"),  # the latter on first use: tests/install_test.py
     "__main__": ("runtime", "main"),
@@ -47,7 +47,7 @@ CONFIG_READERS = {"experiment.py", "main.py", "benchmark/__main__.py", "runtime/
 
 # Names in two rooms for the same idea.
 SAME_IDEA = {
-    **dict.fromkeys(("main", "parse_flags"), "of a command, or of a mode of one"),
+    **dict.fromkeys(("main", "parse_flags", "run"), "of a command, or of a mode of one"),
     **dict.fromkeys(("Noise", "draw_noise", "update", "train_step"), "of each stage's step"),
     "to_float": "uint8 to [-1, 1], in NumPy and on the device",
     "write_codes": "of any encoder, and of a workdir's",

@@ -112,7 +112,7 @@ REFUSED = [
     ("--config.prior.bernoulli.schedule=given", 1, "config.prior.bernoulli.keep, k_0 to k_T"),
     ("--config.prior.bernoulli.vlb_weight=-1", 1, "vlb_weight must be at least 0"),
     ("--config.prior.bernoulli.num_timesteps=8", 1, "between 1 and 8, the number of"),
-    ("--config.prior.kind=gaussian", 1, "must be one of bernoulli, not 'gaussian'"),
+    ("--config.prior.kind=gaussian", 1, "kind must be one of bernoulli, "),
     ("--option=knwon=kept", 1, "no sampling option 'knwon'"),
 ]
 REFUSED_WITHOUT_DIGITS = [

@@ -29,6 +29,7 @@ from binlatent import experiment as experiments
 from binlatent.benchmark import loading, memory, paper_sizes, rows, speed, workloads
 from binlatent.benchmark.rows import Row
 from binlatent.experiment import Experiment
+from binlatent.priors.settings import with_options
 from binlatent.runtime import command, usage
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.strict_json import to_json
@@ -41,6 +42,8 @@ def measure_speeds(
     name: str, experiment: Experiment, batch_sizes: list[int], steps: list[int], **options: Any
 ) -> Iterator[Row]:
     """Yields a row for each batch size and number of steps, of `sample`; first checks all."""
+    for num in steps:
+        with_options(experiment.prior.prior, experiment.sample.settings, {"steps": num})
     variants = [experiment.change({"sample.steps": num}) for num in steps] or [experiment]
     workloads.check_measurable(name, experiment)
     for batch_size, variant in itertools.product(batch_sizes, variants):

@@ -9,12 +9,15 @@ Dimensions: c bits of a token, d width, m tokens of a text, e width of a text's 
 """
 
 import numpy as np
+from flax import linen as nn
 
 from binlatent.autoencoder import lpips
 from binlatent.autoencoder.discriminator import Discriminator
 from binlatent.autoencoder.modules import Autoencoder, Decoder, Encoder, Levels
 from binlatent.autoencoder.step import Networks
+from binlatent.priors.autoregressive.network import CausalTransformer
 from binlatent.priors.transformer import Transformer
+from binlatent.runtime.errors import UserError
 
 Shape = tuple[int, int, int]
 
@@ -46,18 +49,52 @@ def _attention(queries: int, keys: int, width: int) -> int:
 def count_transformer(
     network: Transformer, code_shape: Shape, labelled: bool, text_tokens: int = 1
 ) -> int:
-    """Returns the FLOPs of the prior's forward pass; `text_tokens` is m, of "text_cross" alone."""
+    """Returns the FLOPs of a forward pass; `text_tokens` is m, of "text_cross" alone."""
     h, w, c = code_shape
-    d, e = network.width, network.text_width
+    d = network.width
     appended = labelled and network.condition in ("class", "text_token")
     n = h * w + 1 + appended  # with the time's token and the label's
+    ends = matmul(h * w, c, d) + matmul(h * w, d, c) + 2 * matmul(1, d, d)
+    return _blocks_and_label(network, n, labelled, text_tokens) + ends
+
+
+def count_causal_transformer(
+    network: CausalTransformer, code_shape: Shape, labelled: bool, text_tokens: int = 1
+) -> int:
+    """Returns the FLOPs of a forward pass, or of one sample with a cache; as above.
+
+    Scores of later tokens are counted: most kernels compute them and mask them.
+    """
+    h, w, c = code_shape
+    n, d = h * w, network.width
+    ends = matmul(n, c, d) + 2 * n * network.head.products(d)
+    return _blocks_and_label(network, n, labelled, text_tokens) + ends
+
+
+def _blocks_and_label(
+    network: Transformer | CausalTransformer, n: int, labelled: bool, text_tokens: int
+) -> int:
+    """Returns the FLOPs of the blocks with n tokens, and of a text's embedding."""
+    d, e = network.width, network.text_width
     block = matmul(n, d, (3 + 1 + 4 + 4) * d) + _attention(n, n, d)
     if network.condition == "text_cross":
         m = text_tokens if labelled else 1
         block += matmul(n, d, 2 * d) + matmul(m, e, 2 * d) + _attention(n, m, d)
-    label = matmul(1, e, d) if appended and network.condition == "text_token" else 0
-    ends = matmul(h * w, c, d) + matmul(h * w, d, c) + 2 * matmul(1, d, d) + label
-    return network.num_layers * block + ends
+    label = matmul(1, e, d) if labelled and network.condition == "text_token" else 0
+    return network.num_layers * block + label
+
+
+# By the type of a prior's network.
+_OF_NETWORKS = {Transformer: count_transformer, CausalTransformer: count_causal_transformer}
+
+
+def count_network(
+    network: nn.Module, code_shape: Shape, labelled: bool, text_tokens: int = 1
+) -> int:
+    """Returns the FLOPs of a forward pass of a prior's network, of the types that are known."""
+    if type(network) not in _OF_NETWORKS:
+        raise UserError(f"The FLOPs of a {type(network).__name__} are not known.")
+    return _OF_NETWORKS[type(network)](network, code_shape, labelled, text_tokens)
 
 
 def _residual(side: int, width_in: int, width_out: int) -> int:

@@ -191,7 +191,7 @@ def train_prior_work(experiment: Experiment, num: int, on_device: int) -> Work:
     labels = _labels(spec.conditioning, num)
     batch = {"label": np.zeros(num, np.int32) if labels is None else labels}
     code_shape = spec.prior.code_shape
-    per_image = 3 * flops.count_transformer(spec.prior.network, code_shape, True, TEXT_TOKENS)
+    per_image = 3 * flops.count_network(spec.prior.network, code_shape, True, TEXT_TOKENS)
     frozen = None
     if spec.cache_codes or spec.codes:
         batch["probs"] = (255 * _bits(autoencoder, num)).astype(np.uint8)
@@ -228,7 +228,7 @@ def network_work(experiment: Experiment, num: int, on_device: int) -> Work:
     """The prior's network once, with labels if it knows any."""
     spec = experiment.prior
     network = spec.prior.network
-    per_image = flops.count_transformer(network, spec.prior.code_shape, True, TEXT_TOKENS)
+    per_image = flops.count_network(network, spec.prior.code_shape, True, TEXT_TOKENS)
     times, labels = np.zeros(num, np.float32), _labels(spec.conditioning, num)
     batch = (_bits(experiment.autoencoder, num), times, labels)
     return _forward_work(jax.jit(network.apply), spec.init, on_device * per_image, *batch)
@@ -261,7 +261,7 @@ def sample_work(experiment: Experiment, num: int, on_device: int) -> Work:
     calls = prior.network_calls(settings, labels is not None)
     per_image = flops.count_decoding(model, prior.code_shape)
     for times, labelled in zip(calls, (True, False), strict=True):
-        cost = flops.count_transformer(prior.network, prior.code_shape, labelled, TEXT_TOKENS)
+        cost = flops.count_network(prior.network, prior.code_shape, labelled, TEXT_TOKENS)
         per_image += times * cost
     # XLA counts the loop over the steps once, and of a condition the dearer branch, whichever is
     # taken: only where all steps are alike is the count that of a step, that many times.

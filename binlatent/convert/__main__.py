@@ -22,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from binlatent.convert import published, texts, workdirs
-from binlatent.priors.bernoulli import losses, schedules
+from binlatent.priors import schedules
+from binlatent.priors.bernoulli import losses
 from binlatent.runtime import command, state_dicts, weights
 from binlatent.runtime.errors import UserError
 

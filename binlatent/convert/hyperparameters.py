@@ -7,7 +7,7 @@ import numpy as np
 
 from binlatent.convert import released
 from binlatent.experiment import Experiment
-from binlatent.priors.bernoulli import schedules
+from binlatent.priors import schedules
 
 
 def _match_blocks(checkpoint: released.Checkpoint, module: str, pattern: str) -> re.Match:

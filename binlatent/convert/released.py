@@ -16,7 +16,7 @@ from flax import traverse_util
 
 from binlatent.autoencoder.bottleneck import BOTTLENECKS, Binary
 from binlatent.autoencoder.spec import AutoencoderSpec
-from binlatent.priors.bernoulli import schedules
+from binlatent.priors import schedules
 from binlatent.priors.bernoulli.prior import BernoulliPrior
 from binlatent.priors.spec import PriorSpec
 from binlatent.runtime.errors import UserError

@@ -62,13 +62,13 @@ def gaps(names: Sequence[str]) -> list[int]:
     return missing[:10]
 
 
-def describe(names: Sequence[str]) -> str:
+def numbered(names: Sequence[str]) -> str:
     """Returns the numbers and names of classes, the first eight and the last."""
     shown = [f"{number} {name!r}" for number, name in enumerate(names)]
     return ", ".join(shown if len(shown) < 11 else [*shown[:8], "...", shown[-1]])
 
 
-def check_same(here: Sequence[str], there: Sequence[str], what: str) -> None:
+def check_same_classes(here: Sequence[str], there: Sequence[str], what: str) -> None:
     """Refuses classes with other names or numbers than those of training; () is not known.
 
     Args:
@@ -80,8 +80,8 @@ def check_same(here: Sequence[str], there: Sequence[str], what: str) -> None:
     pairs = enumerate(zip(here, there, strict=False))
     first = next((i for i, (a, b) in pairs if a != b), min(len(here), len(there)))
     raise UserError(
-        f"The {what} was trained with {len(there)} classes, {describe(there)}, but the images have "
-        f"{len(here)}, {describe(here)}; they differ from number {first} on. Give the images, or "
+        f"The {what} was trained with {len(there)} classes, {numbered(there)}, but the images have "
+        f"{len(here)}, {numbered(here)}; they differ from number {first} on. Give the images, or "
         "names of folders or labels, that it was trained on, or use another --workdir."
     )
 

@@ -252,7 +252,7 @@ def _split_listing(
     if len(classes) == len(images) > 0:
         if labelled:
             raise UserError(
-                f"every class of {where!r}, {class_names.describe(classes)}, has one image, so "
+                f"every class of {where!r}, {class_names.numbered(classes)}, has one image, so "
                 "that none can be held out as a test image. If these are no classes, set "
                 "--config.data.num_classes=0; otherwise add images"
             )
@@ -279,7 +279,7 @@ def _listing(images: list[_Image], classes: tuple[str, ...], where: str, labelle
     if strange and labelled:
         raise UserError(
             f"{strange.file!r} is of the class {strange.label!r}, which has no training image in "
-            f"{where!r} ({class_names.describe(classes)}): move or remove it"
+            f"{where!r} ({class_names.numbered(classes)}): move or remove it"
         )
     classes = () if strange else classes
     return Listing(

@@ -1,4 +1,4 @@
-"""Samples and completions of a prior with classes, judged by the workdir's classifier."""
+"""Samples and completions of a prior, judged by a network beside real images."""
 
 from pathlib import Path
 from typing import Any
@@ -19,32 +19,48 @@ _HALVES = ("top", "bottom", "left", "right")
 
 
 class Judge:
-    """The workdir's classifier of real images, to judge samples by.
+    """The workdir's classifier of real images, or for data without classes `evaluate.network`.
 
-    Its `accuracy`, in [0, 1], is that on `images` and `labels` of the test split, uint8 (n, height,
-    width, channels) and (n,) int.
+    `images` are uint8 (n, height, width, channels). `labels`, (n,) int, and `accuracy`, that of the
+    classifier on them, in [0, 1], are None without classes.
     """
 
-    def __init__(self, experiment: Experiment, workdir: Path):
-        """Takes an experiment with classes; trains the classifier if the workdir has none yet."""
-        self._network = reference.classifier(experiment, workdir)
-        test = open_split(experiment.data, "test")
-        self.images, self.labels = load_images(test, experiment.evaluate.num_images)
+    def __init__(self, experiment: Experiment, workdir: Path, split: str = "test"):
+        """Compares with `evaluate.num_images` images of a split; trains a missing classifier."""
+        source = open_split(experiment.data, split)
+        network = reference.classifier if source.num_classes else reference.network
+        self._network = network(experiment, workdir)
+        self.images, labels = load_images(source, experiment.evaluate.num_images)
+        self.labels = labels if source.num_classes else None
         found = self._network.apply(self.images, _BATCH)
         self._known = Statistics.of(found["pool"])
-        self.accuracy = _accuracy(found["logits"], self.labels)
+        has_classes = self.labels is not None
+        self.accuracy = _accuracy(found["logits"], self.labels) if has_classes else None
 
     def sample_quality(
-        self, pipeline: BinaryLatentDiffusion, key: jax.Array, **options: Any
+        self,
+        pipeline: BinaryLatentDiffusion,
+        key: jax.Array,
+        num: int | None = None,
+        **options: Any,
     ) -> dict[str, float]:
-        """Draws `evaluate.num_samples` samples, classes in turn, by options of `pipeline.sample`.
+        """Draws samples, classes in turn if the prior has any, by options of `pipeline.sample`.
 
-        Returns `accuracy`, how often a sample with label y is classified as y, and the
-        `frechet_distance` between the classifier's features of samples and of real test images, if
-        there are two of each.
+        Args:
+          pipeline: with a prior.
+          key: of the samples.
+          num: of them, `evaluate.num_samples` if None.
+          **options: of the sampler.
+
+        Returns:
+          `frechet_distance` between the network's features of samples and of the real images, if
+          there are two of each; of a prior with classes `accuracy`, how often a sample with label y
+          is classified as y.
         """
-        wanted = np.arange(pipeline.experiment.evaluate.num_samples) % pipeline.num_classes
-        return self._quality(pipeline.sample(len(wanted), key, wanted, **options), wanted)
+        num = pipeline.experiment.evaluate.num_samples if num is None else num
+        k = pipeline.num_classes
+        wanted = np.arange(num) % k if k else None
+        return self._quality(pipeline.sample(num, key, wanted, **options), wanted)
 
     def inpainting_quality(
         self, pipeline: BinaryLatentDiffusion, key: jax.Array, **options: Any
@@ -55,9 +71,9 @@ class Judge:
         results = pipeline.inpaint(to_float(self.images), keep, key, **options)
         return self._quality(results, self.labels)
 
-    def _quality(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def _quality(self, images: np.ndarray, labels: np.ndarray | None) -> dict[str, float]:
         found = self._network.apply(to_uint8(images), _BATCH)
-        quality = {"accuracy": _accuracy(found["logits"], labels)}
+        quality = {} if labels is None else {"accuracy": _accuracy(found["logits"], labels)}
         if min(self._known.count, len(images)) > 1:
             gaussian = Statistics.of(found["pool"]).gaussian
             quality["frechet_distance"] = frechet_distance(self._known.gaussian, gaussian)

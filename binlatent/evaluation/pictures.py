@@ -1,6 +1,7 @@
 """The pictures of a run, as uint8 arrays (height, width, channels)."""
 
 import ast
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -122,7 +123,7 @@ class Request(NamedTuple):
     label: str | int | None = None  # the class of all, by name or number
     features: str | None = None  # the path of a text's features
     image: str | None = None  # path of the user's own; None for test images
-    mask: str | None = None  # a preset or a path; None for every preset in turn
+    mask: str | None = None  # a preset or a path; None for the prior's presets in turn
     strength: float = 0.5  # of variations
 
 
@@ -191,6 +192,17 @@ def _subjects(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> tupl
     return images, labels if label is None else label
 
 
+def _presets(pipeline: BinaryLatentDiffusion) -> list[str]:
+    """Returns the presets of masks that the prior can take."""
+    height, width, _ = pipeline.experiment.data.image_shape
+    names = []
+    for name in masks.PRESETS:
+        with contextlib.suppress(UserError):
+            pipeline.known_bits(masks.preset(name, height, width)[None])
+            names.append(name)
+    return names
+
+
 def _masks(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> np.ndarray:
     """Returns the pixels to keep of `num` images, bool (num, height, width)."""
     height, width, _ = pipeline.experiment.data.image_shape
@@ -198,7 +210,7 @@ def _masks(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> np.ndar
         raise UserError(f"--image needs --mask: a file, or one of {', '.join(masks.PRESETS)}.")
     name = asked.mask and masks.preset_name(asked.mask)
     if name or asked.mask is None:
-        names = (name,) if name else masks.PRESETS
+        names = [name] if name else _presets(pipeline)
         turns = [(names[i % len(names)], asked.seed + i) for i in range(num)]
         return np.stack([masks.preset(name, height, width, seed) for name, seed in turns])
     if not asked.image:

@@ -119,7 +119,7 @@ def prior_metrics(
 ) -> dict[str, float]:
     """Returns what the kind of prior reports of images, a mean over eight draws of noise for each.
 
-    Of a Bernoulli prior that is `bce`, in nats per bit. `probs` are the encoder's y, (n, h, w, c).
+    Of a diffusion that is `bce`, in nats per bit. `probs` are the encoder's y, (n, h, w, c).
     """
     probs = np.concatenate([probs] * _DRAWS)
     labels = None if labels is None else np.concatenate([labels] * _DRAWS)

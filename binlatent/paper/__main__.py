@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from matplotlib import pyplot as plt
 
 from binlatent.experiment import PATHS
-from binlatent.paper import bottlenecks, figures, neighbours, tables
+from binlatent.paper import bottlenecks, figures, neighbours, table5, tables
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import command, keys, strict_json
 from binlatent.runtime.errors import UserError
@@ -48,6 +48,9 @@ ITEMS = {
     "schedules": Item(lambda *_: figures.schedules_figure(), reads=""),
     "table1": Item(tables.table1, suffixes=(".md",)),
     "table4": Item(bottlenecks.table4_row, reads="autoencoder", suffixes=(".md",)),
+    "table5": Item(
+        table5.table5, ("num", "kinds", "seeds", "config"), reads="autoencoder", suffixes=(".md",)
+    ),
     "temperature": Item(_of_pipeline(figures.temperature_figure), ("seed",)),
     "steps": Item(figures.steps_figure, ("seed",)),
     "guidance": Item(_of_pipeline(figures.guidance_figure), ("seed",)),
@@ -70,6 +73,34 @@ def _seed(text: str) -> int:
 
 def _whole_numbers(text: str) -> list[int]:
     return list(map(_whole_number, text.split(",")))
+
+
+def _seeds(text: str) -> list[int]:
+    seeds = list(map(_seed, text.split(",")))
+    if len(set(seeds)) < len(seeds):
+        raise argparse.ArgumentTypeError(f"{text!r} are not different seeds")
+    return seeds
+
+
+def _kinds(text: str) -> list[str]:
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in table5.VARIANTS]:
+        known = ", ".join(table5.VARIANTS)
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {known}")
+    return names
+
+
+_FOR_ALL = ("figure", "workdir", "out", "keys")
+
+
+def _joined_keys(argv: list[str]) -> list[str]:
+    """Returns arguments with --config.KEY=NAME=VALUE for --config.NAME=VALUE, as argparse needs."""
+    joined = []
+    for argument in argv:
+        name, equals, value = argument.removeprefix("--config.").partition("=")
+        is_key = argument.startswith("--config.") and equals
+        joined.append(f"--config.KEY={name}={value}" if is_key else argument)
+    return joined
 
 
 def _write(
@@ -102,15 +133,23 @@ def main(argv: list[str] | None = None) -> None:
     flag("--workdir", type=path, help="of a trained prior; not for schedules")
     flag("--out", type=path, help="PNG, PDF or SVG file, .md of a table; default in WORKDIR")
     flag("--seed", type=_seed, help="of the samples; default 0")
-    flag("--num", type=_whole_number, help="of samples; neighbours shows 8, table6 times 100")
+    about = "of samples; neighbours shows 8, table6 times 100, table5 judges evaluate.num_samples"
+    flag("--num", type=_whole_number, help=about)
     flag("--by", choices=neighbours.BY, help="what neighbours are nearest by; default features")
     flag("--steps", type=_whole_numbers, help="of the sampler, for table6; default 16,64")
-    for key in PATHS:
-        flag(f"--config.{key}", dest=key, metavar="PATH", help="where that is, if it has moved")
-    flags = parser.parse_args(argv)
+    flag("--kinds", type=_kinds, help=f"of table5, some of {','.join(table5.VARIANTS)}")
+    flag("--seeds", type=_seeds, help="of the priors of table5; default 0")
+    about = "a path of the workdir's config that has moved, as --config.data.path=DIR; for table5 "
+    about += "any key, as --config.prior.train.num_steps=500"
+    flag("--config.KEY", dest="keys", metavar="VALUE", action="append", default=[], help=about)
+    flags = parser.parse_args(_joined_keys(sys.argv[1:] if argv is None else argv))
     name, item = flags.figure, ITEMS[flags.figure]
-    given = {option: getattr(flags, option) for option in ("seed", "num", "by", "steps")}
+    given = {name: value for name, value in vars(flags).items() if name not in _FOR_ALL}
     options = {option: value for option, value in given.items() if value is not None}
+    keys_given = dict(entry.split("=", 1) for entry in flags.keys)
+    moved = {key: value for key, value in keys_given.items() if key in PATHS}
+    if others := [f"{key}={value}" for key, value in keys_given.items() if key not in PATHS]:
+        options["config"] = others
     for option in options:
         if option not in item.flags:
             takers = [taker for taker, other in ITEMS.items() if option in other.flags]
@@ -124,7 +163,6 @@ def main(argv: list[str] | None = None) -> None:
         if out.suffix.lower() not in item.suffixes:
             endings = " or ".join(", ".join(item.suffixes).rsplit(", ", 1))
             raise UserError(f"--out must end in {endings}, not {out}.")
-        moved = {key: path for key in PATHS if (path := getattr(flags, key)) is not None}
         _write(item, flags.workdir, out, options, moved)
         log.info("Wrote %s", out)
 

@@ -13,28 +13,31 @@ if __name__ == "__main__":
 
 import argparse
 import itertools
-import json
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from binlatent import stages
 from binlatent.configs import digits
 from binlatent.evaluation import report
 from binlatent.evaluation.judge import Judge
 from binlatent.experiment import Experiment, resolve
+from binlatent.paper.runs import (
+    Measured,
+    budget_folder,
+    read_rows,
+    spread_cell,
+    titles_of,
+    train_prior_in,
+    write_rows,
+)
 from binlatent.paper.tables import markdown
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import command
 from binlatent.runtime.keys import key_for
-from binlatent.runtime.strict_json import to_json
 
 log = logging.getLogger("binlatent.paper.ablations")  # also as __main__
-
-Measured = dict[tuple[str, str, int], dict[str, float]]  # by variant, sampler and seed
 
 _EVIDENCE = {"target": "flip", "evidence": True, "vlb_weight": 0.1}
 _FLIP = {**_EVIDENCE, "evidence": False}
@@ -138,33 +141,14 @@ def variant_of(experiment: Experiment, variant: str, seed: int) -> Experiment:
     return experiment.change({"seed": seed, "prior.train.num_steps": num_steps, **values})
 
 
-def budget_folder(experiment: Experiment, workdir: Path) -> Path:
-    """Returns the folder of all runs of a budget, so that no two budgets are mixed up."""
-    return workdir / f"{experiment.prior.train.num_steps}_steps"
-
-
 def train_variant(
     experiment: Experiment, workdir: Path, variant: str, seed: int
 ) -> BinaryLatentDiffusion:
     """Trains the prior of a variant on the workdir's autoencoder, in a workdir of its own."""
     name = f"{variant.replace(', ', '_').replace(' ', '_')}_{seed}"
-    folder = budget_folder(experiment, workdir) / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (workdir / "codes").mkdir(exist_ok=True)
-    for shared in ("autoencoder", "codes"):
-        if not (folder / shared).exists():
-            (folder / shared).symlink_to(Path("..") / ".." / shared)
     log.info("Training %s, seed %d", variant, seed)
     own = variant_of(experiment, variant, seed)
-    stages.train_prior(own, folder)
-    return BinaryLatentDiffusion.from_workdir(folder, own)
-
-
-def read_rows(path: Path) -> Measured:
-    """Returns the numbers by row in a file, which an interrupted run goes on from."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    entries = map(json.loads, lines)
-    return {tuple(entry["row"]): entry["values"] for entry in entries}
+    return train_prior_in(own, workdir, budget_folder(experiment, workdir) / name)
 
 
 def measure_rows(
@@ -179,7 +163,6 @@ def measure_rows(
       variants: of `VARIANTS`.
     """
     path = budget_folder(experiment, workdir) / "results.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
     measured, judge = read_rows(path), None
     asked = sorted({row[1:] for table in TABLES.values() for row in table})
     for seed, variant in itertools.product(range(seeds), variants):
@@ -199,25 +182,9 @@ def measure_rows(
                 quality |= report.likelihood_metrics(pipeline, test.probs, test.labels, **changes)
             row = variant, sampler, seed
             measured[row] = quality
-            with path.open("a") as file:
-                file.write(to_json({"row": row, "values": quality}) + "\n")
+            write_rows(path, measured)
             log.info("%s, %s, seed %d: %s", *row, quality)
     return measured
-
-
-_COLUMNS = {
-    "bits_per_dim": ("bits per dimension", "{:.4f}"),
-    "accuracy": ("accuracy", "{:.1%}"),
-    "frechet_distance": ("Frechet distance", "{:.2f}"),
-}
-
-
-def _cell(measured: list[dict[str, float]], name: str) -> str:
-    """Returns mean and standard deviation of a number over seeds."""
-    values, form = [numbers[name] for numbers in measured], _COLUMNS[name][1]
-    if len(values) == 1:
-        return form.format(values[0])
-    return f"{form.format(np.mean(values))} ± {form.format(np.std(values, ddof=1))}"
 
 
 def markdown_tables(measured: Measured, seeds: int) -> str:
@@ -233,9 +200,9 @@ def markdown_tables(measured: Measured, seeds: int) -> str:
         }
         found = {label: values for label, values in found.items() if values}
         every = [numbers for values in found.values() for numbers in values]
-        names = [name for name in _COLUMNS if every and all(name in numbers for numbers in every)]
-        lines = [[label, *(_cell(found[label], name) for name in names)] for label in found]
-        table = markdown(["", *(_COLUMNS[name][0] for name in names)], lines)
+        titles = titles_of(every)
+        lines = [[label, *(spread_cell(found[label], name) for name in titles)] for label in found]
+        table = markdown(["", *titles.values()], lines)
         text += f"### {caption}\n\n{table}\n"
     return text
 

@@ -14,13 +14,12 @@ import jax
 
 from binlatent import stages
 from binlatent.evaluation import report
-from binlatent.experiment import Experiment, of_checkpoint
+from binlatent.experiment import Experiment
+from binlatent.paper.runs import check_budget
 from binlatent.paper.tables import markdown, no_results, stored_results
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import strict_json
-from binlatent.runtime.errors import UserError
 from binlatent.runtime.weights import fingerprint
-from binlatent.training.checkpoint import Checkpoints, exists
 
 log = logging.getLogger(__name__)
 
@@ -108,25 +107,6 @@ def _use(metrics: dict[str, float]) -> str:
     return "float32 counted"
 
 
-def _check_budget(row: Experiment, workdir: Path) -> None:
-    """Refuses a folder whose autoencoder was trained in another way than the others will be."""
-    if not exists(workdir, "autoencoder"):
-        return
-    with Checkpoints.open(workdir, "autoencoder") as checkpoints:
-        meta = checkpoints.newest(Checkpoints.meta)
-    here, trained = row.without_paths, of_checkpoint(meta, workdir).without_paths
-    for section in ("data", "autoencoder"):
-        for key, value in here[section].items():
-            before = trained[section].get(key)
-            # The classes are filled in by training, and nothing to an autoencoder.
-            if value != before and key != "num_classes":
-                raise UserError(
-                    f"The autoencoder in {workdir} was trained with config.{section}.{key} = "
-                    f"{before}, not {value}, so the rows would not be comparable: "
-                    "use the same config, or another --workdir."
-                )
-
-
 def compare_bottlenecks(experiment: Experiment, workdir: Path) -> str:
     """Trains what is not trained yet, writes `table4.json` and `table4.md`, returns the table.
 
@@ -140,7 +120,7 @@ def compare_bottlenecks(experiment: Experiment, workdir: Path) -> str:
 def _compare(experiment: Experiment, workdir: Path) -> str:
     rows = variants(experiment)
     for name, row in rows.items():  # all, before any training
-        _check_budget(row, workdir / name)
+        check_budget(row, workdir / name, "autoencoder")
     measured, lines = {}, []
     images, _ = report.test_images(experiment, experiment.evaluate.num_images)
     for name, row in rows.items():

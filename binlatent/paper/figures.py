@@ -10,7 +10,7 @@ from binlatent.data.transforms import to_uint8
 from binlatent.evaluation import pictures, report
 from binlatent.evaluation.judge import Judge
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.priors.bernoulli import schedules
+from binlatent.priors import schedules
 from binlatent.runtime import png
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import key_for

@@ -15,26 +15,48 @@ from flax import linen as nn
 Array = jax.Array
 
 
-def attend(q: Array, k: Array, v: Array, n: int, num_heads: int, num_keys: Array | None) -> Array:
-    """Returns rows (n tokens, d) of attention, to the first num_keys, int (n,), None for all."""
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    n: int,
+    num_heads: int,
+    num_keys: Array | None,
+    causal: bool = False,
+) -> Array:
+    """Returns rows (n tokens, d) of attention.
+
+    Args:
+      q, k, v: rows (n tokens, d) each.
+      n: images.
+      num_heads: d is a multiple of it.
+      num_keys: int (n,), attend to the first so many; None for all.
+      causal: attend to no later token.
+    """
     heads = (n, -1, num_heads, q.shape[-1] // num_heads)
     q, k, v = (y.reshape(heads) for y in (q, k, v))
-    y = _attend_by_heads(q, k, v, num_keys, _cudnn_attends(k))
+    y = _attend_by_heads(q, k, v, num_keys, causal, _cudnn_attends(k))
     return y.reshape(-1, heads[2] * heads[3])
 
 
 # Compiled with what calls it, but traced once for all blocks: it takes longer than the rest of one.
-@functools.partial(jax.jit, static_argnames="cudnn")
-def _attend_by_heads(q: Array, k: Array, v: Array, num_keys: Array | None, cudnn: bool) -> Array:
+@functools.partial(jax.jit, static_argnames=("causal", "cudnn"))
+def _attend_by_heads(
+    q: Array, k: Array, v: Array, num_keys: Array | None, causal: bool, cudnn: bool
+) -> Array:
     def attend_elsewhere(*qkv: Array) -> Array:
         if cudnn:
-            return _attend_by_cudnn(*qkv, num_keys)
-        return jax.nn.dot_product_attention(*qkv, key_value_seq_lengths=num_keys)
+            return _attend_by_cudnn(*qkv, num_keys, causal)
+        lengths = {"key_value_seq_lengths": num_keys}
+        return jax.nn.dot_product_attention(*qkv, **lengths, is_causal=causal)
 
     def attend_on_cpu(*qkv: Array) -> Array:
         mask = None
         if num_keys is not None:
             mask = (jnp.arange(k.shape[1])[None] < num_keys[:, None])[:, None, None]
+        if causal:
+            earlier = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
+            mask = earlier if mask is None else mask & earlier
         # A head or a few at a time: their weights fit into the caches, and parts go side by side.
         # With few tokens there is less to win, and each part takes time to start.
         num_parts = math.gcd(k.shape[2], 8 if k.shape[1] >= 128 else 4)
@@ -59,7 +81,7 @@ def _cudnn_attends(k: Array) -> bool:
     return k.shape[1] >= 64 and k.shape[-1] % 8 == 0 and k.shape[-1] <= 128
 
 
-def _attend_by_cudnn(q: Array, k: Array, v: Array, num_keys: Array | None) -> Array:
+def _attend_by_cudnn(q: Array, k: Array, v: Array, num_keys: Array | None, causal: bool) -> Array:
     """As `jax.nn.dot_product_attention`, with even numbers of tokens.
 
     JAX 0.10 refuses odd ones where a gradient follows. Nothing here knows whether one does, so
@@ -75,6 +97,7 @@ def _attend_by_cudnn(q: Array, k: Array, v: Array, num_keys: Array | None) -> Ar
         v,
         query_seq_lengths=zeros + q.shape[1],
         key_value_seq_lengths=zeros + (keys if num_keys is None else num_keys),
+        is_causal=causal,
         implementation="cudnn",
     )
     return y[:, :queries]

@@ -118,7 +118,7 @@ class Conditioning:
         meant = f", did you mean {near[0]!r}" if near else ""
         raise UserError(
             f"There is no class {label!r}{meant}: the classes are "
-            f"{classes.describe(self.names) or f'0 to {self.num_classes - 1}, without names'}."
+            f"{classes.numbered(self.names) or f'0 to {self.num_classes - 1}, without names'}."
         )
 
     def _features(self, features: Any, num: int, ndim: int) -> np.ndarray:
@@ -152,7 +152,7 @@ class Conditioning:
         if self.kind == "none":
             return None
         if self.kind == "class":
-            classes.check_same(source.classes, self.names, "prior")
+            classes.check_same_classes(source.classes, self.names, "prior")
             if self.num_classes != -1 and source.num_classes not in (0, self.num_classes):
                 raise UserError(
                     f"The prior has {self.num_classes} classes, but the images have "

@@ -38,12 +38,14 @@ def check_guidance(guidance: float, interval: tuple[float, float]) -> None:
 
 
 def guidance_weights(
-    guidance: float, times: np.ndarray, interval: tuple[float, float] = (0.0, 1.0)
+    guidance: float | np.ndarray,
+    times: np.ndarray,
+    interval: tuple[float, float] = (0.0, 1.0),
 ) -> np.ndarray:
     """Returns w at each step of a sampler: (S,), float32.
 
     Args:
-      guidance: w >= 0 (supplement C).
+      guidance: w >= 0 (supplement C); one for all steps, or (S,).
       times: t/T at each step's start and at the end, (S + 1,), from at most 1 to 0.
       interval: (low, high) in t/T, both included; w is 0 outside, where a step then costs one
         network call and not two.

@@ -8,14 +8,16 @@ Dimensions: n batch, h w latent grid, c bits.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from binlatent.priors.conditions import Condition
+from binlatent.priors.transformer import Transformer
 from binlatent.runtime.errors import UserError
 
 Array = jax.Array
@@ -48,6 +50,8 @@ class Prior:
       exact: whether `code_lengths` is exact; otherwise it is an upper bound.
       trained: its fields that fix what trained parameters mean.
       ranges: the least and the most that its fields may be, of those that are numbers.
+      lacks: options of other kinds' samplers that it has none of, each with the sentence that says
+        why.
 
     Fields:
       code_shape: (h, w, c).
@@ -64,9 +68,24 @@ class Prior:
     exact: ClassVar[bool] = False
     trained: ClassVar[tuple[str, ...]] = ()
     ranges: ClassVar[dict[str, tuple[float, float]]] = {}
+    lacks: ClassVar[dict[str, str]] = {}
 
     code_shape: tuple[int, int, int]
     network: nn.Module | None
+
+    @classmethod
+    def make_network(
+        cls, code_shape: tuple[int, int, int], section: Mapping[str, Any], **fields: Any
+    ) -> nn.Module:
+        """Returns the network of such a prior.
+
+        Args:
+          code_shape: (h, w, c).
+          section: the kind's own of the config.
+          **fields: of `config.prior.network`, with the condition and the dtype.
+        """
+        del code_shape, section
+        return Transformer(**fields)
 
     @property
     def max_steps(self) -> int | None:
@@ -113,6 +132,10 @@ class Prior:
         """Returns settings as they are used; refuses what does not fit this prior."""
         return settings
 
+    def check_known(self, mask: np.ndarray) -> None:
+        """Refuses known bits that `sample` cannot take; the mask is as of `Known`."""
+        del mask
+
     def sample(
         self,
         params: Any,
@@ -128,7 +151,7 @@ class Prior:
           keys: (n,) typed PRNG keys, one a sample; the same key gives the same code.
           condition: of all samples; None for none.
           settings: of `Settings`.
-          known: bits that are given; a kind that cannot take any raises a UserError.
+          known: bits that are given, which `check_known` lets pass.
         """
         raise NotImplementedError
 

@@ -31,6 +31,8 @@ def with_options(prior: Prior, settings: Any, options: Mapping[str, Any]) -> Any
     for name, value in options.items():
         if value is None:
             continue
+        if name in prior.lacks:
+            raise UserError(prior.lacks[name])
         if name not in names:
             known = ", ".join(sorted(names))
             raise UserError(f"There is no sampling option {name!r}; there are {known}.")

@@ -50,8 +50,24 @@ def sine_positions_2d(height: int, width: int, num_features: int) -> Array:
     )
 
 
-def _norm(dtype: Any, name: str) -> nn.LayerNorm:
+def layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
+    """Returns PyTorch's layer norm; `name` as of Flax's modules."""
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
+
+
+def rounded(params: Any, dtype: Any) -> Any:
+    """Returns a network's parameters with the large matrices in `dtype`, which multiplies them.
+
+    The output is the same. A program that applies the network in a loop then reads half as much at
+    every turn, and rounds them once: XLA leaves that in the loop. The layer `head` is in float32.
+    """
+
+    def of_leaf(path: Any, x: Array) -> Array:
+        *_, layer, name = (entry.key for entry in path)
+        in_float32 = name not in ("kernel", "embedding") or layer == "head"
+        return x if in_float32 else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
 class TimeEmbedding(nn.Module):
@@ -67,22 +83,42 @@ class TimeEmbedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention within each of n images: rows (n tokens, d) to the same shape."""
+    """Attention within each of n images: rows (n tokens, d) to the same shape.
+
+    With a collection `cache` of `keys` and `values`, (n, l, d) each, it takes one token an image,
+    the last of the first num_keys, puts its key and value there, and attends to the cache.
+    """
 
     num_heads: int
     dtype: Any = jnp.float32
+    causal: bool = False
 
     @nn.compact
     def __call__(self, x: Array, n: int, num_keys: Array | None) -> Array:
-        """To the first num_keys tokens, int (n,); None for all."""
+        """To the first num_keys tokens, int (n,), None for all; if causal, to no later one."""
         d = x.shape[-1]
         qkv = dense(3 * d, dtype=self.dtype, name="qkv")(x)
-        y = attend(*jnp.split(qkv, 3, axis=-1), n, self.num_heads, num_keys)
+        q, k, v = jnp.split(qkv, 3, axis=-1)
+        one = self.has_variable("cache", "keys")
+        if one:
+            k, v = (self._kept(*pair, num_keys) for pair in (("keys", k), ("values", v)))
+        y = attend(q, k, v, n, self.num_heads, num_keys, self.causal and not one)
         return dense(d, dtype=self.dtype, name="proj")(y)
+
+    def _kept(self, name: str, y: Array, num_keys: Array) -> Array:
+        """Puts rows (n, d) into the cache; returns all of it as rows (n l, d)."""
+        kept = self.get_variable("cache", name)
+        kept = jax.lax.dynamic_update_slice(kept, y[:, None], (0, num_keys[0] - 1, 0))
+        self.put_variable("cache", name, kept)
+        return kept.reshape(-1, y.shape[-1])
 
 
 class CrossAttention(nn.Module):
-    """Attention of each of n images to its text: rows (n tokens, d) to the same shape."""
+    """Attention of each of n images to its text: rows (n tokens, d) to the same shape.
+
+    The text's keys and values go into the collection `cache`, where that is kept, and are taken
+    from there.
+    """
 
     num_heads: int
     text_width: int
@@ -92,15 +128,24 @@ class CrossAttention(nn.Module):
     def __call__(self, x: Array, n: int, text: Array | None, given: Array | None) -> Array:
         """The text is (n, m, e); where it is not given, bool (n,), a learned token is in place."""
         d = x.shape[-1]
+        q = dense(d, dtype=self.dtype, name="query")(x)
+        if self.has_variable("cache", "kv"):
+            kv = self.get_variable("cache", "kv")
+        else:
+            kv = self._keys_and_values(n, d, text, given)
+        if self.is_mutable_collection("cache") and not self.is_initializing():
+            self.put_variable("cache", "kv", kv)
+        y = attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, None)
+        return dense(d, dtype=self.dtype, name="proj")(y)
+
+    def _keys_and_values(self, n: int, d: int, text: Array | None, given: Array | None) -> Array:
+        """Returns rows (n m, 2 d)."""
         null = self.param("null_emb", nn.initializers.normal(0.01), (1, self.text_width))
         if text is None:
             text = jnp.broadcast_to(null, (n, 1, self.text_width))
         elif given is not None:  # m times the same token is as good as one
             text = jnp.where(given[:, None, None], text, null[None])
-        q = dense(d, dtype=self.dtype, name="query")(x)
-        kv = dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
-        y = attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, None)
-        return dense(d, dtype=self.dtype, name="proj")(y)
+        return dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
 
 
 class Block(nn.Module):
@@ -113,6 +158,7 @@ class Block(nn.Module):
     num_heads: int
     text_width: int = 0
     dtype: Any = jnp.float32
+    causal: bool = False
 
     @nn.compact
     def __call__(
@@ -125,12 +171,12 @@ class Block(nn.Module):
             gamma = self.param(name, nn.initializers.ones, (d,))
             return gamma.astype(dtype)[None] * y
 
-        attention = SelfAttention(self.num_heads, dtype, name="attn")
-        x = x + scaled("gamma_1", attention(_norm(dtype, "ln1")(x), n, num_keys))
+        attention = SelfAttention(self.num_heads, dtype, self.causal, name="attn")
+        x = x + scaled("gamma_1", attention(layer_norm(dtype, "ln1")(x), n, num_keys))
         if self.text_width:
             attention = CrossAttention(self.num_heads, self.text_width, dtype, name="cross")
-            x = x + scaled("gamma_1_5", attention(_norm(dtype, "ln1_5")(x), n, text, given))
-        y = dense(4 * d, dtype=dtype, name="mlp_0")(_norm(dtype, "ln2")(x))
+            x = x + scaled("gamma_1_5", attention(layer_norm(dtype, "ln1_5")(x), n, text, given))
+        y = dense(4 * d, dtype=dtype, name="mlp_0")(layer_norm(dtype, "ln2")(x))
         y = dense(d, dtype=dtype, name="mlp_2")(gelu(y))
         return x + scaled("gamma_2", y)
 
@@ -191,25 +237,15 @@ class Transformer(nn.Module):
             block = Block(self.num_heads, text_width, self.dtype, name=f"blocks_{i}")
             x = block(x, n, num_keys, text, given)
         x = x.reshape(n, -1, self.width)[:, : h * w].reshape(n * h * w, self.width)
-        x = _norm(jnp.float32, "ln_f")(x)
+        x = layer_norm(jnp.float32, "ln_f")(x)
         # Zero: with the evidence form the untrained network is then right about every bit's own
         # evidence, and otherwise says "one half".
         x = nn.Dense(c, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head")(x)
         return x.reshape(n, h, w, c)
 
     def round_weights(self, params: Any) -> Any:
-        """Returns parameters with the large matrices in `dtype`, in which it multiplies them.
-
-        The output is the same. A program that applies the network in a loop then reads half as
-        much at every turn, and rounds them once: XLA leaves that in the loop.
-        """
-
-        def rounded(path: Any, x: Array) -> Array:
-            *rooms, name = (entry.key for entry in path)
-            in_float32 = name not in ("kernel", "embedding") or "head" in rooms
-            return x if in_float32 else x.astype(self.dtype)
-
-        return jax.tree_util.tree_map_with_path(rounded, params)
+        """See `rounded`."""
+        return rounded(params, self.dtype)
 
     def _embed_label(self, label: Array) -> Array:
         """(n,) int or (n, e) -> (n, d)."""

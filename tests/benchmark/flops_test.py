@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 
 from binlatent.autoencoder import lpips
@@ -13,7 +14,9 @@ from binlatent.autoencoder.discriminator import Discriminator
 from binlatent.autoencoder.lpips import VGG16
 from binlatent.benchmark import flops, workloads
 from binlatent.experiment import resolve
+from binlatent.priors.autoregressive.prior import AutoregressivePrior
 from binlatent.priors.transformer import Transformer
+from binlatent.runtime.errors import UserError
 
 
 def array(*shape, dtype=jnp.float32):
@@ -64,6 +67,33 @@ def test_the_transformer_within_two_percent(condition, label):
     kernels = [math.prod(x.shape) for x in jax.tree.leaves(params["params"]["blocks_0"])]
     if condition == "none":
         assert ours == pytest.approx(2 * 37 * 2 * sum(kernels), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "condition, label, head",
+    [
+        ("none", None, "independent"),
+        ("class", array(1, dtype=jnp.int32), "joint"),
+        ("text_token", array(1, 96), "independent"),
+        ("text_cross", array(1, 20, 96), "joint"),
+    ],
+)
+def test_the_causal_transformer_within_two_percent(condition, label, head):
+    network = AutoregressivePrior.make_network(
+        *((6, 6, 20), {"head": head, "group": 8}),
+        **dict(width=1024, num_layers=2, num_heads=4, condition=condition, num_classes=10),
+        **dict(text_width=96, dtype=jnp.float32),
+    )
+    code, time = array(1, 6, 6, 20), array(1)
+    params = jax.eval_shape(network.init, jax.random.key(0), code, time, label)
+    counted = by_xla(network.apply, params, code, time, label)
+    ours = flops.count_network(network, (6, 6, 20), label is not None, 20)
+    assert 0.98 < ours / counted <= 1
+
+
+def test_a_network_that_is_not_known_is_not_counted():
+    with pytest.raises(UserError, match="The FLOPs of a Dense are not known"):
+        flops.count_network(nn.Dense(3), (6, 6, 20), True)
 
 
 AUTOENCODERS = {

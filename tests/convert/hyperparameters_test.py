@@ -7,7 +7,7 @@ import reference
 from binlatent.configs import default
 from binlatent.convert import hyperparameters, released
 from binlatent.experiment import resolve
-from binlatent.priors.bernoulli import schedules
+from binlatent.priors import schedules
 from binlatent.runtime.errors import UserError
 
 AUTOENCODER = {

@@ -7,7 +7,7 @@ import pytest
 
 from binlatent import stages
 from binlatent.experiment import of_checkpoint, resolve
-from binlatent.paper import ablations
+from binlatent.paper import ablations, runs
 from binlatent.training.checkpoint import Checkpoints
 
 
@@ -62,6 +62,6 @@ def test_tables_show_means_and_spreads(tmp_path):
         for seed, x in enumerate((0.5, 0.6, 0.7))
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = ablations.markdown_tables(ablations.read_rows(path), seeds=3)
+    text = ablations.markdown_tables(runs.read_rows(path), seeds=3)
     spread = np.std([0.5, 0.6, 0.7], ddof=1)
     assert f"| z_0 | 0.6000 ± {spread:.4f} | 60.0% ± 10.0% | 1.00 ± 0.00 |" in text

@@ -94,6 +94,24 @@ def test_attention_is_to_the_first_keys_alone(monkeypatch, platform, heads, toke
         np.testing.assert_allclose(y[i], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "default"])
+def test_causal_attention_is_to_no_later_key(monkeypatch, platform):
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, **ways: ways[platform](*x))
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 7, 4, 4)) for _ in range(3))
+    rows = [jnp.asarray(x.reshape(14, -1), jnp.float32) for x in (q, k, v)]
+    for num_keys in (None, jnp.array([7, 3])):
+        attention._attend_by_heads.clear_cache()  # it may have been traced for the other platform
+        y = attention.attend(*rows, 2, 4, num_keys, causal=True).reshape(q.shape)
+        seen = np.arange(7)[None] <= np.arange(7)[:, None]
+        for i, first in enumerate((7, 7) if num_keys is None else (7, 3)):
+            scores = np.einsum("qhd,khd->hqk", q[i], k[i]) / np.sqrt(4)
+            weights = np.exp(scores) * (seen & (np.arange(7)[None] < first))
+            weights /= weights.sum(-1, keepdims=True)
+            np.testing.assert_allclose(y[i], np.einsum("hqk,khd->qhd", weights, v[i]), atol=1e-5)
+    attention._attend_by_heads.clear_cache()
+
+
 @pytest.mark.parametrize(
     "backend, capability, dtype, keys, width, fits",
     [
@@ -117,20 +135,24 @@ def test_cudnn_attends_where_it_can(monkeypatch, backend, capability, dtype, key
     assert attention._cudnn_attends(jax.ShapeDtypeStruct((2, keys, 8, width), dtype)) == fits
 
 
-@pytest.mark.parametrize("queries, keys", [(5, 5), (5, 8), (4, 7)])
-def test_attention_by_cudnn_is_asked_for_evenly_and_changes_nothing(monkeypatch, queries, keys):
+@pytest.mark.parametrize(
+    "queries, keys, causal", [(5, 5, False), (5, 5, True), (5, 8, False), (4, 7, False)]
+)
+def test_attention_by_cudnn_is_asked_for_evenly_and_changes_nothing(
+    monkeypatch, queries, keys, causal
+):
     rng = np.random.default_rng(0)
     q, g = (rng.standard_normal((2 * queries, 12)).astype(np.float32) for _ in range(2))
     k, v = (rng.standard_normal((2 * keys, 12)).astype(np.float32) for _ in range(2))
     attend, asked = jax.nn.dot_product_attention, []
 
     def without_a_gpu(q, k, v, implementation, **lengths):
-        asked.append((implementation, q.shape[1] % 2, k.shape[1] % 2))
+        asked.append((implementation, q.shape[1] % 2, k.shape[1] % 2, lengths["is_causal"]))
         return attend(q, k, v, **lengths)
 
     def with_gradients(num_keys):
         attention._attend_by_heads.clear_cache()  # it may have been traced without these
-        y, transpose = jax.vjp(lambda *x: attention.attend(*x, 2, 3, num_keys), q, k, v)
+        y, transpose = jax.vjp(lambda *x: attention.attend(*x, 2, 3, num_keys, causal), q, k, v)
         return y, *transpose(g)
 
     both = (None, jnp.array([keys, 3]))
@@ -141,7 +163,7 @@ def test_attention_by_cudnn_is_asked_for_evenly_and_changes_nothing(monkeypatch,
     for num_keys, ours in zip(both, expected, strict=True):
         for y, by_cudnn in zip(ours, with_gradients(num_keys), strict=True):
             np.testing.assert_allclose(by_cudnn, y, atol=1e-5)
-    assert set(asked) == {("cudnn", 0, 0)}
+    assert set(asked) == {("cudnn", 0, 0, causal)}
     monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
     monkeypatch.setattr(attention, "_cudnn_attends", lambda k: False)
     for y, by_xla in zip(expected[0], with_gradients(None), strict=True):

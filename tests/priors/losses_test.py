@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from scipy.special import expit, rel_entr
 
-from binlatent.priors.bernoulli import likelihood, losses, process, schedules
+from binlatent.priors import schedules
+from binlatent.priors.bernoulli import likelihood, losses, process
 from binlatent.priors.guidance import noise_from_keys
 
 GOLDEN = np.load("tests/data/prior_losses.npz")

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent.priors.bernoulli import losses, process, schedules, targets
+from binlatent.priors import schedules
+from binlatent.priors.bernoulli import losses, process, targets
 
 T = 8
 KEEP = schedules.keep_schedule("linear", T)

@@ -10,7 +10,8 @@ import pytest
 import reference
 
 from binlatent.convert import released
-from binlatent.priors.bernoulli import process, sampling, schedules
+from binlatent.priors import schedules
+from binlatent.priors.bernoulli import process, sampling
 from binlatent.priors.bernoulli.prior import BernoulliPrior
 from binlatent.priors.guidance import guidance_weights, guide, noise_from_keys
 from binlatent.priors.transformer import Transformer

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent.priors.bernoulli import schedules
+from binlatent.priors import schedules
 
 GOLDEN = np.load("tests/data/schedules.npz")
 T = 8
@@ -53,6 +53,13 @@ def test_own_schedule_is_met_at_its_times_and_straight_between_them():
         schedules.keep_at(own, jnp.array([0.0, 1 / 6, 5 / 6])), [1.0, 0.85, 0.35], atol=1e-6
     )
     np.testing.assert_allclose(schedules.betas(own), [0.3, 1 - 0.6 / 0.7, 1 - 0.1 / 0.6])
+
+
+@pytest.mark.parametrize("schedule", [*schedules.NAMES, (1.0, 0.7, 0.6, 0.0)])
+def test_times_at_is_the_schedules_inverse(schedule):
+    u = np.linspace(0, 1, 101)
+    times = schedules.times_at(schedule, schedules.keep_at(schedule, u))
+    np.testing.assert_allclose(times, u, atol=1e-7)  # the cosine is flat at its ends
 
 
 @pytest.mark.parametrize(

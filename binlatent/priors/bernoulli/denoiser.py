@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from binlatent.priors.bernoulli import losses, process, schedules, targets
+from binlatent.priors import schedules
+from binlatent.priors.bernoulli import losses, process, targets
 from binlatent.priors.conditions import Condition
 from binlatent.priors.prior import Prior
 from binlatent.runtime.errors import UserError
@@ -65,17 +66,12 @@ class Denoiser(Prior):
                 'config.prior.bernoulli.evidence needs the target "flip" or "z_0" and the pair '
                 '"plain_mixture"; set it to False.'
             )
-        if (self.schedule == "given") != bool(self.keep):
-            raise UserError(
-                "config.prior.bernoulli.keep, k_0 to k_T, goes with "
-                'config.prior.bernoulli.schedule "given", and only so.'
-            )
         schedules.keep_schedule(self.curve, self.num_timesteps)  # refuses what is none
 
     @property
     def curve(self) -> schedules.Schedule:
         """The schedule, a name or k_0..k_T; see `schedules.keep_at`."""
-        return tuple(self.keep) or self.schedule
+        return schedules.named_or_given("prior.bernoulli", self.schedule, self.keep)
 
     def keep_at(self, t: Array) -> Array:
         """Returns k_t in float32 for times in [0, T], whole or not, of any shape."""

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from binlatent.priors import prior as prior_lib
-from binlatent.priors.bernoulli import losses, objective, programs, sampling, schedules
+from binlatent.priors import schedules
+from binlatent.priors.bernoulli import losses, objective, programs, sampling
 from binlatent.priors.bernoulli.denoiser import Denoiser
 from binlatent.priors.conditions import Condition
 from binlatent.priors.guidance import check_guidance, guidance_weights

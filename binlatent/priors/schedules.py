@@ -1,7 +1,9 @@
 """Noise schedules: k_t, the share of a bit of z_0 that survives in z_t (paper, Section 4, (5)).
 
+An absorbing diffusion keeps a bit with probability k_t and hides it otherwise.
+
 Time is continuous underneath: u = t / T runs from 0 to 1, k(0) = 1, and k falls with u. A process
-of T steps looks at k on the grid u = t / T; b_t is (1 - k_t) / 2 throughout.
+of T steps looks at k on the grid u = t / T. Of a Bernoulli diffusion b_t is (1 - k_t) / 2.
 """
 
 from collections.abc import Sequence
@@ -41,6 +43,22 @@ def check_schedule(schedule: Schedule) -> None:
             f"a schedule must fall strictly, but k_{t} = {keep[t]:g} is not below "
             f"k_{t - 1} = {keep[t - 1]:g}."
         )
+
+
+def named_or_given(section: str, schedule: str, keep: Sequence[float]) -> Schedule:
+    """Returns the schedule of a kind's section of the config: a name, or `keep` for "given".
+
+    Args:
+      section: of the config, for messages.
+      schedule: of `NAMES`, or "given".
+      keep: k_0, ..., k_T of the schedule "given", else empty.
+    """
+    if (schedule == "given") != bool(keep):
+        raise UserError(
+            f'config.{section}.keep, k_0 to k_T, goes with config.{section}.schedule "given", '
+            "and only so."
+        )
+    return tuple(keep) or schedule
 
 
 def keep_at(schedule: Schedule, u: Array | np.ndarray) -> Array | np.ndarray:
@@ -85,6 +103,24 @@ def keep_schedule(schedule: Schedule, num_timesteps: int) -> np.ndarray:
             f"k_{num_timesteps}; got {len(schedule)}."
         )
     return keep_at(schedule, np.arange(num_timesteps + 1) / num_timesteps)
+
+
+def times_at(schedule: Schedule, keep: np.ndarray) -> np.ndarray:
+    """Returns the times t / T at which a schedule has the given values of k, by bisection.
+
+    Args:
+      schedule: that ends at k_T = 0.
+      keep: in [0, 1], any shape.
+
+    Returns:
+      float64 in [0, 1], the same shape.
+    """
+    low, high = np.zeros(np.shape(keep)), np.ones(np.shape(keep))
+    for _ in range(60):
+        middle = (low + high) / 2
+        above = keep_at(schedule, middle) > keep
+        low, high = np.where(above, middle, low), np.where(above, high, middle)
+    return high
 
 
 def betas(keep: Sequence[float]) -> np.ndarray:

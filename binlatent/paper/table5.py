@@ -1,0 +1,369 @@
+"""Table 5 of the paper: kinds of prior over the same bits, trained at equal budget.
+
+`python -m binlatent.paper table5 --workdir=DIR` takes the autoencoder of DIR, encodes the training
+images once, and trains every variant of `VARIANTS` (`--kinds`: some of them) for each of `--seeds`,
+all with the steps and the batches of `config.prior.train`, in folders of DIR/table5. A prior is
+tuned on training images by the sweep of `GRID`, and measured by test images. What is trained or
+measured already is not done again.
+
+On digits and two CPU cores a training takes two minutes, and the measurements of all variants ten
+minutes for the first seed and five for another: about an hour for three seeds.
+"""
+
+import dataclasses
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from binlatent.benchmark import rows, speed
+from binlatent.configs import default
+from binlatent.evaluation import pictures, report
+from binlatent.evaluation.judge import Judge
+from binlatent.experiment import Experiment, resolve
+from binlatent.paper import runs
+from binlatent.paper.tables import markdown
+from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.priors.prior import Prior
+from binlatent.priors.settings import with_options
+from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import key_for
+from binlatent.runtime.weights import digest
+from binlatent.stages import check_prior
+
+log = logging.getLogger(__name__)
+
+Options = dict[str, Any]  # of the sampler, by name
+
+
+class Variant(NamedTuple):
+    """A prior to compare.
+
+    Fields:
+      title: in the table.
+      changes: values of `config.prior`, by key below it.
+      samplers: options of the sampler, a row each, or several by the number of steps.
+    """
+
+    title: str
+    changes: dict[str, Any]
+    samplers: tuple[Options, ...] = ({},)
+
+
+_ORDERS = ({"order": "random"}, {"order": "confidence"})
+
+VARIANTS = {
+    "bernoulli": Variant(
+        "Bernoulli diffusion, z_0 in the evidence form",
+        {"kind": "bernoulli", "bernoulli.target": "z_0", "bernoulli.evidence": True},
+    ),
+    **{
+        f"absorbing_{name}": Variant(
+            f"absorbing diffusion, {title}", {"kind": "absorbing", "absorbing.unit": unit}, _ORDERS
+        )
+        for name, unit, title in (
+            ("token", "token", "by token"),
+            ("bit", "bit", "by bit"),
+            ("groups", "4", "by 4 bits"),
+        )
+    },
+    **{
+        f"autoregressive_{head}": Variant(
+            f"autoregression, {head} bits", {"kind": "autoregressive", "autoregressive.head": head}
+        )
+        for head in ("independent", "joint")
+    },
+}
+
+STEPS = (4, 8, 16)  # of samplers that take any number, beside the most
+
+# What is tried of the options that a sampler has, at as many steps as `STEPS` has last. The best
+# has the least Frechet distance to training images.
+GRID = {"temperature": (0.8, 1.0, 1.2), "guidance": (0.0, 0.5, 1.0)}
+
+SWEPT = 300  # samples of each point of the grid, at most
+
+BATCHES = (1, 64)  # whose seconds are measured
+_REPEATS = 3
+
+
+def base_experiment(trained: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Returns the experiment that all variants are of.
+
+    Args:
+      trained: of the autoencoder. What its version of the config lacked is as in the default one.
+      overrides: KEY=VALUE, by key of the config.
+    """
+    config = default.get_config()
+    with config.unlocked():
+        config.update(trained.config)
+    for name, value in pictures.parse_options(overrides, {}).items():
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"--config.{name}={value} names no key of the config, or a value of another type "
+                "than it has."
+            ) from error
+    return resolve(config)
+
+
+def variant_experiment(experiment: Experiment, name: str, seed: int) -> Experiment:
+    """Returns the experiment of a variant and seed, which learns from cached codes."""
+    changes = {f"prior.{key}": value for key, value in VARIANTS[name].changes.items()}
+    # Each row has its own number of steps; that of the config may be too large for a variant.
+    changes |= {"prior.cache_codes": True, "sample.steps": STEPS[0]}
+    return experiment.change({"seed": seed, **changes})
+
+
+def samplings(prior: Prior, sampler: Options) -> list[Options]:
+    """Returns the options of a variant's rows: those of a sampler with each number of steps."""
+    if not _takes(prior, "steps"):
+        return [sampler]
+    most = prior.max_steps
+    steps = sorted({min(count, most or count) for count in (*STEPS, most or STEPS[-1])})
+    return [{**sampler, "steps": count} for count in steps]
+
+
+def sweep_points(prior: Prior, labelled: bool, sampler: Options) -> list[Options]:
+    """Returns the points of the sweep of a sampler, of the options that it takes."""
+    fixed = dict(sampler)
+    if _takes(prior, "steps"):
+        fixed["steps"] = min(STEPS[-1], prior.max_steps or STEPS[-1])
+    if _takes(prior, "guidance"):
+        fixed["guidance"] = 0.0  # without labels there is nothing to guide by
+    names = [name for name in GRID if _takes(prior, name) and (labelled or name != "guidance")]
+    points = itertools.product(*(GRID[name] for name in names))
+    return [fixed | dict(zip(names, point, strict=True)) for point in points]
+
+
+def _takes(prior: Prior, name: str) -> bool:
+    return any(field.name == name for field in dataclasses.fields(prior.Settings))
+
+
+class _Numbers:
+    """What is measured of the variants, each number once, and kept in a file as it comes."""
+
+    def __init__(self, experiment: Experiment, workdir: Path, num: int):
+        self.experiment, self._workdir, self._num = experiment, workdir, num
+        self.folder = runs.budget_folder(experiment, workdir / "table5")
+        # What samples and test images depend on, beside a row's own words.
+        how = {name: experiment.content[name] for name in ("dtype", "sample", "evaluate")}
+        self._path = self.folder / f"results_{digest(how)}.jsonl"
+        self._measured = runs.read_rows(self._path)
+        self._trained = functools.lru_cache(maxsize=1)(self._train)
+        self._judge = functools.cache(lambda split: Judge(experiment, workdir, split))
+
+    def _train(self, name: str, seed: int) -> BinaryLatentDiffusion:
+        log.info("Training %s, seed %d", name, seed)
+        own = variant_experiment(self.experiment, name, seed)
+        return runs.train_prior_in(own, self._workdir, self.folder / f"{name}_{seed}")
+
+    def _once(
+        self, name: str, what: str, seed: int, measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        row = name, what, seed
+        if row not in self._measured:
+            self._measured[row] = measure()
+            runs.write_rows(self._path, self._measured)
+            log.info("%s, seed %d, %s: %s", name, seed, what, self._measured[row])
+        return self._measured[row]
+
+    def _bits(self, name: str, seed: int) -> dict[str, float]:
+        def measure() -> dict[str, float]:
+            pipeline = self._trained(name, seed)
+            test = report.HeldOut.read(pipeline)
+            return report.likelihood_metrics(pipeline, test.probs, test.labels)
+
+        return self._once(name, "test codes", seed, measure)
+
+    def _quality(
+        self, name: str, seed: int, split: str, num: int, options: Options
+    ) -> dict[str, float]:
+        return self._once(
+            *(name, f"{num} samples, {split} images: {_described(options)}", seed),
+            lambda: self._judge(split).sample_quality(
+                *(self._trained(name, seed), key_for(seed, f"table 5, {split}"), num), **options
+            ),
+        )
+
+    def of_seed(self, name: str, seed: int, asked: Sequence[Options]) -> list[dict[str, float]]:
+        """Returns the numbers of a prior for each of the options asked for.
+
+        They are the mean length of test codes, of a bound the tightest, whatever the options; and
+        `Judge.sample_quality` beside test images.
+        """
+        bits = self._bits(name, seed)
+        return [
+            {"seed": seed, **bits, **self._quality(name, seed, "test", self._num, options)}
+            for options in asked
+        ]
+
+    def sweep(self, name: str, seed: int, points: Sequence[Options]) -> list[dict[str, Any]]:
+        """Returns `Judge.sample_quality` beside training images of each point's `options`."""
+        num = min(SWEPT, self._num)
+        return [
+            {"options": point, **self._quality(name, seed, "train", num, point)} for point in points
+        ]
+
+    def seconds(self, name: str, batch_size: int, options: Options) -> float:
+        """Returns the seconds of a sample in a batch of so many a device, decoder included."""
+        own = variant_experiment(self.experiment, name, 0)
+        own = own.change({f"sample.{key}": value for key, value in options.items()})
+        device = rows.place(jax.devices()[0], jax.local_device_count())
+        what = f"batches of {batch_size}, {device['devices']} x {device['device']}"
+
+        def measure() -> dict[str, float]:
+            measured = speed.measure_speed("sample", own, batch_size, repeats=_REPEATS)
+            return {"seconds": measured["seconds"] / batch_size}
+
+        return self._once(name, f"{what}: {_described(options)}", 0, measure)["seconds"]
+
+
+def _described(options: Options) -> str:
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def compare_priors(
+    experiment: Experiment,
+    workdir: Path,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    num: int,
+) -> dict[str, Any]:
+    """Trains and measures variants.
+
+    Args:
+      experiment: of `base_experiment`.
+      workdir: with a trained autoencoder.
+      names: of `VARIANTS`.
+      seeds: of the priors. The sweep is of the first one's.
+      num: of samples a row.
+
+    Returns:
+      `rows`; `sweeps`, the points of each; `protocol`.
+    """
+    numbers = _Numbers(experiment, workdir, num)
+    for name, seed in itertools.product(names, seeds):  # all, before any training
+        own = variant_experiment(experiment, name, seed)
+        check_prior(own)
+        runs.check_budget(own, numbers.folder / f"{name}_{seed}", "prior")
+    found, sweeps = [], []
+    for name in names:
+        own, variant = variant_experiment(experiment, name, seeds[0]), VARIANTS[name]
+        prior, labelled = own.prior.prior, own.prior.conditioning.kind == "class"
+        shapes = jax.eval_shape(own.prior.init, jax.random.key(0))
+        drawn = []  # about each row, and its options
+        for sampler in variant.samplers:
+            points = numbers.sweep(name, seeds[0], sweep_points(prior, labelled, sampler))
+            best = min(points, key=lambda point: point["frechet_distance"])["options"]
+            tuned = {key: best[key] for key in GRID if key in best}
+            about = {"variant": name, "title": variant.title, "sampler": sampler}
+            sweeps.append({**about, "points": points, "best": tuned})
+            drawn += [(about, sampling | tuned) for sampling in samplings(prior, sampler)]
+        measured = [
+            numbers.of_seed(name, seed, [options for _, options in drawn]) for seed in seeds
+        ]
+        for (about, options), *of_seeds in zip(drawn, *measured, strict=True):
+            settings = with_options(prior, own.sample.settings, options)
+            row = {
+                **about,
+                "options": options,
+                "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
+                "exact": prior.exact,
+                "network_calls": prior.network_calls(settings, labelled),
+                "seconds": {size: numbers.seconds(name, size, options) for size in BATCHES},
+                "seeds": of_seeds,
+            }
+            found.append(row)
+    protocol = {
+        "steps": experiment.prior.train.num_steps,
+        "batch_size": experiment.prior.train.batch_size,
+        "samples": num,
+        "swept": min(SWEPT, num),
+        "images": experiment.evaluate.num_images,
+        **rows.place(jax.devices()[0], jax.local_device_count()),
+    }
+    return {"rows": found, "sweeps": sweeps, "protocol": protocol}
+
+
+def _sweep_cells(sweep: dict[str, Any], points: Sequence[tuple[float, ...]]) -> list[str]:
+    """Returns a line of the sweeps: the distance of each point, the best in bold."""
+    shown = dict.fromkeys(points, "-")
+    for point in sweep["points"]:
+        place = tuple(point["options"].get(name, values[0]) for name, values in GRID.items())
+        distance = f"{point['frechet_distance']:.2f}"
+        best = sweep["best"].items() <= point["options"].items()
+        shown[place] = f"**{distance}**" if best else distance
+    return [sweep["title"], _described(sweep["sampler"]) or "-", *shown.values()]
+
+
+def _tuned_cells(options: Options) -> list[str]:
+    return [f"{options[name]:g}" if name in options else "-" for name in GRID]
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """Returns what `compare_priors` does as the table and its sweeps, in Markdown."""
+    titles = runs.titles_of([one for row in content["rows"] for one in row["seeds"]])
+    likelihood = titles.pop("bits_per_dim")
+    lines = [
+        [
+            *(row["title"], _described(row["sampler"]) or "-", f"{row['parameters']:,}"),
+            runs.spread_cell(row["seeds"], "bits_per_dim"),
+            "exact" if row["exact"] else "bound",
+            " + ".join(str(calls) for calls in row["network_calls"] if calls),
+            *_tuned_cells(row["options"]),
+            *(f"{row['seconds'][size]:.3g}" for size in BATCHES),
+            *(runs.spread_cell(row["seeds"], name) for name in titles),
+        ]
+        for row in content["rows"]
+    ]
+    head = ["prior", "sampling", "parameters", likelihood, "which is", "network calls", *GRID]
+    head += [f"s/sample, batch {size}" for size in BATCHES]
+    text = markdown([*head, *titles.values()], lines)
+    points = list(itertools.product(*GRID.values()))
+    head = ["prior", "sampling", *(", ".join(f"{x:g}" for x in point) for point in points)]
+    swept = markdown(head, [_sweep_cells(sweep, points) for sweep in content["sweeps"]])
+    how = content["protocol"]
+    return (
+        f"### Priors over the same bits\n\n{text}\n"
+        f"Each is trained for {how['steps']:,} steps of {how['batch_size']} codes. Samples, "
+        f"{how['samples']:,} a row, are judged beside {how['images']:,} test images at most. "
+        "A network call sees all tokens, of an autoregressive prior one after the other. "
+        f"Seconds include the decoder; {how['devices']} x {how['device']}, JAX {how['jax']}.\n\n"
+        f"### The sweep\n\n{swept}\n"
+        f"Frechet distance of {how['swept']:,} samples to training images, by "
+        f"{' and '.join(GRID)}; the best is what the table's samples are drawn with.\n"
+    )
+
+
+def table5(
+    pipeline: BinaryLatentDiffusion,
+    workdir: Path,
+    *,
+    kinds: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    num: int | None = None,
+    config: Sequence[str] = (),
+) -> tuple[str, dict[str, Any]]:
+    """Makes Table 5 of a workdir's autoencoder.
+
+    Args:
+      pipeline: of the workdir.
+      workdir: of the autoencoder; codes and priors are added to it.
+      kinds: of `VARIANTS`, all of them by default.
+      seeds: of the priors.
+      num: of samples a row, `evaluate.num_samples` by default.
+      config: what to change in the workdir's config, KEY=VALUE each.
+
+    Returns:
+      The table in Markdown, and what `compare_priors` does.
+    """
+    experiment = base_experiment(pipeline.experiment, config)
+    num = experiment.evaluate.num_samples if num is None else num
+    content = compare_priors(experiment, workdir, kinds or list(VARIANTS), seeds, num)
+    return text_of(content), content

@@ -1,0 +1,1 @@
+"""The autoregressive prior: a token after the other, in raster order."""

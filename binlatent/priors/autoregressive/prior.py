@@ -1,0 +1,144 @@
+"""Autoregression over tokens as a kind of prior: `config.prior.kind = "autoregressive"`."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from binlatent.priors import prior as prior_lib
+from binlatent.priors.autoregressive import programs
+from binlatent.priors.autoregressive.heads import make_head
+from binlatent.priors.autoregressive.network import CausalTransformer
+from binlatent.priors.conditions import Condition
+from binlatent.priors.guidance import check_guidance
+from binlatent.priors.prior import Known, Prior
+from binlatent.runtime.errors import UserError
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressiveSettings(prior_lib.Settings):
+    """How to sample.
+
+    Fields:
+      temperature: tau > 0, divides the logits of each bit or, of the head "joint", of each value
+        of a group of bits.
+      guidance: w >= 0 (supplement C).
+    """
+
+    temperature: float = 1.0
+    guidance: float = 0.0
+
+    def __post_init__(self):
+        if not 0 < self.temperature < math.inf:
+            raise UserError(f"The temperature must be above 0 and finite; got {self.temperature}.")
+        check_guidance(self.guidance, (0.0, 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoregressivePrior(Prior):
+    """p(code) as a product over tokens in raster order, each given all before; exact.
+
+    Fields, beside those of `Prior`:
+      head: "independent", a token's bits are c Bernoullis given the tokens before; or "joint", any
+        distribution of the token, a group of bits after the other.
+      group: bits of a group of "joint"; the last may be smaller.
+    """
+
+    Settings = AutoregressiveSettings
+    exact = True
+    trained = ("head", "group")
+    ranges: ClassVar[dict[str, tuple[float, float]]] = {"group": (1, 16)}
+    lacks: ClassVar[dict[str, str]] = {
+        "steps": "An autoregressive prior has no number of steps: a sample takes one for each "
+        "token, so leave out steps."
+    }
+
+    head: str = "joint"
+    group: int = 8
+
+    @classmethod
+    def make_network(
+        cls, code_shape: tuple[int, int, int], section: Mapping[str, Any], **fields: Any
+    ) -> nn.Module:
+        """Returns a causal transformer with the head of the kind's section."""
+        head = make_head(section["head"], code_shape[-1], section["group"], fields["dtype"])
+        return CausalTransformer(code_shape, head, **fields)
+
+    def _bit_losses(self, params: Any, bits: Array, condition: Condition | None) -> Array:
+        """Returns -log p(code) in nats per bit, (n,)."""
+        nats = -programs.log_likelihood(self.network, params, bits, condition)
+        return nats / math.prod(self.code_shape)
+
+    def loss(
+        self, params: Any, bits: Array, condition: Condition | None, noise: Any
+    ) -> tuple[Array, dict[str, Array]]:
+        """Returns -log p(code) in nats per bit, and as the one metric."""
+        loss = jnp.mean(self._bit_losses(params, bits, condition))
+        return loss, {"loss": loss}
+
+    def image_metrics(
+        self, params: Any, bits: Array, condition: Condition | None, noise: Any
+    ) -> dict[str, Array]:
+        """Returns `bce`, here -log p(code) in nats per bit."""
+        return {"bce": self._bit_losses(params, bits, condition)}
+
+    def check_known(self, mask: np.ndarray) -> None:
+        """Refuses a mask of anything but a raster prefix of whole tokens."""
+        tokens = np.asarray(mask).reshape(len(mask), -1, self.code_shape[-1]) > 0
+        whole = tokens.all(axis=-1)
+        in_order = np.all(whole[:, :-1] >= whole[:, 1:])
+        if not in_order or np.any(tokens.any(axis=-1) != whole):
+            raise UserError(
+                "An autoregressive prior can only complete an image of which the first tokens in "
+                "raster order are kept: take a mask that hides the lower part, as --mask=bottom, "
+                "or another kind of prior."
+            )
+
+    def sample(
+        self,
+        params: Any,
+        keys: Array,
+        condition: Condition | None,
+        settings: AutoregressiveSettings,
+        known: Known | None = None,
+    ) -> Array:
+        """Draws codes, or completes those of which a raster prefix is known; both exactly."""
+        if known is not None:
+            self.check_known(known.mask)
+        return programs.sample_codes(
+            *(params, keys, condition, known),
+            float(settings.temperature),  # an integer would compile another program
+            float(settings.guidance),
+            network=self.network,
+            guided=self._guided(settings, condition is not None),
+        )
+
+    @staticmethod
+    def _guided(settings: AutoregressiveSettings, labelled: bool) -> bool:
+        return labelled and settings.guidance != 0
+
+    def code_lengths(
+        self,
+        params: Any,
+        keys: Array,
+        condition: Condition | None,
+        bits: Array,
+        settings: AutoregressiveSettings | None,
+        num_draws: int,
+    ) -> Array:
+        """Returns -log2 p(code), exact, at temperature 1 and without guidance."""
+        del keys, settings, num_draws
+        return programs.code_lengths(params, condition, bits, network=self.network)
+
+    def network_calls(self, settings: AutoregressiveSettings, labelled: bool) -> tuple[int, int]:
+        """Returns the passes over all tokens, one token at a time, with the label and without."""
+        if not labelled:
+            return 0, 1
+        return 1, int(self._guided(settings, labelled))
