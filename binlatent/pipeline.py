@@ -12,11 +12,11 @@ import numpy as np
 from binlatent.autoencoder import bottleneck, programs
 from binlatent.data.masks import known_tokens
 from binlatent.experiment import Experiment, of_checkpoint
+from binlatent.experiment.resume import check_same_model
 from binlatent.priors import step
 from binlatent.priors.conditions import Condition
 from binlatent.priors.prior import Known, optional
 from binlatent.priors.settings import with_options
-from binlatent.resume import check_same_model
 from binlatent.runtime import paths
 from binlatent.runtime.devices import map_batches, replicate
 from binlatent.runtime.errors import UserError

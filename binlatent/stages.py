@@ -17,8 +17,8 @@ from binlatent.data.splits import load_images, open_split
 from binlatent.data.transforms import to_float
 from binlatent.evaluation import pictures, quality, report
 from binlatent.experiment import Experiment, of_checkpoint
+from binlatent.experiment.resume import changed_keys, check_resumable, check_same_data
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.resume import changed_keys, check_resumable, check_same_data
 from binlatent.runtime import processes, strict_json
 from binlatent.runtime.devices import parallel, parallel_for_debugging, replicate
 from binlatent.runtime.errors import UserError

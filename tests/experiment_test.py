@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from binlatent import resume, stages
+from binlatent import stages
 from binlatent.configs import default, digits
-from binlatent.experiment import of_checkpoint, resolve
+from binlatent.experiment import of_checkpoint, resolve, resume
+from binlatent.experiment.resume import check_same_model
 from binlatent.priors.kinds import KINDS
 from binlatent.priors.prior import Prior, Settings
-from binlatent.resume import check_same_model
 from binlatent.runtime.errors import UserError
 
 # Configs of the paper, and the shapes of their codes.

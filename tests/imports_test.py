@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "binlatent"
 # Of each room, lowest first, what it may import beside itself: rooms, or a folder of one.
 _LOWEST = ("runtime", "data", "training")
 _NETWORKS = (*_LOWEST, "texts", "autoencoder", "priors")
-_STAGES = (*_NETWORKS, "experiment", "resume", "pipeline")
+_STAGES = (*_NETWORKS, "experiment", "pipeline")
 ROOMS = {
     "runtime": ("configs",),  # by name, for --config
     "data": ("runtime",),
@@ -20,8 +20,7 @@ ROOMS = {
     "autoencoder": _LOWEST,
     "priors": (*_LOWEST, "texts"),
     "experiment": _NETWORKS,
-    "resume": (*_NETWORKS, "experiment"),
-    "pipeline": (*_NETWORKS, "experiment", "resume"),
+    "pipeline": (*_NETWORKS, "experiment"),
     "benchmark": (*_STAGES, "configs"),
     "evaluation": _STAGES,
     "stages": (*_STAGES, "evaluation"),
@@ -43,7 +42,12 @@ ELSEWHERE = {
 }
 
 # Who reads a config, or defines the flag --config. All others take typed fields.
-CONFIG_READERS = {"experiment.py", "main.py", "benchmark/__main__.py", "runtime/command.py"}
+CONFIG_READERS = {
+    "experiment/__init__.py",
+    "main.py",
+    "benchmark/__main__.py",
+    "runtime/command.py",
+}
 
 # Names in two rooms for the same idea.
 SAME_IDEA = {

@@ -4,7 +4,7 @@ import pytest
 
 from binlatent.configs import default
 from binlatent.experiment import resolve
-from binlatent.resume import changed_keys
+from binlatent.experiment.resume import changed_keys
 
 
 def resolved(overrides=(), **more):

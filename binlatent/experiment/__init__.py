@@ -1,13 +1,12 @@
 """A config becomes typed, checked, frozen objects, once a command: the only reader of ConfigDicts.
 
-Numbers and choices that stand alone are checked against the two tables here, what must fit together
-where the object is built.
+Numbers and choices that stand alone are checked against the two tables of `limits`, what must fit
+together where the object is built.
 """
 
 import copy
 import dataclasses
 import functools
-import math
 import operator
 import os
 import textwrap
@@ -23,78 +22,17 @@ from binlatent.autoencoder.modules import Levels
 from binlatent.autoencoder.spec import AutoencoderSpec
 from binlatent.autoencoder.step import Objective
 from binlatent.data.splits import Data
+from binlatent.experiment.limits import Content, check_values, spell, value_of
 from binlatent.priors.conditions import Conditioning
 from binlatent.priors.kinds import KINDS
 from binlatent.priors.settings import make_settings
 from binlatent.priors.spec import PriorSpec
-from binlatent.runtime import paths, strict_json
+from binlatent.runtime import paths
 from binlatent.runtime.errors import UserError
-from binlatent.runtime.keys import MAX_SEED
 from binlatent.training.loop import Run
-from binlatent.training.optimizer import DECAYS, Training
+from binlatent.training.optimizer import Training
 
 T = TypeVar("T")
-Content = Mapping[str, Any]  # a config as nested dictionaries
-
-# The least and the most that a number may be. More is a slip, or somebody's config that would keep
-# the machine busy for ever.
-_AT_LEAST_0, _AT_LEAST_1, _SHARE = (0, math.inf), (1, math.inf), (0, 1)
-_RANGES = {
-    "seed": (0, MAX_SEED),
-    **dict.fromkeys(("log_every", "preview_every", "checkpoint_every"), _AT_LEAST_1),
-    "keep_checkpoints": _AT_LEAST_1,
-    "data.image_size": (11, 2**14),  # 11 is the window of SSIM
-    "data.max_broken": _SHARE,
-    **{
-        f"autoencoder.{name}": _AT_LEAST_1
-        for name in (
-            *("num_bits", "codebook_size", "codebook_width", "num_channels", "base_width"),
-            *("patch", "embedding_width", "discriminator.width"),
-        )
-    },
-    "autoencoder.discriminator.num_layers": (1, 100),
-    "autoencoder.num_blocks": (0, 100),
-    "autoencoder.decoder_depth": (0, 100),
-    **{
-        f"autoencoder.loss.{name}": _AT_LEAST_0
-        for name in ("mse", "l1", "perceptual", "adversarial", "r1", "entropy", "commitment", "kl")
-    },
-    "autoencoder.train.accumulate": _AT_LEAST_1,
-    "prior.text_width": _AT_LEAST_1,
-    "prior.label_dropout": _SHARE,
-    "prior.network.num_layers": (0, 200),
-    "prior.network.num_heads": _AT_LEAST_1,
-    "prior.train.accumulate": _AT_LEAST_0,
-    **{
-        f"{stage}.train.{name}": limits
-        for stage in ("autoencoder", "prior")
-        for name, limits in (
-            ("batch_size", _AT_LEAST_1),
-            ("num_steps", _AT_LEAST_1),
-            ("ema_decay", _SHARE),
-        )
-    },
-    "sample.batch_size": _AT_LEAST_1,
-    **{
-        f"evaluate.{name}": _AT_LEAST_1
-        for name in (
-            *("num_images", "num_samples", "classifier_images", "bound_draws"),
-            *("cas_epochs", "cas_batch_size"),
-        )
-    },
-    "evaluate.every": _AT_LEAST_0,
-}
-
-_CHOICES = {
-    "dtype": ("float32", "bfloat16"),
-    "data.crop": ("centre", "random"),
-    "autoencoder.bottleneck": BOTTLENECKS,  # with what a config adds to it
-    "autoencoder.train.decay": DECAYS,
-    "prior.train.decay": DECAYS,
-    "evaluate.network": ("inception", "efficientnet", "classifier"),
-    "evaluate.labels": ("balanced", "data"),
-    "on_nonfinite": ("stop", "skip"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,8 +130,8 @@ def resolve(
     """
     content = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     content = with_tuples(content)
-    _spell(content)
-    _check_numbers(content)
+    spell(content)
+    check_values(content)
     _locate(content)
     dtype = jnp.dtype(content["dtype"])
     data = _take(Data, content, "data")
@@ -245,18 +183,6 @@ def _locate(content: dict[str, Any]) -> None:
             section[key] = os.path.abspath(paths.expand(path, f"config.{name}"))
 
 
-# American, and as we write.
-_SPELLINGS = {"center": "centre", "color": "colour"}
-
-
-def _spell(content: dict[str, Any]) -> None:
-    """Writes the words of a config that have two spellings in ours."""
-    data, discriminator = content["data"], content["autoencoder"]["discriminator"]
-    data["crop"] = _SPELLINGS.get(data["crop"], data["crop"])
-    words = discriminator["augment"]
-    discriminator["augment"] = tuple(_SPELLINGS.get(word, word) for word in words)
-
-
 def with_tuples(value: Any) -> Any:
     """Returns a copy with tuples for lists, which is what JSON makes of them."""
     if isinstance(value, Mapping):
@@ -264,40 +190,10 @@ def with_tuples(value: Any) -> Any:
     return tuple(map(with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def _get(content: Content, name: str) -> Any:
-    """Returns the value of a key such as "prior.kind"."""
-    try:
-        return functools.reduce(operator.getitem, name.split("."), content)
-    except (KeyError, TypeError) as error:
-        raise KeyError(name) from error
-
-
 def _take(cls: type[T], content: Content, name: str = "") -> T:
     """Returns a dataclass of a section, whose keys are its fields."""
     names = [field.name for field in dataclasses.fields(cls)]
-    return cls(**{key: _get(content, f"{name}.{key}" if name else key) for key in names})
-
-
-def _check_numbers(content: Content) -> None:
-    kind = _get(content, "prior.kind")
-    if kind not in KINDS:
-        raise UserError(
-            f"config.prior.kind must be one of {', '.join(KINDS)}, not {kind!r}; a kind of your "
-            "own needs --config with the file that registers it."
-        )
-    of_kind = {f"prior.{kind}.{key}": limits for key, limits in KINDS[kind].ranges.items()}
-    for name, (least, most) in (_RANGES | of_kind).items():
-        value = _get(content, name)
-        if not least <= value <= most or not math.isfinite(value):
-            limits = f"at least {least}" if most == math.inf else f"between {least} and {most}"
-            raise UserError(f"config.{name} must be {limits}, not {value}.")
-    for name in strict_json.not_finite(content):  # a checkpoint could not hold it
-        raise UserError(f"config.{name} must be finite, not infinite or NaN.")
-    for name, choices in _CHOICES.items():
-        value, (*others, last) = _get(content, name), choices
-        if value not in (*others, last):
-            shown = ", ".join(f'"{x}"' for x in others)
-            raise UserError(f'config.{name} must be {shown} or "{last}", not {value!r}.')
+    return cls(**{key: value_of(content, f"{name}.{key}" if name else key) for key in names})
 
 
 def _autoencoder(content: Content, data: Data, dtype: Any) -> AutoencoderSpec:

@@ -1,0 +1,119 @@
+"""What the numbers and words of a config may be, those that stand alone."""
+
+import functools
+import math
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from binlatent.autoencoder.bottleneck import BOTTLENECKS
+from binlatent.priors.kinds import KINDS
+from binlatent.runtime import strict_json
+from binlatent.runtime.errors import UserError
+from binlatent.runtime.keys import MAX_SEED
+from binlatent.training.optimizer import DECAYS
+
+Content = Mapping[str, Any]  # a config as nested dictionaries
+
+# The least and the most that a number may be. More is a slip, or somebody's config that would keep
+# the machine busy for ever.
+_AT_LEAST_0, _AT_LEAST_1, _SHARE = (0, math.inf), (1, math.inf), (0, 1)
+_RANGES = {
+    "seed": (0, MAX_SEED),
+    **dict.fromkeys(("log_every", "preview_every", "checkpoint_every"), _AT_LEAST_1),
+    "keep_checkpoints": _AT_LEAST_1,
+    "data.image_size": (11, 2**14),  # 11 is the window of SSIM
+    "data.max_broken": _SHARE,
+    **{
+        f"autoencoder.{name}": _AT_LEAST_1
+        for name in (
+            *("num_bits", "codebook_size", "codebook_width", "num_channels", "base_width"),
+            *("patch", "embedding_width", "discriminator.width"),
+        )
+    },
+    "autoencoder.discriminator.num_layers": (1, 100),
+    "autoencoder.num_blocks": (0, 100),
+    "autoencoder.decoder_depth": (0, 100),
+    **{
+        f"autoencoder.loss.{name}": _AT_LEAST_0
+        for name in ("mse", "l1", "perceptual", "adversarial", "r1", "entropy", "commitment", "kl")
+    },
+    "autoencoder.train.accumulate": _AT_LEAST_1,
+    "prior.text_width": _AT_LEAST_1,
+    "prior.label_dropout": _SHARE,
+    "prior.network.num_layers": (0, 200),
+    "prior.network.num_heads": _AT_LEAST_1,
+    "prior.train.accumulate": _AT_LEAST_0,
+    **{
+        f"{stage}.train.{name}": limits
+        for stage in ("autoencoder", "prior")
+        for name, limits in (
+            ("batch_size", _AT_LEAST_1),
+            ("num_steps", _AT_LEAST_1),
+            ("ema_decay", _SHARE),
+        )
+    },
+    "sample.batch_size": _AT_LEAST_1,
+    **{
+        f"evaluate.{name}": _AT_LEAST_1
+        for name in (
+            *("num_images", "num_samples", "classifier_images", "bound_draws"),
+            *("cas_epochs", "cas_batch_size"),
+        )
+    },
+    "evaluate.every": _AT_LEAST_0,
+}
+
+_CHOICES = {
+    "dtype": ("float32", "bfloat16"),
+    "data.crop": ("centre", "random"),
+    "autoencoder.bottleneck": BOTTLENECKS,  # with what a config adds to it
+    "autoencoder.train.decay": DECAYS,
+    "prior.train.decay": DECAYS,
+    "evaluate.network": ("inception", "efficientnet", "classifier"),
+    "evaluate.labels": ("balanced", "data"),
+    "on_nonfinite": ("stop", "skip"),
+}
+
+
+# American, and as we write.
+_SPELLINGS = {"center": "centre", "color": "colour"}
+
+
+def spell(content: dict[str, Any]) -> None:
+    """Writes the words of a config that have two spellings in ours."""
+    data, discriminator = content["data"], content["autoencoder"]["discriminator"]
+    data["crop"] = _SPELLINGS.get(data["crop"], data["crop"])
+    words = discriminator["augment"]
+    discriminator["augment"] = tuple(_SPELLINGS.get(word, word) for word in words)
+
+
+def value_of(content: Content, name: str) -> Any:
+    """Returns the value of a key such as "prior.kind"; KeyError without it."""
+    try:
+        return functools.reduce(operator.getitem, name.split("."), content)
+    except (KeyError, TypeError) as error:
+        raise KeyError(name) from error
+
+
+def check_values(content: Content) -> None:
+    """Refuses numbers out of range, and words that are no choice."""
+    kind = value_of(content, "prior.kind")
+    if kind not in KINDS:
+        raise UserError(
+            f"config.prior.kind must be one of {', '.join(KINDS)}, not {kind!r}; a kind of your "
+            "own needs --config with the file that registers it."
+        )
+    of_kind = {f"prior.{kind}.{key}": limits for key, limits in KINDS[kind].ranges.items()}
+    for name, (least, most) in (_RANGES | of_kind).items():
+        value = value_of(content, name)
+        if not least <= value <= most or not math.isfinite(value):
+            limits = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise UserError(f"config.{name} must be {limits}, not {value}.")
+    for name in strict_json.not_finite(content):  # a checkpoint could not hold it
+        raise UserError(f"config.{name} must be finite, not infinite or NaN.")
+    for name, choices in _CHOICES.items():
+        value, (*others, last) = value_of(content, name), choices
+        if value not in (*others, last):
+            shown = ", ".join(f'"{x}"' for x in others)
+            raise UserError(f'config.{name} must be {shown} or "{last}", not {value!r}.')
