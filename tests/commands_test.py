@@ -231,6 +231,7 @@ def test_a_run_that_goes_on_says_that_its_images_have_moved(tiny_experiment, tmp
     (tmp_path / "a").rename(tmp_path / "b")
     values["data.path"] = str(tmp_path / "b")
     second = stages.setup_autoencoder(tiny_experiment.change(values), tmp_path / "run")
+    caplog.clear()
     with caplog.at_level("INFO"):
         second.tell_changes(meta)
     moved = f"The images have moved from '{tmp_path / 'a'}' to '{tmp_path / 'b'}'"

@@ -106,8 +106,7 @@ def base_experiment(trained: Experiment, overrides: Sequence[str]) -> Experiment
             config.update_from_flattened_dict({name: value})
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(
-                f"--config.{name}={value} names no key of the config, or a value of another type "
-                "than it has."
+                f"The config has no key {name}, or {value!r} is of another type than its value."
             ) from error
     return resolve(config)
 
