@@ -118,7 +118,7 @@ def _batches(
 def _open_test(experiment: Experiment, workdir: Path) -> Source:
     """Returns the test split; says before training what so few images cannot tell."""
     test = open_split(experiment.data, "test", workdir)
-    if len(test.examples) < 2:
+    if len(test.examples) < 2 and experiment.data.num_classes:
         log.warning(
             "There is one test image alone: report.json will have no Frechet distance, which needs "
             "two. Add images."

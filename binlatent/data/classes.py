@@ -26,20 +26,41 @@ def split_of(name: str) -> str:
     return "train" if name in TRAIN_NAMES else "test" if name in TEST_NAMES else ""
 
 
+_LIKE_SPLITS = re.compile(
+    r"(?:(train(?:ing)?|trn)|test(?:ing)?|tst|val(?:id(?:ation)?)?|dev|eval(?:uation)?|holdout)"
+    r"(?:[^a-z]|set|data|images?|$)"
+)
+
+
+def like_split(name: str) -> str:
+    """Returns which split a name such as "train2017" or "Test Set" may mean, as `split_of`."""
+    match = _LIKE_SPLITS.match(clean(name).casefold())
+    return "" if match is None else "train" if match[1] else "test"
+
+
+def are_numbers(names: Sequence[str]) -> bool:
+    """Tells whether all names are whole numbers, and there is any."""
+    return bool(names) and all(re.fullmatch(r"-?[0-9]{1,18}", name) for name in names)
+
+
 def in_order(names: Iterable[str]) -> tuple[str, ...]:
     """Returns the names of classes by their number: in natural order, a2 before a10."""
-    names = sorted(set(names))
-    by_case = {}
+    names, looks = sorted(set(names)), {}
     for name in names:
-        by_case.setdefault(name.casefold(), []).append(name)
-    if alike := [pair for pair in by_case.values() if len(pair) > 1]:
-        warn_once(
-            f"These classes differ in upper and lower case alone: {', '.join(map(repr, alike[0]))}"
-        )
-    ordered = tuple(sorted(names, key=_natural))
+        looks.setdefault(_look(name), []).append(name)
+    if alike := [some for some in looks.values() if len(some) > 1]:
+        warn_once(f"These names look alike, but are classes each: {alike[0]}")
+    ordered = tuple(sorted(names, key=int if are_numbers(names) else _natural))
     if missing := gaps(ordered):
         warn_once(f"No image has the label {', '.join(map(str, missing))}: these are no classes")
     return ordered
+
+
+def _look(name: str) -> str:
+    """Returns what is left of a name without case, spaces, leading zeros and invisible letters."""
+    name = unicodedata.normalize("NFKC", name).casefold()
+    visible = (x for x in name if not x.isspace() and unicodedata.category(x) != "Cf")
+    return re.sub(r"(?<![0-9])0+(?=[0-9])", "", "".join(visible))
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
@@ -54,7 +75,7 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 def gaps(names: Sequence[str]) -> list[int]:
     """Returns the whole numbers between those that are the names of classes, ten at most."""
-    if not all(re.fullmatch(r"[0-9]{1,18}", name) for name in names):
+    if not are_numbers(names):
         return []
     numbers, missing = sorted(map(int, names)), []
     for before, after in zip(numbers, numbers[1:], strict=False):

@@ -131,7 +131,7 @@ def _split_folders(path: str) -> tuple[str, str]:
     A folder named like a split, in any case, is never taken for a class.
     """
     names = sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
-    names = [name for name in names if not name.startswith(".")]
+    names = [name for name in names if not walk.is_hidden(name)]
     trains, tests = ([x for x in names if class_names.split_of(x) == y] for y in ("train", "test"))
     others = [name for name in names if name not in trains + tests]
     shown = ", ".join(map(repr, trains + tests))
@@ -139,6 +139,12 @@ def _split_folders(path: str) -> tuple[str, str]:
         raise UserError(
             f"the subfolders {shown} of {path!r} are named like splits, of which one must be "
             "'train': rename them to train and test, or say with a table which image is what"
+        )
+    like = {class_names.like_split(name) for name in names}
+    if not (trains and tests) and others and (like >= {"train", "test"} or "" not in like):
+        raise UserError(
+            f"the subfolders {', '.join(map(repr, names[:5]))} of {path!r} are named like splits: "
+            "rename them to train and test if they are; if they are classes, say so with a table"
         )
     if trains and not tests:
         others = [name for name in others if walk.has_images(os.path.join(path, name))]
@@ -156,8 +162,20 @@ def _split_folders(path: str) -> tuple[str, str]:
 
 def _find(root: str) -> list[_Image]:
     """Returns the images below root, sorted; the first subfolder's name is the class."""
-    images, start = [], len(os.path.join(root, ""))
-    for file in walk.find_images(root, keep=True):
+    files, images, start = walk.find_images(root, keep=True), [], len(os.path.join(root, ""))
+    parts = {
+        part
+        for folder in {os.path.dirname(x)[start:] for x in files}
+        for part in folder.split(os.sep)
+    }
+    deeper = {class_names.split_of(part): part for part in sorted(parts)}
+    if deeper.keys() >= {"train", "test"}:
+        raise UserError(
+            f"below {root!r} there are folders {deeper['train']!r} and {deeper['test']!r}, named "
+            "like splits: give the folder that has both as --config.data.path, or bring them to "
+            "the top, as train/CLASS and test/CLASS"
+        )
+    for file in files:
         name, separator, _ = file[start:].partition(os.sep)
         images.append(_Image(class_names.clean(name) if separator else "", file))
     return images
@@ -208,10 +226,10 @@ def _read_row(root: str, row: dict[str, Any], where: str) -> tuple[str, _Image]:
 def _path(root: str, name: str, where: str) -> str:
     """Returns the path of a table's file, whose separators may be those of Windows."""
     path = os.path.join(root, os.path.expanduser(name))
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:[/\\]|\\\\", name):
+        raise UserError(f"{where} has the file {name!r} of another machine: make it relative")
     if "\\" not in name or os.path.exists(path):
         return path
-    if re.match(r"[A-Za-z]:\\|\\\\", name):
-        raise UserError(f"{where} has the file {name!r} of another machine: make it relative")
     return os.path.join(root, name.replace("\\", "/"))
 
 
@@ -232,7 +250,13 @@ def _read_table(path: str) -> list[dict[str, Any]]:
         raise UserError(f"cannot read the table {path!r}: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"the table {path!r} has no lines, or some that are not of named columns")
-    return rows
+    return [{_column(key): value for key, value in row.items()} for row in rows]
+
+
+def _column(name: Any) -> Any:
+    """Returns the name of a column as it is used here: "File" and " LABEL " are known too."""
+    known = class_names.clean(name).casefold() if isinstance(name, str) else ""
+    return known if known in ("file", "label", "split", "text") else name
 
 
 def _classes(images: list[_Image]) -> tuple[str, ...]:

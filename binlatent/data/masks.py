@@ -13,8 +13,8 @@ _WHITE = 128  # and above: drawn anew
 
 
 def preset_name(mask: str) -> str | None:
-    """Returns which of `PRESETS` a word names, "center" too; None if it is no preset."""
-    name = "centre" if mask == "center" else mask
+    """Returns which of `PRESETS` a word names, in any case, "center" too; None if none."""
+    name = "centre" if mask.lower() == "center" else mask.lower()
     return name if name in PRESETS else None
 
 

@@ -18,15 +18,21 @@ log = logging.getLogger(__name__)
 
 EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".bmp", ".gif"),
-    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm"),
+    *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".j2k", ".j2c", ".jpx", ".jpf"),
     *((".avif",) if "AVIF" in FORMATS else ()),  # by Pillow's version
 )
 # Of images too, but not read here.
 _OTHER_EXTENSIONS = (
     *(() if "AVIF" in FORMATS else (".avif",)),
     *(".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".exr", ".hdr"),
+    *(".hif", ".heics", ".avifs", ".dds", ".qoi", ".pcx", ".jxr"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
 )
+
+_NO_ENDING = ""  # among the counts of kinds
+
+# Folders that archives, file systems and network drives leave beside the user's.
+_JUNK = ("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
 
 # A walk of so many files or more is kept in the folder; shorter ones take no time.
 _KEPT_FILES = 1_000
@@ -42,6 +48,9 @@ def find_images(root: str, keep: bool = False) -> list[str]:
             _keep(root, files, changed, others)
     else:
         files, others = kept
+    without = others.pop(_NO_ENDING, 0)  # often no images
+    if without and not files:
+        others["files without an ending"] = without
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
     if not files:
         found = f"; found {counts}: convert them to PNG or JPEG" if others else ""
@@ -50,6 +59,11 @@ def find_images(root: str, keep: bool = False) -> list[str]:
     if others:
         warn_once(f"Of {root}, {counts} are left out: convert them to PNG or JPEG to use them")
     return sorted(os.path.join(root, file) for file in files)
+
+
+def is_hidden(name: str) -> bool:
+    """Tells whether a folder or file is passed over: of a dot, or none of the user's."""
+    return name.startswith(".") or name.casefold() in _JUNK
 
 
 def has_images(root: str) -> bool:
@@ -71,7 +85,7 @@ def _walk(root: str) -> tuple[list[str], dict[str, int], dict[str, int]]:
 
     for directory, subfolders, names in os.walk(root, onerror=left_out, followlinks=True):
         # Sorted, so that of two links to one folder it is the same that counts.
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
         try:
             relative, status = os.path.relpath(directory, root), os.stat(directory)
         except OSError as error:  # it has vanished meanwhile
@@ -88,6 +102,8 @@ def _walk(root: str) -> tuple[list[str], dict[str, int], dict[str, int]]:
                 found.append(os.path.normpath(os.path.join(relative, name)))
             elif name.lower().endswith(_OTHER_EXTENSIONS) and not name.startswith("."):
                 others[os.path.splitext(name)[1].lower()] += 1
+            elif not os.path.splitext(name)[1] and not name.startswith("."):
+                others[_NO_ENDING] += 1
     return found, changed, dict(others)
 
 

@@ -57,10 +57,11 @@ def samples(
 def row_titles(
     pipeline: BinaryLatentDiffusion, labels: np.ndarray | None, columns: int = 10
 ) -> list[str] | None:
-    """Returns the names of the classes of rows, whose images have the labels; None without any."""
+    """Returns the classes of rows, whose images have the labels, "3 cat" each; None without any."""
     if labels is None:
         return None
-    return [pipeline.class_names[label] for label in labels[::columns]]
+    named = [(str(label), pipeline.class_names[label]) for label in labels[::columns]]
+    return [name if name == number else f"{number} {name}" for number, name in named]
 
 
 def reconstructions(pipeline: BinaryLatentDiffusion, images: np.ndarray) -> np.ndarray:

@@ -101,18 +101,20 @@ class Conditioning:
             )
         labels = np.broadcast_to(np.asarray(label, np.int32), num)
         if labels.min() < 0 or labels.max() >= self.num_classes:
+            listed = f" ({classes.numbered(self.names)})" if self.names else ""
             raise UserError(
                 f"A label must be the name of a class, or between 0 and {self.num_classes - 1}; "
-                f"got {labels.min() if labels.min() < 0 else labels.max()}."
+                f"got {labels.min() if labels.min() < 0 else labels.max()}{listed}."
             )
         return labels
 
     def _number(self, label: str) -> int:
-        """Returns the number of a class by its name, or by that number in digits."""
+        """Returns the number of a class by its name, or by itself where no name is a number."""
         name = classes.clean(label)
         if name in self.names:
             return self.names.index(name)
-        if re.fullmatch(r"[+-]?[0-9]{1,9}", name):
+        # Where names are numbers, other numbers are not theirs.
+        if re.fullmatch(r"[+-]?[0-9]{1,9}", name) and not classes.are_numbers(self.names):
             return int(name)
         near = difflib.get_close_matches(name, self.names, n=1)
         meant = f", did you mean {near[0]!r}" if near else ""

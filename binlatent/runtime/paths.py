@@ -7,8 +7,8 @@ from binlatent.runtime.errors import UserError
 
 
 def is_address(path: str) -> bool:
-    """Tells whether a path is an address such as gs://bucket/x."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
+    """Tells whether a path is an address: gs://bucket/x, or gs:/bucket/x, as pathlib has it."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
 
 
 def expand(path: str, name: str = "") -> str:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
@@ -16,7 +17,7 @@ def grid(rows: Sequence[np.ndarray], titles: Sequence[str] | None = None) -> np.
 
     Args:
       rows: uint8 (n, h, w, channels) each.
-      titles: one a row, of which 20 characters are shown.
+      titles: one a row, of which 20 characters are shown; the letters are those of DejaVu Sans.
 
     Returns:
       uint8 (height, width, channels).
@@ -30,8 +31,10 @@ def grid(rows: Sequence[np.ndarray], titles: Sequence[str] | None = None) -> np.
     sheet = np.pad(sheet, ((0, _GAP), (0, _GAP), (0, 0)), constant_values=_BACKGROUND)
     if titles is None:
         return sheet
-    shown = [title if len(title) <= 20 else f"{title[:19]}…" for title in titles]
-    font = ImageFont.load_default(min(max(h // 3, 10), 24))
+    lines = [" ".join(title.split()) for title in titles]
+    shown = [line if len(line) <= 20 else f"{line[:19]}…" for line in lines]
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    font = ImageFont.truetype(file, min(max(h // 3, 10), 24))
     width = _GAP + math.ceil(max(font.getlength(title) for title in shown))
     margin = Image.new("L", (width, len(sheet)), _BACKGROUND)
     draw = ImageDraw.Draw(margin)

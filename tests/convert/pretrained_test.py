@@ -114,7 +114,7 @@ def test_a_converted_prior_samples_inpaints_and_measures(converted, name):
         ("prior_uncond", 1, "unconditional"),
         ("prior_class", 10, "between 0 and 9"),
         ("prior_class", np.zeros(768), r"asked for by classes: one .* not an array .* \(768,\)"),
-        ("prior_class", 0.5, "one integer or 2 of them, not 0.5"),
+        ("prior_class", 0.5, "one name or integer, or 2 of them, not 0.5"),
         ("prior_text_token", 3, r"by the features \(768,\) of a text, .* not by .* int64 \(\)"),
         ("prior_text_token", np.zeros(5), r"\(768,\) of a text, or 2 of them, not .* \(5,\)"),
         ("prior_text_token", np.zeros((3, 768)), "or 2 of them, not by an array of float64"),

@@ -398,6 +398,7 @@ def test_folders_named_by_numbers_are_classes_in_numeric_order(tmp_path):
         (["b", "10", "a1", "A0"], ["10", "A0", "a1", "b"]),
         (["9" * 5000, "1"], ["1", "9" * 5000]),  # more digits than int() takes
         (["\u0661", "2"], ["2", "\u0661"]),  # digits of other scripts are letters
+        (["1", "-1", "0", "-2"], ["-2", "-1", "0", "1"]),
     ],
 )
 def test_the_order_of_classes_is_natural(names, expected):
@@ -409,7 +410,7 @@ def test_names_are_stripped_and_normalised(tmp_path, caplog):
     class_folders(tmp_path, ["cat", "cat ", composed, decomposed, "Dog", "dog"])
     train = open_folder(tmp_path)
     assert train.classes == (composed, "cat", "Dog", "dog") and len(train.examples) > 4
-    assert "These classes differ in upper and lower case alone: 'Dog', 'dog'" in caplog.text
+    assert "These names look alike, but are classes each: ['Dog', 'dog']" in caplog.text
 
 
 @pytest.mark.parametrize("numbers", [range(1, 8), range(2001, 2008), [3, 999999, 12]])
@@ -449,12 +450,30 @@ def test_split_names_in_any_case_are_no_classes(tmp_path, names, split):
         (("Train", "training"), "'Train', 'training' of .* are named like splits, of which one"),
         (("test", "val"), "'test', 'val' of .* one must be 'train'"),
         (("train", "car", "boat"), "images in 'train', named like a split, and in 'boat', 'car'"),
+        (("train2017", "val2017"), "'train2017', 'val2017' of .* are named like splits: rename"),
+        (("Train Set", "Test-images", "notes"), "'Test-images', 'Train Set', .* like splits: ren"),
+        (("train", "holdout"), "'holdout', 'train' of .* are named like splits: rename"),
+        (("set/Train", "set/Test"), "folders 'Train' and 'Test', named like splits: give the fol"),
+        (("cat/train", "cat/val", "dog/train"), "folders 'train' and 'val', named like splits"),
     ],
 )
 def test_unclear_names_of_splits_are_asked_about(tmp_path, names, message):
     class_folders(tmp_path, names)
     with pytest.raises(UserError, match=message):
         open_folder(tmp_path)
+
+
+def test_a_class_may_have_a_split_in_its_name(tmp_path):
+    class_folders(tmp_path, ["train station", "validator", "car", "__MACOSX", "@eaDir"])
+    assert open_folder(tmp_path).classes == ("car", "train station", "validator")
+
+
+@pytest.mark.parametrize(
+    "names", [("cat", "cat\u200b"), ("a b", "a  b"), ("1", "01"), ("\uff43at", "cat")]
+)
+def test_names_that_look_alike_are_told(names, caplog):
+    classes.warn_once.cache_clear()
+    assert len(classes.in_order(names)) == 2 and "These names look alike" in caplog.text
 
 
 def test_classes_of_one_image_each_are_asked_about(tmp_path):
@@ -485,9 +504,10 @@ def test_a_table_made_on_windows(tmp_path):
     names = ["deep\\er\\000.png", "deep\\er\\001.png", "a\\b.png"]
     write_table(tmp_path, "\n".join(["file", *names]))
     assert values(open_table(tmp_path, "table.csv")) == [1, 0]
-    write_table(tmp_path, "file\nC:\\photos\\1.png")
-    with pytest.raises(UserError, match="of another machine: make it relative"):
-        open_table(tmp_path, "table.csv")
+    for name in ("C:\\photos\\1.png", "C:/photos/1.png", "gs://b/1.png", "\\\\host\\1.png"):
+        write_table(tmp_path, f"File,Note\n{name},x")
+        with pytest.raises(UserError, match="of another machine: make it relative"):
+            open_table(tmp_path, "table.csv")
 
 
 # Tables

@@ -8,6 +8,7 @@ from binlatent.priors.conditions import Conditioning
 from binlatent.runtime.errors import UserError
 
 ANIMALS = Conditioning("class", 3, 0, ("cat", "dog", "7"))
+YEARS = Conditioning("class", 3, 0, ("2001", "2002", "2005"))
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,14 @@ def test_a_label_is_a_name_or_a_number(label, expected):
 def test_other_labels_are_refused(label, message):
     with pytest.raises(UserError, match=message):
         ANIMALS.labels(label, 2)
+
+
+def test_numbers_that_are_names_are_nothing_else():
+    assert YEARS.labels("2005", 1).tolist() == YEARS.labels(2, 1).tolist() == [2]
+    with pytest.raises(UserError, match="no class '2', .*the classes are 0 '2001', 1 '2002'"):
+        YEARS.labels("2", 1)
+    with pytest.raises(UserError, match="between 0 and 2; got 2005 .0 '2001', 1 '2002', 2 '2005'"):
+        YEARS.labels(2005, 1)
 
 
 def test_classes_without_names_have_numbers_alone():

@@ -24,6 +24,9 @@ def test_titles_are_beside_their_rows():
     assert upper.max() > 200 < lower.max() and sheet[[0, 1, 14, 15], :width].min() == 96
     # Cut after 20 characters; three letters take a part of that.
     assert np.flatnonzero((upper > 96).any((0, 2))).max() < 0.4 * width
+    letters = [png.grid(rows, [x, "a"])[:14].tobytes() for x in ("\u00e9", "\u00e8", "e")]
+    assert len(set(letters)) == 3
+    np.testing.assert_array_equal(png.grid(rows, ["a\nb", "c"]), png.grid(rows, ["a b", "c"]))
     longer = png.grid(rows, ["cat", "x" * 500])
     np.testing.assert_array_equal(longer, sheet)
 

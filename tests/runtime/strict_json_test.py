@@ -59,7 +59,7 @@ NOT_WRITTEN = {
     ("paper/tables.py", "_of_samples"),
     ("paper/bottlenecks.py", "_check_budget"),
     ("benchmark/speed.py", "subject"),
-    ("resume.py", "check_same_model"),
+    ("experiment/resume.py", "check_same_model"),
     ("data/codes.py", "write_codes"),
 }
 
