@@ -193,7 +193,7 @@ def test_sample_writes_the_asked_number_of_digits(workdir, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--label=10",), "no class '10', did you mean '1': the classes are 0 '0'"),
+        (("--label=10",), "between 0 and 9; got 10"),
         (("--steps=0",), "between 1 and 8"),
         (("--steps=9",), "between 1 and 8"),
         (("--steps=9", "--option=steps=2"), "between 1 and 8"),  # the flag of its own wins
