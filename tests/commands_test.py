@@ -179,7 +179,7 @@ def test_paths_in_configs_are_absolute(tmp_path, monkeypatch, name):
 
 
 def test_what_a_config_says_beside_its_paths_is_the_same_anywhere(tmp_path, monkeypatch):
-    """Rows of benchmarks, and processes on other machines, are told apart by it."""
+    """Benchmark rows, and the configs of several processes, are compared without paths."""
     found = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()

@@ -1,4 +1,4 @@
-"""What is told where a stage's training goes on with other settings than it began with."""
+"""The warning where training goes on with other settings than it began with."""
 
 import pytest
 

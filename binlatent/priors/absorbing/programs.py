@@ -95,7 +95,7 @@ def unmask_code_lengths(
 @functools.partial(jax.jit, static_argnames=("count", "g"))
 def hide_anew(keys: Array, bits: Array, *, count: int, g: int) -> Known:
     """Returns codes, (n, h, w, c), with `count` units of each, drawn at random, not known."""
-    # -1 is no number of a sampler's draw.
+    # A sampler numbers its draws from 0, so the last number is free.
     order = noise_from_keys(keys, bits.shape[1:])(jnp.uint32(2**32 - 1))
     hidden = process.lowest(order[..., : bits.shape[-1] // g], count)
     return Known(bits, 1.0 - process.by_bits(hidden, g))

@@ -1,4 +1,4 @@
-"""Heads: the distribution of a token's bits, given what the transformer says of the tokens before.
+"""Heads: the distribution of a token's bits, given the transformer's output at that token.
 
 A head sees a token's bits as G groups, one drawn after the other, and gives K numbers for each.
 
