@@ -114,8 +114,9 @@ def unmask(
             rank = sure + order_temperature * (1 - (j + 1) / steps) * gumbel(uniform)
         rank = jnp.where(drawable if revise else hidden, rank, jnp.inf)
         left = jnp.sum(hidden, axis=(1, 2, 3))
-        kept = jnp.ceil(left * (count - count_after) / count).astype(left.dtype)
-        left = left - jnp.minimum(kept, jnp.minimum(left, count - count_after))
+        # In float32, as a product of counts may exceed an int32; the last term is its rounding.
+        after = jnp.floor(left * (count_after / count) + left * 2.0**-22).astype(left.dtype)
+        left = jnp.maximum(after, left - (count - count_after))
         hidden = process.lowest(rank, left)
         passed = Trajectory(z.astype(bool), process.by_bits(hidden, g) & free)
         return (z, hidden, sure), passed if return_trajectory else None

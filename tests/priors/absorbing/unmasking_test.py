@@ -214,6 +214,28 @@ def test_each_image_has_its_own_mask_and_known_bits_never_change():
         assert set(np.unique(codes)) == {0, 1}
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_counts_of_the_largest_codes_are_met(steps):
+    counts = process.hidden_counts("linear", 2**16, steps)  # products of which exceed an int32
+    free = jnp.ones((2, 32, 32, 64), bool).at[1, 8:].set(False)
+    _, passed = sampling.unmask(
+        lambda z, hidden, w: jnp.zeros(z.shape),
+        noise_from_keys(jax.random.split(jax.random.key(0), 2), (32, 32, 64)),
+        jnp.zeros(free.shape),
+        free,
+        g=1,
+        counts=jnp.asarray(counts),
+        guidance=jnp.zeros(steps),
+        return_trajectory=True,
+    )
+    whole, part = np.sum(passed.hidden, axis=(2, 3, 4)).T
+    np.testing.assert_array_equal(whole, counts)
+    expected = [2**14]
+    for before, after in zip(counts.tolist(), counts[1:].tolist(), strict=False):
+        expected.append(expected[-1] * after // before)
+    np.testing.assert_array_equal(part, expected)
+
+
 def test_variations_hide_and_redraw_a_share_of_the_units():
     bits = jnp.broadcast_to(jnp.array([1.0, 0, 1, 0, 0, 1]), (N, 1, 1, 6))
     keys = jax.random.split(jax.random.key(3), N)
