@@ -73,7 +73,7 @@ def _read_features(file: str) -> np.ndarray:
     """Returns the features of a text, float32, (e,) or (m, e).
 
     Raises:
-      UnreadableImage: if it cannot be read; an image without its text is as good as none.
+      UnreadableImage: if they cannot be read; the image then counts as one that cannot.
     """
     try:
         features = np.load(file, allow_pickle=False)

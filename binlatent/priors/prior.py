@@ -8,6 +8,7 @@ Dimensions: n batch, h w latent grid, c bits.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -177,6 +178,12 @@ class Prior:
     def network_calls(self, settings: Any, labelled: bool) -> tuple[int, int]:
         """Returns how often a sample calls the network with its label, and without."""
         raise UserError(f"A {name_of(self)} does not tell how often it calls a network.")
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuses a temperature tau that is not above 0 and finite."""
+    if not 0 < temperature < math.inf:
+        raise UserError(f"The temperature must be above 0 and finite; got {temperature}.")
 
 
 def name_of(prior: Prior) -> str:

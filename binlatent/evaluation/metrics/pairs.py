@@ -58,8 +58,8 @@ def pair_metrics(
 
     The pairs come in parts of the images and of what was made of them, uint8 (n, h, w, c) both;
     `vgg16` is the file of weights for LPIPS, of `batch_size` pairs at a time, and `instead` what to
-    do where there is none. PSNR is the mean over
-    the pairs that differ, infinite and without a deviation where none does.
+    do where there is none. PSNR is the mean over the pairs that differ, infinite and without a
+    deviation where none does.
     """
     measures = {name: METRICS[name].measure for name in names}
     for name in names:

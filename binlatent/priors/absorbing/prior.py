@@ -47,8 +47,7 @@ class AbsorbingSettings(prior_lib.Settings):
     revise: bool = False
 
     def __post_init__(self):
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"The temperature must be above 0 and finite; got {self.temperature}.")
+        prior_lib.check_temperature(self.temperature)
         if not 0 <= self.order_temperature < math.inf:
             raise UserError(
                 f"order_temperature must be at least 0 and finite; got {self.order_temperature}."

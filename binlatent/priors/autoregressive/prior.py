@@ -36,8 +36,7 @@ class AutoregressiveSettings(prior_lib.Settings):
     guidance: float = 0.0
 
     def __post_init__(self):
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"The temperature must be above 0 and finite; got {self.temperature}.")
+        prior_lib.check_temperature(self.temperature)
         check_guidance(self.guidance, (0.0, 1.0))
 
 

@@ -48,8 +48,7 @@ class BernoulliSettings(prior_lib.Settings):
     known: str = "kept"
 
     def __post_init__(self):
-        if not 0 < self.temperature < math.inf:
-            raise UserError(f"The temperature must be above 0 and finite; got {self.temperature}.")
+        prior_lib.check_temperature(self.temperature)
         check_guidance(self.guidance, self.guidance_interval)
         if self.corrector_steps < 0 or not 0 <= self.corrector_size <= 1:
             raise UserError(
