@@ -43,6 +43,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoencoder.base_width = 128
     autoencoder.multipliers = (1, 1, 2, 2, 4)  # a level each; halved between them: k = 16
     autoencoder.patch = 1  # pixels a side that become channels first
+    autoencoder.refine_width = 0  # of two last convolutions on pixels, for a patch above 1
     autoencoder.num_blocks = 2  # a level
     autoencoder.decoder_depth = 1.0  # the decoder has int(num_blocks * decoder_depth)
     autoencoder.attention_resolutions = (16,)  # sides of grids

@@ -183,12 +183,16 @@ class Decoder(nn.Module):
     Fields:
       num_blocks: residual blocks a level.
       num_channels: of the image.
+      refine_width: channels of two last convolutions, whose grid is that of the pixels; 0 for none.
+        Without them the pixels of a patch come from one token of the last grid, each by a kernel of
+        its own, which shows as a pattern on plain areas.
       norm_first: whether to normalise the features first, as in the released weights.
     """
 
     levels: Levels
     num_blocks: int
     num_channels: int
+    refine_width: int = 0
     norm_first: bool = False
 
     @nn.compact
@@ -203,8 +207,13 @@ class Decoder(nn.Module):
             if level > 0:
                 x = Upsample(dtype, name=next(names))(x)
         x = _norm(dtype, next(names))(x)
-        x = _conv(levels.patch**2 * self.num_channels, jnp.float32, next(names))(x)
-        return depth_to_space(x, levels.patch)
+        if not self.refine_width:
+            x = _conv(levels.patch**2 * self.num_channels, jnp.float32, next(names))(x)
+            return depth_to_space(x, levels.patch)
+        x = _conv(levels.patch**2 * self.refine_width, dtype, next(names))(x)
+        x = nn.swish(depth_to_space(x, levels.patch))
+        x = nn.swish(_conv(self.refine_width, dtype, next(names))(x))
+        return _conv(self.num_channels, jnp.float32, next(names))(x)
 
 
 def last_kernel(params: Any) -> Array:

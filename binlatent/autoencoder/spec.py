@@ -105,6 +105,7 @@ def build_autoencoder(
     *,
     num_blocks: int,
     decoder_depth: float,
+    refine_width: int,
     norm_first: bool,
 ) -> Autoencoder:
     """Returns the autoencoder if its levels fit together and divide the image.
@@ -114,6 +115,7 @@ def build_autoencoder(
       image_shape: (height, width, channels).
       num_blocks: of a level of the encoder; the decoder has int(num_blocks * decoder_depth).
       decoder_depth: see above.
+      refine_width: of the decoder's two convolutions on pixels, 0 for none.
       norm_first: whether the decoder normalises what it gets.
     """
     multipliers = levels.multipliers
@@ -150,7 +152,9 @@ def build_autoencoder(
     return Autoencoder(
         Encoder(levels, num_blocks, embedding_width),
         bottleneck,
-        Decoder(levels, int(num_blocks * decoder_depth), image_shape[2], norm_first),
+        Decoder(
+            levels, int(num_blocks * decoder_depth), image_shape[2], refine_width, norm_first
+        ),
     )
 
 

@@ -215,6 +215,7 @@ def _autoencoder(content: Content, data: Data, dtype: Any) -> AutoencoderSpec:
         *(bottleneck, levels, data.image_shape),
         num_blocks=section["num_blocks"],
         decoder_depth=section["decoder_depth"],
+        refine_width=section["refine_width"],
         norm_first=section["norm_first"],
     )
     critic, losses = dict(section["discriminator"]), section["loss"]

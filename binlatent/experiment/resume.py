@@ -17,6 +17,7 @@ _AUTOENCODER_KEYS = (
         f"autoencoder.{name}"
         for name in (
             *("bottleneck", "base_width", "multipliers", "patch", "num_blocks", "decoder_depth"),
+            "refine_width",
             *("attention_resolutions", "embedding_width", "norm_first"),
         )
     ),
