@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,15 +65,19 @@ class StandIns:
             self._last = message
             self._bad.add(index)
             log.warning("Skipped: %s", message)
-            if self._report is None:
-                return
-            self._report.parent.mkdir(parents=True, exist_ok=True)
-            # An evaluation may write it beside a training.
-            with self._report.open("a+") as file, in_turn(file):
-                file.seek(0)
-                if message not in file.read().splitlines():
-                    file.write(f"{message}\n")
-                    file.flush()
+            if self._report is not None:
+                add_lines(self._report, [message])
+
+
+def add_lines(report: Path, lines: Sequence[str]) -> None:
+    """Adds lines to a file, but for those that it has."""
+    report.parent.mkdir(parents=True, exist_ok=True)
+    # An evaluation may write it beside a training.
+    with report.open("a+") as file, in_turn(file):
+        file.seek(0)
+        known = set(file.read().splitlines())
+        file.writelines(f"{line}\n" for line in lines if line not in known)
+        file.flush()
 
 
 class DecodedImages:
@@ -106,7 +110,11 @@ class DecodedImages:
 
     def read(self, index: int, position: float = 0.5) -> dict[str, Any]:
         """Returns an example, cropped at a position along its longer side, in [0, 1]."""
-        return self._stand_ins.read(index, lambda i: self._decode(i, position))
+        return self.locate(index, position)[1]
+
+    def locate(self, index: int, position: float = 0.5) -> tuple[int, dict[str, Any]]:
+        """Returns what `read` does, and the number of the image that it is of."""
+        return self._stand_ins.read(index, lambda i: (i, self._decode(i, position)))
 
     def _decode(self, index: int, position: float) -> dict[str, Any]:
         keep = self._keep and position == 0.5

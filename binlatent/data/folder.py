@@ -3,17 +3,19 @@
 import contextlib
 import csv
 import dataclasses
+import functools
 import json
 import logging
 import os
 import re
 import reprlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from binlatent.data import captions, walk
 from binlatent.data import classes as class_names
-from binlatent.data import walk
 from binlatent.data.images import EncodedImages, UnreadableImage
 from binlatent.runtime.errors import UserError
 
@@ -28,12 +30,16 @@ class Listing:
     labels: list[int]  # one a file; 0 where there are no classes
     texts: list[str]  # one a file: where the features of its text should be
     classes: tuple[str, ...]  # names by number; (): unlabelled
+    # Reads those of each file.
+    captions: Callable[[], list[tuple[str, ...]]] = dataclasses.field(compare=False)
 
 
 class _Image(NamedTuple):
     label: str  # the name of the class, "" for none
     file: str
     text: str = ""  # file of features; "" for the image's own name with .npy
+    # Reads the captions in its line of a table; None where the table has no column of captions.
+    captions: Callable[[], tuple[str, ...]] | None = None
 
 
 def open_images(
@@ -58,7 +64,7 @@ def open_images(
         return file, repr(file), label
 
     classes = () if texts else listing.classes
-    return EncodedImages(len(listing.files), classes, read, names, listing.files)
+    return EncodedImages(len(listing.files), classes, read, names, listing.files, listing.captions)
 
 
 def _first_shape(texts: list[str]) -> tuple[int, ...]:
@@ -103,6 +109,9 @@ def list_images(path: str, split: str, table: str = "", labelled: bool = True) -
     relative to the folder; `label`, a name or a number, `text`, a .npy file of features, and
     `split`, train or test, may be missing. Its classes are the labels that occur. The table, .csv
     or .jsonl, is relative to the folder too.
+
+    Columns of a table whose names start with `caption` hold captions. Without such a column, and
+    without a table, the captions of `x.png` are the lines of `x.txt` beside it.
 
     Args:
       path: of the folder.
@@ -183,14 +192,20 @@ def _find(root: str) -> list[_Image]:
 
 def _from_table(root: str, path: str, split: str, labelled: bool) -> Listing:
     rows = _read_table(path)
+    columns = set().union(*rows)
+    captioned = any(map(captions.is_caption, columns))
     images = {}  # by split as it is named
     for line, row in enumerate(rows, start=1):
-        own_split, image = _read_row(root, row, f"line {line} of {path!r}")
+        where = f"line {line} of {path!r}"
+        own_split, image = _read_row(root, row, where)
+        if captioned:
+            image = image._replace(captions=_captions(row, where, path.endswith(".csv")))
         images.setdefault(own_split, []).append(image)
     every = [image for of_split in images.values() for image in of_split]
     if 0 < sum(not image.label for image in every) < len(every):
         raise UserError(f"in {path!r} some lines have a label and some have none: all, or none")
-    if ignored := sorted(map(str, set().union(*rows) - {"file", "label", "split", "text"})):
+    known = {"file", "label", "split", "text", *filter(captions.is_caption, columns)}
+    if ignored := sorted(map(str, columns - known)):
         log.warning("Of %s, these columns are not used: %s", path, reprlib.repr(ignored))
     if not any("split" in row for row in rows):
         return _split_listing(path, every, split, _classes(every), labelled)
@@ -221,6 +236,14 @@ def _read_row(root: str, row: dict[str, Any], where: str) -> tuple[str, _Image]:
         raise UserError(f"{where} is of the split {shown(split)}, not of train or test")
     file, text = (_path(root, name, where) if name else "" for name in (file, text))
     return class_names.clean(split).casefold(), _Image(class_names.clean(str(label)), file, text)
+
+
+def _captions(row: dict[str, Any], where: str, csv: bool) -> Callable[[], tuple[str, ...]]:
+    """Returns what reads the captions in a table's line, which keeps no more of it than these."""
+    cells = [(key, value) for key, value in row.items() if captions.is_caption(key)]
+    # Spreadsheets write empty cells behind the last column.
+    cells += [(None, left) for left in [row.get(None)] if left and any(map(str.strip, left))]
+    return functools.partial(captions.of_cells, tuple(cells), where, json_lists=csv)
 
 
 def _path(root: str, name: str, where: str) -> str:
@@ -306,9 +329,17 @@ def _listing(images: list[_Image], classes: tuple[str, ...], where: str, labelle
             f"{where!r} ({class_names.numbered(classes)}): move or remove it"
         )
     classes = () if strange else classes
+    files = [image.file for image in images]
+
+    def read_captions() -> list[tuple[str, ...]]:
+        if any(image.captions for image in images):
+            return [image.captions() for image in images]
+        return captions.beside(files)
+
     return Listing(
-        [image.file for image in images],
+        files,
         [numbers[image.label] if classes else 0 for image in images],
         [image.text or os.path.splitext(image.file)[0] + ".npy" for image in images],
         classes,
+        functools.cache(read_captions),
     )

@@ -34,6 +34,8 @@ class EncodedImages(NamedTuple):
     read: Callable[[int], tuple[str | BinaryIO, str, int | np.ndarray]]
     names: str  # of all images, with their labels
     files: Sequence[str]  # that they lie in, where these can be changed
+    # Reads the captions of each image, () for none; None where the dataset has none.
+    captions: Callable[[], list[tuple[str, ...]]] | None = None
 
 
 def read_image(

@@ -22,6 +22,7 @@ def train_batches(
     *,
     random_crop: bool = False,
     random_flip: bool = False,
+    random_caption: bool = False,
 ) -> grain.DatasetIterator:
     """Yields shuffled batches without end, reshuffled each epoch; the seed alone fixes the order.
 
@@ -38,6 +39,8 @@ def train_batches(
         these are the same however many hosts there are; the state is of any of them.
       random_crop: crop the squares anywhere along the longer side, not in the centre.
       random_flip: mirror every other image.
+      random_caption: take any of an image's captions, not the first, where the examples are of
+        `binlatent.texts.captioned`.
 
     Returns:
       An iterator of {'image': float32 (b, h, w, c) in [-1, 1], 'label': int32 (b,), or float32
@@ -48,13 +51,19 @@ def train_batches(
     examples = source.examples
 
     def augment(index: int, random: np.random.Generator) -> dict[str, Any]:
-        example = examples.read(index, random.random()) if random_crop else examples[index]
-        if random_flip and random.random() < 0.5:
+        # What is drawn last is the caption, so that the others do not depend on it.
+        position = random.random() if random_crop else 0.5
+        mirrored = random_flip and random.random() < 0.5
+        if random_caption:
+            example = examples.read(index, position, random.random())
+        else:
+            example = examples.read(index, position) if random_crop else examples[index]
+        if mirrored:
             example = dict(example, image=example["image"][:, ::-1])
         return example
 
     dataset = grain.MapDataset.range(len(examples)).seed(seed).shuffle().repeat()
-    drawn = random_crop or random_flip
+    drawn = random_crop or random_flip or random_caption
     dataset = dataset.random_map(augment) if drawn else dataset.map(examples.__getitem__)
     dataset = dataset.batch(batch_size, drop_remainder=True)
     if count > 1:

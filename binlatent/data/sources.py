@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -16,6 +16,8 @@ class Source:
     classes: tuple[str, ...] = ()  # names by number; (): unlabelled, and every label is 0
     fingerprint: str = ""  # tells which images with which labels these are, by their names
     files: tuple[str, ...] = ()  # that they lie in, where these can be changed
+    # Reads the captions of each image, () for none; None where the dataset has none.
+    captions: Callable[[], list[tuple[str, ...]]] | None = None
 
     @property
     def num_classes(self) -> int:

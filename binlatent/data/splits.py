@@ -74,16 +74,21 @@ def open_split(data: Data, split: str, workdir: Path | None = None, keep: bool =
         report=workdir and workdir / "bad_files.txt",
     )
     digest = hashlib.sha256(encoded.names.encode("utf-8", "surrogatepass"))
-    return Source(images, encoded.classes, digest.hexdigest()[:16], tuple(encoded.files))
+    return Source(
+        *(images, encoded.classes, digest.hexdigest()[:16], tuple(encoded.files)), encoded.captions
+    )
+
+
+def spread_indices(count: int, limit: int) -> np.ndarray:
+    """Returns the indices of `limit` of `count` examples at most.
+
+    They are spread evenly, because a folder lists one class after the other.
+    """
+    return np.linspace(0, count - 1, min(limit, count)).astype(int)
 
 
 def load_images(source: Source, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images, uint8 (n, h, w, c), and labels (n, ...), `limit` of a source at most.
-
-    They are spread evenly over it, because a folder lists one class after the other.
-    """
-    count = len(source.examples)
-    indices = np.linspace(0, count - 1, min(limit, count)).astype(int)
-    examples = [source.examples[i] for i in indices]
+    """Returns images, uint8 (n, h, w, c), and labels (n, ...), of `spread_indices`."""
+    examples = [source.examples[i] for i in spread_indices(len(source.examples), limit)]
     labels = np.array([example["label"] for example in examples])
     return np.stack([example["image"] for example in examples]), labels

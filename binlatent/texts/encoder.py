@@ -24,7 +24,7 @@ from binlatent.runtime.errors import UserError
 from binlatent.runtime.strict_json import to_json
 from binlatent.texts.bert import Bert
 from binlatent.texts.clip import ClipText
-from binlatent.texts.tokenizer import load_tokenizer, tokenize
+from binlatent.texts.tokenizer import load_tokenizer, tokenize, warn_of_cut
 
 FORMAT = 1
 ENCODERS = {"minilm": Bert, "clip": ClipText}
@@ -78,13 +78,21 @@ class TextEncoder:
         variables = replicate(traverse_util.unflatten_dict(params, sep="/"))
         return cls(name, model, variables, tokenizer, weights.sha256(path))
 
-    def encode(self, texts: Sequence[str]) -> EncodedTexts:
-        """Returns the features of texts, which are cut after `model.max_tokens`, with a warning.
+    def encode(self, texts: Sequence[str], cut: list[str] | None = None) -> EncodedTexts:
+        """Returns the features of texts, which are cut after `model.max_tokens`.
 
         A text's features depend on it alone, up to rounding. Few programs are compiled, one for
         each of a few numbers of texts and of tokens.
+
+        Args:
+          texts: n.
+          cut: texts that are cut are added to it; if None, a warning names them.
         """
-        ids = tokenize(self.tokenizer, texts)
+        ids, too_long = tokenize(self.tokenizer, texts)
+        if cut is None:
+            warn_of_cut(too_long, self.model.max_tokens)
+        else:
+            cut += too_long
         n, lengths = len(ids), np.array([len(row) for row in ids], np.int32)
         m = lengths.max(initial=0)
         pooled = np.zeros((n, self.model.pooled_width), np.float32)
@@ -104,6 +112,30 @@ class TextEncoder:
             pooled[rows] = some[: len(rows)]
             tokens[rows, : min(length, m)] = each[: len(rows), :m]
         return EncodedTexts(pooled, tokens, np.arange(m)[None] < lengths[:, None])
+
+    def features(
+        self, texts: Sequence[str], per_token: bool, cut: list[str] | None = None
+    ) -> np.ndarray:
+        """Returns the features of texts for a prior, float32 (n, e), or per token (n, m, d).
+
+        Elements are of about 1: a vector of MiniLM, of length 1, is multiplied by sqrt(e). Padding,
+        and texts that are blank, are 0; m is at least 1.
+
+        Args:
+          texts: n.
+          per_token: whether to return a vector a token, of m, not one a text.
+          cut: as of `encode`.
+        """
+        given = [i for i, text in enumerate(texts) if text.strip()]
+        encoded = self.encode([texts[i] for i in given], cut)
+        found = encoded.tokens if per_token else encoded.pooled
+        if self.name == "minilm" and not per_token:
+            found = found * np.float32(np.sqrt(found.shape[-1]))
+        shape = (max(found.shape[1], 1), found.shape[2]) if per_token else found.shape[1:]
+        features = np.zeros((len(texts), *shape), np.float32)
+        if given:
+            features[given] = found
+        return features
 
 
 def pack(name: str, model: nn.Module, params: dict[str, np.ndarray], tokenizer: str) -> dict:

@@ -52,14 +52,17 @@ def load_tokenizer(text: str, model: Any) -> Any:
     return tokenizer
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the tokens of each text, start and end included; warns of texts that are cut."""
+def tokenize(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[str]]:
+    """Returns the tokens of each text, start and end included, and the texts that are cut."""
     # One by one: in batches, the library starts threads, which processes that fork must not have.
     encodings = [tokenizer.encode(text) for text in texts]
     cut = [text for text, found in zip(texts, encodings, strict=True) if found.overflowing]
+    return [encoding.ids for encoding in encodings], cut
+
+
+def warn_of_cut(cut: Sequence[str], max_tokens: int) -> None:
+    """Warns of texts, if any, that are cut after so many tokens."""
     if cut:
         shown = cut[0] if len(cut[0]) <= _SHOWN else f"{cut[0][:_SHOWN]}..."
         others = f", and {len(cut) - 1} other texts" if len(cut) > 1 else ""
-        most = tokenizer.truncation["max_length"]
-        log.warning("Cut at the %d tokens that the encoder reads: %r%s", most, shown, others)
-    return [encoding.ids for encoding in encodings]
+        log.warning("Cut at the %d tokens that the encoder reads: %r%s", max_tokens, shown, others)

@@ -1,0 +1,92 @@
+"""Examples whose labels are the features of captions."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from binlatent.data import classes
+from binlatent.data.decoded import add_lines
+from binlatent.data.sources import Source
+from binlatent.runtime.errors import UserError
+from binlatent.texts.cache import CaptionFeatures
+
+
+class CaptionedExamples:
+    """Examples of images or of codes, with the features of a caption as the label."""
+
+    def __init__(
+        self, examples: Any, captions: Sequence[tuple[str, ...]], features: CaptionFeatures
+    ):
+        self._examples, self._captions, self._features = examples, captions, features
+        self._shape = features.shape
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.read(index)
+
+    @property
+    def num_unreadable(self) -> int:
+        """How many images were found that cannot be read."""
+        return getattr(self._examples, "num_unreadable", 0)
+
+    def read(self, index: int, position: float = 0.5, choice: float = 0.0) -> dict[str, Any]:
+        """Returns an example, with the caption that a number in [0, 1) chooses.
+
+        Args:
+          index: of the image. Of another that stands in for it, the captions count too.
+          position: where images are cropped, in [0, 1]; codes are of centre crops.
+          choice: 0 for the first caption; numbers drawn uniformly give each an equal share.
+        """
+        found, example = self._locate(index, position)
+        captions, label = self._captions[found], np.zeros(self._shape, np.float32)
+        if captions:
+            features = self._features[captions[int(choice * len(captions))]]
+            label[tuple(map(slice, features.shape))] = features
+        return dict(example, label=label)
+
+    def _locate(self, index: int, position: float) -> tuple[int, dict[str, Any]]:
+        """Returns an example, and the number of the image that it is of."""
+        if hasattr(self._examples, "locate"):
+            return self._examples.locate(index, position)
+        return range(len(self))[index], self._examples[index]
+
+
+def with_captions(
+    source: Source, features: CaptionFeatures, max_broken: float, report: Path | None = None
+) -> Source:
+    """Returns a source whose labels are the features of captions, float32 (e,) or (m, d).
+
+    `examples[i]` has the first caption of an image, `examples.read(i, position, choice)` one that
+    is chosen. CaptionFeatures of tokens are padded with zeros to those of the longest caption; an image
+    without a caption has zeros alone.
+
+    Args:
+      source: with `captions`; its examples are images or codes.
+      features: of all its captions.
+      max_broken: share of images that may have no caption.
+      report: a file that names these, beside images that cannot be read.
+    """
+    captions = source.captions() if source.captions else [()] * len(source.examples)
+    missing = [i for i, of_image in enumerate(captions) if not of_image]
+    if missing:
+        named = len(source.files) == len(captions)
+        names = [repr(source.files[i]) if named else f"number {i}" for i in missing]
+        if report:
+            add_lines(report, [f"there is no caption of the image {name}" for name in names])
+        which = f"; {report} names them" if report else f", the first is {names[0]}"
+        found = f"{len(missing)} of {len(captions)} images have no caption{which}"
+        if len(missing) > min(max_broken * len(captions), len(captions) - 1):
+            raise UserError(
+                f"{found}, which is more than config.data.max_broken = {max_broken:g} allows: "
+                "write the captions of x.png into x.txt beside it, one a line, or into a column "
+                "'caption' of a table, or raise it"
+            )
+        classes.warn_once(f"{found}; they are learned as images without a text")
+    return dataclasses.replace(
+        source, examples=CaptionedExamples(source.examples, captions, features)
+    )
