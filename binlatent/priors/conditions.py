@@ -23,13 +23,86 @@ CONDITIONS = {"class": 0, "text_token": 1, "text_cross": 2}
 class Condition(NamedTuple):
     """The labels of a batch, as networks and priors take them.
 
+    Of texts (n, m, e), rows of zeros at the end are padding. A text of zeros alone is no text: its
+    image has no label.
+
     Fields:
       label: int (n,) of classes, (n, e) or (n, m, e) of texts.
       given: bool (n,), which images have their label; None for all.
+      against: labels like `label`, of any m, that guidance goes against; None for no label.
     """
 
     label: Array
     given: Array | None = None
+    against: Array | None = None
+
+
+def padded(texts: Any) -> np.ndarray:
+    """Returns features of texts, an array or a list of arrays (m, e) of any m, as one array.
+
+    Shorter texts get rows of zeros at the end. What is no such list is as of `np.asarray`.
+    """
+    try:
+        if isinstance(texts, list | tuple) and {np.ndim(text) for text in texts} == {2}:
+            m = max(len(text) for text in texts)
+            texts = [np.pad(text, ((0, m - len(text)), (0, 0))) for text in texts]
+        return np.asarray(texts)
+    except ValueError:  # of several shapes
+        raise UserError("The features of texts must be arrays of one width.") from None
+
+
+def label_and_given(condition: Condition | None) -> tuple[Array | None, Array | None]:
+    """Returns the two fields that networks take, None both without a condition."""
+    return (None, None) if condition is None else (condition.label, condition.given)
+
+
+def negative(condition: Condition | None) -> Condition | None:
+    """Returns the condition that guidance goes against, None for no label."""
+    if condition is None or condition.against is None:
+        return None
+    return Condition(condition.against)
+
+
+def side_by_side(condition: Condition) -> Condition:
+    """Returns 2 n labels: each one of n, followed by what guidance goes against."""
+    label, given, against = condition
+    n = len(label)
+    given = jnp.ones(n, bool) if given is None else given
+    against_given = jnp.full(n, against is not None)
+    against = label if against is None else against
+    if label.ndim == 3:  # texts (n, m, e), both padded to the longer m
+        m = max(label.shape[1], against.shape[1])
+        label, against = (
+            jnp.pad(x, ((0, 0), (0, m - x.shape[1]), (0, 0))) for x in (label, against)
+        )
+    label = jnp.stack([label, against], axis=1).reshape(2 * n, *label.shape[1:])
+    return Condition(label, jnp.stack([given, against_given], axis=1).reshape(-1))
+
+
+def has_text(label: Array) -> Array:
+    """Returns which labels are given at all, bool (n,): texts but those of zeros, all classes."""
+    if jnp.issubdtype(label.dtype, jnp.integer):
+        return jnp.ones(len(label), bool)
+    return jnp.any(label != 0, axis=tuple(range(1, label.ndim)))
+
+
+def given_labels(label: Array, given: Array | None) -> Array | None:
+    """Returns `given`, bool (n,) or None for all, without the images whose text is none."""
+    if jnp.issubdtype(label.dtype, jnp.integer):
+        return given
+    return has_text(label) if given is None else given & has_text(label)
+
+
+def count_tokens(text: Array, given: Array | None) -> Array:
+    """Returns the tokens of each text without its padding, int (n,); 0 where there is no text.
+
+    Args:
+      text: (n, m, e).
+      given: bool (n,), where False there is no text; None for all.
+    """
+    places = jnp.arange(1, text.shape[1] + 1)
+    last = jnp.max(jnp.where(jnp.any(text != 0, axis=-1), places[None], 0), axis=1)
+    return last if given is None else jnp.where(given, last, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +112,7 @@ class Conditioning:
     Fields:
       kind: of `CONDITIONS`, or "none".
       num_classes: of "class"; -1 as long as no data was opened that could tell.
-      text_width: e, of the features of texts.
+      text_width: e, of the features of texts; 0 as long as nothing was opened that could tell.
       names: of the classes, by number; () if they are not known.
     """
 
@@ -71,6 +144,11 @@ class Conditioning:
         """Returns the shape and type of the labels of n images, None without a condition."""
         if self.kind == "none":
             return None
+        if self.of_texts and not self.text_width:
+            raise UserError(
+                "config.prior.text_width is 0, the width of the texts' features in the data, which "
+                "are not open here: set it."
+            )
         shape = {"class": (), "text_token": (self.text_width,), "text_cross": (1, self.text_width)}
         dtype = jnp.int32 if self.kind == "class" else jnp.float32
         return jax.ShapeDtypeStruct((n, *shape[self.kind]), dtype)
@@ -80,7 +158,7 @@ class Conditioning:
 
         Args:
           label: a class, by name or number, or `num` of them; the features of one text, or of
-            `num`.
+            `num`, an array or a list; texts of several tokens, in a list, may differ in length.
           num: n.
         """
         if label is None:
@@ -125,7 +203,7 @@ class Conditioning:
 
     def _features(self, features: Any, num: int, ndim: int) -> np.ndarray:
         """Returns the features of `num` samples' texts, each an array of `ndim` dimensions."""
-        features, width = np.asarray(features), self.text_width
+        features, width = padded(features), self.text_width
         one = features.ndim == ndim
         if (
             features.dtype.kind not in "fiu"
@@ -163,9 +241,10 @@ class Conditioning:
             return labels if source.num_classes else None
         if labels.dtype.kind != "f":
             return None
-        if labels.ndim - 1 != CONDITIONS[self.kind] or labels.shape[-1] != self.text_width:
+        width = self.text_width or labels.shape[-1]
+        if labels.ndim - 1 != CONDITIONS[self.kind] or labels.shape[-1] != width:
             tokens = "" if self.kind == "text_token" else "tokens, "
-            expected = f"({tokens}{self.text_width}{'' if tokens else ','})"
+            expected = f"({tokens}{width}{'' if tokens else ','})"
             raise UserError(
                 f"The features of texts beside the images have the shape {labels.shape[1:]}, but "
                 f"the prior, with config.prior.condition = {self.kind!r}, takes {expected}."

@@ -65,7 +65,8 @@ def guide(conditional: Callable, unconditional: Callable) -> Callable:
     that changing the guidance never compiles anew.
 
     Args:
-      conditional, unconditional: (z_t, t) -> logits.
+      conditional, unconditional: (z_t, t) -> logits; in place of the second, T(z_t, t, c') guides
+        away from a label c'.
 
     Returns:
       (z_t, t, w) -> logits.

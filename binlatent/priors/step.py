@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from binlatent.priors.conditions import Condition
+from binlatent.priors.conditions import Condition, has_text
 from binlatent.priors.prior import Prior
 from binlatent.runtime import machine
 from binlatent.training import state as state_lib
@@ -42,7 +42,7 @@ def draw_batch(
     condition = None
     if label is not None:
         dropped = jax.random.bernoulli(keys[3], label_dropout, (len(probs),))
-        condition = Condition(label, ~dropped)
+        condition = Condition(label, ~dropped & has_text(label))
     return bits, condition, prior.draw_noise(keys[1:3], len(probs))
 
 

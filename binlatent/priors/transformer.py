@@ -19,6 +19,7 @@ import numpy as np
 from flax import linen as nn
 
 from binlatent.priors.attention import attend, dense, gelu
+from binlatent.priors.conditions import count_tokens, given_labels
 
 Array = jax.Array
 
@@ -116,8 +117,8 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of each of n images to its text: rows (n tokens, d) to the same shape.
 
-    The text's keys and values go into the collection `cache`, where that is kept, and are taken
-    from there.
+    Without a text it is to a learned token. The text's keys and values go into the collection
+    `cache`, where that is kept, and are taken from there.
     """
 
     num_heads: int
@@ -125,26 +126,29 @@ class CrossAttention(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, n: int, text: Array | None, given: Array | None) -> Array:
-        """The text is (n, m, e); where it is not given, bool (n,), a learned token is in place."""
+    def __call__(self, x: Array, n: int, text: Array | None, text_tokens: Array | None) -> Array:
+        """To the first text_tokens, int (n,), of each text (n, m, e); 0 where there is none."""
         d = x.shape[-1]
         q = dense(d, dtype=self.dtype, name="query")(x)
         if self.has_variable("cache", "kv"):
             kv = self.get_variable("cache", "kv")
         else:
-            kv = self._keys_and_values(n, d, text, given)
+            kv = self._keys_and_values(n, d, text, text_tokens)
         if self.is_mutable_collection("cache") and not self.is_initializing():
             self.put_variable("cache", "kv", kv)
-        y = attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, None)
+        num_keys = None if text is None else jnp.maximum(text_tokens, 1)
+        y = attend(q, *jnp.split(kv, 2, axis=-1), n, self.num_heads, num_keys)
         return dense(d, dtype=self.dtype, name="proj")(y)
 
-    def _keys_and_values(self, n: int, d: int, text: Array | None, given: Array | None) -> Array:
+    def _keys_and_values(
+        self, n: int, d: int, text: Array | None, text_tokens: Array | None
+    ) -> Array:
         """Returns rows (n m, 2 d)."""
         null = self.param("null_emb", nn.initializers.normal(0.01), (1, self.text_width))
         if text is None:
             text = jnp.broadcast_to(null, (n, 1, self.text_width))
-        elif given is not None:  # m times the same token is as good as one
-            text = jnp.where(given[:, None, None], text, null[None])
+        else:
+            text = jnp.where(text_tokens[:, None, None] > 0, text, null[None])
         return dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
 
 
@@ -162,7 +166,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, n: int, num_keys: Array | None, text: Array | None, given: Array | None
+        self,
+        x: Array,
+        n: int,
+        num_keys: Array | None,
+        text: Array | None,
+        text_tokens: Array | None,
     ) -> Array:
         """Maps (n tokens, d) to the same shape; the others as of the two kinds of attention."""
         d, dtype = x.shape[-1], self.dtype
@@ -175,7 +184,8 @@ class Block(nn.Module):
         x = x + scaled("gamma_1", attention(layer_norm(dtype, "ln1")(x), n, num_keys))
         if self.text_width:
             attention = CrossAttention(self.num_heads, self.text_width, dtype, name="cross")
-            x = x + scaled("gamma_1_5", attention(layer_norm(dtype, "ln1_5")(x), n, text, given))
+            y = attention(layer_norm(dtype, "ln1_5")(x), n, text, text_tokens)
+            x = x + scaled("gamma_1_5", y)
         y = dense(4 * d, dtype=dtype, name="mlp_0")(layer_norm(dtype, "ln2")(x))
         y = dense(d, dtype=dtype, name="mlp_2")(gelu(y))
         return x + scaled("gamma_2", y)
@@ -210,8 +220,8 @@ class Transformer(nn.Module):
           z_t: (n, h, w, c) in {0, 1}.
           time: (n,), (t - 1) / T in (-1 / T, 1), T being that of training whatever the sampler
             visits.
-          label: int (n,) in 0..num_classes - 1 for a class, (n, e) or (n, m, e) for a text; None
-            where no image has one. Ignored without a condition.
+          label: int (n,) in 0..num_classes - 1 for a class, (n, e) or (n, m, e) for a text, zeros
+            as of `conditions.Condition`; None where no image has one. Ignored without a condition.
           given: bool (n,), which images have their label, None for all.
 
         Returns:
@@ -225,9 +235,11 @@ class Transformer(nn.Module):
         time_token = TimeEmbedding(self.width, self.dtype, name="time_step_embedding")(time)
         tokens = [x, time_token[:, None]]
         text = label if self.condition == "text_cross" else None
+        text_tokens = None if text is None else count_tokens(text, given)
         num_keys = None
         if self.condition in ("class", "text_token") and label is not None:
             tokens.append(self._embed_label(label)[:, None])
+            given = given_labels(label, given)
             if given is not None:
                 num_keys = h * w + 1 + given.astype(jnp.int32)
         x = jnp.concatenate(tokens, axis=1).reshape(-1, self.width)
@@ -235,7 +247,7 @@ class Transformer(nn.Module):
         text_width = self.text_width if self.condition == "text_cross" else 0
         for i in range(self.num_layers):
             block = Block(self.num_heads, text_width, self.dtype, name=f"blocks_{i}")
-            x = block(x, n, num_keys, text, given)
+            x = block(x, n, num_keys, text, text_tokens)
         x = x.reshape(n, -1, self.width)[:, : h * w].reshape(n * h * w, self.width)
         x = layer_norm(jnp.float32, "ln_f")(x)
         # Zero: with the evidence form the untrained network is then right about every bit's own

@@ -9,7 +9,7 @@ import optax
 from flax import linen as nn
 
 from binlatent.priors.absorbing import process
-from binlatent.priors.conditions import Condition
+from binlatent.priors.conditions import Condition, label_and_given
 
 Array = jax.Array
 
@@ -48,7 +48,7 @@ def logits(
       hidden: bool, the same shape.
       condition: of the batch.
     """
-    label, given = condition or (None, None)
+    label, given = label_and_given(condition)
     share = jnp.mean(hidden.astype(jnp.float32), axis=(1, 2, 3))
     return network.apply(params, jnp.where(hidden, 0.5, z), share, label, given)
 

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from binlatent.priors.absorbing import process, sampling
 from binlatent.priors.absorbing.objective import logits
-from binlatent.priors.conditions import Condition
+from binlatent.priors.conditions import Condition, negative
 from binlatent.priors.guidance import guide, noise_from_keys
 from binlatent.priors.prior import Known
 
@@ -48,7 +48,8 @@ def unmask_codes(
     params = network.round_weights(params)
     predict = functools.partial(logits, network, params)
     guided = guide(
-        lambda z, hidden: predict(z, hidden, condition), lambda z, hidden: predict(z, hidden, None)
+        lambda z, hidden: predict(z, hidden, condition),
+        lambda z, hidden: predict(z, hidden, negative(condition)),
     )
 
     def predict_guided(z, hidden, w):

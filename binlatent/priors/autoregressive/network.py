@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from binlatent.priors.conditions import count_tokens, given_labels
 from binlatent.priors.transformer import (
     Block,
     CrossAttention,
@@ -117,15 +118,16 @@ class CausalTransformer(nn.Module):
         start = jnp.broadcast_to(self.start.astype(self.dtype), (n, self.width))
         if self.condition not in ("class", "text_token") or label is None:
             return start
-        own = self.cls_embedding(label)
+        own, given = self.cls_embedding(label), given_labels(label, given)
         return own if given is None else jnp.where(given[:, None], own, start)
 
     def _apply_blocks(
         self, x: Array, n: int, num_keys: Array | None, label: Array | None, given: Array | None
     ) -> Array:
         text = label if self.condition == "text_cross" else None
+        text_tokens = None if text is None else count_tokens(text, given)
         for block in self.blocks:
-            x = block(x, n, num_keys, text, given)
+            x = block(x, n, num_keys, text, text_tokens)
         return self.ln_f(x)
 
     def empty_cache(
@@ -144,7 +146,8 @@ class CausalTransformer(nn.Module):
                 fields = self.num_heads, self.text_width, self.dtype
                 cross = CrossAttention(*fields, parent=None)  # not a part of this module
                 own_params = {"params": params["params"][f"blocks_{i}"]["cross"]}
-                inputs = zeros[:, 0], n, label, given
+                text_tokens = None if label is None else count_tokens(label, given)
+                inputs = zeros[:, 0], n, label, text_tokens
                 own["cross"] = cross.apply(own_params, *inputs, mutable="cache")[1]["cache"]
         return cache
 

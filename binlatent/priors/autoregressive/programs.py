@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from binlatent.priors.autoregressive.network import CausalTransformer
-from binlatent.priors.conditions import Condition
+from binlatent.priors.conditions import Condition, label_and_given, side_by_side
 from binlatent.priors.guidance import noise_from_keys
 from binlatent.priors.prior import Known
 
@@ -22,7 +22,7 @@ def log_likelihood(
     network: CausalTransformer, params: Any, bits: Array, condition: Condition | None
 ) -> Array:
     """Returns log p(code) in nats, (n,), of codes (n, h, w, c), in one pass over all tokens."""
-    logits = network.apply(params, bits, None, *(condition or ()))
+    logits = network.apply(params, bits, None, *label_and_given(condition))
     tokens = bits.reshape(*logits.shape[:2], -1)
     return jnp.sum(network.head.log_probs(logits, tokens), axis=1)
 
@@ -57,16 +57,13 @@ def sample_codes(
       condition: of all samples; None for none.
       known: a raster prefix of whole tokens, which may be another for each sample.
       temperature: tau > 0, divides the logits of a bit or of a group's values.
-      guidance: w; logits are (1 + w) conditional - w unconditional (supplement C).
+      guidance: w; logits are (1 + w) conditional - w unconditional, or of what guidance goes
+        against (supplement C).
       network: static.
       guided: static; without it only the conditional network is called, and w is not used.
     """
     params, n, (h, w, c) = network.round_weights(params), len(keys), network.code_shape
-    label, given = condition or (None, None)
-    if guided:  # each sample with its label and, as the next of the batch, without
-        label = jnp.repeat(label, 2, axis=0)
-        given = jnp.ones(n, bool) if given is None else given
-        given = jnp.stack([given, jnp.zeros(n, bool)], axis=1).reshape(-1)
+    label, given = label_and_given(side_by_side(condition) if guided else condition)
     head, uniforms = network.head, noise_from_keys(keys, (c,))
     size = head.group_size
 

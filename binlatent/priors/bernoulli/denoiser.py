@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from binlatent.priors import schedules
 from binlatent.priors.bernoulli import losses, process, targets
-from binlatent.priors.conditions import Condition
+from binlatent.priors.conditions import Condition, label_and_given
 from binlatent.priors.prior import Prior
 from binlatent.runtime.errors import UserError
 
@@ -88,7 +88,7 @@ class Denoiser(Prior):
           t: (n,) in (0, T].
           condition: of the batch.
         """
-        label, given = condition or (None, None)
+        label, given = label_and_given(condition)
         return self.network.apply(params, z_t, (t - 1) / self.num_timesteps, label, given)
 
     def flip_logit(

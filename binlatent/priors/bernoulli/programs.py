@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from binlatent.priors.bernoulli import likelihood, process, sampling
 from binlatent.priors.bernoulli.denoiser import Denoiser
-from binlatent.priors.conditions import Condition
+from binlatent.priors.conditions import Condition, negative
 from binlatent.priors.guidance import guide, noise_from_keys
 
 Array = jax.Array
@@ -54,7 +54,10 @@ def sample_codes(
     def output(z_t, t, condition=None):
         return denoiser.output(params, z_t, jnp.full(len(z_t), t), condition)
 
-    guided = guide(functools.partial(output, condition=condition), output)
+    guided = guide(
+        functools.partial(output, condition=condition),
+        functools.partial(output, condition=negative(condition)),
+    )
 
     def denoise(z_t, t, w):
         logit = output(z_t, t) if condition is None else guided(z_t, t, w)
