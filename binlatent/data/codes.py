@@ -2,7 +2,8 @@
 
 Probabilities, not bits: the prior draws its bits anew each time, so no noise is frozen in. They are
 rounded to 255ths, a byte each. A folder of codes holds shards in ArrayRecord, whose records are a
-label's bytes followed by its code's, and `info.json`, which is written last.
+label's bytes followed by its code's, and `info.json`, which is written last. Where another image
+stands in for one that could not be read, the record ends with its number, 8 bytes.
 """
 
 import hashlib
@@ -22,6 +23,7 @@ from array_record.python import array_record_data_source, array_record_module
 from tqdm import tqdm
 
 from binlatent.data import loader
+from binlatent.data.decoded import locate
 from binlatent.data.sources import Source
 from binlatent.data.splits import Data
 from binlatent.data.transforms import to_float
@@ -32,6 +34,7 @@ from binlatent.runtime.strict_json import write_json
 log = logging.getLogger(__name__)
 
 _SHARD = 4_096  # records
+_NUMBER = np.dtype("<i8")  # of an image, in a record
 
 
 class Codes:
@@ -45,6 +48,7 @@ class Codes:
             raise ValueError(f"labels of the type {info['label_type']!r}")
         self._label_type, self._label_shape = np.dtype(info["label_type"]), info["label_shape"]
         self._label_bytes = self._label_type.itemsize * math.prod(self._label_shape)
+        self._bytes = self._label_bytes + math.prod(self._shape)
         paths = [str(folder / name) for name in _shard_names(info["count"])]
         self._records = array_record_data_source.ArrayRecordDataSource(paths)
 
@@ -52,10 +56,15 @@ class Codes:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.locate(index)[1]
+
+    def locate(self, index: int, position: float = 0.5) -> tuple[int, dict[str, Any]]:
+        """Returns an example, and the number of the image that it is of; all are centre crops."""
         try:
             record = self._records[index]
-            label, probs = record[: self._label_bytes], record[self._label_bytes :]
-            return {
+            label, probs = record[: self._label_bytes], record[self._label_bytes : self._bytes]
+            number = np.frombuffer(record[self._bytes :], _NUMBER)
+            return int(number[0]) if number.size else range(len(self))[index], {
                 "probs": np.frombuffer(probs, np.uint8).reshape(self._shape),
                 "label": np.frombuffer(label, self._label_type).reshape(self._label_shape),
             }
@@ -171,16 +180,22 @@ def _write_shard(
     path: Path,
     progress: tqdm,
 ) -> None:
+    def read(i: int) -> dict[str, Any]:
+        found, example = locate(source.examples, part[i])
+        return dict(example, wanted=part[i], found=found)
+
     with files.atomic(path, alone=True) as unfinished:
         writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
-        for batch in loader.in_order(len(part), lambda i: source.examples[part[i]], batch_size):
+        for batch in loader.in_order(len(part), read, batch_size):
             num = len(batch["image"])
             # The last batch is filled up, so that one compiled program serves all.
             images = batch["image"][np.minimum(np.arange(batch_size), num - 1)]
             codes = np.rint(255 * encode_probs(to_float(images))[:num]).astype(np.uint8)
             with _writing(path):
-                for label, code in zip(_label(batch["label"]), codes, strict=True):
-                    writer.write(label.tobytes() + code.tobytes())
+                columns = _label(batch["label"]), codes, batch["wanted"], batch["found"]
+                for label, code, wanted, found in zip(*columns, strict=True):
+                    number = b"" if found == wanted else found.astype(_NUMBER).tobytes()
+                    writer.write(label.tobytes() + code.tobytes() + number)
             progress.update(num)
         with _writing(path):
             writer.close()

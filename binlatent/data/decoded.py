@@ -69,6 +69,19 @@ class StandIns:
                 add_lines(self._report, [message])
 
 
+def locate(examples: Any, index: int, position: float = 0.5) -> tuple[int, dict[str, Any]]:
+    """Returns an example, and the number of the image that it is of, be it a stand-in.
+
+    Args:
+      examples: of a source; those of images and codes know of stand-ins, by their own `locate`.
+      index: of the example.
+      position: where an image is cropped, as of `DecodedImages.read`.
+    """
+    if hasattr(examples, "locate"):
+        return examples.locate(index, position)
+    return range(len(examples))[index], examples[index]
+
+
 def add_lines(report: Path, lines: Sequence[str]) -> None:
     """Adds lines to a file, but for those that it has."""
     report.parent.mkdir(parents=True, exist_ok=True)

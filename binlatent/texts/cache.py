@@ -1,4 +1,4 @@
-"""CaptionFeatures of captions on disk, each different caption once.
+"""Features of captions on disk, each different caption once.
 
 A folder of them holds shards, and `info.json`, which is written last. A shard is two files of
 NumPy: `rows-...`, float16 (R, d), of all its captions one after the other, memory-mapped; and

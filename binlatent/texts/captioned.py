@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from binlatent.data import classes
-from binlatent.data.decoded import add_lines
+from binlatent.data.decoded import add_lines, locate
 from binlatent.data.sources import Source
 from binlatent.runtime.errors import UserError
 from binlatent.texts.cache import CaptionFeatures
@@ -42,18 +42,12 @@ class CaptionedExamples:
           position: where images are cropped, in [0, 1]; codes are of centre crops.
           choice: 0 for the first caption; numbers drawn uniformly give each an equal share.
         """
-        found, example = self._locate(index, position)
+        found, example = locate(self._examples, index, position)
         captions, label = self._captions[found], np.zeros(self._shape, np.float32)
         if captions:
             features = self._features[captions[int(choice * len(captions))]]
             label[tuple(map(slice, features.shape))] = features
         return dict(example, label=label)
-
-    def _locate(self, index: int, position: float) -> tuple[int, dict[str, Any]]:
-        """Returns an example, and the number of the image that it is of."""
-        if hasattr(self._examples, "locate"):
-            return self._examples.locate(index, position)
-        return range(len(self))[index], self._examples[index]
 
 
 def with_captions(
@@ -62,8 +56,8 @@ def with_captions(
     """Returns a source whose labels are the features of captions, float32 (e,) or (m, d).
 
     `examples[i]` has the first caption of an image, `examples.read(i, position, choice)` one that
-    is chosen. CaptionFeatures of tokens are padded with zeros to those of the longest caption; an image
-    without a caption has zeros alone.
+    is chosen. Those of tokens are padded with zeros to the longest caption; an image without a
+    caption has zeros alone.
 
     Args:
       source: with `captions`; its examples are images or codes.
