@@ -1,5 +1,6 @@
 """What each of the two stages plugs into the training loop."""
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from binlatent.runtime.devices import parallel, parallel_for_debugging, replicat
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import key_for
 from binlatent.runtime.locks import only_process
+from binlatent.texts.cache import write_features
+from binlatent.texts.captioned import with_captions
 from binlatent.training import loop
 from binlatent.training.checkpoint import Checkpoints, exists
 from binlatent.training.loop import Stage
@@ -100,7 +103,11 @@ def _tell_changes(
 
 
 def _batches(
-    source: Source, train: Training, experiment: Experiment, num_threads: int | None = None
+    source: Source,
+    train: Training,
+    experiment: Experiment,
+    num_threads: int | None = None,
+    random_caption: bool = False,
 ) -> Any:
     """Returns this process's share of the global batches."""
     processes.check_same("the number of training images", str(len(source.examples)))
@@ -112,6 +119,7 @@ def _batches(
         shard=(jax.process_index(), jax.process_count()),
         random_crop=experiment.data.crop == "random",
         random_flip=experiment.data.flip,
+        random_caption=random_caption,
     )
 
 
@@ -210,9 +218,37 @@ def _open_codes_or_images(
     experiment = with_classes(experiment, source)
     encoder = BinaryLatentDiffusion.from_workdir(workdir, experiment, prior=False)
     if spec.cache_codes and not spec.codes:
-        folder = _write_codes(encoder, source, workdir)
+        folder, captions = _write_codes(encoder, source, workdir), source.captions
         source = codes.open_codes(folder, encoder.encoder_fingerprint)
+        source = dataclasses.replace(source, captions=captions)
     return encoder, source, experiment
+
+
+def _with_texts(experiment: Experiment, source: Source, workdir: Path) -> tuple[Experiment, Source]:
+    """Returns the experiment that knows the texts, and the source with their features."""
+    conditioning = experiment.prior.conditioning
+    if not conditioning.of_texts:
+        return experiment, source
+    if experiment.data.texts:
+        width = np.shape(source.examples[0]["label"])[-1:]
+        return experiment.with_texts(*width) if width else experiment, source
+    if not experiment.texts.encoder:
+        raise UserError(
+            f"config.prior.condition is {conditioning.kind!r}: set config.texts.encoder for images "
+            "with captions, or config.data.texts=True for images with the features of a text."
+        )
+    if source.captions is None:
+        raise UserError(
+            "The captions of images are read from folders alone: set config.data.name=folder, and "
+            "leave out config.prior.codes."
+        )
+    encoder, per_token = experiment.texts.load(workdir), conditioning.kind == "text_cross"
+    features = write_features(source.captions(), workdir / "texts", encoder, per_token)
+    source = with_captions(
+        *(source, features, experiment.data.max_broken), workdir / "bad_files.txt"
+    )
+    width = encoder.model.width if per_token else encoder.model.pooled_width
+    return experiment.with_texts(width, encoder.sha256), source
 
 
 def write_codes(experiment: Experiment, workdir: Path) -> Path:
@@ -230,12 +266,8 @@ def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
     """Returns stage 2 at its first step, on the codes of the workdir's autoencoder."""
     check_prior(experiment)
     encoder, source, experiment = _open_codes_or_images(experiment, workdir)
+    experiment, source = _with_texts(experiment, source, workdir)
     spec, conditioning = experiment.prior, experiment.prior.conditioning
-    if conditioning.of_texts and not experiment.data.texts:
-        raise UserError(
-            f"config.prior.condition is {conditioning.kind!r}: set config.data.texts=True, with "
-            "the features of a text beside each image of a folder, or learn from other images."
-        )
     conditioning.known(source, np.asarray(source.examples[0]["label"])[None])
     test = _open_test(experiment, workdir)
     cached = "probs" in source.examples[0]
@@ -243,10 +275,12 @@ def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
     encode_probs = functools.partial(apply, method="probs")
     step = _parallel(experiment, spec.step(encode_probs, experiment.run.debug_nans))
     encoder_params = None if cached else replicate(encoder.autoencoder_params)
-    images, labels = load_images(test, experiment.evaluate.num_images)
-    labels = conditioning.known(test, labels)
-    probs = encoder.encode_probs(to_float(images))
-    pipeline = functools.partial(BinaryLatentDiffusion, experiment, encoder.autoencoder_params)
+    params = encoder.autoencoder_params
+    pipeline = functools.partial(BinaryLatentDiffusion, experiment, params, workdir=workdir)
+    held_out = report.HeldOut.of(pipeline(), test)
+    probs, labels = held_out.probs, held_out.labels
+    if prompts := held_out.captions[:10]:
+        pictures.write_prompts(workdir, prompts)
     preview_key = key_for(experiment.seed, "preview")
     return Stage(
         name="prior",
@@ -254,7 +288,10 @@ def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
         state=spec.init_state(experiment.seed),
         step=lambda state, batch, _: step(state, batch, encoder_params),
         # Python alone reads codes, one at a time: several threads take twice as long, and from JAX.
-        batches=_batches(source, spec.train, experiment, num_threads=1 if cached else None),
+        batches=_batches(
+            *(source, spec.train, experiment, 1 if cached else None),
+            random_caption=bool(experiment.texts.encoder),
+        ),
         meta={
             "config": experiment.config,
             "source": source.fingerprint,

@@ -23,12 +23,17 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     data.path = ""
     data.image_size = 256
     data.channels = 3
-    data.table = ""  # of a folder: a .csv or .jsonl file of file, label, text, split
+    data.table = ""  # of a folder: a .csv or .jsonl file of file, label, caption, text, split
     data.texts = False  # labels are texts' features, in a .npy file beside each image of a folder
     data.crop = "centre"  # or "random", along the longer side, in training
     data.flip = False  # mirror every other image in training
     data.max_broken = 0.01  # share of images that may be unreadable
     data.num_classes = -1  # -1: what the dataset has; 0: ignore its labels
+
+    config.texts = texts = ml_collections.ConfigDict()  # of captions and prompts; docs/text.md
+    texts.encoder = ""  # "minilm" or "clip"
+    texts.weights = ""  # its, "" for ENCODER.npz; `python -m binlatent.convert` writes it
+    texts.sha256 = ""  # of that file; "" for any, and a checkpoint then has that of the file
 
     config.autoencoder = autoencoder = ml_collections.ConfigDict()
     autoencoder.bottleneck = "binary"  # or "vq", "real", which have no prior (Table 4)
@@ -104,7 +109,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoregressive.head = "joint"  # or "independent": bits of a token, given the tokens before
     autoregressive.group = 8  # bits of a token at a time, a softmax over their values; of "joint"
     prior.condition = "class"  # if the data has any; or "text_token", "text_cross"
-    prior.text_width = 768  # of a text's features, as of CLIP ViT-L/14
+    prior.text_width = 0  # of a text's features; 0: that of the encoder, or of what is prepared
     prior.label_dropout = 0.1
     prior.cache_codes = False  # encode the training set once, to workdir/codes, as --mode=encode
     prior.codes = ""  # or learn from a folder of codes that lies elsewhere

@@ -2,9 +2,9 @@
 
 python launch/emoji_captions.py FOLDER
 
-FOLDER has emoji.json (or emoji_pretty.json of an older package) and google/*.png. A line of the
-table is an image: `file`, `caption`, a list of phrasings, and `split`. A tenth of the names, with
-all their variants, are of the test split.
+FOLDER is the package, or has its emoji.json and the images in google/. A line of the table is an
+image: `file`, `caption`, a list of phrasings, and `split`. A tenth of the names, with all their
+variants, are of the test split.
 """
 
 import json
@@ -45,14 +45,14 @@ def captions(row: dict[str, Any]) -> list[str]:
     return [phrasing + tone for phrasing in dict.fromkeys(phrasings)]
 
 
-def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the lines of the table, sorted by file."""
+def table(rows: list[dict[str, Any]], images: str) -> list[dict[str, Any]]:
+    """Returns the lines of the table, sorted by file, which lies in the folder `images`."""
     names = sorted({row["name"] for row in rows})
     random.Random(0).shuffle(names)
     held_out = set(names[: len(names) // 10])
     return [
         {
-            "file": f"google/{row['image']}",
+            "file": f"{images}/{row['image']}",
             "caption": captions(row),
             "split": "test" if row["name"] in held_out else "train",
         }
@@ -60,28 +60,23 @@ def table(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def variants(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows of the package's own file with a row for each variant of a skin tone."""
-    every = []
-    for row in rows:
-        tones = row.get("skin_variations", {}).items()
-        own = [(row, "")] + [(variation, tone) for tone, variation in tones]
-        for image, tone in own:
-            if image.get("has_img_google", True):
-                every.append(row | {"image": image["image"], "skin_tones": tone})
-    return every
+def variants(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns a row of the package as it is, and one more for each skin tone."""
+    tones = row.get("skin_variations") or {}
+    more = [row | {"image": own["image"], "skin_tones": tone} for tone, own in tones.items()]
+    return [row, *more]
 
 
 def main(folder: Path) -> None:
     """Writes the table of a folder."""
-    rows = json.loads((folder / "emoji.json").read_text())
-    if rows and "skin_variations" in rows[0] or "has_img_google" in rows[0]:
-        rows = variants(rows)
-    lines = table([row for row in rows if (folder / "google" / row["image"]).exists()])
+    content = json.loads((folder / "emoji.json").read_text("utf-8"))
+    images = next(x for x in ("img/google/64", "google") if (folder / x).is_dir())
+    rows = [variant for row in content for variant in variants(row)]
+    lines = table([row for row in rows if (folder / images / row["image"]).exists()], images)
     unfinished = folder / "captions.jsonl.unfinished"
-    unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
     os.replace(unfinished, folder / "captions.jsonl")
-    print(f"{len(lines)} images with captions are in {folder / 'captions.jsonl'}")
+    print(f"{len(lines)} images with captions: {folder / 'captions.jsonl'}")
 
 
 if __name__ == "__main__":

@@ -152,9 +152,7 @@ def build_autoencoder(
     return Autoencoder(
         Encoder(levels, num_blocks, embedding_width),
         bottleneck,
-        Decoder(
-            levels, int(num_blocks * decoder_depth), image_shape[2], refine_width, norm_first
-        ),
+        Decoder(levels, int(num_blocks * decoder_depth), image_shape[2], refine_width, norm_first),
     )
 
 

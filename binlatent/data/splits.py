@@ -24,7 +24,7 @@ class Data:
     image_size: int  # side in pixels
     channels: int  # 1 or 3
     table: str = ""  # of a folder, a .csv or .jsonl file that says which images there are
-    texts: bool = False  # of a folder: labels are the features of texts, all (e,) or all (m, e)
+    texts: bool = False  # of a folder: labels are the features of texts, (e,) or (m, e)
     crop: str = "centre"  # or "random", along the longer side, in training
     flip: bool = False  # whether training mirrors every other image
     max_broken: float = 0.0  # share of images that may be unreadable; others stand in for them

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.priors.prior import has, optional
 from binlatent.runtime import png
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.files import atomic
 from binlatent.runtime.keys import key_for
 
 
@@ -41,9 +43,18 @@ def samples(
     key: jax.Array,
     num: int | None = None,
     label: Any = None,
+    prompts: Sequence[str] = (),
     **options: Any,
 ) -> np.ndarray:
-    """Draws samples: ten of each class in a row, or `num` of classes in turn, or of one label."""
+    """Draws samples: ten of each class in a row, or `num` of classes in turn, or of one label.
+
+    Of prompts each has a row of `num`, eight if None.
+    """
+    if prompts:
+        columns = 8 if num is None else num
+        every = [prompt for prompt in prompts for _ in range(columns)]
+        drawn = pipeline.sample(len(every), key, label, prompt=every, **options)
+        return png.grid(as_rows(drawn, columns), captions=prompts)
     all_classes, labels = class_rows(pipeline.num_classes)
     titles = row_titles(pipeline, labels) if num is None and label is None else None
     if label is not None:
@@ -122,6 +133,9 @@ class Request(NamedTuple):
     num: int | None = None  # images, or results of each; None for as many as there is room for
     seed: int = 0  # of the draw
     label: str | int | None = None  # the class of all, by name or number
+    prompt: Sequence[str] = ()  # texts, in place of a label
+    prompts: str | None = None  # path of a file with one a line
+    negative_prompt: str | None = None  # that guidance goes against
     features: str | None = None  # the path of a text's features
     image: str | None = None  # path of the user's own; None for test images
     mask: str | None = None  # a preset or a path; None for the prior's presets in turn
@@ -142,9 +156,49 @@ def parse_options(options: Sequence[str], flags: Mapping[str, Any]) -> dict[str,
     return values | {name: value for name, value in flags.items() if value is not None}
 
 
+_PROMPTS = "prompts.txt"  # of a workdir: those that `--mode=sample` draws without any
+
+
+def write_prompts(workdir: Path, prompts: Sequence[str]) -> None:
+    """Writes prompts into a workdir, one a line, for samples that are asked by none."""
+    lines = [" ".join(prompt.split()) for prompt in prompts]
+    with atomic(workdir / _PROMPTS) as unfinished:
+        unfinished.write_text("".join(f"{line}\n" for line in lines if line), "utf-8")
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text in UTF-8: it must have a prompt a line.") from error
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
+        raise UserError(f"{path} has no prompt: it must have one a line.")
+    return prompts
+
+
 def _samples(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    key = key_for(asked.seed, "sample")
-    return samples(pipeline, key, asked.num, _label(asked), **asked.options)
+    key, label, prompts = key_for(asked.seed, "sample"), _label(asked), _prompts(asked)
+    default = pipeline.workdir and pipeline.workdir / _PROMPTS
+    if label is None and asked.num is None and not prompts and default and default.exists():
+        prompts = _read_prompts(default)
+    return samples(pipeline, key, asked.num, label, prompts, **_options(asked))
+
+
+def _prompts(asked: Request) -> list[str]:
+    """Returns the prompts that are asked for, by the flag and in the file."""
+    return [*asked.prompt, *(_read_prompts(Path(asked.prompts)) if asked.prompts else ())]
+
+
+def _options(asked: Request, prompt: bool = False) -> dict[str, Any]:
+    """Returns options of the pipeline: the sampler's, the negative prompt, and with it the one."""
+    options = dict(asked.options)
+    if asked.negative_prompt is not None:
+        options["negative_prompt"] = asked.negative_prompt
+    if prompt and (prompts := _prompts(asked)):
+        if len(prompts) > 1:
+            raise UserError(f"Give one prompt for all images, not {len(prompts)}.")
+        options["prompt"] = prompts[0]
+    return options
 
 
 def _trajectory(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
@@ -152,19 +206,22 @@ def _trajectory(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
 
 
 def _reconstructions(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    return reconstructions(pipeline, test_images(pipeline.experiment, asked.num or 20)[0])
+    return reconstructions(pipeline, test_images(pipeline, asked.num or 20)[0])
 
 
 def _inpaintings(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     images, label = _subjects(pipeline, asked, len(masks.PRESETS) if asked.mask is None else 8)
     keep, key = _masks(pipeline, asked, len(images)), key_for(asked.seed, "inpaint")
-    return inpaintings(pipeline, images, keep, label, key, asked.num or 6, **asked.options)
+    return inpaintings(
+        pipeline, images, keep, label, key, asked.num or 6, **_options(asked, prompt=True)
+    )
 
 
 def _variations(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     optional(pipeline.experiment.prior.prior, "vary")  # before any work
     images, label = _subjects(pipeline, asked, 8)
-    key, options = key_for(asked.seed, "vary"), {"strength": asked.strength, **asked.options}
+    key, options = key_for(asked.seed, "vary"), _options(asked, prompt=True)
+    options = {"strength": asked.strength, **options}
     return variations(pipeline, images, label, key, asked.num or 6, **options)
 
 
@@ -188,9 +245,9 @@ def _subjects(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> tupl
         data = pipeline.experiment.data
         image = read_image(asked.image, repr(asked.image), data.image_size, data.channels)
         return to_float(image[None]), _label(asked)
-    images, labels = test_images(pipeline.experiment, num)
+    images, labels = test_images(pipeline, num)
     label = _label(asked)
-    return images, labels if label is None else label
+    return images, labels if label is None and not _prompts(asked) else label
 
 
 def _presets(pipeline: BinaryLatentDiffusion) -> list[str]:

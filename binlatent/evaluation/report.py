@@ -16,13 +16,12 @@ import jax
 import numpy as np
 
 from binlatent.data.sources import Source
-from binlatent.data.splits import load_images, open_split
+from binlatent.data.splits import load_images, open_split, spread_indices
 from binlatent.data.transforms import to_float, to_uint8
 from binlatent.evaluation import results
 from binlatent.evaluation.judge import Judge
 from binlatent.evaluation.metrics import image_metrics, pairs
 from binlatent.evaluation.metrics.table import Metric
-from binlatent.experiment import Experiment
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import strict_json
 from binlatent.runtime.keys import key_for
@@ -35,11 +34,10 @@ _OF_AUTOENCODER = ("psnr", "ssim", "codes")  # Table 4
 _DRAWS = 8  # of time, code and noise for each image, of the prior's own metrics
 
 
-def test_images(experiment: Experiment, num: int) -> tuple[np.ndarray, np.ndarray | None]:
+def test_images(pipeline: BinaryLatentDiffusion, num: int) -> tuple[np.ndarray, np.ndarray | None]:
     """Returns `num` test images, float in [-1, 1], and their labels as the prior takes them."""
-    source = open_split(experiment.data, "test")
-    images, labels = load_images(source, num)
-    return to_float(images), experiment.prior.conditioning.known(source, labels)
+    test = HeldOut.of(pipeline, open_split(pipeline.experiment.data, "test"), num)
+    return to_float(test.images), test.labels
 
 
 @dataclasses.dataclass
@@ -52,15 +50,31 @@ class HeldOut:
     source: Source | None = None
 
     @classmethod
+    def of(
+        cls, pipeline: BinaryLatentDiffusion, source: Source, num: int | None = None
+    ) -> "HeldOut":
+        """Returns `num` images, spread evenly over a source; `evaluate.num_images` if None."""
+        num = pipeline.experiment.evaluate.num_images if num is None else num
+        return cls(pipeline, *load_images(source, num), source)
+
+    @classmethod
     def read(cls, pipeline: BinaryLatentDiffusion, workdir: Path | None = None) -> "HeldOut":
-        """Reads `evaluate.num_images` images, spread evenly over the test split."""
-        experiment = pipeline.experiment
-        source = open_split(experiment.data, "test", workdir)
-        return cls(pipeline, *load_images(source, experiment.evaluate.num_images), source)
+        """Reads images of the test split."""
+        return cls.of(pipeline, open_split(pipeline.experiment.data, "test", workdir))
+
+    @functools.cached_property
+    def captions(self) -> list[str]:
+        """The first caption of each image, "" without one; [] if the prior is not asked by any."""
+        if not self.pipeline.experiment.texts.encoder or self.source.captions is None:
+            return []
+        every = self.source.captions()
+        return [(*every[i], "")[0] for i in spread_indices(len(every), len(self.images))]
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
         """The labels as the prior takes them; None if the images have none for it."""
+        if self.captions:
+            return self.pipeline.text_features(self.captions)
         return self.pipeline.experiment.prior.conditioning.known(self.source, self.source_labels)
 
     @functools.cached_property

@@ -16,7 +16,6 @@ from binlatent.data.transforms import to_uint8
 from binlatent.evaluation import exchange
 from binlatent.evaluation.networks import features
 from binlatent.evaluation.networks.features import Features, Network
-from binlatent.experiment import Experiment
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import png, weights
 from binlatent.runtime.files import atomic
@@ -56,7 +55,7 @@ class Samples:
         self._with_images = images or keep == "npz"
         key = key_for(seed, "evaluate")
         experiment = pipeline.experiment
-        labels, self._labels = _labelling(experiment, seed)
+        labels, self._labels = _labelling(pipeline, seed)
         self.protocol = {
             "weights": f"EMA, {weights.fingerprint(pipeline.prior_params)}",
             "autoencoder": weights.fingerprint(pipeline.autoencoder_params),
@@ -172,10 +171,10 @@ class Stored:
 
 
 def _labelling(
-    experiment: Experiment, seed: int
+    pipeline: BinaryLatentDiffusion, seed: int
 ) -> tuple[str, Callable[[np.ndarray], np.ndarray | None]]:
     """Returns which labels samples have, in words, and the function of their indices."""
-    conditioning = experiment.prior.conditioning
+    experiment, conditioning = pipeline.experiment, pipeline.experiment.prior.conditioning
     if conditioning.kind == "none":
         return "none", lambda indices: None
     if conditioning.kind == "class" and experiment.evaluate.labels == "balanced":
@@ -183,9 +182,14 @@ def _labelling(
         return f"balanced, {k} classes in turn", lambda indices: (indices % k).astype(np.int32)
     source = open_split(experiment.data, "train", keep=False)
     order = np.random.default_rng(seed).permutation(len(source.examples))
+    by_captions = experiment.texts.encoder and source.captions is not None
+    captions = source.captions() if by_captions else ()
 
     def of_images(indices: np.ndarray) -> np.ndarray:
         images = order[indices % len(order)]
+        if by_captions:
+            return pipeline.text_features([(*captions[i], "")[0] for i in images])
         return np.stack([np.asarray(source.examples[int(i)]["label"]) for i in images])
 
-    return f"those of training images in a random order, {source.fingerprint}", of_images
+    what = "first captions" if by_captions else "those"
+    return f"{what} of training images in a random order, {source.fingerprint}", of_images

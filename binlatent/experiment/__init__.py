@@ -22,13 +22,14 @@ from binlatent.autoencoder.modules import Levels
 from binlatent.autoencoder.spec import AutoencoderSpec
 from binlatent.autoencoder.step import Objective
 from binlatent.data.splits import Data
-from binlatent.experiment.limits import Content, check_values, spell, value_of
+from binlatent.experiment.limits import Content, check_texts, check_values, spell, value_of
 from binlatent.priors.conditions import Conditioning
 from binlatent.priors.kinds import KINDS
 from binlatent.priors.settings import make_settings
 from binlatent.priors.spec import PriorSpec
 from binlatent.runtime import paths
 from binlatent.runtime.errors import UserError
+from binlatent.texts.spec import Texts
 from binlatent.training.loop import Run
 from binlatent.training.optimizer import Training
 
@@ -68,13 +69,14 @@ class Experiment:
     Fields:
       seed: of everything random.
       dtype: of the computation; parameters and losses stay float32.
-      data, autoencoder, prior, sample, evaluate, run: the parts.
+      data, texts, autoencoder, prior, sample, evaluate, run: the parts.
       content: the config as nested dictionaries, for checkpoints, and for `change`.
     """
 
     seed: int
     dtype: Any
     data: Data
+    texts: Texts
     autoencoder: AutoencoderSpec
     prior: PriorSpec
     sample: Sample
@@ -115,6 +117,26 @@ class Experiment:
         """Returns a copy that knows the number of classes, and their names, if given."""
         return self.change({"data.num_classes": num_classes}).with_names(names)
 
+    def with_texts(self, width: int, sha256: str = "") -> "Experiment":
+        """Returns a copy that knows the width of texts' features, and the file of the encoder."""
+        if self.prior.conditioning.text_width not in (0, width):
+            raise UserError(
+                f"config.prior.text_width is {self.prior.conditioning.text_width}, but the "
+                f"features of the texts have the width {width}: set it to that, or to 0."
+            )
+        return self.change({"prior.text_width": width, "texts.sha256": sha256})
+
+    def as_trained(self, trained: "Experiment") -> "Experiment":
+        """Returns a copy that knows of data and texts what training found out, if not given."""
+        used, width = self, trained.prior.conditioning.text_width
+        if used.data.num_classes == -1:
+            used = used.with_classes(trained.data.num_classes)
+        if width:
+            used = used.with_texts(width, used.texts.sha256 or trained.texts.sha256)
+        if not used.prior.conditioning.names:
+            used = used.with_names(trained.prior.conditioning.names)
+        return used
+
 
 def resolve(
     config: ml_collections.ConfigDict | Content, class_names: tuple[str, ...] = ()
@@ -135,7 +157,8 @@ def resolve(
     _locate(content)
     dtype = jnp.dtype(content["dtype"])
     data = _take(Data, content, "data")
-    section = content["prior"]
+    section, texts = content["prior"], _take(Texts, content, "texts")
+    check_texts(section["condition"] in ("text_token", "text_cross"), data.texts, texts.encoder)
     if (data.flip or data.crop == "random") and (section["cache_codes"] or section["codes"]):
         raise UserError(
             "Codes on disk (prior.cache_codes, prior.codes) are of images as they are: learn from "
@@ -150,6 +173,7 @@ def resolve(
         seed=content["seed"],
         dtype=dtype,
         data=data,
+        texts=texts,
         autoencoder=autoencoder,
         prior=prior,
         sample=Sample(
@@ -163,7 +187,7 @@ def resolve(
 
 # Keys that hold the path of a file or folder, if they are not empty.
 PATHS = (
-    *("data.path", "prior.codes", "autoencoder.loss.vgg16", "evaluate.weights"),
+    *("data.path", "prior.codes", "autoencoder.loss.vgg16", "texts.weights", "evaluate.weights"),
     "evaluate.reference",
 )
 

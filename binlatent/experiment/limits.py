@@ -11,6 +11,7 @@ from binlatent.priors.kinds import KINDS
 from binlatent.runtime import strict_json
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import MAX_SEED
+from binlatent.texts.encoder import ENCODERS
 from binlatent.training.optimizer import DECAYS
 
 Content = Mapping[str, Any]  # a config as nested dictionaries
@@ -40,7 +41,7 @@ _RANGES = {
         for name in ("mse", "l1", "perceptual", "adversarial", "r1", "entropy", "commitment", "kl")
     },
     "autoencoder.train.accumulate": _AT_LEAST_1,
-    "prior.text_width": _AT_LEAST_1,
+    "prior.text_width": _AT_LEAST_0,
     "prior.label_dropout": _SHARE,
     "prior.network.num_layers": (0, 200),
     "prior.network.num_heads": _AT_LEAST_1,
@@ -71,6 +72,7 @@ _CHOICES = {
     "autoencoder.bottleneck": BOTTLENECKS,  # with what a config adds to it
     "autoencoder.train.decay": DECAYS,
     "prior.train.decay": DECAYS,
+    "texts.encoder": ("", *ENCODERS),
     "evaluate.network": ("inception", "efficientnet", "classifier"),
     "evaluate.labels": ("balanced", "data"),
     "on_nonfinite": ("stop", "skip"),
@@ -118,3 +120,24 @@ def check_values(content: Content) -> None:
         if value not in (*others, last):
             shown = ", ".join(f'"{x}"' for x in others)
             raise UserError(f'config.{name} must be {shown} or "{last}", not {value!r}.')
+
+
+def check_texts(conditional: bool, prepared: bool, encoder: str) -> None:
+    """Refuses texts that no prior would be trained on, or two ways to their features.
+
+    Args:
+      conditional: whether the prior is asked by texts.
+      prepared: whether their features lie beside the images, `data.texts`.
+      encoder: `texts.encoder`, of their captions.
+    """
+    if prepared and encoder:
+        raise UserError(
+            f"config.data.texts takes features of texts from files, config.texts.encoder="
+            f"{encoder} computes them from captions: set one of the two."
+        )
+    if (prepared or encoder) and not conditional:
+        given = "config.data.texts=True" if prepared else f"config.texts.encoder={encoder}"
+        raise UserError(
+            f"{given} is for a prior that is asked by texts: set config.prior.condition to "
+            "text_token or text_cross, or leave it out."
+        )

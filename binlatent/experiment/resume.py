@@ -34,6 +34,7 @@ def _model_keys(here: Experiment, there: Experiment, stage: str) -> list[str]:
     if stage == "prior":
         kind = here.prior.kind
         keys += ["data.num_classes", "prior.kind", "prior.condition", "prior.text_width"]
+        keys += ["texts.encoder", "texts.sha256"] if there.texts.encoder else []
         keys += [f"prior.network.{key}" for key in here.content["prior"]["network"]]
         if there.prior.kind == kind:
             keys += [f"prior.{kind}.{key}" for key in here.prior.prior.trained]

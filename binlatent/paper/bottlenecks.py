@@ -13,6 +13,8 @@ from typing import Any
 import jax
 
 from binlatent import stages
+from binlatent.data.splits import load_images, open_split
+from binlatent.data.transforms import to_float
 from binlatent.evaluation import report
 from binlatent.experiment import Experiment
 from binlatent.paper.runs import check_budget
@@ -122,7 +124,8 @@ def _compare(experiment: Experiment, workdir: Path) -> str:
     for name, row in rows.items():  # all, before any training
         check_budget(row, workdir / name, "autoencoder")
     measured, lines = {}, []
-    images, _ = report.test_images(experiment, experiment.evaluate.num_images)
+    source = open_split(experiment.data, "test")
+    images = to_float(load_images(source, experiment.evaluate.num_images)[0])
     for name, row in rows.items():
         log.info("Table 4: %s", name)
         stages.train_autoencoder(row, workdir / name)

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,21 @@ import numpy as np
 
 from binlatent.autoencoder import bottleneck, programs
 from binlatent.data.masks import known_tokens
-from binlatent.experiment import Experiment, of_checkpoint
-from binlatent.experiment.resume import check_same_model
+from binlatent.experiment import Experiment
+from binlatent.pipeline.checks import check_codes, check_images, check_num
+from binlatent.pipeline.loading import load_stage
 from binlatent.priors import step
 from binlatent.priors.conditions import Condition
 from binlatent.priors.prior import Known, optional
+from binlatent.priors.prompts import make_condition
 from binlatent.priors.settings import with_options
 from binlatent.runtime import paths
 from binlatent.runtime.devices import map_batches, replicate
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import sample_keys
 from binlatent.runtime.weights import fingerprint
-from binlatent.training.checkpoint import Checkpoints, exists
+from binlatent.texts.encoder import TextEncoder
+from binlatent.training.checkpoint import exists
 
 Array = jax.Array
 
@@ -34,9 +37,19 @@ class BinaryLatentDiffusion:
     (n, h, w, c). Everything runs in batches of `config.sample.batch_size`, spread over the devices.
     """
 
-    def __init__(self, experiment: Experiment, autoencoder_params: Any, prior_params: Any = None):
-        """Wraps parameters that fit the experiment; `prior_params` is None before stage 2."""
+    def __init__(
+        self,
+        experiment: Experiment,
+        autoencoder_params: Any,
+        prior_params: Any = None,
+        workdir: Path | None = None,
+    ):
+        """Wraps parameters that fit the experiment; `prior_params` is None before stage 2.
+
+        A text encoder is also looked for in the workdir.
+        """
         self.experiment = experiment
+        self.workdir = workdir
         self.autoencoder_params = replicate(autoencoder_params)
         self._prior_params = replicate(prior_params)
         self._autoencoder = experiment.autoencoder.networks.autoencoder
@@ -54,32 +67,11 @@ class BinaryLatentDiffusion:
           prior: whether to load the prior.
         """
         workdir = Path(paths.expand(str(workdir), "workdir"))
-        if not workdir.is_dir():
-            raise UserError(f"There is no workdir {workdir}: train one, or check --workdir.")
-
-        def load(stage: str, encoder: str | None = None) -> tuple[Experiment, Any]:
-            def read(checkpoints: Checkpoints) -> tuple[Experiment, Any]:
-                if encoder is not None:
-                    checkpoints.check_encoder(encoder)
-                trained = of_checkpoint(checkpoints.meta(), workdir / stage)
-                used = experiment or trained
-                if used.data.num_classes == -1:
-                    used = used.with_classes(trained.data.num_classes)
-                check_same_model(used, trained, stage)
-                if not used.prior.conditioning.names:
-                    used = used.with_names(trained.prior.conditioning.names)
-                spec = {"autoencoder": used.autoencoder, "prior": used.prior}[stage]
-                like = jax.eval_shape(spec.init, jax.random.key(0))
-                return used, checkpoints.restore_ema(like)
-
-            with Checkpoints.open(workdir, stage) as checkpoints:
-                return checkpoints.newest(read)
-
-        pipeline = cls(*load("autoencoder"))
+        pipeline = cls(*load_stage(workdir, "autoencoder", experiment), workdir=workdir)
         if not prior or not exists(workdir, "prior"):
             return pipeline
-        used, prior_params = load("prior", pipeline.encoder_fingerprint)
-        return cls(used, pipeline.autoencoder_params, prior_params)
+        used, prior_params = load_stage(workdir, "prior", experiment, pipeline.encoder_fingerprint)
+        return cls(used, pipeline.autoencoder_params, prior_params, workdir)
 
     @property
     def has_prior(self) -> bool:
@@ -133,23 +125,7 @@ class BinaryLatentDiffusion:
         encode = functools.partial(
             programs.encode_probs, self.autoencoder_params, model=self._autoencoder
         )
-        return self._map(encode, self._check_images(images))
-
-    def _check_images(self, images: np.ndarray) -> np.ndarray:
-        """Returns images as float32, if they have the autoencoder's shape and range."""
-        expected = self.experiment.data.image_shape
-        if np.ndim(images) != 4 or not len(images) or np.shape(images)[1:] != expected:
-            raise UserError(
-                f"Images must be an array (n, {', '.join(map(str, expected))}) in [-1, 1], "
-                f"not of shape {np.shape(images)}."
-            )
-        images = np.asarray(images, np.float32)
-        if not np.max(np.abs(images)) <= 1 + 1e-3:  # nor if one is NaN
-            raise UserError(
-                f"Images must be in [-1, 1], not from {np.min(images):g} to {np.max(images):g}; "
-                "binlatent.data.transforms.to_float makes them of uint8."
-            )
-        return images
+        return self._map(encode, check_images(images, self.experiment.data.image_shape))
 
     def encode(
         self, images: np.ndarray, mode: str = "deterministic", key: Array | None = None
@@ -181,23 +157,14 @@ class BinaryLatentDiffusion:
         encode = functools.partial(
             programs.encode_codes, self.autoencoder_params, model=self._autoencoder
         )
-        return self._map(encode, self._check_images(images))
+        return self._map(encode, check_images(images, self.experiment.data.image_shape))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Returns the images of codes."""
         decode = functools.partial(
             programs.decode_codes, self.autoencoder_params, model=self._autoencoder
         )
-        return self._map(decode, self._check_codes(codes))
-
-    def _check_codes(self, codes: np.ndarray) -> np.ndarray:
-        """Returns codes as float32, if they have the autoencoder's shape."""
-        if np.ndim(codes) != 4 or not len(codes) or np.shape(codes)[1:] != self.code_shape:
-            raise UserError(
-                f"Codes must be an array (n, {', '.join(map(str, self.code_shape))}), "
-                f"not of shape {np.shape(codes)}."
-            )
-        return np.asarray(codes, np.float32)
+        return self._map(decode, check_codes(codes, self.code_shape))
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Returns the decoded deterministic codes of images."""
@@ -209,26 +176,62 @@ class BinaryLatentDiffusion:
         """Returns the settings of the sampler, some replaced by options; None replaces nothing."""
         return with_options(self._prior, self.experiment.sample.settings, options)
 
-    def _draw(self, method: str, key: Array, label: Any, num: int, *arrays: Any, **more: Any):
+    @functools.cached_property
+    def text_encoder(self) -> TextEncoder:
+        """The text encoder of the prior's captions and prompts."""
+        if not self.experiment.texts.encoder:
+            raise UserError(
+                "This prior of texts knows no text encoder: give it features of texts, or convert "
+                "it with --text_encoder (docs/text.md)."
+            )
+        return self.experiment.texts.load(self.workdir)
+
+    def text_features(self, texts: Sequence[str]) -> np.ndarray:
+        """Returns features of n texts as labels of the prior, (n, e) or (n, m, e), float32."""
+        per_token = self.experiment.prior.conditioning.kind == "text_cross"
+        different = list(dict.fromkeys(texts))
+        features = self.text_encoder.features(different, per_token)
+        return features[[different.index(text) for text in texts]]
+
+    def _asked(self, label: Any, num: int, options: dict[str, Any]) -> tuple[Condition | None, Any]:
+        """Returns the condition of `num` samples, and the settings of the sampler."""
+        names = ("prompt", "negative_prompt")
+        prompts = {name: options[name] for name in names if name in options}
+        options = {name: value for name, value in options.items() if name not in names}
+        settings, conditioning = self.settings(options), self.experiment.prior.conditioning
+        if prompts.get("negative_prompt") and not getattr(settings, "guidance", 0):
+            raise UserError("A negative prompt needs a guidance above 0: give --guidance=2, say.")
+        condition = make_condition(conditioning, self.text_features, num, label, **prompts)
+        return condition, settings
+
+    def _draw(
+        self,
+        method: str,
+        key: Array,
+        condition: Condition | None,
+        num: int,
+        *arrays: Any,
+        settings: Any,
+        then: Callable = dict,
+    ) -> Any:
         """Applies a method of the prior to batches.
 
         Args:
           method: of `Prior`, called with parameters, keys, condition and what follows.
-          key, label: as of `sample_codes`.
+          key: as of `sample_codes`.
+          condition: of all samples.
           num: n.
-          *arrays: (n, ...) each, given to `more["then"]` in batches.
-          **more: `settings`; `then`, which makes arguments of the arrays of a batch.
+          *arrays: (n, ...) each, given to `then` in batches.
+          settings: of the sampler.
+          then: makes further arguments of the arrays of a batch.
         """
-        function = optional(self._prior, method)
-        params, settings = self.prior_params, more["settings"]
-        arguments = more.get("then", lambda: {})
+        function, params = optional(self._prior, method), self.prior_params
 
-        def draw(keys: Array, labels: Array | None, *arrays: Array) -> Any:
-            condition = None if labels is None else Condition(labels)
-            return function(params, keys, condition, settings=settings, **arguments(*arrays))
+        def draw(keys: Array, label: Array | None, given: Any, against: Any, *arrays: Array) -> Any:
+            condition = None if label is None else Condition(label, given, against)
+            return function(params, keys, condition, settings=settings, **then(*arrays))
 
-        labels = self.experiment.prior.conditioning.labels(label, num)
-        return self._map(draw, sample_keys(key, num), labels, *arrays)
+        return self._map(draw, sample_keys(key, num), *(condition or (None,) * 3), *arrays)
 
     def sample_codes(self, num: int, key: Array, label: Any = None, **options: Any) -> np.ndarray:
         """Returns `num` new codes, float32 in {0, 1}, (num, h, w, c).
@@ -241,11 +244,14 @@ class BinaryLatentDiffusion:
           key: a typed PRNG key, `jax.random.key(seed)`; or one a sample, (num,).
           label: a class, by its number, or by its name as a string, or n of them; of a prior of
             texts, the features of one, (e,) or (m, e), or of n; None for none.
-          **options: in place of those in `config.sample`, by the same names, of the prior's kind:
-            `temperature` (tau > 0; less is less diverse), `guidance` (w >= 0), `steps`, ...
+          **options: `prompt`, in place of a label, and `negative_prompt`, which guidance goes
+            against, a text or n of them each; and in place of those in `config.sample`, by the
+            same names, of the prior's kind: `temperature` (tau > 0; less is less diverse),
+            `guidance` (w >= 0), `steps`, ...
         """
-        _check_num(num)
-        return self._draw("sample", key, label, num, settings=self.settings(options))
+        check_num(num)
+        condition, settings = self._asked(label, num, options)
+        return self._draw("sample", key, condition, num, settings=settings)
 
     def trajectory(self, num: int, key: Array, label: Any = None, **options: Any) -> Any:
         """Returns what the sampler passes through on its way to `num` codes, as `sample_codes`.
@@ -255,8 +261,9 @@ class BinaryLatentDiffusion:
           P(z_0 = 1 | z_t), float32 (num, S, h, w, c); of an absorbing one also `hidden`, bool as
           z_t, in which hidden bits are as the last call drew them.
         """
-        _check_num(num)
-        return self._draw("trajectory", key, label, num, settings=self.settings(options))
+        check_num(num)
+        condition, settings = self._asked(label, num, options)
+        return self._draw("trajectory", key, condition, num, settings=settings)
 
     def sample(self, num: int, key: Array, label: Any = None, **options: Any) -> np.ndarray:
         """Returns `num` new images; arguments as of `sample_codes`."""
@@ -281,8 +288,8 @@ class BinaryLatentDiffusion:
             bits are on the way, and `keep_pixels` whether the known pixels come back as they
             were or as decoded.
         """
-        settings = self.settings(options)
-        images = self._check_images(images)
+        images = check_images(images, self.experiment.data.image_shape)
+        condition, settings = self._asked(label, len(images), options)
         mask = np.asarray(mask, bool)
         if mask.shape not in (images.shape[1:3], images.shape[:3]):
             raise UserError(
@@ -296,7 +303,7 @@ class BinaryLatentDiffusion:
         mean = (images * keep).sum(axis=(1, 2), keepdims=True) / count
         codes = self.encode(np.where(keep, images, mean))
         codes = self._draw(
-            *("sample", key, label, len(images), codes, known_mask),
+            *("sample", key, condition, len(images), codes, known_mask),
             settings=settings,
             then=lambda bits, mask: {"known": Known(bits, mask)},
         )
@@ -332,9 +339,9 @@ class BinaryLatentDiffusion:
         optional(self._prior, "vary")  # before any work
         if not 0 < strength <= 1:
             raise UserError(f"The strength must be above 0 and at most 1; got {strength}.")
-        settings = self.settings(options)
+        condition, settings = self._asked(label, len(images), options)
         codes = self._draw(
-            *("vary", key, label, len(images), self.encode(images)),
+            *("vary", key, condition, len(images), self.encode(images)),
             settings=settings,
             then=lambda bits: {"bits": bits, "strength": strength},
         )
@@ -364,13 +371,14 @@ class BinaryLatentDiffusion:
         """
         if num_draws < 1:
             raise UserError(f"num_draws must be at least 1; got {num_draws}.")
-        codes = self._check_codes(codes)
+        codes = check_codes(codes, self.code_shape)
         if not np.all((codes == 0) | (codes == 1)):
             raise UserError("Only codes of 0 and 1 have a length; got other values.")
-        options = {name: value for name, value in options.items() if value is not None}
+        condition, settings = self._asked(label, len(codes), options)
+        given = {name for name, value in options.items() if value is not None}
         return self._draw(
-            *("code_lengths", key, label, len(codes), codes),
-            settings=self.settings(options) if options else None,
+            *("code_lengths", key, condition, len(codes), codes),
+            settings=settings if given - {"prompt"} else None,
             then=lambda bits: {"bits": bits, "num_draws": num_draws},
         )
 
@@ -392,8 +400,3 @@ class BinaryLatentDiffusion:
             ),
             *(probs, labels),
         )
-
-
-def _check_num(num: int) -> None:
-    if num < 1:
-        raise UserError(f"The number of samples must be at least 1; got {num}.")

@@ -12,37 +12,72 @@ _GAP = 2
 _BACKGROUND = 96
 
 
-def grid(rows: Sequence[np.ndarray], titles: Sequence[str] | None = None) -> np.ndarray:
-    """Lays out rows of images with gaps, titles on the left.
+def grid(
+    rows: Sequence[np.ndarray],
+    titles: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Lays out rows of images with gaps, titles on the left, captions below.
 
     Args:
       rows: uint8 (n, h, w, channels) each.
       titles: one a row, of which 20 characters are shown; the letters are those of DejaVu Sans.
+      captions: one a row, of which as much is shown as fits.
 
     Returns:
       uint8 (height, width, channels).
     """
     images = np.stack(rows)
     num_rows, num_columns, h, w, channels = images.shape
-    pad = ((0, 0), (0, 0), (_GAP, 0), (_GAP, 0), (0, 0))
+    font = _font(h)
+    below = 0 if captions is None else sum(font.getmetrics()) + _GAP
+    pad = ((0, 0), (0, 0), (_GAP, below), (_GAP, 0), (0, 0))
     cells = np.pad(images, pad, constant_values=_BACKGROUND)
-    height, width = num_rows * (h + _GAP), num_columns * (w + _GAP)
+    height, width = num_rows * (h + _GAP + below), num_columns * (w + _GAP)
     sheet = cells.transpose(0, 2, 1, 3, 4).reshape(height, width, channels)
     sheet = np.pad(sheet, ((0, _GAP), (0, _GAP), (0, 0)), constant_values=_BACKGROUND)
+    tops = _GAP + np.arange(num_rows) * (h + _GAP + below)
+    if captions is not None:
+        for top, caption in zip(tops + h, captions, strict=True):
+            line = _fitting(" ".join(caption.split()), font, width - _GAP)
+            letters = _letters([line], [_GAP + below // 2], font, (below, width + _GAP))
+            sheet[top : top + below] = letters[..., None]
     if titles is None:
         return sheet
     lines = [" ".join(title.split()) for title in titles]
     shown = [line if len(line) <= 20 else f"{line[:19]}…" for line in lines]
-    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    font = ImageFont.truetype(file, min(max(h // 3, 10), 24))
     width = _GAP + math.ceil(max(font.getlength(title) for title in shown))
-    margin = Image.new("L", (width, len(sheet)), _BACKGROUND)
+    letters = _letters(shown, tops + h // 2, font, (len(sheet), width))
+    return np.concatenate([letters[..., None].repeat(channels, axis=-1), sheet], axis=1)
+
+
+def _font(height: int) -> ImageFont.FreeTypeFont:
+    """Returns a font for images of this height."""
+    file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
+    return ImageFont.truetype(file, min(max(height // 3, 10), 24))
+
+
+def _fitting(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Returns as much of a line as is at most `width` pixels wide."""
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(f"{line}…") > width:
+        line = line[:-1]
+    return f"{line}…"
+
+
+def _letters(
+    lines: Sequence[str],
+    middles: Sequence[int],
+    font: ImageFont.FreeTypeFont,
+    shape: tuple[int, int],
+) -> np.ndarray:
+    """Returns lines on the background, each with its middle at a height, uint8 of the shape."""
+    margin = Image.new("L", shape[::-1], _BACKGROUND)
     draw = ImageDraw.Draw(margin)
-    for row, title in enumerate(shown):
-        middle = _GAP + row * (h + _GAP) + h // 2
-        draw.text((_GAP, middle), title, fill=255, font=font, anchor="lm")
-    letters = np.asarray(margin)[..., None].repeat(channels, axis=-1)
-    return np.concatenate([letters, sheet], axis=1)
+    for middle, line in zip(middles, lines, strict=True):
+        draw.text((_GAP, int(middle)), line, fill=255, font=font, anchor="lm")
+    return np.asarray(margin)
 
 
 def save_png(path: Path, image: np.ndarray, min_side: int = 400) -> None:
