@@ -44,12 +44,9 @@ class BinaryLatentDiffusion:
         prior_params: Any = None,
         workdir: Path | None = None,
     ):
-        """Wraps parameters that fit the experiment; `prior_params` is None before stage 2.
-
-        A text encoder is also looked for in the workdir.
-        """
+        """Wraps parameters that fit the experiment; `prior_params` is None before stage 2."""
         self.experiment = experiment
-        self.workdir = workdir
+        self.workdir = workdir  # a text encoder is also looked for there
         self.autoencoder_params = replicate(autoencoder_params)
         self._prior_params = replicate(prior_params)
         self._autoencoder = experiment.autoencoder.networks.autoencoder
@@ -195,10 +192,9 @@ class BinaryLatentDiffusion:
 
     def _asked(self, label: Any, num: int, options: dict[str, Any]) -> tuple[Condition | None, Any]:
         """Returns the condition of `num` samples, and the settings of the sampler."""
-        names = ("prompt", "negative_prompt")
-        prompts = {name: options[name] for name in names if name in options}
-        options = {name: value for name, value in options.items() if name not in names}
-        settings, conditioning = self.settings(options), self.experiment.prior.conditioning
+        prompts = {name: x for name, x in options.items() if name.endswith("prompt")}
+        settings = self.settings({name: x for name, x in options.items() if name not in prompts})
+        conditioning = self.experiment.prior.conditioning
         if prompts.get("negative_prompt") and not getattr(settings, "guidance", 0):
             raise UserError("A negative prompt needs a guidance above 0: give --guidance=2, say.")
         condition = make_condition(conditioning, self.text_features, num, label, **prompts)
