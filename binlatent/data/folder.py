@@ -45,26 +45,42 @@ class _Image(NamedTuple):
 def open_images(
     path: str, split: str, table: str = "", texts: bool = False, labelled: bool = True
 ) -> EncodedImages:
-    """Opens what `list_images` lists; with `texts`, the labels are the features of texts."""
+    """Opens what `list_images` lists; with `texts`, the labels are the features of texts.
+
+    Features of tokens, (m, e), are padded with zeros to those of the longest text.
+    """
     listing = list_images(path, split, table, labelled)
     root = len(os.path.join(os.path.expanduser(path), ""))
     rows = zip(listing.files, listing.labels, listing.texts, strict=True)
     names = "\n".join(f"{file[root:]} {label} {text[root:]}" for file, label, text in rows)
-    shape = _first_shape(listing.texts) if texts else ()
+    shape = _shape_of_all(listing.texts) if texts else ()
 
     def read(index: int) -> tuple[str, str, int | np.ndarray]:
         file, label, text = listing.files[index], listing.labels[index], listing.texts[index]
         if texts:
-            label = _read_features(text)
-            if label.shape != shape:
+            found, label = _read_features(text), np.zeros(shape, np.float32)
+            if found.ndim != label.ndim or found.shape[-1] != shape[-1]:
                 raise UserError(
-                    f"the features in {text!r} have the shape {label.shape}, those of the first "
-                    f"image {shape}: bring all to one"
+                    f"the features in {text!r} have the shape {found.shape}, those of the first "
+                    f"image {'(tokens, e)' if len(shape) == 2 else '(e,)'} with e = {shape[-1]}: "
+                    "bring all to one"
                 )
+            label[tuple(map(slice, found.shape))] = found
         return file, repr(file), label
 
     classes = () if texts else listing.classes
     return EncodedImages(len(listing.files), classes, read, names, listing.files, listing.captions)
+
+
+def _shape_of_all(texts: list[str]) -> tuple[int, ...]:
+    """Returns the shape of the first text's features, with the tokens of the longest text."""
+    shape, longest = _first_shape(texts), 0
+    if len(shape) == 1:
+        return shape
+    for text in texts:
+        with contextlib.suppress(Exception):  # told where all of it is read
+            longest = max(longest, np.load(text, mmap_mode="r").shape[0])
+    return longest, shape[1]
 
 
 def _first_shape(texts: list[str]) -> tuple[int, ...]:

@@ -934,6 +934,24 @@ def test_texts_of_a_folder_are_labels(tmp_path, shape):
     np.testing.assert_array_equal(batch["label"].reshape(6, -1)[:, 0], (pixels - 10.0) / 8)
 
 
+def test_texts_of_different_lengths_are_padded_with_zeros(tmp_path):
+    write_images(tmp_path, range(6))
+    for i in range(6):  # the first is for testing
+        np.save(tmp_path / f"{i:03}.npy", np.full((i, 3), float(i)))
+    (tmp_path / "003.npy").write_bytes(b"damaged")
+    data = Data("folder", str(tmp_path), 4, 1, texts=True, max_broken=0.2)
+    source = open_split(data, "train")
+    found = np.array([source.examples[i]["label"] for i in (0, 1, 3, 4)])
+    assert found.shape == (4, 5, 3) and found.dtype == np.float32
+    for label, length in zip(found, (1, 2, 4, 5), strict=True):
+        assert (label[:length] == length).all() and (label[length:] == 0).all()
+    np.save(tmp_path / "002.npy", np.ones((2, 4)))
+    with pytest.raises(
+        UserError, match=r"\(2, 4\), those of .* \(tokens, e\) with e = 3: bring all"
+    ):
+        open_split(data, "train").examples[1]
+
+
 def test_texts_that_cannot_be_read_are_named(tmp_path):
     write_images(tmp_path, range(4))
     write_features(tmp_path, (3,))
@@ -944,7 +962,7 @@ def test_texts_that_cannot_be_read_are_named(tmp_path):
         return list(source.examples)[index]
 
     cases = [
-        (other, np.zeros(4), r"003\.npy' have the shape \(4,\), those of .* \(3,\)"),
+        (other, np.zeros(4), r"003\.npy' have the shape \(4,\), those of .* \(e,\) with e = 3"),
         (other, np.array([1, 2, np.nan]), r"003\.npy' must hold finite numbers"),
         (other, np.array(["a", "b"]), "must hold finite numbers"),
         (first, np.zeros((2, 2, 2)), r"001\.npy' must hold finite numbers, \(e,\) or \(m, e\)"),
