@@ -66,6 +66,46 @@ def test_texts_that_are_cut_are_named(path, caplog):
     assert caplog.messages == [
         f"Cut at the 12 tokens that the encoder reads: {'red ' * 11!r}, and 1 other texts"
     ]
+    # Or they are collected, without a warning.
+    caplog.clear()
+    cut = ["before"]
+    TextEncoder.load(path).encode(["apple " * 30, "a"], cut)
+    assert cut == ["before", "apple " * 30] and not caplog.messages
+
+
+def test_features_are_scaled_for_a_prior_and_blank_texts_are_zeros(path):
+    encoder = TextEncoder.load(path)
+    sentences = ["a red apple", "", "red", " \n\t", "."]
+    given = [0, 2, 4]
+    pooled, tokens, mask = encoder.encode([sentences[i] for i in given])
+    found = encoder.features(sentences, per_token=False)
+    assert found.shape == (5, 24) and found.dtype == np.float32
+    # MiniLM's vectors have the length 1; the mean square of an element becomes 1.
+    np.testing.assert_allclose(found[given], pooled * 24**0.5, rtol=1e-6)
+    np.testing.assert_allclose(np.square(found[given]).mean(axis=1), 1, rtol=1e-5)
+    assert (found[[1, 3]] == 0).all()
+    found = encoder.features(sentences, per_token=True)
+    assert found.shape == (5, 5, 24) and found.dtype == np.float32
+    np.testing.assert_array_equal(found[given], tokens)
+    np.testing.assert_array_equal(np.any(found[given] != 0, axis=-1), mask)
+    assert (found[[1, 3]] == 0).all()
+
+
+def test_clips_features_are_as_they_are(tmp_path):
+    weights.write_npz(tmp_path / "x.npz", texts.clip(encoders.write_clip(tmp_path / "clip")))
+    encoder = TextEncoder.load(tmp_path / "x.npz")
+    sentences = ["7 8 9", "11"]
+    pooled, tokens, _ = encoder.encode(sentences)
+    np.testing.assert_array_equal(encoder.features(sentences, per_token=False), pooled)
+    np.testing.assert_array_equal(encoder.features(sentences, per_token=True), tokens)
+
+
+@pytest.mark.parametrize("sentences", [[], ["", " "]])
+def test_features_of_no_text_have_a_row_of_padding(path, sentences):
+    encoder, n = TextEncoder.load(path), len(sentences)
+    for per_token, shape in ((False, (n, 24)), (True, (n, 1, 24))):
+        found = encoder.features(sentences, per_token)
+        assert found.shape == shape and not found.any()
 
 
 def test_the_library_that_is_missing_is_named(path, monkeypatch):
