@@ -51,7 +51,7 @@ def make_condition(
 
 def _texts(texts: str | Sequence[str], num: int, name: str) -> list[str]:
     """Returns one text or `num` of them as a list."""
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = [texts] if np.ndim(texts) == 0 else list(texts)
     if len(texts) not in (1, num) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"Give one {name}, a string, or {num} of them, one a sample.")
     return texts
