@@ -18,7 +18,7 @@ import numpy as np
 from binlatent.autoencoder import lpips
 from binlatent.data import loader
 from binlatent.data.splits import open_split
-from binlatent.evaluation import cas, comparison, report, results
+from binlatent.evaluation import cas, comparison, report, results, retrieval
 from binlatent.evaluation.metrics import pairs
 from binlatent.evaluation.metrics.table import Metric
 from binlatent.evaluation.networks.features import Features, Network
@@ -81,7 +81,10 @@ _OF_SAMPLES = {
     )
 }
 
-METRICS = {**comparison.METRICS, **_OF_SAMPLES, **pairs.METRICS, **report.METRICS}
+# Of a pipeline, the network that judges and the workdir: they draw from captions themselves.
+_OF_CAPTIONS = {"retrieval": retrieval.METRIC}
+
+METRICS = comparison.METRICS | _OF_SAMPLES | _OF_CAPTIONS | pairs.METRICS | report.METRICS
 
 
 def _asked(table: dict[str, Metric], metrics: Sequence[str]) -> list[str]:
@@ -100,6 +103,8 @@ def check(experiment: Experiment, metrics: Sequence[str], num: int) -> None:
                 f"The metric {name} trains on samples of {conditioning.num_classes} classes, so "
                 f"--num={num} is not enough."
             )
+    if _asked(_OF_CAPTIONS, metrics):
+        retrieval.check(experiment)
     of_features = _asked(comparison.METRICS, metrics)
     comparison.check_network(experiment.evaluate.network, of_features)
     comparison.check_count(num, of_features)
@@ -131,10 +136,14 @@ def measure(
     if of_samples or "prior" in needs:
         _ = pipeline.prior_params  # without a prior it raises, before any work
     values, protocol = {}, {}
+    options = {name: value for name, value in options.items() if value is not None}
+    drawing = {"num": num, "seed": seed, "keep": keep, "options": options}
     if of_samples:
-        options = {name: value for name, value in options.items() if value is not None}
-        drawing = {"num": num, "seed": seed, "keep": keep, "options": options}
         values, protocol = _of_samples(pipeline, workdir, metrics, drawing)
+    for name in _asked(_OF_CAPTIONS, metrics):
+        judge = network(experiment, workdir)
+        more, told = _OF_CAPTIONS[name].measure(pipeline, judge, workdir, **drawing)
+        values, protocol = values | more, protocol | {name: told, "network": judge.protocol}
     if jax.process_index():
         return {}, {}
     if _asked(pairs.METRICS | report.METRICS, metrics):

@@ -25,6 +25,9 @@ from binlatent.runtime.weights import digest
 
 _SHARD = 500  # samples drawn before their features are written, at most
 
+# Which labels samples have, in words, and the function of their indices.
+Labelling = tuple[str, Callable[[np.ndarray], np.ndarray | None]]
+
 
 class Samples:
     """Samples of a prior with their features, drawn shard by shard, by all processes in turn."""
@@ -40,6 +43,7 @@ class Samples:
         options: dict[str, Any] | None = None,
         keep: str = "none",
         images: bool = False,
+        labels: Labelling | None = None,
     ):
         """Draws what is not there yet, in a folder of its own below `folder`.
 
@@ -49,20 +53,21 @@ class Samples:
           options: of the sampler, in place of `config.sample`.
           keep: "png" for a file each in `png`, "npz" for one file as ADM's evaluator reads, "none".
           images: whether the samples themselves are needed, not their features alone.
+          labels: of the samples; None for those of `evaluate.labels`.
         """
         self._pipeline, self._network, self._num = pipeline, network, num
         self._options, self._keep = options or {}, keep
         self._with_images = images or keep == "npz"
         key = key_for(seed, "evaluate")
         experiment = pipeline.experiment
-        labels, self._labels = _labelling(pipeline, seed)
+        described, self._labels = labels or _labelling(pipeline, seed)
         self.protocol = {
             "weights": f"EMA, {weights.fingerprint(pipeline.prior_params)}",
             "autoencoder": weights.fingerprint(pipeline.autoencoder_params),
             "prior": experiment.prior.kind,
             "dtype": experiment.dtype.name,
             "seed": seed,
-            "labels": labels,
+            "labels": described,
             **dataclasses.asdict(pipeline.settings(self._options)),
         }
         name = digest(self.protocol, network.protocol if network else {})
@@ -170,10 +175,8 @@ class Stored:
         return self.parts[shard][place]
 
 
-def _labelling(
-    pipeline: BinaryLatentDiffusion, seed: int
-) -> tuple[str, Callable[[np.ndarray], np.ndarray | None]]:
-    """Returns which labels samples have, in words, and the function of their indices."""
+def _labelling(pipeline: BinaryLatentDiffusion, seed: int) -> Labelling:
+    """Returns the labels of `evaluate.labels`."""
     experiment, conditioning = pipeline.experiment, pipeline.experiment.prior.conditioning
     if conditioning.kind == "none":
         return "none", lambda indices: None
