@@ -55,7 +55,10 @@ def load_tokenizer(text: str, model: Any) -> Any:
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[str]]:
     """Returns the tokens of each text, start and end included, and the texts that are cut."""
     # One by one: in batches, the library starts threads, which processes that fork must not have.
-    encodings = [tokenizer.encode(text) for text in texts]
+    try:
+        encodings = [tokenizer.encode(text) for text in texts]
+    except TypeError as error:  # by the library, of half a character too
+        raise UserError("A text for the text encoder is not in UTF-8: write it anew.") from error
     cut = [text for text, found in zip(texts, encodings, strict=True) if found.overflowing]
     return [encoding.ids for encoding in encodings], cut
 

@@ -73,6 +73,12 @@ def test_texts_that_are_cut_are_named(path, caplog):
     assert cut == ["before", "apple " * 30] and not caplog.messages
 
 
+def test_a_text_that_is_not_utf_8_is_refused(path):
+    # As Python reads the byte ff from the command line.
+    with pytest.raises(UserError, match="A text for the text encoder is not in UTF-8"):
+        TextEncoder.load(path).encode(["a", "red \udcff"])
+
+
 def test_features_are_scaled_for_a_prior_and_blank_texts_are_zeros(path):
     encoder = TextEncoder.load(path)
     sentences = ["a red apple", "", "red", " \n\t", "."]
