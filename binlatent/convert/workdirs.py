@@ -3,6 +3,7 @@
 import functools
 import logging
 import operator
+import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from binlatent.runtime import command
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import key_for
 from binlatent.runtime.state_dicts import State
+from binlatent.texts.encoder import TextEncoder
 from binlatent.training.checkpoint import Checkpoints, exists, on_first_device
 from binlatent.training.state import TrainState, create_state
 
@@ -92,6 +94,7 @@ def convert_prior(
     num_timesteps: int | None = None,
     target: str = "flip",
     pair: str | None = None,
+    text_encoder: Path | None = None,
 ) -> None:
     """Converts a prior of the authors' code into a workdir beside its autoencoder.
 
@@ -104,6 +107,7 @@ def convert_prior(
       target: "flip", or "z_0" if it was trained without `--p_flip`.
       pair: of `losses.PAIRS`; None for "balanced_plugin" with the flip, which is what the authors'
         code trains, and "plain_mixture" with z_0, where it balances nothing.
+      text_encoder: the file of the encoder that prompts go through; the workdir refers to it.
     """
     refuse_existing(out, "prior")
     if not exists(autoencoder, "autoencoder"):
@@ -126,6 +130,7 @@ def convert_prior(
             f"The prior is over {tokens} tokens of {bits} bits, but the codes of {autoencoder} "
             f"have {h} x {w} tokens of {c}: give the autoencoder that it was trained with."
         )
+    texts = {} if text_encoder is None else _text_values(found, text_encoder)
     stored = hyperparameters.find_schedule(checkpoint)
     schedule, num_timesteps = _agree(stored, schedule, num_timesteps)
     named = isinstance(schedule, str)
@@ -146,6 +151,7 @@ def convert_prior(
         "prior.train.ema_decay": 0.9995,
         "sample.steps": num_timesteps,
         "sample.threshold_last": True,
+        **texts,
     }
     experiment = _released_with(values | found)
     spec = experiment.prior
@@ -168,7 +174,32 @@ def convert_prior(
             shutil.rmtree(out / "autoencoder", ignore_errors=True)  # of a conversion cut short
             unfinished.rename(out / "autoencoder")
         _save(out / "prior", state, experiment, encoder=model.encoder_fingerprint)
-    _report(experiment, (*_PRIOR_KEYS, *found), unused)
+    _report(experiment, (*_PRIOR_KEYS, *found, *texts), unused)
+    if experiment.prior.conditioning.of_texts and not texts:
+        log.info("Prompts need a text encoder: convert it with --text_encoder=FILE.npz for them.")
+
+
+def _text_values(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the section `texts` of a config, by key, for an encoder that fits a prior.
+
+    Args:
+      found: of `hyperparameters.of_prior`.
+      path: the encoder's file.
+    """
+    condition = found.get("prior.condition")
+    if condition not in ("text_token", "text_cross"):
+        raise UserError("The prior takes no texts: leave out --text_encoder.")
+    encoder, wanted = TextEncoder.load(path), found["prior.text_width"]
+    per_token = condition == "text_cross"
+    width = encoder.model.width if per_token else encoder.model.pooled_width
+    if width != wanted:
+        of = "each token of a text" if per_token else "a text"
+        raise UserError(
+            f"The prior takes {wanted} numbers for {of}, but the text encoder in {path} gives "
+            f"{width}: give the one that it was trained with."
+        )
+    section = {"encoder": encoder.name, "weights": os.path.abspath(path), "sha256": encoder.sha256}
+    return {f"texts.{key}": value for key, value in section.items()}
 
 
 def _agree(stored: Any, schedule: str | None, num_timesteps: int | None) -> tuple[Any, int]:

@@ -12,7 +12,7 @@ import numpy as np
 from binlatent.autoencoder import bottleneck, programs
 from binlatent.data.masks import known_tokens
 from binlatent.experiment import Experiment
-from binlatent.pipeline.checks import check_codes, check_images, check_num
+from binlatent.pipeline.checks import check_codes, check_images, check_num, check_text_encoder
 from binlatent.pipeline.loading import load_stage
 from binlatent.priors import step
 from binlatent.priors.conditions import Condition
@@ -176,12 +176,9 @@ class BinaryLatentDiffusion:
     @functools.cached_property
     def text_encoder(self) -> TextEncoder:
         """The text encoder of the prior's captions and prompts."""
-        if not self.experiment.texts.encoder:
-            raise UserError(
-                "This prior of texts knows no text encoder: give it features of texts, or convert "
-                "it with --text_encoder (docs/text.md)."
-            )
-        return self.experiment.texts.load(self.workdir)
+        texts, prepared = self.experiment.texts, self.experiment.data.texts
+        check_text_encoder(texts.encoder, prepared, self.workdir)
+        return texts.load(self.workdir)
 
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
         """Returns features of n texts as labels of the prior, (n, e) or (n, m, e), float32."""

@@ -1,5 +1,6 @@
 """What is refused of a user's arrays."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,3 +38,20 @@ def check_num(num: int) -> None:
     """Refuses a number of samples below 1."""
     if num < 1:
         raise UserError(f"The number of samples must be at least 1; got {num}.")
+
+
+def check_text_encoder(name: str, prepared: bool, workdir: Path | None) -> None:
+    """Refuses prompts where the text encoder is not known.
+
+    Args:
+      name: of the encoder, "" if it is not known.
+      prepared: whether the prior was trained on prepared features of texts.
+      workdir: for the message.
+    """
+    if not name:
+        flags = f"--config=configs/workdir.py:{workdir or 'DIR'} --config.texts.encoder=clip"
+        flags += " --config.data.texts=False" * prepared
+        raise UserError(
+            f"The text encoder of this prior is not known: name it by `{flags}`, say, and its file "
+            "by --config.texts.weights, or give features of a text in place of a prompt."
+        )
