@@ -97,7 +97,7 @@ PATH_FLAGS = {  # by command, with what else the flag needs
     ),
 }
 CONVERT = {name: ({"from", "out"}, [name]) for name in ("vgg16", "minilm", "autoencoder")}
-CONVERT |= {"prior": ({"from", "out", "autoencoder"}, ["prior"])}
+CONVERT |= {"prior": ({"from", "out", "autoencoder", "text_encoder"}, ["prior"])}
 CONVERT |= {"clip": ({"from", "out", "tokenizer"}, ["clip"])}
 CONVERT |= {"export": ({"workdir", "out"}, ["export"])}
 

@@ -19,6 +19,8 @@ import encoders
 import numpy as np
 import pytest
 import reference
+from conftest import call_main
+from PIL import Image
 
 from binlatent.convert import __main__ as convert
 from binlatent.evaluation.networks import weights as published_weights
@@ -55,8 +57,9 @@ def documented_of(name, ending=""):
 
 def test_all_documented_conversions_are_run_here():
     names = sorted(words[0] for words in COMMANDS)
-    kinds = ["autoencoder", "clip", "clip", "efficientnet_lite0", "export"]
-    assert names == [*kinds, "inception", "inception", "minilm", "prior", "vgg16"]
+    kinds = ["autoencoder", "autoencoder", "clip", "clip", "efficientnet_lite0", "export"]
+    kinds += ["inception", "inception", "minilm", "prior", "prior", "vgg16"]
+    assert names == kinds
 
 
 def torchscript_bytes(shapes):
@@ -269,11 +272,11 @@ def test_the_authors_files_in_the_older_format_and_back(tmp_path, monkeypatch):
     states = {name: reference.state(name) for name in ("ae_c16", "prior_uncond")}
     monkeypatch.chdir(tmp_path)
     # Ours are of 32x32 pixels, the published ones of 256x256, which is the default.
-    for name, stage, more in (
-        ("ae_c16", "autoencoder", ["--image_size", "32"]),
-        ("prior_uncond", "prior", []),
+    for name, stage, ending, more in (
+        ("ae_c16", "autoencoder", "_8100000.th", ["--image_size", "32"]),
+        ("prior_uncond", "prior", "_960000.th", []),
     ):
-        command = documented_of(stage)
+        command = documented_of(stage, ending)
         tensors = {key: torch.tensor(x) for key, x in states[name].items()}
         file = command[command.index("--from") + 1]
         torch.save(tensors, file, _use_new_zipfile_serialization=False)
@@ -286,3 +289,31 @@ def test_the_authors_files_in_the_older_format_and_back(tmp_path, monkeypatch):
     again = state_dicts.read(path)
     key = "_denoise_fn.head.weight"
     np.testing.assert_array_equal(again[key], states["prior_uncond"][key])
+
+
+def test_from_a_text_to_a_picture_without_pytorch(tmp_path, monkeypatch):
+    """The commands of docs/pretrained.md, in its order, of small files; two steps of a sampler."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    page = (ROOT / "docs/pretrained.md").read_text()
+    (block,) = (x for x in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "--prompt=" in x)
+    commands = [shlex.split(line) for line in block.replace("\\\n", " ").splitlines()]
+    assert commands.pop(0)[0] == "pip"
+    monkeypatch.chdir(ROOT)  # of tests/data
+    files = {"autoencoder": "ae_c16", "prior": "prior_text_token"}
+    for _, _, _, name, *words in commands[:3]:
+        source = tmp_path / words[words.index("--from") + 1]
+        if name == "clip":
+            encoders.write_clip(source)
+        elif name == "prior":
+            reference.write(source, reference.prior_of_clip(files[name]))
+        else:
+            reference.write(source, reference.state(files[name]))
+    monkeypatch.chdir(tmp_path)
+    for _, _, module, *words in commands:
+        if module == "binlatent.convert":
+            convert.main([*words, *["--image_size=32"][: words[0] == "autoencoder"]])
+        else:
+            assert call_main(*words, "--steps=2", "--out=drawn.png") == 0
+    picture = np.asarray(Image.open("drawn.png"))
+    assert picture.shape[1] > 4 * 32  # four images in a row, above their prompt
+    assert len(np.unique(picture[:32].reshape(-1, 3), axis=0)) > 100
