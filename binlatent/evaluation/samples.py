@@ -194,5 +194,6 @@ def _labelling(pipeline: BinaryLatentDiffusion, seed: int) -> Labelling:
             return pipeline.text_features([(*captions[i], "")[0] for i in images])
         return np.stack([np.asarray(source.examples[int(i)]["label"]) for i in images])
 
-    what = "first captions" if by_captions else "those"
+    # The fingerprint of the images does not depend on their captions.
+    what = f"first captions, {digest(captions)}," if by_captions else "those"
     return f"{what} of training images in a random order, {source.fingerprint}", of_images

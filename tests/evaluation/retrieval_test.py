@@ -15,6 +15,7 @@ from binlatent.data.transforms import to_float, to_uint8
 from binlatent.evaluation import quality
 from binlatent.evaluation.metrics.retrieval_metrics import Choice, different, retrieval
 from binlatent.evaluation.networks.features import Network
+from binlatent.evaluation.samples import Samples
 from binlatent.experiment import resolve
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import weights
@@ -250,6 +251,32 @@ def test_what_is_drawn_from_a_caption_is_compared_with_its_own_image(
     monkeypatch.setattr(pipeline, "sample", None)
     again, _ = quality.measure(pipeline, tmp_path, ["retrieval"], num=20, keep="png", steps=2)
     assert again == values
+
+
+@pytest.mark.parametrize("pipeline", ["text_token"], indirect=True)
+def test_samples_of_changed_captions_are_drawn_anew(
+    pipeline, network, folder, tmp_path, monkeypatch
+):
+    """Those of `retrieval`, and those of all other metrics."""
+    drawn = []
+    monkeypatch.setattr(
+        pipeline,
+        "sample",
+        lambda num, *rest, **more: drawn.append(num) or np.zeros((num, 28, 28, 1), np.float32),
+    )
+    images = shutil.copytree(folder / "images", tmp_path / "images")
+    pipeline.experiment = pipeline.experiment.change({"data.path": str(images)})
+
+    def measure():
+        drawn.clear()
+        Samples(pipeline, network, tmp_path, 6)
+        quality.measure(pipeline, tmp_path, ["retrieval"], num=3)
+        return drawn
+
+    assert measure() == [6, 3, 3]
+    assert measure() == []
+    (images / "train" / "01.txt").write_text("apple apple apple")
+    assert measure() == [6, 3]
 
 
 @pytest.mark.parametrize("pipeline", ["text_token"], indirect=True)
