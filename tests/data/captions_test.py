@@ -3,6 +3,7 @@
 import json
 import os
 
+import grain
 import numpy as np
 import pytest
 from PIL import Image
@@ -206,12 +207,18 @@ def test_each_caption_of_an_image_comes_up_equally_often():
     assert (drawn()[0][:, 2] == 0).all()  # without, the first
 
 
-@pytest.mark.parametrize("options", [{}, {"random_crop": True}, {"random_flip": True}])
-def test_drawing_captions_changes_no_other_draw(options):
-    with_captions, _ = drawn(random_caption=True, **options)
-    without, _ = drawn(**options)
-    np.testing.assert_array_equal(with_captions[:, [0, 1, 3]], without[:, [0, 1, 3]])
-    assert len(set(with_captions[:, 2])) == 4
+@pytest.mark.parametrize("names", ["", "crop", "flip", "crop flip", "crop flip caption", "caption"])
+def test_the_position_is_drawn_first_and_the_caption_last(names):
+    names = names.split()
+    found, _ = drawn(count=20, **{f"random_{name}": True for name in names})
+    # The same stream by hand.
+    dataset = grain.MapDataset.range(24).seed(0).shuffle().repeat()
+    dataset = dataset.random_map(lambda index, random: (index, random.random(len(names))))
+    for row, (index, draws) in zip(found, dataset, strict=False):
+        draw = dict(zip(names, draws, strict=True))
+        caption = int(draw.get("caption", 0) * (index % 3 + 2))
+        expected = index, draw.get("flip", 1) < 0.5, caption, np.float32(draw.get("crop", 0.5))
+        assert tuple(row) == expected
 
 
 def test_drawn_captions_are_those_of_the_place_in_the_stream():

@@ -83,10 +83,13 @@ def test_padding_takes_no_space_on_disk(tmp_path, encoder):
     assert np.load(path).shape == (3 + 12, 24) and np.load(path).dtype == np.float16
 
 
-def test_a_cache_serves_again_and_in_any_order(tmp_path, encoder, encoded):
-    first = write_features(CAPTIONS, tmp_path, encoder, True)
+def test_a_cache_serves_again_and_in_any_order(tmp_path, encoder, encoded, monkeypatch):
+    monkeypatch.setattr(cache, "_SHARD", 100)
+    monkeypatch.setattr(cache, "_AT_ONCE", 100)
+    many = [*CAPTIONS, *((f"apple {i}",) for i in range(50))]
+    first = write_features(many, tmp_path, encoder, True)
     count = len(encoded)
-    second = write_features(CAPTIONS[::-1], tmp_path, encoder, True)
+    second = write_features(many[::-1], tmp_path, encoder, True)
     assert len(encoded) == count and len(list(tmp_path.iterdir())) == 1
     for text in TEXTS:
         np.testing.assert_array_equal(first[text], second[text])
