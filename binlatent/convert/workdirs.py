@@ -176,7 +176,10 @@ def convert_prior(
         _save(out / "prior", state, experiment, encoder=model.encoder_fingerprint)
     _report(experiment, (*_PRIOR_KEYS, *found, *texts), unused)
     if experiment.prior.conditioning.of_texts and not texts:
-        log.info("Prompts need a text encoder: convert it with --text_encoder=FILE.npz for them.")
+        log.info(
+            "Prompts need a text encoder, and none was given: convert with --text_encoder into "
+            "another --out, or name it in each command, as docs/pretrained.md says."
+        )
 
 
 def _text_values(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
