@@ -41,9 +41,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.bernoulli.target = "z_0"
     config.prior.cache_codes = True
     config.prior.train.batch_size = 64
-    config.prior.train.num_steps = 1_600
+    config.prior.train.num_steps = 3_000
     config.prior.train.learning_rate = 2e-3
-    config.prior.train.warmup_steps = 100
+    config.prior.train.warmup_steps = 200
     config.prior.train.decay = "cosine"
     config.prior.train.ema_decay = 0.999
 
@@ -56,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluate.network = "efficientnet"
 
     config.log_every = 50
-    config.preview_every = 400
+    config.preview_every = 500
     config.checkpoint_every = 500
     config.keep_checkpoints = 1
     return config
