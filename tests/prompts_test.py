@@ -10,7 +10,9 @@ import pytest
 from conftest import TINY, call_main
 from PIL import Image
 
+from binlatent.configs.workdir import get_config as load_workdir_config
 from binlatent.convert import texts
+from binlatent.experiment import of_checkpoint, resolve
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import weights
 from binlatent.runtime.errors import UserError
@@ -266,3 +268,19 @@ def test_too_many_images_without_captions_stop_the_run(workdirs, folder, tmp_pat
     given = given_flags(folder, "text_token", **{"data.path": images})
     assert call_main(*given, *flags) == 1
     assert "more than config.data.max_broken = 0.01 allows" in capsys.readouterr().err
+
+
+def test_an_autoencoder_does_not_fix_the_width_of_texts(workdirs, tmp_path):
+    """It may come from a run whose config asked for other texts."""
+    workdir = shutil.copytree(workdirs["text_token"], tmp_path / "run")
+    with Checkpoints(workdir / "autoencoder", 1) as checkpoints:
+        meta = checkpoints.newest(Checkpoints.meta)
+        experiment = of_checkpoint(meta, workdir)
+        state = checkpoints.restore(experiment.autoencoder.init_state(0))
+    meta = meta | {"config": experiment.change({"prior.text_width": 768}).config}
+    shutil.rmtree(workdir / "autoencoder")
+    with Checkpoints(workdir / "autoencoder", 1) as checkpoints:
+        checkpoints.save(state, meta)
+    given = resolve(load_workdir_config(str(workdir)))
+    pipeline = BinaryLatentDiffusion.from_workdir(workdir, given)
+    assert pipeline.experiment.prior.conditioning.text_width == 24

@@ -131,7 +131,7 @@ class Experiment:
         used, width = self, trained.prior.conditioning.text_width
         if used.data.num_classes == -1:
             used = used.with_classes(trained.data.num_classes)
-        if width:
+        if width and used.prior.conditioning.text_width in (0, width):
             used = used.with_texts(width, used.texts.sha256 or trained.texts.sha256)
         if not used.prior.conditioning.names:
             used = used.with_names(trained.prior.conditioning.names)
