@@ -132,6 +132,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     sample.threshold_last = False  # the last step rounds the prediction instead of drawing it
     sample.corrector_steps = 0  # after each step, each a network call
     sample.corrector_size = 0.1  # share of bits that a corrector step draws anew
+    sample.renoise = 0.0  # in [0, 1): share of bits that each step draws anew from its prediction
+    sample.ddim = 0.0  # in [0, 1]: from ancestral sampling to the less random multinomial DDIM
     sample.known = "kept"  # or "noised": inpainting's known bits on the way
     # Of prior.kind "absorbing", of which `steps` are network calls, 1 to the number of units.
     sample.guidance_schedule = "constant"  # or "rising", from 0

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -81,6 +81,11 @@ class AbsorbingPrior(prior_lib.Prior):
 
     Settings = AbsorbingSettings
     trained = ("unit",)
+    lacks: ClassVar[dict[str, str]] = {
+        "renoise": "An absorbing prior has no renoise: revise, with the order confidence, draws "
+        "bits again.",
+        "ddim": "An absorbing prior keeps every bit that is known: leave out ddim.",
+    }
 
     unit: str | int = "token"
     schedule: str = "linear"

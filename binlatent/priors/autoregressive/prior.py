@@ -56,7 +56,9 @@ class AutoregressivePrior(Prior):
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"group": (1, 16)}
     lacks: ClassVar[dict[str, str]] = {
         "steps": "An autoregressive prior has no number of steps: a sample takes one for each "
-        "token, so leave out steps."
+        "token, so leave out steps.",
+        "renoise": "An autoregressive prior draws every bit once: leave out renoise.",
+        "ddim": "An autoregressive prior draws every bit once: leave out ddim.",
     }
 
     head: str = "joint"

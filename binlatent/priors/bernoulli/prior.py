@@ -33,6 +33,8 @@ class BernoulliSettings(prior_lib.Settings):
       threshold_last: whether the last step rounds the prediction instead of drawing it.
       corrector_steps: after each step, each a network call.
       corrector_size: share of bits that a corrector step draws anew.
+      renoise: in [0, 1), share of bits that each step draws anew from its prediction.
+      ddim: in [0, 1], from ancestral sampling to multinomial DDIM; one of the two is 0.
       known: "kept" or "noised": inpainting's known bits on the way.
     """
 
@@ -45,6 +47,8 @@ class BernoulliSettings(prior_lib.Settings):
     threshold_last: bool = False
     corrector_steps: int = 0
     corrector_size: float = 0.1
+    renoise: float = 0.0
+    ddim: float = 0.0
     known: str = "kept"
 
     def __post_init__(self):
@@ -54,6 +58,17 @@ class BernoulliSettings(prior_lib.Settings):
             raise UserError(
                 "corrector_steps must be at least 0 and corrector_size between 0 and 1; got "
                 f"{self.corrector_steps} and {self.corrector_size}."
+            )
+        if not 0 <= self.renoise < 1:
+            raise UserError(
+                f"The sampling option renoise must be at least 0 and below 1; got {self.renoise}."
+            )
+        if not 0 <= self.ddim <= 1:
+            raise UserError(f"The sampling option ddim must be between 0 and 1; got {self.ddim}.")
+        if self.renoise and self.ddim:
+            raise UserError(
+                "Set renoise or ddim to 0: one makes a step more random, the other less; "
+                f"got {self.renoise} and {self.ddim}."
             )
         if self.known not in ("kept", "noised"):
             raise UserError(f'known must be "kept" or "noised"; got {self.known!r}.')
@@ -142,6 +157,8 @@ class BernoulliPrior(Denoiser):
             self._guidance(settings, times, condition is not None),
             float(settings.temperature),  # an integer would compile another program
             float(settings.corrector_size),
+            float(settings.renoise) or None,
+            float(settings.ddim) or None,
             denoiser=self,
             pair=settings.pair,
             threshold_last=settings.threshold_last,
@@ -164,7 +181,7 @@ class BernoulliPrior(Denoiser):
         settings: BernoulliSettings,
         known: Known | None = None,
     ) -> Array:
-        """Draws codes by ancestral sampling (Algorithm 2)."""
+        """Draws codes by ancestral sampling (Algorithm 2), but for `renoise` and `ddim`."""
         return self._draw(params, keys, condition, settings, known=known)[0]
 
     def trajectory(
@@ -195,7 +212,10 @@ class BernoulliPrior(Denoiser):
         settings: BernoulliSettings | None,
         num_draws: int,
     ) -> Array:
-        """Returns the variational bound (7), of the sampler that visits the settings' times."""
+        """Returns the variational bound (7), of ancestral sampling at the settings' times.
+
+        Of the settings nothing else counts.
+        """
         times = self.times(settings)
         return programs.bound_code_lengths(
             *(params, keys, condition, bits, times), denoiser=self, num_draws=num_draws

@@ -152,6 +152,42 @@ def plugin_posterior_probs(z_t: Array, p_0: Array, k_t: Array, k_s: Array) -> Ar
     return _ones_from_stays(z_t, stay)
 
 
+def renoised_probs(probs: Array, p_0: Array, k_s: Array, renoise: float | Array) -> Array:
+    """Returns (1 - r) probs + r q(z_s = 1 | p_0): a step that draws a share r of the bits anew.
+
+    Those come from the forward process of a predicted z_0, whatever z_t is. Given z_0, z_s still
+    follows q(z_s | z_0): the Psi-posteriors of Deschenaux et al. (2026, Duo, chapter II).
+
+    Args:
+      probs: P(z_s = 1) of the step, codes' shape.
+      p_0: P(z_0 = 1 | z_t), with the bit's own evidence.
+      k_s: the schedule at s.
+      renoise: r in [0, 1); 0 leaves `probs` as they are.
+    """
+    return probs + renoise * (forward_probs(p_0, k_s) - probs)
+
+
+def ddim_probs(
+    probs: Array, z_t: Array, p_0: Array, k_t: Array, k_s: Array, ddim: float | Array
+) -> Array:
+    """Returns (1 - d) probs + d (a z_t + (1 - a) p_0), a = b_s / b_t: towards multinomial DDIM.
+
+    There a bit is z_t's with probability a = (1 - k_s) / (1 - k_t), and z_0's otherwise: the least
+    random of the steps after which z_s follows q(z_s | z_0) (Song et al., DDIM, appendix A, with
+    the largest sigma).
+
+    Args:
+      probs: P(z_s = 1) of the ancestral step, codes' shape.
+      z_t: bits at time t.
+      p_0: P(z_0 = 1 | z_t), with the bit's own evidence.
+      k_t, k_s: the schedule at t and s < t.
+      ddim: d in [0, 1]; 0 leaves `probs` as they are.
+    """
+    _, b_s, _, b_t = _noise(k_t, k_s)
+    same = _share(b_s, b_t)
+    return probs + ddim * (same * at_least_float32(z_t) + (1 - same) * p_0 - probs)
+
+
 def corrector_flip_probs(balanced_logit: Array, k_t: Array, size: float | Array) -> Array:
     """Returns the probability that a corrector step flips each bit of z_t.
 

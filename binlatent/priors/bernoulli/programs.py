@@ -27,6 +27,8 @@ def sample_codes(
     guidance: Array,
     temperature: Array,
     corrector_size: Array,
+    renoise: Array | None = None,
+    ddim: Array | None = None,
     *,
     denoiser: Denoiser,
     pair: str,
@@ -46,6 +48,7 @@ def sample_codes(
       times: (S + 1,), to 0.
       guidance: (S,), w at each step.
       temperature, corrector_size: scalars.
+      renoise, ddim: scalars, or None for a program without them.
       denoiser, pair, threshold_last, corrector_steps, return_trajectory: static.
       The last ones as of `sampling.reverse_process`, which says what is returned.
     """
@@ -80,6 +83,8 @@ def sample_codes(
         threshold_last=threshold_last,
         corrector_steps=corrector_steps,
         corrector_size=corrector_size,
+        renoise=renoise,
+        ddim=ddim,
         return_trajectory=return_trajectory,
     )
 

@@ -51,6 +51,8 @@ def reverse_process(
     threshold_last: bool = False,
     corrector_steps: int = 0,
     corrector_size: float | Array = 0.0,
+    renoise: float | Array | None = None,
+    ddim: float | Array | None = None,
     return_trajectory: bool = False,
 ) -> tuple[Array, Trajectory | None]:
     """Draws codes by ancestral sampling (paper, (8); Algorithm 2).
@@ -73,6 +75,8 @@ def reverse_process(
       corrector_steps: after each step but the last, so many draws that leave q(z_s) as it is to
         first order in their size, and so make up for errors; each costs a network call.
       corrector_size: in [0, 1], the share of bits that each of them draws anew.
+      renoise: of `process.renoised_probs`, in [0, 1); None for 0.
+      ddim: of `process.ddim_probs`, in [0, 1]; None for 0.
       return_trajectory: whether to keep what is passed through.
 
     Returns:
@@ -106,8 +110,14 @@ def reverse_process(
     def reverse_step(z_t, step):
         i, t, s, k_t, k_s, w, w_s = step
         prediction = targets.z_0_probs(denoise(z_t, t, w), z_t)
+        p_0 = posterior(z_t, prediction, k_t, jnp.ones_like(k_s))
+        probs = posterior(z_t, prediction, k_t, k_s)
+        if ddim is not None:
+            probs = process.ddim_probs(probs, z_t, p_0, k_t, k_s, ddim)
+        if renoise is not None:
+            probs = process.renoised_probs(probs, p_0, k_s, renoise)
         uniform = noise(i)
-        z_s = process.draw(uniform, posterior(z_t, prediction, k_t, k_s))
+        z_s = process.draw(uniform, probs)
         if threshold_last:
             z_s = jnp.where(s == 0, (prediction > 0.5).astype(z_s.dtype), z_s)
         z_s = put_known(z_s, k_s, uniform)
@@ -121,7 +131,7 @@ def reverse_process(
             z_s = jax.lax.cond(s > 0, correct_all, lambda z: z, z_s)
         if not return_trajectory:
             return z_s, None
-        return z_s, (z_s.astype(bool), posterior(z_t, prediction, k_t, jnp.ones_like(k_s)))
+        return z_s, (z_s.astype(bool), p_0)
 
     uniform = noise(jnp.zeros((), jnp.int32))
     z_T = put_known(process.draw(uniform, start_probs), keep[0], uniform)
