@@ -144,7 +144,12 @@ def _decoder(module: Decoder, side: int, embedding_width: int) -> int:
         if level > 0:
             side *= 2
             total += conv(side, width, width)
-    return total + conv(side, width, levels.patch**2 * module.num_channels)
+    last = module.refine_width or module.num_channels
+    total += conv(side, width, levels.patch**2 * last)
+    if module.refine_width:
+        side *= levels.patch
+        total += conv(side, last, last) + conv(side, last, module.num_channels)
+    return total
 
 
 def count_encoding(model: Autoencoder, image_shape: Shape, code_shape: Shape) -> int:

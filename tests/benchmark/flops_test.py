@@ -100,6 +100,7 @@ AUTOENCODERS = {
     "levels": {"multipliers": (1, 2), "num_blocks": 2, "attention_resolutions": (16,)},
     "deep": {"multipliers": (1, 2), "num_blocks": 1, "decoder_depth": 2.0, "norm_first": True},
     "patch": {"multipliers": (2,), "num_blocks": 0, "patch": 4},
+    "refined": {"multipliers": (1,), "num_blocks": 0, "patch": 4, "refine_width": 128},
     "vq": {"multipliers": (1, 1), "num_blocks": 1, "bottleneck": "vq"},
     "real": {"multipliers": (1, 1), "num_blocks": 1, "bottleneck": "real"},
 }
