@@ -14,6 +14,8 @@ from binlatent import stages
 from binlatent.configs import default, digits
 from binlatent.experiment import of_checkpoint, resolve, resume
 from binlatent.experiment.resume import check_same_model
+from binlatent.experiment.sizes import describe_stage, size_warning
+from binlatent.pipeline.loading import load_stage
 from binlatent.priors.kinds import KINDS
 from binlatent.priors.prior import Prior, Settings
 from binlatent.runtime.errors import UserError
@@ -28,6 +30,13 @@ CODES = {
     "imagenet256": (16, 16, 64),
     "ffhq1024": (32, 32, 64),
     "celebahq1024": (32, 32, 64),
+}
+
+# Configs for small images, and the shapes of theirs.
+STARTERS = {
+    "images32": (8, 8, 32),
+    "images64": (8, 8, 48),
+    "cifar10": (8, 8, 32),
 }
 
 
@@ -56,7 +65,7 @@ def test_every_config_is_tested():
         "emoji64",
         "workdir",
     }
-    assert files == set(CODES)
+    assert files == set(CODES) | set(STARTERS)
 
 
 @pytest.mark.parametrize("variant", ["paper", "released"])
@@ -102,6 +111,98 @@ def test_the_released_layout_has_the_size_of_its_weights():
     params = jax.eval_shape(spec.init, jax.random.key(0))
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     assert count == encoder + decoder + bits
+
+
+# Starters, and what a stage says of its sizes
+
+
+@pytest.mark.parametrize("name", STARTERS)
+def test_a_starter_needs_nothing_but_images(name):
+    experiment = resolve(load(name))
+    networks = experiment.autoencoder.networks
+    assert experiment.autoencoder.code_shape == STARTERS[name]
+    assert networks.lpips is None and networks.discriminator is None
+    assert experiment.data.channels == 3 and not size_warning(experiment)
+
+
+def test_cifar10_may_be_a_folder():
+    data = resolve(load("cifar10")).data
+    assert (data.name, data.num_classes, data.image_size) == ("cifar10", 10, 32)
+    config = changed({"data.name": "folder", "data.path": "images"}, load("cifar10"))
+    assert resolve(config).data.num_classes == 10
+
+
+def test_a_stage_says_its_sizes():
+    # 32 * 32 * 3 * 8 bits of an image, 8 * 8 * 32 of a code; 5,000 and 6,000 steps of 64.
+    experiment = resolve(load("images32"))
+    assert describe_stage(experiment, "autoencoder", 1_249_999) == (
+        "autoencoder: 32x32 images, 8x8 tokens of 32 bits (2,048 bits, an image has 24,576), "
+        "1.2 million parameters, 320,000 images in 5,000 steps"
+    )
+    own = {"prior.kind": "absorbing", "prior.train.num_steps": 2, "prior.train.batch_size": 4}
+    assert describe_stage(experiment.change(own), "prior", 999_999) == (
+        "prior: absorbing, 8x8 tokens of 32 bits, 999,999 parameters, 8 images in 2 steps"
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides, tokens",
+    [
+        ({"bottleneck": "vq", "codebook_size": 1024}, "16x16 tokens of 10 bits (2,560 bits"),
+        ({"bottleneck": "vq", "codebook_size": 3}, "16x16 tokens of 1.58 bits (406 bits"),
+        ({"num_bits": 4_096}, "16x16 tokens of 4,096 bits (1,048,576 bits"),
+    ],
+)
+def test_bits_of_any_bottleneck(overrides, tokens):
+    experiment = resolved({f"autoencoder.{key}": value for key, value in overrides.items()})
+    assert f"256x256 images, {tokens}, an image has 1,572,864)" in describe_stage(
+        experiment, "autoencoder", 1
+    )
+
+
+def test_a_coarse_grid_is_warned_of():
+    # The paper's downsampling is 16.
+    warning = size_warning(resolved({"data.image_size": 32}))
+    assert "Images of 32x32 become 2x2 tokens of 16x16 pixels, a grid below 4x4" in warning
+    assert "config.autoencoder.multipliers fewer levels" in warning and "images32" in warning
+    plain = {"data.image_size": 48, "autoencoder.attention_resolutions": ()}
+    assert "3x3 tokens" in size_warning(resolved(plain))
+    assert not size_warning(resolved({"data.image_size": 64}))
+    assert not size_warning(resolve(digits.get_config()))  # 4x4
+
+
+def test_a_code_as_large_as_its_image_is_warned_of():
+    # A token is for 2 * 2 pixels of 3 * 8 bits.
+    config = load("images32")
+    config.autoencoder.multipliers = (1,)
+    assert not size_warning(resolve(changed({"autoencoder.num_bits": 95}, config)))
+    warning = size_warning(resolve(changed({"autoencoder.num_bits": 96}, config)))
+    assert "A code has 24,576 bits, and an image of 8 bits a channel 24,576" in warning
+    assert "Lower config.autoencoder.num_bits" in warning
+    real = changed({"autoencoder.bottleneck": "real", "autoencoder.num_channels": 96}, config)
+    assert not size_warning(resolve(real))  # its float32 are no bits of a code
+
+
+def test_the_warning_comes_before_any_work(tmp_path, caplog):
+    experiment = resolved({"data.image_size": 32, "autoencoder.loss.vgg16": str(tmp_path / "no")})
+    with pytest.raises(UserError, match="vgg16"):
+        stages.train_autoencoder(experiment, tmp_path)
+    assert caplog.messages == [size_warning(experiment)]
+
+
+def test_both_stages_say_their_sizes_as_they_start(trained_workdir):
+    said = (trained_workdir / "output.txt").read_text()
+    params = {}
+    for stage in ("autoencoder", "prior"):
+        _, trained = load_stage(trained_workdir, stage, None)
+        params[stage] = sum(x.size for x in jax.tree.leaves(trained))
+    tokens, images = "4x4 tokens of 8 bits", "48 images in 6 steps"
+    assert (
+        f"autoencoder: 28x28 images, {tokens} (128 bits, an image has 6,272), "
+        f"{params['autoencoder']:,} parameters, {images}\n"
+    ) in said
+    assert f"prior: bernoulli, {tokens}, {params['prior']:,} parameters, {images}\n" in said
+    assert "a grid below" not in said
 
 
 # What an experiment has of a config
@@ -617,6 +718,22 @@ def test_a_checkpoint_of_another_version_is_said_to_be_one(name):
         of_checkpoint({"config": content}, "runs/x/prior")
     with pytest.raises(UserError, match=sentence.format("0.3.0", key)):
         of_checkpoint({"config": content, "version": "0.3.0"}, "runs/x/prior")
+
+
+def test_a_checkpoint_gets_the_keys_that_were_added_since():
+    config = digits.get_config().to_dict()
+    without = json.loads(json.dumps(config))
+    del without["texts"], without["autoencoder"]["refine_width"], without["evaluate"]
+    found = of_checkpoint({"config": without, "version": "0.2.0"}, "runs/x/prior")
+    config["evaluate"] = default.get_config().to_dict()["evaluate"]
+    assert found == resolve(config)
+
+
+@pytest.mark.parametrize("version", ["0.2", "2", "new", ""])
+def test_an_odd_version_is_no_crash(version):
+    content = {"seed": 0}
+    with pytest.raises(UserError, match="runs/x/prior"):
+        of_checkpoint({"config": content, "version": version}, "runs/x/prior")
 
 
 def test_a_checkpoint_whose_config_describes_no_model_is_refused():

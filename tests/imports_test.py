@@ -19,7 +19,7 @@ ROOMS = {
     "training": ("runtime", "data"),
     "autoencoder": _LOWEST,
     "priors": (*_LOWEST, "texts"),
-    "experiment": _NETWORKS,
+    "experiment": (*_NETWORKS, "configs"),  # for keys that an old checkpoint lacks
     "pipeline": (*_NETWORKS, "experiment"),
     "benchmark": (*_STAGES, "configs"),
     "evaluation": _STAGES,

@@ -21,6 +21,7 @@ from binlatent.autoencoder.bottleneck import BOTTLENECKS
 from binlatent.autoencoder.modules import Levels
 from binlatent.autoencoder.spec import AutoencoderSpec
 from binlatent.autoencoder.step import Objective
+from binlatent.configs import default
 from binlatent.data.splits import Data
 from binlatent.experiment.limits import Content, check_texts, check_values, spell, value_of
 from binlatent.priors.conditions import Conditioning
@@ -29,6 +30,7 @@ from binlatent.priors.settings import make_settings
 from binlatent.priors.spec import PriorSpec
 from binlatent.runtime import paths
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.version import VERSION
 from binlatent.texts.spec import Texts
 from binlatent.training.loop import Run
 from binlatent.training.optimizer import Training
@@ -296,6 +298,23 @@ def _prior(
 
 # A checkpoint's config, beside the one that is given
 
+_OLDEST = (0, 2, 0)  # version since which keys of the config were added, and none was moved
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
+
+
+def _with_added_keys(content: Content, defaults: Content) -> Content:
+    """Returns a config with the keys that it lacks; a default is what there was without its key."""
+    added = {key: value for key, value in defaults.items() if key not in content}
+    sections = {
+        key: _with_added_keys(content[key], value)
+        for key, value in defaults.items()
+        if isinstance(value, Mapping) and isinstance(content.get(key), Mapping)
+    }
+    return {**content, **added, **sections}
+
 
 def of_checkpoint(meta: Mapping[str, Any], where: Any) -> Experiment:
     """Returns the experiment of a checkpoint, which may come from anyone.
@@ -305,7 +324,10 @@ def of_checkpoint(meta: Mapping[str, Any], where: Any) -> Experiment:
       where: the checkpoint is, for messages.
     """
     try:
-        return resolve(meta["config"], tuple(map(str, meta.get("classes", ()))))
+        content, version = meta["config"], meta.get("version", "0.1.0")
+        if _OLDEST <= _numbers(version) <= _numbers(VERSION):
+            content = _with_added_keys(content, default.get_config().to_dict())
+        return resolve(content, tuple(map(str, meta.get("classes", ()))))
     except KeyError as error:
         raise UserError(
             f"{where} was written by binlatent {meta.get('version', '0.1.0')}, whose config has no "
