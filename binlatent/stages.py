@@ -19,6 +19,7 @@ from binlatent.data.transforms import to_float
 from binlatent.evaluation import pictures, quality, report
 from binlatent.experiment import Experiment, of_checkpoint
 from binlatent.experiment.resume import changed_keys, check_resumable, check_same_data
+from binlatent.experiment.sizes import describe_stage, size_warning
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import processes, strict_json
 from binlatent.runtime.devices import parallel, parallel_for_debugging, replicate
@@ -339,7 +340,11 @@ def _train(experiment: Experiment, workdir: Path, name: str, setup: Callable) ->
             if meta["data"] is not None:  # trained here, and not converted alone
                 check_same_data(experiment, trained, name)
                 experiment = experiment.with_names(trained.prior.conditioning.names)
+        if name == "autoencoder" and (warning := size_warning(experiment)):
+            log.warning("%s", warning)
         stage = setup(experiment, workdir)
+        num_params = sum(x.size for x in jax.tree.leaves(stage.state.params))
+        log.info("%s", describe_stage(experiment, name, num_params))
         if (names := stage.meta["classes"]) and jax.process_index() == 0:
             strict_json.write_json(workdir / "classes.json", names)
         return loop.train(stage, experiment.run, workdir)

@@ -1,0 +1,57 @@
+"""Images of 32x32 in 8x8 tokens of 32 bits, without VGG16 and a discriminator.
+
+python -m binlatent.main --config=configs/images32.py --workdir=runs/mine --config.data.path=DIR
+
+Cost: autoencoder of 2.6 M parameters, 0.082 TFLOP a step of 64 images; prior of 4.9 M, 0.123 TFLOP
+a step of 64 codes. docs/sizes.md says how to choose other sizes.
+"""
+
+import ml_collections
+
+from binlatent.configs import default
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the config for images of 32x32."""
+    config = default.get_config()
+    config.data.image_size = 32
+
+    config.autoencoder.num_bits = 32
+    config.autoencoder.base_width = 64
+    config.autoencoder.multipliers = (1, 2)
+    config.autoencoder.patch = 2
+    config.autoencoder.refine_width = 16
+    config.autoencoder.num_blocks = 1
+    config.autoencoder.attention_resolutions = ()
+    config.autoencoder.embedding_width = 128
+    config.autoencoder.loss.l1 = 0.5
+    config.autoencoder.loss.perceptual = 0.0
+    config.autoencoder.loss.adversarial = 0.0
+    config.autoencoder.train.batch_size = 64
+    config.autoencoder.train.num_steps = 5_000
+    config.autoencoder.train.learning_rate = 2e-3
+    config.autoencoder.train.warmup_steps = 200
+    config.autoencoder.train.decay = "cosine"
+    config.autoencoder.train.ema_decay = 0.999
+
+    config.prior.network.width = 256
+    config.prior.network.num_layers = 6
+    config.prior.network.num_heads = 4  # 64 wide each, as the paper's
+    config.prior.bernoulli.target = "z_0"  # in the evidence form, the best; see docs/ablations.md
+    config.prior.cache_codes = True
+    config.prior.train.batch_size = 64
+    config.prior.train.num_steps = 6_000
+    config.prior.train.learning_rate = 2e-3
+    config.prior.train.warmup_steps = 200
+    config.prior.train.decay = "cosine"
+    config.prior.train.ema_decay = 0.999
+
+    config.sample.steps = 32
+    config.sample.batch_size = 100
+
+    config.evaluate.network = "efficientnet"
+
+    config.log_every = 50
+    config.preview_every = 500
+    config.checkpoint_every = 500
+    return config
