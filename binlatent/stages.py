@@ -14,7 +14,7 @@ import numpy as np
 from binlatent.autoencoder import lpips
 from binlatent.data import classes, codes, loader
 from binlatent.data.sources import Source
-from binlatent.data.splits import load_images, open_split
+from binlatent.data.splits import load_images, open_split, spread_indices
 from binlatent.data.transforms import to_float
 from binlatent.evaluation import pictures, quality, report
 from binlatent.experiment import Experiment, of_checkpoint
@@ -248,8 +248,7 @@ def _with_texts(experiment: Experiment, source: Source, workdir: Path) -> tuple[
     source = with_captions(
         *(source, features, experiment.data.max_broken), workdir / "bad_files.txt"
     )
-    width = encoder.model.width if per_token else encoder.model.pooled_width
-    return experiment.with_texts(width, encoder.sha256), source
+    return experiment.with_texts(encoder.width(per_token), encoder.sha256), source
 
 
 def write_codes(experiment: Experiment, workdir: Path) -> Path:
@@ -280,7 +279,9 @@ def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
     pipeline = functools.partial(BinaryLatentDiffusion, experiment, params, workdir=workdir)
     held_out = report.HeldOut.of(pipeline(), test)
     probs, labels = held_out.probs, held_out.labels
-    if prompts := held_out.captions[:10]:
+    captions = [caption for caption in held_out.captions if caption]
+    prompts = [captions[i] for i in spread_indices(len(captions), 10)]
+    if prompts and jax.process_index() == 0:
         pictures.write_prompts(workdir, prompts)
     preview_key = key_for(experiment.seed, "preview")
     return Stage(
@@ -305,7 +306,7 @@ def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
         ),
         check_unfinished=lambda: None,
         evaluate=lambda params: report.prior_metrics(pipeline(params), probs, labels),
-        preview=lambda params: pictures.samples(pipeline(params), preview_key),
+        preview=lambda params: pictures.samples(pipeline(params), preview_key, prompts=prompts),
         judge=quality.judge_while_training(experiment, workdir, pipeline),
         judge_every=experiment.evaluate.every,
     )

@@ -4,6 +4,9 @@ Every other config starts from this one and lists what differs. Not meant to be 
 dataset is chosen by `config.data.name` (a TFDS name, or "folder") and `config.data.path` (the
 folder, or TFDS's data_dir).
 
+The default of a key that is added is what there was without it: a checkpoint whose config lacks the
+key gets it.
+
 The autoencoder is trained as the paper says (supplement B: Adam at 5e-4 after 10k steps of
 warm-up, batches of 8, MSE + LPIPS + adversarial with weights of 1).
 `--config=configs/X.py:released` trains it as the authors' released code does, where that differs.

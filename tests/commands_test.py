@@ -313,6 +313,7 @@ def flags_of(command):
 OF_FILES = {"paper/ablations.py": "ablations", "runtime/state_dicts.py": "convert"}
 OF_FILES |= {"evaluation/exchange.py": "evaluation"}
 OF_FILES |= {f"evaluation/{name}.py": "main" for name in ("comparison", "pictures", "quality")}
+OF_FILES |= {"evaluation/metrics/retrieval_metrics.py": "main"}
 
 
 def test_flags_in_messages_are_flags_of_their_command():

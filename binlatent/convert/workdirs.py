@@ -194,7 +194,7 @@ def _text_values(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
         raise UserError("The prior takes no texts: leave out --text_encoder.")
     encoder, wanted = TextEncoder.load(path), found["prior.text_width"]
     per_token = condition == "text_cross"
-    width = encoder.model.width if per_token else encoder.model.pooled_width
+    width = encoder.width(per_token)
     if width != wanted:
         of = "each token of a text" if per_token else "a text"
         raise UserError(

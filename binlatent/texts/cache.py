@@ -123,9 +123,7 @@ def write_features(
         while not all((target / name).exists() for name in last):
             time.sleep(0.5)
         if not this:
-            model = encoder.model
-            width = model.width if per_token else model.pooled_width
-            about |= {"count": len(texts), "width": width}
+            about |= {"count": len(texts), "width": encoder.width(per_token)}
             write_json(target / "info.json", about)
     if cut:
         classes.warn_once(

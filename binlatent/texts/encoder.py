@@ -78,6 +78,10 @@ class TextEncoder:
         variables = replicate(traverse_util.unflatten_dict(params, sep="/"))
         return cls(name, model, variables, tokenizer, weights.sha256(path))
 
+    def width(self, per_token: bool) -> int:
+        """Returns the width of a token's features, or of a text's."""
+        return self.model.width if per_token else self.model.pooled_width
+
     def encode(self, texts: Sequence[str], cut: list[str] | None = None) -> EncodedTexts:
         """Returns the features of texts, which are cut after `model.max_tokens`.
 
