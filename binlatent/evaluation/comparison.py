@@ -57,6 +57,12 @@ def _frechet(name: str, part: str, sets: Sets) -> dict[str, float]:
     return {name: feature_metrics.frechet_distance(a, b)}
 
 
+def _with_floors(titles: dict[str, str]) -> dict[str, str]:
+    """Returns titles of distances and of their floors, as `floors.floors` names them."""
+    ends = {"": "", "_real": " of real images", "_reconstructions": " of reconstructions"}
+    return {f"{x}{end}": f"{title}{of}" for x, title in titles.items() for end, of in ends.items()}
+
+
 def _kid(sets: Sets) -> dict[str, float]:
     num, size = sets.kid_subsets
     pools = sets.generated.pool, sets.reference.pool
@@ -84,7 +90,7 @@ def _manifold(k: int, *names: str) -> Metric:
 METRICS = {
     "fid": Metric(
         functools.partial(_frechet, "fid", "pool"),
-        {"fid": "FID", "fd_effnet": "FD-EffNet", "fd_classifier": "FD-classifier"},
+        _with_floors({"fid": "FID", "fd_effnet": "FD-EffNet", "fd_classifier": "FD-classifier"}),
         needs=("reference",),
         elsewhere="fd",
     ),

@@ -1,5 +1,6 @@
 """Samples and completions of a prior, judged by a network beside real images."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from binlatent.data import masks
 from binlatent.data.splits import load_images, open_split
 from binlatent.data.transforms import to_float, to_uint8
 from binlatent.evaluation import reference
+from binlatent.evaluation.floors import floors
 from binlatent.evaluation.metrics.feature_metrics import Statistics, frechet_distance
 from binlatent.experiment import Experiment
 from binlatent.pipeline import BinaryLatentDiffusion
+
+log = logging.getLogger(__name__)
 
 _BATCH = 500  # images that the classifier judges at a time
 _HALVES = ("top", "bottom", "left", "right")
@@ -27,6 +31,7 @@ class Judge:
 
     def __init__(self, experiment: Experiment, workdir: Path, split: str = "test"):
         """Compares with `evaluate.num_images` images of a split; trains a missing classifier."""
+        self._workdir, self._split = workdir, split
         source = open_split(experiment.data, split)
         network = reference.classifier if source.num_classes else reference.network
         self._network = network(experiment, workdir)
@@ -36,6 +41,39 @@ class Judge:
         self._known = Statistics.of(found["pool"])
         has_classes = self.labels is not None
         self.accuracy = _accuracy(found["logits"], self.labels) if has_classes else None
+        if self.unjudged:
+            log.warning("%s", self.unjudged)
+
+    @property
+    def unjudged(self) -> str | None:
+        """Why the classifier cannot judge samples, in a sentence; None if it can.
+
+        It cannot where it is not better than naming the most frequent class, of share p of the n
+        images, by more than three standard errors sqrt(p (1 - p) / n).
+        """
+        if self.labels is None:
+            return None
+        n = len(self.labels)
+        share = np.bincount(self.labels).max() / n
+        error = np.sqrt(share * (1 - share) / n)
+        if self.accuracy > share + 3 * error:
+            return None
+        return (
+            f"The classifier is right about {self.accuracy:.1%} of {n} real images, and naming "
+            f"their most frequent class would be about {share:.1%} ± {error:.1%}, so it cannot "
+            "judge samples: use --metrics=fid with --config.evaluate.network=efficientnet."
+        )
+
+    def floors(self, pipeline: BinaryLatentDiffusion, num: int | None = None) -> dict[str, float]:
+        """Returns what `frechet_distance` is of real images and of reconstructions.
+
+        See `floors.floors`; `num` as of `sample_quality`.
+        """
+        if self._known.count < 2:
+            return {}
+        num = pipeline.experiment.evaluate.num_samples if num is None else num
+        known = self._known.gaussian
+        return floors(pipeline, self._network, self._workdir, known, self._split, num)
 
     def sample_quality(
         self,

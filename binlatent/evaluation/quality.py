@@ -18,7 +18,8 @@ import numpy as np
 from binlatent.autoencoder import lpips
 from binlatent.data import loader
 from binlatent.data.splits import open_split
-from binlatent.evaluation import cas, comparison, report, results, retrieval
+from binlatent.evaluation import cas, comparison, reconstructions, report, results, retrieval
+from binlatent.evaluation.floors import floors
 from binlatent.evaluation.metrics import pairs
 from binlatent.evaluation.metrics.table import Metric
 from binlatent.evaluation.networks.features import Features, Network
@@ -84,7 +85,8 @@ _OF_SAMPLES = {
 # Of a pipeline, the network that judges and the workdir: they draw from captions themselves.
 _OF_CAPTIONS = {"retrieval": retrieval.METRIC}
 
-METRICS = comparison.METRICS | _OF_SAMPLES | _OF_CAPTIONS | pairs.METRICS | report.METRICS
+METRICS = comparison.METRICS | _OF_SAMPLES | _OF_CAPTIONS | reconstructions.METRICS
+METRICS |= pairs.METRICS | report.METRICS
 
 
 def _asked(table: dict[str, Metric], metrics: Sequence[str]) -> list[str]:
@@ -122,12 +124,13 @@ def measure(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Measures a workdir and writes a JSON file and TensorBoard; goes on where it was interrupted.
 
-    `num`, `seed` and `keep` are those of `Samples`, `evaluate.num_samples` if `num` is None;
-    options are of the sampler, in place of `config.sample`, those of None left out. Returns the
-    metrics by name, and the protocol; {} in all processes but the first.
+    `num`, `seed` and `keep` are those of `Samples`, `evaluate.num_samples` if `num` is None; of
+    rfid and rkid `num` is the most reconstructions, None for all test images. Options are of the
+    sampler, in place of `config.sample`, those of None left out. Returns the metrics by name, and
+    the protocol; {} in all processes but the first.
     """
     experiment = pipeline.experiment
-    num = experiment.evaluate.num_samples if num is None else num
+    limit, num = num, experiment.evaluate.num_samples if num is None else num
     check(experiment, metrics, num)
     of_samples = _asked(comparison.METRICS | _OF_SAMPLES, metrics)
     needs = {need for name in metrics for need in METRICS[name].needs}
@@ -144,8 +147,17 @@ def measure(
         judge = network(experiment, workdir)
         more, told = _OF_CAPTIONS[name].measure(pipeline, judge, workdir, **drawing)
         values, protocol = values | more, protocol | {name: told, "network": judge.protocol}
+    of_reconstructions = _asked(reconstructions.METRICS, metrics)
+    judge = network(experiment, workdir) if of_reconstructions else None
     if jax.process_index():
         return {}, {}
+    if of_reconstructions:
+        more, told, settings = reconstructions.compare_reconstructions(
+            *(pipeline, judge, workdir, of_reconstructions, limit)
+        )
+        values |= more
+        protocol |= {"reconstructions": told, "network": judge.protocol}
+        protocol["metrics"] = protocol.get("metrics", {}) | settings
     if _asked(pairs.METRICS | report.METRICS, metrics):
         test = report.HeldOut.read(pipeline, workdir)
         more, settings = report.measure(pipeline, test, metrics)
@@ -188,6 +200,13 @@ def _of_samples(
         values, protocol["metrics"] = comparison.compare(
             known, samples.features(), of_features, judge.suffix
         )
+    split = experiment.evaluate.reference
+    if "fid" in of_features and split in ("train", "test"):
+        distance = f"fd{judge.suffix}" if judge.suffix else "fid"
+        of = pipeline, judge, workdir, known.gaussians["pool"], split, drawing["num"]
+        values |= {f"{distance}_{name}": value for name, value in floors(*of).items()}
+        about = f"of {drawing['num']} images at most, {reconstructions.how_drawn(experiment)}"
+        protocol["metrics"]["floors"] = about
     for name in of_images:
         values |= _OF_SAMPLES[name].measure(experiment, samples, folder)
         protocol[name] = _OF_SAMPLES[name].settles(experiment)

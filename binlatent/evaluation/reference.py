@@ -14,7 +14,8 @@ import numpy as np
 from flax import traverse_util
 
 from binlatent.data import loader, sources
-from binlatent.data.splits import load_images, open_split
+from binlatent.data.sources import Source
+from binlatent.data.splits import load_images, open_split, spread_indices
 from binlatent.evaluation import comparison, exchange
 from binlatent.evaluation.exchange import ImageSet
 from binlatent.evaluation.networks import features
@@ -75,20 +76,41 @@ def reference(
     return known, protocol
 
 
-def features_of_split(
-    experiment: Experiment, network: Network, workdir: Path, split: str
-) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of all images of a split, "train" or "test", and which these are."""
-    source = open_split(experiment.data, split, workdir, keep=False)
+def choose(
+    experiment: Experiment, source: Source, split: str, limit: int | None = None
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Returns the indices of `limit` images of a split, spread evenly, and which images these are.
+
+    They are all if there are not so many, or if the limit is None.
+    """
     count = len(source.examples)
+    indices = spread_indices(count, count if limit is None else limit)
     protocol = {
         "images": experiment.data.name,
         "split": split,
         "fingerprint": source.fingerprint,
-        "count": count,
+        "count": len(indices),
+        **({"spread evenly over": count} if len(indices) < count else {}),
         "size": "x".join(map(str, experiment.data.image_shape)),
         "transform": exchange.CENTRE_SQUARE,
     }
+    return indices, protocol
+
+
+def features_of_split(
+    experiment: Experiment,
+    network: Network,
+    workdir: Path,
+    split: str,
+    limit: int | None = None,
+) -> tuple[Features, dict[str, Any]]:
+    """Returns the features of images of a split, "train" or "test", and which these are.
+
+    They are all images, or `limit` of them, spread evenly.
+    """
+    source = open_split(experiment.data, split, workdir, keep=False)
+    indices, protocol = choose(experiment, source, split, limit)
+    count = len(indices)
     name = digest(protocol, sources.stamp(source.files), network.protocol)
     path = workdir / "evaluation" / f"reference_{name}.npz"
     if path.exists():
@@ -101,7 +123,7 @@ def features_of_split(
     log.info("Judging %d real images", count)
 
     def batches(size: int) -> Iterator[np.ndarray]:
-        return loader.in_order(count, lambda i: source.examples[i]["image"], size)
+        return loader.in_order(count, lambda i: source.examples[int(indices[i])]["image"], size)
 
     images = ImageSet(count, batches, protocol, lambda: source.examples.num_unreadable)
     found, protocol = comparison.features_of(network, images, experiment.sample.batch_size)

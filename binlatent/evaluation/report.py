@@ -215,14 +215,17 @@ def sample_metrics(
 ) -> dict[str, Any]:
     """Judges the samples of a prior with classes, as `config.sample` says and without guidance.
 
-    Returns the metrics of `Judge.sample_quality`, those without guidance as `_unguided`, with the
-    settings and the classifier's own accuracy. Adds to `seconds` how long the first samples took,
-    as `sampling`.
+    Returns the metrics of `Judge.sample_quality`, those without guidance as `_unguided`, the floors
+    of the distance, `frechet_distance_real` and `frechet_distance_reconstructions`, the settings
+    and the classifier's own accuracy. Adds to `seconds` how long the first samples took, as
+    `sampling`. A classifier near chance gives none of
+    these metrics, but a sentence, `unjudged`, that says why.
     """
     experiment = pipeline.experiment
     judge, num_samples = Judge(experiment, workdir), experiment.evaluate.num_samples
     settings, runs = experiment.sample.settings, {"": {}}
-    if hasattr(settings, "guidance"):  # not every kind of prior has it
+    # Not every kind of prior has it.
+    if hasattr(settings, "guidance") and not judge.unjudged:
         runs["_unguided"] = {"guidance": 0.0}
     result = {"classifier_accuracy": judge.accuracy}
     for suffix, options in runs.items():
@@ -231,7 +234,13 @@ def sample_metrics(
         # The same noise with and without guidance: a paired comparison.
         quality = judge.sample_quality(pipeline, key_for(experiment.seed, "report"), **options)
         seconds.setdefault("sampling", time.monotonic() - start)
-        result |= {f"{name}{suffix}": value for name, value in quality.items()}
+        if not judge.unjudged:
+            result |= {f"{name}{suffix}": value for name, value in quality.items()}
+    if judge.unjudged:
+        result["unjudged"] = judge.unjudged
+    else:
+        distances = judge.floors(pipeline)
+        result |= {f"frechet_distance_{name}": value for name, value in distances.items()}
     shown = [name for name in ("steps", "temperature", "guidance") if hasattr(settings, name)]
     result |= {name: getattr(settings, name) for name in shown}
     return {**result, "num_samples": num_samples}

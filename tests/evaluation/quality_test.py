@@ -22,6 +22,7 @@ from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import key_for
 from binlatent.training import checkpoint
 
+FD = ("fd_classifier", "fd_classifier_real", "fd_classifier_reconstructions")
 PR = ("precision_classifier", "recall_classifier")
 
 
@@ -155,19 +156,28 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
     assert len(protocol["network"]["weights"]) == 16
     stored = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
     assert stored == [{"metrics": values, "protocol": json.loads(json.dumps(protocol))}]
-    assert list(protocol["metrics"]) == ["kid", "is", "pr", "dc"]
+    assert list(protocol["metrics"]) == ["kid", "is", "pr", "dc", "floors"]
+    assert protocol["metrics"]["floors"] == "of 30 images at most, codes drawn from B(y), seed 0"
+    # Its floors: of 30 test images in place of the samples, and of these and reconstructions.
+    test_images, _ = load_images(open_split(pipeline.experiment.data, "test"), 30)
+    c = Statistics.of(network.apply(test_images, 500)["pool"]).gaussian
+    assert values["fd_classifier_real"] == pytest.approx(frechet_distance(a, c), rel=1e-3)
+    (path,) = (tmp_path / "evaluation").glob("reconstructions_*/0000000_30.npz")
+    d = Statistics.of(np.load(path)["pool"]).gaussian
+    expected = pytest.approx(frechet_distance(c, d), rel=1e-3)
+    assert values["fd_classifier_reconstructions"] == expected
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["stage"] == "evaluation" and logged[-1]["psnr"] == values["psnr"]
     # Neither the reference nor the samples are judged again.
     monkeypatch.setattr(comparison, "features_of", None)
     monkeypatch.setattr(pipeline, "sample", None)
     again, _ = quality.measure(pipeline, tmp_path, ["fid"], num=30, temperature=0.7)
-    assert again == {"fd_classifier": values["fd_classifier"]}
+    assert again == {name: values[name] for name in FD}
     # Metrics of one protocol are in one file.
     quality.measure(pipeline, tmp_path, ["pr"], num=30, temperature=0.7)
     stored = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
-    expected = {name: values[name] for name in ("fd_classifier", *PR)}
-    assert sorted(len(x["metrics"]) for x in stored) == [3, len(values)]
+    expected = {name: values[name] for name in (*FD, *PR)}
+    assert sorted(len(x["metrics"]) for x in stored) == [5, len(values)]
     assert expected in [x["metrics"] for x in stored]
 
 
@@ -197,13 +207,14 @@ def test_damaged_files_of_before(pipeline, tmp_path):
     first, _ = quality.measure(pipeline, tmp_path, ["fid"])
     folder = tmp_path / "evaluation"
     for pattern in ("reference_*.npz", "*.json"):
-        (path,) = folder.glob(pattern)
-        path.write_bytes(path.read_bytes()[:100])
+        for path in folder.glob(pattern):
+            path.write_bytes(path.read_bytes()[:100])
     assert quality.measure(pipeline, tmp_path, ["fid"])[0] == pytest.approx(first)
-    (path,) = folder.glob("samples_*/*.npz")
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"\.npz is damaged: delete it, and it is drawn anew"):
-        quality.measure(pipeline, tmp_path, ["fid"])
+    for made, anew in (("reconstructions", "made"), ("samples", "drawn")):
+        (path,) = folder.glob(f"{made}_*/*.npz")
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(UserError, match=rf"\.npz is damaged: delete it, and it is {anew} anew"):
+            quality.measure(pipeline, tmp_path, ["fid"])
 
 
 def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_path, monkeypatch):
@@ -293,6 +304,7 @@ def test_an_exact_reconstruction_is_left_out_of_the_psnr(tiny_experiment, exact,
 def test_metrics_while_training_and_the_report(tiny_config, tmp_path, monkeypatch):
     tiny_config.evaluate.every = 3
     tiny_config.evaluate.metrics = ("fid", "pr")
+    tiny_config.evaluate.classifier_images = 400  # of fewer it would be near chance
     experiment = resolve(tiny_config)
     stages.train_autoencoder(experiment, tmp_path)
     stages.train_prior(experiment, tmp_path)
@@ -311,5 +323,9 @@ def test_metrics_while_training_and_the_report(tiny_config, tmp_path, monkeypatc
     found = report.report(model, tmp_path)
     values, _ = quality.measure(model, tmp_path, ["psnr", "ssim", "codes", "prior", "bound"])
     assert found["autoencoder"] | found["prior"] == values
+    distances = [name for name in found["samples"] if name.startswith("frechet_distance")]
+    ends = ["", "_unguided", "_real", "_reconstructions"]
+    assert distances == [f"frechet_distance{end}" for end in ends]
+    assert "unjudged" not in found["samples"]
     assert json.loads((tmp_path / "report.json").read_text()) == found
     assert Judge(model.experiment, tmp_path).accuracy == found["samples"]["classifier_accuracy"]
