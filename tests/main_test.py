@@ -273,10 +273,14 @@ def test_evaluate_measures_what_is_asked_for(workdir, capsys):
     result = json.loads(path.read_text())
     assert result["protocol"]["samples"]["steps"] == 2
     assert len(list((workdir / "evaluation").glob("samples_*/png/*.png"))) == 10
-    words = (line.split() for line in capsys.readouterr().err.splitlines())
-    shown = {line[0]: line[1] for line in words if len(line) > 1}
-    for title, name in (("PSNR", "psnr"), ("FD-classifier", "fd_classifier")):
-        assert float(shown[title]) == pytest.approx(result["metrics"][name], rel=1e-5)
+    lines = (line.partition("  ") for line in capsys.readouterr().err.splitlines())
+    shown = {title: number.split() for title, _, number in lines}
+    for title, name in (
+        ("PSNR", "psnr"),
+        ("FD-classifier", "fd_classifier"),
+        ("FD-classifier of real images", "fd_classifier_real"),
+    ):
+        assert float(shown[title][0]) == pytest.approx(result["metrics"][name], rel=1e-5)
 
 
 def test_a_config_for_another_model_is_refused(workdir, capsys):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from binlatent import stages
 from binlatent.configs import digits
-from binlatent.evaluation import report
+from binlatent.evaluation import floors, report
 from binlatent.evaluation.judge import Judge
 from binlatent.experiment import Experiment, resolve
 from binlatent.paper.runs import (
@@ -81,6 +81,8 @@ INPAINTERS = {
     "kept, 1 corrector": {"corrector_steps": 1},
     "noised, 1 corrector": {"known": "noised", "corrector_steps": 1},
 }
+
+_FLOORS = "floors", "", 0  # the row of `Judge.floors`, which are those of all
 
 _SAMPLED = "z_0, evidence"  # whose samplers are compared
 
@@ -172,6 +174,8 @@ def measure_rows(
             continue
         pipeline = train_variant(experiment, workdir, variant, seed)
         judge = judge or Judge(experiment, workdir)  # the same one for all
+        if _FLOORS not in measured:
+            measured[_FLOORS] = judge.floors(pipeline)
         test = report.HeldOut.read(pipeline)
         for sampler in missing:
             changes = SAMPLERS.get(sampler, INPAINTERS.get(sampler, {}))
@@ -204,7 +208,8 @@ def markdown_tables(measured: Measured, seeds: int) -> str:
         lines = [[label, *(spread_cell(found[label], name) for name in titles)] for label in found]
         table = markdown(["", *titles.values()], lines)
         text += f"### {caption}\n\n{table}\n"
-    return text
+    told = floors.in_words(measured.get(_FLOORS, {}))
+    return f"{text}{told.strip()}\n" if told else text
 
 
 def main(argv: list[str] | None = None) -> None:

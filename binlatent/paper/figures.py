@@ -86,6 +86,7 @@ def steps_figure(pipeline: BinaryLatentDiffusion, workdir: Path, seed: int = 0) 
 
     For each, the bound for a sampler of these steps and, for a prior with classes, the accuracy and
     distance of `Judge.sample_quality`; at temperature 1 and without guidance, as in the paper.
+    Dashed lines are the distances of real images and of reconstructions.
 
     Args:
       pipeline: with a prior. One that takes any number of steps is measured to 64.
@@ -113,4 +114,11 @@ def steps_figure(pipeline: BinaryLatentDiffusion, workdir: Path, seed: int = 0) 
         axis.plot(steps, [quality[name] for quality in measured], "o-")
         axis.set_xscale("log", base=2)
         axis.set(xticks=steps, xticklabels=steps, xlabel="steps", title=_CAPTIONS[name])
+        if name == "frechet_distance":
+            distances = judge.floors(pipeline)
+            for floor, colour in zip(distances, ("tab:green", "tab:orange"), strict=False):
+                style = {"color": colour, "linestyle": "--", "label": floor}
+                axis.axhline(distances[floor], **style)
+            if distances:
+                axis.legend()
     return figure

@@ -21,7 +21,7 @@ import jax
 
 from binlatent.benchmark import rows, speed
 from binlatent.configs import default
-from binlatent.evaluation import pictures, report
+from binlatent.evaluation import floors, pictures, report
 from binlatent.evaluation.judge import Judge
 from binlatent.experiment import Experiment, resolve
 from binlatent.paper import runs
@@ -189,6 +189,17 @@ class _Numbers:
             ),
         )
 
+    def floors(self, split: str, num: int) -> dict[str, float]:
+        """Returns the floors of the distances of so many samples to the images of a split."""
+
+        def measure() -> dict[str, float]:
+            pipeline = BinaryLatentDiffusion.from_workdir(
+                self._workdir, self.experiment, prior=False
+            )
+            return self._judge(split).floors(pipeline, num)
+
+        return self._once("floors", f"{num} images, {split} images", 0, measure)
+
     def of_seed(self, name: str, seed: int, asked: Sequence[Options]) -> list[dict[str, float]]:
         """Returns the numbers of a prior for each of the options asked for.
 
@@ -284,6 +295,8 @@ def compare_priors(
         "samples": num,
         "swept": min(SWEPT, num),
         "images": experiment.evaluate.num_images,
+        "floors": numbers.floors("test", num),
+        "floors_of_sweep": numbers.floors("train", min(SWEPT, num)),
         **rows.place(jax.devices()[0], jax.local_device_count()),
     }
     return {"rows": found, "sweeps": sweeps, "protocol": protocol}
@@ -332,10 +345,12 @@ def text_of(content: dict[str, Any]) -> str:
         f"Each is trained for {how['steps']:,} steps of {how['batch_size']} codes. Samples, "
         f"{how['samples']:,} a row, are judged beside {how['images']:,} test images at most. "
         "A network call sees all tokens, of an autoregressive prior one after the other. "
-        f"Seconds include the decoder; {how['devices']} x {how['device']}, JAX {how['jax']}.\n\n"
+        f"Seconds include the decoder; {how['devices']} x {how['device']}, JAX {how['jax']}."
+        f"{floors.in_words(how.get('floors', {}))}\n\n"
         f"### The sweep\n\n{swept}\n"
         f"Frechet distance of {how['swept']:,} samples to training images, by "
-        f"{' and '.join(GRID)}; the best is what the table's samples are drawn with.\n"
+        f"{' and '.join(GRID)}; the best is what the table's samples are drawn with."
+        f"{floors.in_words(how.get('floors_of_sweep', {}))}\n"
     )
 
 

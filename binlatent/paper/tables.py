@@ -162,7 +162,21 @@ def table1(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, list[di
         for one, row in zip(settings, rows, strict=True)
     ]
     rows = [{**row, "parameters": parameters} for row in rows]
-    return markdown([*titles, "parameters"], lines), rows
+    return markdown([*titles, "parameters"], lines) + _floor_lines(rows, names), rows
+
+
+def _floor_lines(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
+    """Returns the floors of the distances in rows of Table 1, a line for each that differs."""
+    lines = []
+    for row in rows:
+        metrics, count = row["metrics"], row["protocol"]["samples"]["count"]
+        for name in names:
+            ends = [end for end in ("real", "reconstructions") if f"{name}_{end}" in metrics]
+            floors = [f"{name}_{end}" for end in ends]
+            shown = [f"{title(floor, METRICS)} {_shown(floor, metrics)}" for floor in floors]
+            if shown:
+                lines.append(f"Beside {count:,} samples: {', '.join(shown)}.\n")
+    return "".join(f"\n{line}" for line in dict.fromkeys(lines))
 
 
 def table6(

@@ -48,7 +48,9 @@ def test_a_variant_is_trained_once_measured_and_tabulated(tiny_config, tmp_path)
     ablations.measure_rows(experiment, tmp_path, 1, ["lambda 0"])  # nothing is left to do
     assert (tmp_path / "6_steps" / "results.jsonl").read_text().splitlines() == lines
 
+    assert set(results["floors", "", 0]) == {"real", "reconstructions"}
     text = ablations.markdown_tables(results, seeds=1)
+    assert text.count("Frechet distances to compare with: real images of the other split") == 1
     assert f"| 0 | {values['bits_per_dim']:.4f} | {values['accuracy']:.1%} |" in text
 
 

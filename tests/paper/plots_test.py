@@ -6,6 +6,10 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
+from binlatent.data.splits import load_images, open_split
+from binlatent.evaluation import reference
+from binlatent.evaluation.judge import Judge
+from binlatent.evaluation.metrics.feature_metrics import Statistics, frechet_distance
 from binlatent.paper import __main__ as plots
 from binlatent.paper import figures
 from binlatent.pipeline import BinaryLatentDiffusion
@@ -64,6 +68,16 @@ def test_steps_are_those_of_the_paper_and_their_quality_is_measured(tiny_experim
     steps, bits = figure.axes[0].lines[0].get_data()
     np.testing.assert_array_equal(steps, [4, 8])  # to the T of the tiny config
     np.testing.assert_allclose(bits, 1, atol=0.1)  # the untrained prior takes bits for fair
+    # The floors of the distance are lines across.
+    assert not figure.axes[1].lines[1:]
+    _, *lines = figure.axes[2].lines
+    assert [line.get_label() for line in lines] == ["real", "reconstructions"]
+    judge = Judge(tiny_experiment, tmp_path)
+    network = reference.network(tiny_experiment, tmp_path)
+    train, _ = load_images(open_split(tiny_experiment.data, "train"), 20)
+    sets = (network.apply(x, 20)["pool"] for x in (judge.images, train))
+    expected = frechet_distance(*(Statistics.of(x).gaussian for x in sets))
+    np.testing.assert_allclose(lines[0].get_ydata(), expected, rtol=1e-3)
 
 
 def test_without_classes_the_bound_is_drawn_and_guidance_is_refused(tiny_experiment, tmp_path):

@@ -58,6 +58,12 @@ def test_a_prior_is_trained_once_tuned_and_measured(workdir, monkeypatch, capsys
     assert sweep["best"] == {"temperature": tau, "guidance": w}
     assert row["options"] == {"steps": 8, "temperature": tau, "guidance": w}
 
+    # Floors are of as many images as samples: 30, and of the sweep too.
+    for name in ("floors", "floors_of_sweep"):
+        assert list(content["protocol"][name]) == ["real", "reconstructions"]
+    made = sorted(path.name for path in workdir.glob("evaluation/reconstructions_*/*.npz"))
+    assert made == ["0000000_30.npz"]
+
     # Each number is that of the prior in its folder.
     folder = workdir / "table5" / "6_steps" / "bernoulli_3"
     pipeline = BinaryLatentDiffusion.from_workdir(folder)
@@ -130,6 +136,11 @@ def test_the_table_shows_what_was_measured():
     assert rows == [same | first, same | second]
     shown = {"0.8, 0": "**0.80**", "0.8, 1": "1.80", "1.2, 0": "1.20", "1, 0.5": "-"}
     assert swept.items() >= shown.items() and swept["sampling"] == "order random"
+    assert "compare with" not in text
+    protocol |= {"floors": {"real": 2.5}, "floors_of_sweep": {"real": 3.5, "reconstructions": 0.5}}
+    told = table5.text_of(content)
+    assert "0.12. Frechet distances to compare with: real images of the other split, in" in told
+    assert told.endswith("samples, 3.5; test images and their reconstructions 0.5.\n")
     assert "1,700 steps of 128 codes" in text and "2 x TPU v4" in text and "300 samples" in text
 
 

@@ -111,6 +111,20 @@ def test_table1_names_the_distance_and_tells_rows_apart(pipeline, tmp_path):
     assert shown == [("0", "10.5", "0.500", "-"), ("1", "11.5", "0.500", "-"), ("1", "-", "-", "3")]
 
 
+def test_floors_stand_below_table1_once(pipeline, tmp_path):
+    floors = {"fid_real": 3.15, "fid_reconstructions": 41.5}
+    for age, count in enumerate((10_000, 10_000, 500)):
+        samples = samples_of(pipeline, seed=age, count=count)
+        metrics = {"fid": 60.0 + age, **(floors if count > 500 else {"fid_real": 9.0})}
+        write(tmp_path, age, metrics, samples=samples, **TRAIN)
+    table, *below = tables.table1(pipeline, tmp_path)[0].split("\n\n")
+    assert [row["FID"] for row in cells(table)] == ["60", "61", "62"]
+    assert [line.strip() for line in below] == [
+        "Beside 10,000 samples: FID of real images 3.15, FID of reconstructions 41.5.",
+        "Beside 500 samples: FID of real images 9.",
+    ]
+
+
 def test_table4_is_of_the_most_images_of_the_autoencoder(pipeline, tmp_path):
     own = {"autoencoder": weights.fingerprint(pipeline.autoencoder_params)}
     old = {"psnr": 9.0, "psnr_std": 1.0, "ssim": 0.5, "ssim_std": 0.1, "lpips": 1.0, "lpips_std": 1}
