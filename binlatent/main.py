@@ -105,7 +105,7 @@ def _evaluate(run: _Run) -> None:
 
 
 def _all(run: _Run) -> None:
-    stages.check_prior(run.given)  # before any training
+    stages.check_all(run.given, run.workdir)  # before any training
     with stages.alone_in(run.workdir):
         stages.train_autoencoder(run.given, run.workdir)
         stages.train_prior(run.given, run.workdir)

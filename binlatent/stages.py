@@ -26,8 +26,10 @@ from binlatent.runtime.devices import parallel, parallel_for_debugging, replicat
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import key_for
 from binlatent.runtime.locks import only_process
+from binlatent.runtime.weights import digest
 from binlatent.texts.cache import write_features
-from binlatent.texts.captioned import with_captions
+from binlatent.texts.captioned import check_captions, with_captions
+from binlatent.texts.encoder import TextEncoder
 from binlatent.training import loop
 from binlatent.training.checkpoint import Checkpoints, exists
 from binlatent.training.loop import Stage
@@ -219,10 +221,38 @@ def _open_codes_or_images(
     experiment = with_classes(experiment, source)
     encoder = BinaryLatentDiffusion.from_workdir(workdir, experiment, prior=False)
     if spec.cache_codes and not spec.codes:
-        folder, captions = _write_codes(encoder, source, workdir), source.captions
+        folder, captions, files = (
+            _write_codes(encoder, source, workdir),
+            source.captions,
+            source.files,
+        )
         source = codes.open_codes(folder, encoder.encoder_fingerprint)
-        source = dataclasses.replace(source, captions=captions)
+        source = dataclasses.replace(source, captions=captions, files=files)
     return encoder, source, experiment
+
+
+def _text_encoder(experiment: Experiment, source: Source, workdir: Path) -> TextEncoder:
+    """Returns the encoder of the captions of images, if there is one and they have captions."""
+    if not experiment.texts.encoder:
+        raise UserError(
+            f"config.prior.condition is {experiment.prior.conditioning.kind!r}: set "
+            "config.texts.encoder for images with captions, or config.data.texts=True for images "
+            "with the features of a text."
+        )
+    if source.captions is None:
+        raise UserError(
+            "The captions of images are read from folders alone: set config.data.name=folder, and "
+            "leave out config.prior.codes."
+        )
+    check_captions(source, experiment.data.max_broken, workdir / "bad_files.txt")
+    return experiment.texts.load(workdir)
+
+
+def check_all(experiment: Experiment, workdir: Path) -> None:
+    """Refuses before stage 1 what stage 2 would refuse after it."""
+    check_prior(experiment)
+    if experiment.prior.conditioning.of_texts and not experiment.data.texts:
+        _text_encoder(experiment, open_split(experiment.data, "train", workdir), workdir)
 
 
 def _with_texts(experiment: Experiment, source: Source, workdir: Path) -> tuple[Experiment, Source]:
@@ -233,21 +263,16 @@ def _with_texts(experiment: Experiment, source: Source, workdir: Path) -> tuple[
     if experiment.data.texts:
         width = np.shape(source.examples[0]["label"])[-1:]
         return experiment.with_texts(*width) if width else experiment, source
-    if not experiment.texts.encoder:
-        raise UserError(
-            f"config.prior.condition is {conditioning.kind!r}: set config.texts.encoder for images "
-            "with captions, or config.data.texts=True for images with the features of a text."
-        )
-    if source.captions is None:
-        raise UserError(
-            "The captions of images are read from folders alone: set config.data.name=folder, and "
-            "leave out config.prior.codes."
-        )
-    encoder, per_token = experiment.texts.load(workdir), conditioning.kind == "text_cross"
+    encoder, per_token = (
+        _text_encoder(experiment, source, workdir),
+        conditioning.kind == "text_cross",
+    )
     features = write_features(source.captions(), workdir / "texts", encoder, per_token)
     source = with_captions(
         *(source, features, experiment.data.max_broken), workdir / "bad_files.txt"
     )
+    fingerprint = digest(source.fingerprint, source.captions())
+    source = dataclasses.replace(source, fingerprint=fingerprint)
     return experiment.with_texts(encoder.width(per_token), encoder.sha256), source
 
 

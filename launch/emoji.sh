@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a bare machine to emoji drawn from captions: packages, images, text encoder, training.
 # EMOJI=FOLDER takes images that are there: emoji.json, and the images in google/. WORKDIR=FOLDER
-# says where to train. Arguments go to binlatent.main, for example --config.seed=1. Interrupted,
-# the same command goes on.
+# says where to train. Arguments go to binlatent.main, for example --config.seed=1. It takes about
+# an hour and a half on two CPU cores; interrupted, the same command goes on.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 workdir=${WORKDIR:-runs/emoji}
 mkdir -p "$workdir"
@@ -52,5 +52,5 @@ Done. In $workdir:
   reconstructions.png  held-out emoji above their reconstructions
   inpainting.png       parts of held-out emoji, drawn anew
   report.json          the numbers
-Next: python -m binlatent.main --workdir=$workdir --mode=sample --prompt="a green heart"
+Next: ${activate}python -m binlatent.main --workdir=$workdir --mode=sample --prompt="a green heart"
 EOF

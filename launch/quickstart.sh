@@ -24,5 +24,5 @@ Done. In $workdir:
   inpainting.png       parts of test digits, drawn anew
   trajectory.png       from random bits to digits
   report.json          the numbers
-Next: python -m binlatent.main --workdir=$workdir --mode=sample --label=7 --num=20
+Next: ${activate}python -m binlatent.main --workdir=$workdir --mode=sample --label=7 --num=20
 EOF

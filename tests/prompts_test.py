@@ -140,7 +140,7 @@ def test_guidance_goes_against_a_negative_prompt(pipeline):
 @pytest.mark.parametrize(
     "asked, sentence",
     [
-        ({"prompt": "a", "label": np.zeros(24)}, "Give a label or a prompt, not both"),
+        ({"prompt": "a", "label": np.zeros(24)}, "Give a label, features of a text or a prompt"),
         ({"prompt": ["a", "a", "a"]}, "Give one prompt, a string, or 2 of them"),
         ({"prompt": 7}, "Give one prompt, a string, or 2 of them"),
         ({"prompt": "a", "negative_prompt": "red", "guidance": 0}, "needs a guidance above 0"),
@@ -188,10 +188,15 @@ def test_inpainting_and_variations_of_a_prompt(workdir, folder, tmp_path):
 
 @pytest.mark.parametrize(
     "content, sentence",
-    [(b"\n \n", "has no prompt"), (b"\xff\xfe\xfa", "is no text in UTF-8")],
+    [
+        (b"\n \n", "has no prompt"),
+        (b"\xff\xfe\xfa", "is no text in UTF-8"),
+        (None, "There is no file"),
+    ],
 )
 def test_a_wrong_file_of_prompts_is_named(workdirs, tmp_path, capsys, content, sentence):
-    (tmp_path / "p.txt").write_bytes(content)
+    if content is not None:
+        (tmp_path / "p.txt").write_bytes(content)
     flags = [f"--workdir={workdirs['text_token']}", "--mode=sample"]
     assert call_main(*flags, f"--prompts={tmp_path / 'p.txt'}") == 1
     assert sentence in capsys.readouterr().err
@@ -260,14 +265,33 @@ def test_training_does_not_go_on_with_another_text_encoder(workdirs, folder, tmp
     assert "texts.sha256 is" in capsys.readouterr().err
 
 
-def test_too_many_images_without_captions_stop_the_run(workdirs, folder, tmp_path, capsys):
+def test_too_many_images_without_captions_stop_the_run(folder, tmp_path, capsys):
+    """Before any training; those without are named."""
     images = shutil.copytree(folder / "images", tmp_path / "images")
     (images / "2.txt").unlink()
-    shutil.copytree(workdirs["text_token"] / "autoencoder", tmp_path / "run" / "autoencoder")
-    flags = [f"--workdir={tmp_path / 'run'}", "--mode=train_prior"]
     given = given_flags(folder, "text_token", **{"data.path": images})
-    assert call_main(*given, *flags) == 1
+    assert call_main(*given, f"--workdir={tmp_path / 'run'}") == 1
     assert "more than config.data.max_broken = 0.01 allows" in capsys.readouterr().err
+    assert repr(str(images / "2.png")) in (tmp_path / "run" / "bad_files.txt").read_text()
+    assert not (tmp_path / "run" / "autoencoder").exists()
+
+
+def test_a_missing_text_encoder_stops_the_run_before_any_training(folder, tmp_path, capsys):
+    given = given_flags(folder, "text_cross", **{"texts.weights": tmp_path / "none.npz"})
+    assert call_main(*given, f"--workdir={tmp_path / 'run'}") == 1
+    assert "There is no file" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "autoencoder").exists()
+
+
+def test_training_on_with_other_captions_is_told(workdirs, folder, tmp_path, capsys):
+    images = shutil.copytree(folder / "images", tmp_path / "images")
+    (images / "2.txt").write_text("a red red hund")
+    workdir = shutil.copytree(workdirs["text_token"], tmp_path / "run")
+    changes = {"data.path": images, "prior.train.num_steps": 14}
+    flags = [f"--workdir={workdir}", "--mode=train_prior"]
+    assert not call_main(*given_flags(folder, "text_token", **changes), *flags)
+    told = "The images, or their labels, are not those that the prior began with"
+    assert told in capsys.readouterr().err
 
 
 def test_an_autoencoder_does_not_fix_the_width_of_texts(workdirs, tmp_path):

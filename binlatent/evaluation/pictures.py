@@ -169,6 +169,8 @@ def write_prompts(workdir: Path, prompts: Sequence[str]) -> None:
 def _read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text("utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise UserError(f"There is no file {path} of prompts: check --prompts.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no text in UTF-8: it must have a prompt a line.") from error
     if not (prompts := [line.strip() for line in lines if line.strip()]):
@@ -179,7 +181,7 @@ def _read_prompts(path: Path) -> list[str]:
 def _samples(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
     key, label, prompts = key_for(asked.seed, "sample"), _label(asked), _prompts(asked)
     default = pipeline.workdir and pipeline.workdir / _PROMPTS
-    if label is None and asked.num is None and not prompts and default and default.exists():
+    if label is None and not prompts and default and default.exists():
         prompts = _read_prompts(default)
     return samples(pipeline, key, asked.num, label, prompts, **_options(asked))
 

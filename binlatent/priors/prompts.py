@@ -28,7 +28,7 @@ def make_condition(
       negative_prompt: that guidance goes against, one or n; None for no text.
     """
     if label is not None and prompt is not None:
-        raise UserError("Give a label or a prompt, not both.")
+        raise UserError("Give a label, features of a text or a prompt: one of them.")
     given = {"prompt": prompt, "negative prompt": negative_prompt}
     texts = {name: _texts(x, num, name) for name, x in given.items() if x is not None}
     if texts and not conditioning.of_texts:

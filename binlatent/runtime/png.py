@@ -22,7 +22,7 @@ def grid(
     Args:
       rows: uint8 (n, h, w, channels) each.
       titles: one a row, of which 20 characters are shown; the letters are those of DejaVu Sans.
-      captions: one a row, of which as much is shown as fits.
+      captions: one a row, of which as much is shown as fits into three lines.
 
     Returns:
       uint8 (height, width, channels).
@@ -30,17 +30,20 @@ def grid(
     images = np.stack(rows)
     num_rows, num_columns, h, w, channels = images.shape
     font = _font(h)
-    below = 0 if captions is None else sum(font.getmetrics()) + _GAP
+    width = num_columns * (w + _GAP)
+    shown = [_wrapped(caption, font, width - _GAP) for caption in captions or ()]
+    line_height = sum(font.getmetrics())
+    below = line_height * max(map(len, shown), default=0) + _GAP * bool(shown)
     pad = ((0, 0), (0, 0), (_GAP, below), (_GAP, 0), (0, 0))
     cells = np.pad(images, pad, constant_values=_BACKGROUND)
-    height, width = num_rows * (h + _GAP + below), num_columns * (w + _GAP)
+    height = num_rows * (h + _GAP + below)
     sheet = cells.transpose(0, 2, 1, 3, 4).reshape(height, width, channels)
     sheet = np.pad(sheet, ((0, _GAP), (0, _GAP), (0, 0)), constant_values=_BACKGROUND)
     tops = _GAP + np.arange(num_rows) * (h + _GAP + below)
     if captions is not None:
-        for top, caption in zip(tops + h, captions, strict=True):
-            line = _fitting(" ".join(caption.split()), font, width - _GAP)
-            letters = _letters([line], [_GAP + below // 2], font, (below, width + _GAP))
+        for top, lines in zip(tops + h, shown, strict=True):
+            middles = [_GAP + line_height * i + line_height // 2 for i in range(len(lines))]
+            letters = _letters(lines, middles, font, (below, width + _GAP))
             sheet[top : top + below] = letters[..., None]
     if titles is None:
         return sheet
@@ -55,6 +58,20 @@ def _font(height: int) -> ImageFont.FreeTypeFont:
     """Returns a font for images of this height."""
     file = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
     return ImageFont.truetype(file, min(max(height // 3, 10), 24))
+
+
+def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """Returns a text in lines of at most `width` pixels, three at most; words may be cut."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    if len(lines) > 3:
+        lines[2:] = [" ".join(lines[2:])]
+    return [_fitting(line, font, width) for line in lines]
 
 
 def _fitting(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:

@@ -50,18 +50,13 @@ class CaptionedExamples:
         return dict(example, label=label)
 
 
-def with_captions(
-    source: Source, features: CaptionFeatures, max_broken: float, report: Path | None = None
-) -> Source:
-    """Returns a source whose labels are the features of captions, float32 (e,) or (m, d).
-
-    `examples[i]` has the first caption of an image, `examples.read(i, position, choice)` one that
-    is chosen. Those of tokens are padded with zeros to the longest caption; an image without a
-    caption has zeros alone.
+def check_captions(
+    source: Source, max_broken: float, report: Path | None = None
+) -> list[tuple[str, ...]]:
+    """Returns the captions of each image, if not too many have none.
 
     Args:
-      source: with `captions`; its examples are images or codes.
-      features: of all its captions.
+      source: with `captions`.
       max_broken: share of images that may have no caption.
       report: a file that names these, beside images that cannot be read.
     """
@@ -77,10 +72,28 @@ def with_captions(
         if len(missing) > min(max_broken * len(captions), len(captions) - 1):
             raise UserError(
                 f"{found}, which is more than config.data.max_broken = {max_broken:g} allows: "
-                "write the captions of x.png into x.txt beside it, one a line, or into a column "
-                "'caption' of a table, or raise it"
+                "raise that share, or write the captions of x.png into x.txt beside it, one a "
+                "line, or into a column 'caption' of a table"
             )
         classes.warn_once(f"{found}; they are learned as images without a text")
+    return captions
+
+
+def with_captions(
+    source: Source, features: CaptionFeatures, max_broken: float, report: Path | None = None
+) -> Source:
+    """Returns a source whose labels are the features of captions, float32 (e,) or (m, d).
+
+    `examples[i]` has the first caption of an image, `examples.read(i, position, choice)` one that
+    is chosen. Those of tokens are padded with zeros to the longest caption; an image without a
+    caption has zeros alone.
+
+    Args:
+      source: with `captions`; its examples are images or codes.
+      features: of all its captions.
+      max_broken, report: as of `check_captions`.
+    """
+    captions = check_captions(source, max_broken, report)
     return dataclasses.replace(
         source, examples=CaptionedExamples(source.examples, captions, features)
     )

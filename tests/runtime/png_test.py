@@ -31,6 +31,29 @@ def test_titles_are_beside_their_rows():
     np.testing.assert_array_equal(longer, sheet)
 
 
+def test_captions_are_below_their_rows():
+    rows = [np.full((4, 30, 30, 3), value, np.uint8) for value in (0, 255)]
+    plain, sheet = png.grid(rows), png.grid(rows, captions=["cat", "dog"])
+    assert sheet.shape[1] == plain.shape[1]
+    below = (len(sheet) - len(plain)) // 2
+    assert below > 8
+    np.testing.assert_array_equal(sheet[:32], plain[:32])
+    np.testing.assert_array_equal(sheet[32 + below : 64 + below], plain[32:64])
+    for top in (32, 64 + below):
+        letters = sheet[top : top + below]
+        assert letters.max() > 200 and letters[0].max() == letters[-1].max() == 96
+
+
+def test_a_long_caption_goes_on_in_three_lines_at_most():
+    rows = [np.zeros((1, 40, 40, 1), np.uint8)]
+    heights = [
+        len(png.grid(rows, captions=[text]))
+        for text in ("a", "a cat here", "a " * 10, "word " * 50, "x" * 90)
+    ]
+    line = heights[1] - heights[0]
+    assert line > 8 and heights[3] - heights[0] == 2 * line and heights[4] == heights[0]
+
+
 def test_png_is_enlarged_by_a_whole_factor(tmp_path):
     image = np.arange(12, dtype=np.uint8).reshape(3, 4, 1)
     png.save_png(tmp_path / "new" / "x.png", image, min_side=8)

@@ -328,7 +328,7 @@ def test_images_without_captions_are_counted_and_named(tmp_path, encoder, caplog
     "captions, max_broken, message",
     [
         (CAPTIONS, 0.1, "1 of 6 images have no caption, the first is number 2, which is more than"),
-        (CAPTIONS[:3], 0.3, "1 of 3 .* than config.data.max_broken = 0.3 allows: write the"),
+        (CAPTIONS[:3], 0.3, "1 of 3 .* than config.data.max_broken = 0.3 allows: raise that"),
         ([()] * 4, 1.0, "4 of 4 images have no caption"),
         (None, 1.0, "6 of 6 images have no caption"),
     ],
