@@ -2,7 +2,7 @@
 # From a bare machine to emoji drawn from captions: packages, images, text encoder, training.
 # EMOJI=FOLDER takes images that are there: emoji.json, and the images in google/. WORKDIR=FOLDER
 # says where to train. Arguments go to binlatent.main, for example --config.seed=1. It takes about
-# an hour and a half on two CPU cores; interrupted, the same command goes on.
+# an hour on two CPU cores; interrupted, the same command goes on.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 workdir=${WORKDIR:-runs/emoji}
 mkdir -p "$workdir"

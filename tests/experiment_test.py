@@ -113,7 +113,7 @@ def test_the_released_layout_has_the_size_of_its_weights():
     assert count == encoder + decoder + bits
 
 
-# Starters, and what a stage says of its sizes
+# Starters, and the sizes that a stage prints
 
 
 @pytest.mark.parametrize("name", STARTERS)
