@@ -261,12 +261,10 @@ def test_a_converted_prior_is_trained_on(converted, photos, tmp_path, name):
                 shutil.copy(photos / f"{i + j:02}.png", tmp_path / f"data/{i}/{j}.png")
         experiment = experiment.change({"data.path": str(tmp_path / "data")})
     else:
-        with pytest.raises(
-            UserError, match="condition is 'text_cross': set config.data.texts=True"
-        ):
+        with pytest.raises(UserError, match="'text_cross': set config.texts.encoder for images"):
             stages.train_prior(experiment, workdir)
         narrow = experiment.change({"data.texts": True, "prior.text_width": 31})
-        with pytest.raises(UserError, match=r"have the shape \(5, 32\), .* takes \(tokens, 31\)"):
+        with pytest.raises(UserError, match="text_width is 31, but .* have the width 32"):
             stages.train_prior(narrow, workdir)
         experiment = experiment.change({"data.texts": True})
     state = stages.train_prior(experiment, workdir)
@@ -327,16 +325,18 @@ def test_training_the_autoencoder_on_does_not_spoil_a_prior_beside_it(converted,
 def test_images_without_the_labels_of_a_prior_are_judged_without(converted, photos):
     model = BinaryLatentDiffusion.from_workdir(converted("prior_class"))
     experiment = fine_tuning(converted("prior_class"), photos)
-    images, labels = report.test_images(experiment, 2)
+    params = model.autoencoder_params
+    images, labels = report.test_images(BinaryLatentDiffusion(experiment, params), 2)
     assert labels is None  # a folder without classes
     result = report.prior_metrics(model, model.encode_probs(images), labels)
     assert np.isfinite(result["bce"])
     texts = {"data.texts": True, "prior.condition": "text_cross", "prior.text_width": 32}
     experiment = experiment.change(texts)
-    assert report.test_images(experiment, 2)[1].shape == (2, 5, 32)
+    _, labels = report.test_images(BinaryLatentDiffusion(experiment, params), 2)
+    assert labels.shape == (2, 5, 32)
     experiment = experiment.change({"prior.condition": "text_token"})
     with pytest.raises(UserError, match=r"have the shape \(5, 32\), .* takes \(32,\)"):
-        report.test_images(experiment, 2)
+        report.test_images(BinaryLatentDiffusion(experiment, params), 2)
 
 
 def test_the_command_reports_what_it_found_and_what_it_left(tmp_path, monkeypatch, capsys):
