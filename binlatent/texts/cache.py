@@ -21,7 +21,7 @@ from tqdm import tqdm
 from binlatent.data import classes
 from binlatent.runtime import files, locks
 from binlatent.runtime.errors import UserError
-from binlatent.runtime.strict_json import write_json
+from binlatent.runtime.strict_json import to_json, write_json
 from binlatent.texts.encoder import TextEncoder
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def write_features(
     # Sorted, so that the order of the images does not matter.
     texts = sorted({caption for of_image in captions for caption in of_image})
     about = {"format": _FORMAT, "encoder": encoder.sha256, "per_token": per_token}
-    content = json.dumps([about, texts]).encode()
+    content = to_json([about, texts]).encode()
     target = folder / hashlib.sha256(content).hexdigest()[:16]
     if (target / "info.json").exists():
         return CaptionFeatures(target, texts, per_token)
