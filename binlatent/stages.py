@@ -221,13 +221,9 @@ def _open_codes_or_images(
     experiment = with_classes(experiment, source)
     encoder = BinaryLatentDiffusion.from_workdir(workdir, experiment, prior=False)
     if spec.cache_codes and not spec.codes:
-        folder, captions, files = (
-            _write_codes(encoder, source, workdir),
-            source.captions,
-            source.files,
-        )
+        folder, images = _write_codes(encoder, source, workdir), source
         source = codes.open_codes(folder, encoder.encoder_fingerprint)
-        source = dataclasses.replace(source, captions=captions, files=files)
+        source = dataclasses.replace(source, captions=images.captions, files=images.files)
     return encoder, source, experiment
 
 
@@ -263,15 +259,10 @@ def _with_texts(experiment: Experiment, source: Source, workdir: Path) -> tuple[
     if experiment.data.texts:
         width = np.shape(source.examples[0]["label"])[-1:]
         return experiment.with_texts(*width) if width else experiment, source
-    encoder, per_token = (
-        _text_encoder(experiment, source, workdir),
-        conditioning.kind == "text_cross",
-    )
-    features = write_features(source.captions(), workdir / "texts", encoder, per_token)
-    source = with_captions(
-        *(source, features, experiment.data.max_broken), workdir / "bad_files.txt"
-    )
-    fingerprint = digest(source.fingerprint, source.captions())
+    encoder = _text_encoder(experiment, source, workdir)
+    captions, per_token = source.captions(), conditioning.kind == "text_cross"
+    source = with_captions(source, write_features(captions, workdir / "texts", encoder, per_token))
+    fingerprint = digest(source.fingerprint, captions)
     source = dataclasses.replace(source, fingerprint=fingerprint)
     return experiment.with_texts(encoder.width(per_token), encoder.sha256), source
 

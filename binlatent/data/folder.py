@@ -78,7 +78,7 @@ def _shape_of_all(texts: list[str]) -> tuple[int, ...]:
     if len(shape) == 1:
         return shape
     for text in texts:
-        with contextlib.suppress(Exception):  # told where all of it is read
+        with contextlib.suppress(Exception):  # reading all of it reports the damage
             longest = max(longest, np.load(text, mmap_mode="r").shape[0])
     return longest, shape[1]
 

@@ -160,7 +160,6 @@ def resolve(
     dtype = jnp.dtype(content["dtype"])
     data = _take(Data, content, "data")
     section, texts = content["prior"], _take(Texts, content, "texts")
-    check_texts(section["condition"] in ("text_token", "text_cross"), data.texts, texts.encoder)
     if (data.flip or data.crop == "random") and (section["cache_codes"] or section["codes"]):
         raise UserError(
             "Codes on disk (prior.cache_codes, prior.codes) are of images as they are: learn from "
@@ -170,6 +169,7 @@ def resolve(
     conditioning = Conditioning.of_config(
         section["condition"], data.num_classes, section["text_width"], class_names
     )
+    check_texts(conditioning.of_texts, data.texts, texts.encoder)
     prior = _prior(content, conditioning, autoencoder.code_shape, dtype)
     return Experiment(
         seed=content["seed"],

@@ -1,4 +1,4 @@
-"""What is refused of a user's arrays."""
+"""What is refused of what a user gives to the pipeline."""
 
 from pathlib import Path
 from typing import Any

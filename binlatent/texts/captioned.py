@@ -50,10 +50,8 @@ class CaptionedExamples:
         return dict(example, label=label)
 
 
-def check_captions(
-    source: Source, max_broken: float, report: Path | None = None
-) -> list[tuple[str, ...]]:
-    """Returns the captions of each image, if not too many have none.
+def check_captions(source: Source, max_broken: float, report: Path | None = None) -> None:
+    """Refuses images of which too many have no caption.
 
     Args:
       source: with `captions`.
@@ -76,12 +74,9 @@ def check_captions(
                 "line, or into a column 'caption' of a table"
             )
         classes.warn_once(f"{found}; they are learned as images without a text")
-    return captions
 
 
-def with_captions(
-    source: Source, features: CaptionFeatures, max_broken: float, report: Path | None = None
-) -> Source:
+def with_captions(source: Source, features: CaptionFeatures) -> Source:
     """Returns a source whose labels are the features of captions, float32 (e,) or (m, d).
 
     `examples[i]` has the first caption of an image, `examples.read(i, position, choice)` one that
@@ -89,11 +84,8 @@ def with_captions(
     caption has zeros alone.
 
     Args:
-      source: with `captions`; its examples are images or codes.
+      source: as `check_captions` lets pass; its examples are images or codes.
       features: of all its captions.
-      max_broken, report: as of `check_captions`.
     """
-    captions = check_captions(source, max_broken, report)
-    return dataclasses.replace(
-        source, examples=CaptionedExamples(source.examples, captions, features)
-    )
+    examples = CaptionedExamples(source.examples, source.captions(), features)
+    return dataclasses.replace(source, examples=examples)

@@ -17,7 +17,7 @@ from binlatent.runtime import weights
 from binlatent.runtime.errors import UserError
 from binlatent.texts import cache
 from binlatent.texts.cache import write_features
-from binlatent.texts.captioned import with_captions
+from binlatent.texts.captioned import check_captions, with_captions
 from binlatent.texts.encoder import TextEncoder
 
 # Of six images, five different captions, of 3 to 7 tokens with start and end.
@@ -253,7 +253,7 @@ def images(broken=(), captions=CAPTIONS, **options):
 def test_labels_are_the_features_of_captions(tmp_path, encoder, per_token):
     source = images(tmp=tmp_path)
     features = write_features(CAPTIONS, tmp_path / "texts", encoder, per_token)
-    captioned = with_captions(source, features, 0.2)
+    captioned = with_captions(source, features)
     assert len(captioned.examples) == 6 and captioned.fingerprint == "f"
     for i, captions in enumerate(CAPTIONS):
         first = captioned.examples[i]
@@ -277,7 +277,7 @@ def test_labels_are_the_features_of_captions(tmp_path, encoder, per_token):
 def test_of_an_image_that_stands_in_the_captions_count(tmp_path, encoder):
     source = images(broken=(4, 5), tmp=tmp_path)
     features = write_features(CAPTIONS, tmp_path / "texts", encoder, False)
-    captioned = with_captions(source, features, 0.2)
+    captioned = with_captions(source, features)
     for i in (4, 5):
         example = captioned.examples.read(i, 0.5, 0.6)
         assert (example["image"] == 0).all()
@@ -297,7 +297,7 @@ def test_codes_have_captions_too(tmp_path, encoder):
             return (0 if index == 5 else index), self[index]  # the first stands in for the last
 
     features = write_features(CAPTIONS, tmp_path, encoder, False)
-    source = with_captions(Source(Codes(), captions=lambda: CAPTIONS), features, 0.2)
+    source = with_captions(Source(Codes(), captions=lambda: CAPTIONS), features)
     assert source.examples.num_unreadable == 0
     batches = loader.train_batches(source, 6, seed=0, num_threads=0, random_caption=True)
     seen = set()
@@ -313,12 +313,11 @@ def test_codes_have_captions_too(tmp_path, encoder):
     assert len(seen) == sum(map(len, CAPTIONS)) + 1
 
 
-def test_images_without_captions_are_counted_and_named(tmp_path, encoder, caplog):
+def test_images_without_captions_are_counted_and_named(tmp_path, caplog):
     files = tuple(f"{i}.png" for i in range(6))
-    features = write_features(CAPTIONS, tmp_path / "texts", encoder, False)
     report = tmp_path / "made" / "bad_files.txt"
     for _ in range(2):
-        with_captions(images(tmp=tmp_path, files=files), features, 1 / 6, report)
+        check_captions(images(tmp=tmp_path, files=files), 1 / 6, report)
     assert report.read_text() == "there is no caption of the image '2.png'\n"
     (message,) = [text for text in caplog.messages if "no caption" in text]
     assert message.startswith(f"1 of 6 images have no caption; {report} names them; ")
@@ -333,12 +332,9 @@ def test_images_without_captions_are_counted_and_named(tmp_path, encoder, caplog
         (None, 1.0, "6 of 6 images have no caption"),
     ],
 )
-def test_too_many_images_without_captions_stop_the_run(
-    tmp_path, encoder, captions, max_broken, message
-):
+def test_too_many_images_without_captions_stop_the_run(tmp_path, captions, max_broken, message):
     source = images(captions=captions or CAPTIONS, tmp=tmp_path)
     if captions is None:
         source = Source(source.examples)
-    features = write_features(captions or [], tmp_path / "texts", encoder, False)
     with pytest.raises(UserError, match=message):
-        with_captions(source, features, max_broken)
+        check_captions(source, max_broken)
