@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _SEED = 2020  # torch-fidelity's, of the order of the inception score's parts and of KID's subsets
 _PARTS = 10  # of the inception score
 _FEWEST = 6  # features, for a fifth neighbour
+_SHARD = 500  # images whose features are written at a time
 
 
 @dataclasses.dataclass
@@ -184,23 +185,32 @@ def check_count(num: int, metrics: Sequence[str]) -> None:
 
 
 def features_of(
-    network: Network, images: ImageSet, batch_size: int
+    network: Network, images: ImageSet, batch_size: int, folder: Path | None = None
 ) -> tuple[Features, dict[str, Any]]:
     """Returns the features of images, and their protocol with a fingerprint of all `pixels`.
 
-    The protocol also says how many are `unreadable`, if any: others stood in for them.
+    The protocol also says how many are `unreadable`, if any: others stood in for them. With a
+    `folder`, features are written there, 500 images a file, and those that are there are read.
     """
     name = images.protocol["images"]
-    grey, pixels = 0, hashlib.sha256()
+    grey, start, pixels = 0, 0, hashlib.sha256()
 
     def parts() -> Iterator[dict[str, np.ndarray]]:
-        nonlocal grey
+        nonlocal grey, start
         with tqdm(total=images.count, unit=" images", disable=None) as progress:
-            for batch in images.batches(batch_size):
+            for batch in images.batches(_SHARD if folder else batch_size):
                 pixels.update(np.ascontiguousarray(batch))
                 if batch.shape[-1] == 3:
                     grey += int(np.sum(np.all(batch == batch[..., :1], axis=(1, 2, 3))))
-                yield network.apply(batch, batch_size)
+                path = folder and folder / f"{start:07}_{len(batch)}.npz"
+                if path and path.exists():
+                    yield exchange.read_arrays(path, "it is made anew")
+                else:
+                    found = network.apply(batch, batch_size)
+                    if path:
+                        weights.write_npz(path, found)
+                    yield found
+                start += len(batch)
                 progress.update(len(batch))
 
     features = collect(parts(), images.count, f"The images in {name}")

@@ -4,6 +4,7 @@ All of it is kept in `evaluation` of the workdir, under names made of all that i
 """
 
 import logging
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from binlatent.experiment import Experiment
 from binlatent.runtime import weights
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import key_for
+from binlatent.runtime.locks import only_process
 from binlatent.runtime.weights import digest
 
 log = logging.getLogger(__name__)
@@ -126,7 +128,12 @@ def features_of_split(
         return loader.in_order(count, lambda i: source.examples[int(indices[i])]["image"], size)
 
     images = ImageSet(count, batches, protocol, lambda: source.examples.num_unreadable)
-    found, protocol = comparison.features_of(network, images, experiment.sample.batch_size)
-    found = found._replace(logits=None)
-    exchange.write_statistics(path, found, {**protocol, "network": network.protocol})
+    folder = path.with_suffix("")  # of features meanwhile, so that an interrupted call goes on
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_process(folder / ".lock", f"The real images of {folder} are being judged"):
+        size = experiment.sample.batch_size
+        found, protocol = comparison.features_of(network, images, size, folder)
+        found = found._replace(logits=None)
+        exchange.write_statistics(path, found, {**protocol, "network": network.protocol})
+        shutil.rmtree(folder)
     return found, protocol

@@ -1,5 +1,6 @@
 """A workdir's samples: drawn once, shard by shard, judged, and told with how."""
 
+import hashlib
 import json
 from types import SimpleNamespace
 
@@ -281,6 +282,28 @@ def test_a_broken_link_among_the_reference_is_counted(tmp_path, tiny_experiment,
     if reference_of == "train":
         test = report.HeldOut.read(SimpleNamespace(experiment=experiment))
         assert len(test.images) == 2 and test.source.examples.num_unreadable == 0
+
+
+def test_an_interrupted_reference_goes_on(tiny_experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "_SHARD", 100)
+    judged = []
+
+    def mean_colour(images, batch_size):
+        judged.append(len(images))
+        if len(judged) == 3:
+            raise KeyboardInterrupt
+        return {"pool": images.reshape(len(images), 4, -1).mean(axis=2, dtype=np.float32)}
+
+    network = Network("efficientnet", 4, mean_colour, {"name": "x"})
+    with pytest.raises(KeyboardInterrupt):
+        reference.features_of_split(tiny_experiment, network, tmp_path, "test", 450)
+    found, protocol = reference.features_of_split(tiny_experiment, network, tmp_path, "test", 450)
+    assert judged == [100, 100, 100, 100, 100, 50]  # the first two only once
+    source = open_split(tiny_experiment.data, "test")
+    images, _ = load_images(source, 450)
+    np.testing.assert_allclose(found.pool, images.reshape(450, 4, -1).mean(axis=2), rtol=1e-5)
+    assert protocol["pixels"] == hashlib.sha256(images).hexdigest()[:16]
+    assert [path.suffix for path in (tmp_path / "evaluation").iterdir()] == [".npz"]
 
 
 @pytest.mark.parametrize("exact", [0, 1, 2])
