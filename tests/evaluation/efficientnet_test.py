@@ -13,6 +13,7 @@ import drawn
 import jax
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax import traverse_util
 from PIL import Image
 
@@ -47,3 +48,13 @@ def test_resize(size):
     resized = efficientnet.resize(image[None])
     assert resized.dtype == np.float32
     np.testing.assert_allclose(resized[0], np.stack(expected, axis=-1), rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize(("side", "stride", "size"), [(3, 1, 7), (3, 2, 8), (5, 2, 9), (5, 1, 4)])
+def test_a_depthwise_convolution_is_that_of_flax(side, stride, size):
+    x = jax.random.normal(jax.random.key(0), (2, size, size + 1, 6))
+    ours = efficientnet.Depthwise(side, stride)
+    theirs = nn.Conv(6, (side, side), (stride, stride), feature_group_count=6, use_bias=False)
+    variables = theirs.init(jax.random.key(1), x)
+    expected = theirs.apply(variables, x)
+    np.testing.assert_allclose(ours.apply(variables, x), expected, rtol=1e-5, atol=1e-6)

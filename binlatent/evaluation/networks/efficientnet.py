@@ -5,6 +5,8 @@ ReLU6. Parameters have the names of its conversion to PyTorch, `efficientnet-lit
 the underscores at their beginning.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -31,6 +33,53 @@ def _norm(name: str) -> nn.BatchNorm:
     return nn.BatchNorm(use_running_average=True, epsilon=1e-3, name=name)
 
 
+class Depthwise(nn.Module):
+    """A convolution of each feature by itself, without a bias: as of `nn.Conv`, padding "SAME".
+
+    On CPUs it is a sum of shifted images, bit for bit the same: XLA's own kernel for it takes 10 to
+    40 times as long there.
+
+    Fields:
+      side: of the kernel.
+      stride: of the grid.
+    """
+
+    side: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """(n, h, w, d) -> (n, h / stride, w / stride, d), rounded up."""
+        shape = self.side, self.side, 1, x.shape[-1]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        by_platform = {"cpu": _sum_of_shifted, "default": _convolve_depthwise}
+        by_platform = {k: functools.partial(f, stride=self.stride) for k, f in by_platform.items()}
+        return jax.lax.platform_dependent(x, kernel, **by_platform)
+
+
+def _convolve_depthwise(x: Array, kernel: Array, stride: int) -> Array:
+    return jax.lax.conv_general_dilated(
+        *(x, kernel, (stride, stride), "SAME"),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def _sum_of_shifted(x: Array, kernel: Array, stride: int) -> Array:
+    side, grid = kernel.shape[0], [-(-size // stride) for size in x.shape[1:3]]
+    spans = [(size - 1) * stride + 1 for size in grid]
+    missing = [
+        max(span + side - 1 - size, 0) for span, size in zip(spans, x.shape[1:3], strict=True)
+    ]
+    x = jnp.pad(x, ((0, 0), *((n // 2, n - n // 2) for n in missing), (0, 0)))
+    rows, columns = spans
+    return sum(
+        x[:, i : i + rows : stride, j : j + columns : stride] * kernel[i, j].reshape(1, 1, 1, -1)
+        for i in range(side)
+        for j in range(side)
+    )
+
+
 class _Block(nn.Module):
     """Widens, filters each feature by itself, and narrows; adds its input if the shape stays."""
 
@@ -45,10 +94,7 @@ class _Block(nn.Module):
         if self.expand > 1:
             x = nn.Conv(wide, (1, 1), use_bias=False, name="expand_conv")(x)
             x = nn.relu6(_norm("bn0")(x))
-        kernel, strides = (self.kernel_size,) * 2, (self.stride,) * 2
-        x = nn.Conv(
-            wide, kernel, strides, feature_group_count=wide, use_bias=False, name="depthwise_conv"
-        )(x)
+        x = Depthwise(self.kernel_size, self.stride, name="depthwise_conv")(x)
         x = nn.relu6(_norm("bn1")(x))
         x = nn.Conv(self.width, (1, 1), use_bias=False, name="project_conv")(x)
         x = _norm("bn2")(x)

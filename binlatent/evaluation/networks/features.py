@@ -92,6 +92,8 @@ def published(name: str, path: str | Path = "", flag: str = "") -> Network:
 
     def apply(images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
         grey_as_colour = np.broadcast_to(images, (*images.shape[:-1], 3))
+        if jax.default_backend() == "cpu":  # whose caches hold the layers of one image
+            batch_size = jax.local_device_count()
         return map_batches(outputs, batch_size, grey_as_colour)
 
     protocol = _protocol(name, *described, "float32", weights.sha256(path))
