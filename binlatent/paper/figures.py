@@ -117,7 +117,8 @@ def steps_figure(pipeline: BinaryLatentDiffusion, workdir: Path, seed: int = 0) 
         if name == "frechet_distance":
             distances = judge.floors(pipeline)
             for floor, colour in zip(distances, ("tab:green", "tab:orange"), strict=False):
-                style = {"color": colour, "linestyle": "--", "label": floor}
+                label = {"real": "real images"}.get(floor, floor)
+                style = {"color": colour, "linestyle": "--", "label": label}
                 axis.axhline(distances[floor], **style)
             if distances:
                 axis.legend()

@@ -71,7 +71,7 @@ def test_steps_are_those_of_the_paper_and_their_quality_is_measured(tiny_experim
     # The floors of the distance are lines across.
     assert not figure.axes[1].lines[1:]
     _, *lines = figure.axes[2].lines
-    assert [line.get_label() for line in lines] == ["real", "reconstructions"]
+    assert [line.get_label() for line in lines] == ["real images", "reconstructions"]
     judge = Judge(tiny_experiment, tmp_path)
     network = reference.network(tiny_experiment, tmp_path)
     train, _ = load_images(open_split(tiny_experiment.data, "train"), 20)
