@@ -34,6 +34,7 @@ from binlatent.runtime.strict_json import write_json
 log = logging.getLogger(__name__)
 
 _SHARD = 4_096  # records
+_KEPT_BYTES = 2**28  # codes up to this size stay in memory: a GPU may learn faster than files read
 _NUMBER = np.dtype("<i8")  # of an image, in a record
 
 
@@ -51,6 +52,7 @@ class Codes:
         self._bytes = self._label_bytes + math.prod(self._shape)
         paths = [str(folder / name) for name in _shard_names(info["count"])]
         self._records = array_record_data_source.ArrayRecordDataSource(paths)
+        self._keep, self._kept = len(self._records) * self._bytes <= _KEPT_BYTES, {}
 
     def __len__(self) -> int:
         return len(self._records)
@@ -61,7 +63,10 @@ class Codes:
     def locate(self, index: int, position: float = 0.5) -> tuple[int, dict[str, Any]]:
         """Returns an example, and the number of the image that it is of; all are centre crops."""
         try:
-            record = self._records[index]
+            # Two threads may both read a record: the same bytes, so no lock is needed.
+            record = self._kept.get(index) or self._records[index]
+            if self._keep:
+                self._kept[index] = record
             label, probs = record[: self._label_bytes], record[self._label_bytes : self._bytes]
             number = np.frombuffer(record[self._bytes :], _NUMBER)
             return int(number[0]) if number.size else range(len(self))[index], {

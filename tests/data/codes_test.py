@@ -67,7 +67,7 @@ def test_codes_are_the_encoders_probabilities(tmp_path):
     source = codes.open_codes(write(tmp_path, Images(130), encode_probs), "e")
     assert sizes == {20}  # the last batches of shards are filled up
     assert len(source.examples) == 130 and source.num_classes == 10 and source.fingerprint == "f"
-    for i in range(130):
+    for i in 2 * [*range(130)]:  # from the files, then from memory
         example = source.examples[i]
         assert example["probs"].dtype == np.uint8 and example["probs"].shape == SHAPE
         # Rounding to 255ths adds at most half of one.
