@@ -1,0 +1,177 @@
+#!/usr/bin/env bash
+# On one GPU, in at most 14 minutes: rows of the benchmark, then cifar10:gpu trained and measured.
+#   bash launch/gpu.sh
+# Run again after a kill or its time, with the same WORKDIR, it goes on; parts that are done are
+# skipped. Arguments go to binlatent.main, for example --config.seed=1.
+#
+#   IMAGES   cifar10.tar.gz if not set, made of a folder with train/CLASS/*.jpg, test/CLASS/*.jpg:
+#              tar czf cifar10.tar.gz -C DIR train test
+#   WEIGHTS  folder with inception.npz or else efficientnet.npz, by which samples are measured;
+#              without either it is by a classifier. docs/evaluation.md says how to make them
+#   OUT      folder of what it writes, gpu if not set: 8 files, 16 MiB each at most
+#   WORKDIR  folder of images and checkpoints, 4 GB, runs/gpu if not set
+#   LIMIT    seconds in all, 840; RESERVE, those of them kept for measuring, 150; BENCHMARK, those
+#              for the benchmark at first, 90. It also gets what is left at the end
+#   WHEELS   folder of wheels for a machine without a network, installed into WORKDIR. Beside
+#              jax[cuda13], flax, optax, orbax-checkpoint, scipy, matplotlib and Pillow it takes
+#              these; PY is the version of its Python, such as 3.12:
+#              pip download --no-deps --only-binary=:all: --python-version PY \
+#                --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --dest WHEELS \
+#                grain array_record ml_collections portpicker cloudpickle tqdm scikit-image \
+#                lazy-loader 'orbax-checkpoint<1'
+# Without a GPU it ends with an error, unless JAX_PLATFORMS=cpu is set for a try.
+# Tried: on a CPU, with tiny steps and with kills. Not tried yet: a GPU.
+set -euo pipefail
+out=$(realpath -m "${OUT:-gpu}")
+work=$(realpath -m "${WORKDIR:-runs/gpu}")
+images=$(realpath -m "${IMAGES:-cifar10.tar.gz}")
+weights=$(realpath -m "${WEIGHTS:-.}")
+wheels=${WHEELS:+$(realpath -m "$WHEELS")}
+limit=${LIMIT:-840} reserve=${RESERVE:-150} benchmark=${BENCHMARK:-90}
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
+  source .venv/bin/activate
+fi
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # one, unless you name others
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}  # an error where there is no GPU
+run=$work/run  # of binlatent.main
+mkdir -p "$out" "$work/done" "$run"
+exec > >(tee -a "$work/log.txt") 2>&1
+
+is_done() { [ -f "$work/done/$1" ]; }
+mark() { touch "$work/done/$1"; }
+left() { echo $((limit - 20 - SECONDS)); }  # 20 to save after SIGTERM, and to collect
+
+# Runs a command for so many seconds at most; 124 if it did not end, or has no time to begin.
+within() {
+  local seconds=$1 status=0
+  shift
+  [ "$seconds" -ge 5 ] || return 124
+  timeout --foreground --kill-after=15 "$seconds" "$@" || status=$?
+  echo "[$SECONDS s] Ended with $status: ${*: -3}" >&2
+  return "$status"
+}
+
+# Brings a whole file to OUT, whenever a kill comes.
+bring() {
+  [ -f "$1" ] || return 0
+  cp "$1" "$out/$2.part" && mv "$out/$2.part" "$out/$2"
+}
+
+# Brings all that is there: at first too, as OUT may be another folder than last time.
+collect() {
+  bring "$work/performance.jsonl" performance.jsonl
+  local name
+  for name in "$run"/{samples,reconstructions}.png "$work"/kept/*.npz; do
+    bring "$name" "$(basename "$name")"
+  done
+  (
+    shopt -s nullglob
+    cd "$work"
+    tar czf results.tar.gz --ignore-failed-read --warning=no-file-changed log.txt \
+      performance*.md run/*.json{l,} run/evaluation/*.json run/figures/*.png
+  ) || true
+  bring "$work/results.tar.gz" results.tar.gz
+}
+
+measure_rows() {  # for so many seconds
+  within "$1" python3 -m binlatent.benchmark paper --out="$work/performance.jsonl" \
+    > "$work/performance.md"
+}
+
+if [ -n "$wheels" ]; then
+  export PYTHONPATH="$work/site${PYTHONPATH:+:$PYTHONPATH}"
+  if ! is_done wheels; then
+    python3 -m pip install --quiet --disable-pip-version-check --no-index --no-deps --upgrade \
+      --target "$work/site" "$wheels"/*.whl
+    mark wheels
+  fi
+fi
+python3 -c "
+import jax
+print(f'JAX {jax.__version__}: {jax.device_count()} of the kind {jax.devices()[0].device_kind}')"
+
+if [ ! -d "$work/images" ]; then
+  rm -rf "$work/unpacked"
+  mkdir "$work/unpacked"
+  tar xzf "$images" -C "$work/unpacked"
+  mv "$work/unpacked" "$work/images"
+fi
+network=classifier
+for name in inception efficientnet; do
+  if [ -f "$weights/$name.npz" ]; then
+    network=$name
+    break
+  fi
+done
+config=(--config=configs/cifar10.py:gpu --workdir="$run")
+config+=(--config.data.name=folder --config.data.path="$work/images")
+config+=(--config.evaluate.network="$network")
+[ "$network" = classifier ] || config+=(--config.evaluate.weights="$weights/$network.npz")
+main=(python3 -m binlatent.main "${config[@]}" "$@")
+collect
+
+if ! is_done benchmark; then
+  measure_rows "$((benchmark < $(left) ? benchmark : $(left)))" || true
+  mark benchmark
+  collect
+fi
+if ! is_done autoencoder; then
+  within $(($(left) - reserve)) "${main[@]}" --mode=train_autoencoder && mark autoencoder
+  collect
+fi
+if is_done autoencoder && ! is_done reconstructions; then
+  within $(($(left) - reserve)) "${main[@]}" --mode=evaluate --metrics=rfid,rkid,psnr,ssim \
+    && within "$(left)" "${main[@]}" --mode=reconstruct && mark reconstructions
+  collect
+fi
+if is_done autoencoder && ! is_done prior; then
+  within $(($(left) - reserve)) "${main[@]}" --mode=train_prior && mark prior
+  collect
+fi
+
+# Of a prior that is not done, what there is: it is measured again when it is.
+if [ -d "$run/prior" ]; then
+  for guidance in 0 1; do
+    is_done "guidance$guidance" && continue
+    within "$(left)" "${main[@]}" --mode=evaluate --metrics=fid,kid --keep=npz \
+      --guidance=$guidance || continue
+    python3 - "$run/evaluation" "$work/kept" "guidance$guidance" <<'EOF'
+import pathlib
+import sys
+
+import numpy as np
+
+evaluation, kept = map(pathlib.Path, sys.argv[1:3])
+newest = max(evaluation.glob("samples_*/samples_*.npz"), key=lambda path: path.stat().st_mtime)
+images = np.load(newest)["arr_0"][:10_000]
+kept.mkdir(exist_ok=True)
+for part, start in enumerate(range(0, len(images), 5_000)):  # of 15.4 MB before compression
+    np.savez_compressed(kept / f"{sys.argv[3]}_{part}.npz", arr_0=images[start : start + 5_000])
+EOF
+    is_done prior && mark "guidance$guidance"
+    collect
+  done
+  if ! is_done pictures; then
+    within "$(left)" "${main[@]}" --mode=sample && is_done prior && mark pictures
+    collect
+  fi
+  if ! is_done report; then
+    within "$(left)" "${main[@]}" --mode=evaluate && is_done prior && mark report
+    collect
+  fi
+fi
+if ! is_done rows; then
+  measure_rows "$(left)" && mark rows
+  collect
+fi
+
+missing=()
+for name in autoencoder reconstructions prior guidance0 guidance1 pictures report; do
+  is_done "$name" || missing+=("$name")
+done
+echo "[$SECONDS s] In $out:" && ls -l "$out"
+if [ "${#missing[@]}" -gt 0 ]; then
+  echo "Not done: ${missing[*]}. The same command goes on from here." >&2
+  exit 1
+fi
