@@ -54,7 +54,7 @@ def count_transformer(
     d = network.width
     appended = labelled and network.condition in ("class", "text_token")
     n = h * w + 1 + appended  # with the time's token and the label's
-    ends = matmul(h * w, c, d) + matmul(h * w, d, c) + 2 * matmul(1, d, d)
+    ends = (2 + network.self_conditioning) * matmul(h * w, c, d) + 2 * matmul(1, d, d)
     return _blocks_and_label(network, n, labelled, text_tokens) + ends
 
 

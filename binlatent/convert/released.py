@@ -239,6 +239,8 @@ def prior_state(spec: PriorSpec, params: Any, embed: np.ndarray) -> State:
         raise UserError(f"The authors' code has no prior of the kind {spec.kind}, only bernoulli.")
     if prior.target == "z_s":
         raise UserError('The authors\' code cannot sample a prior of the target "z_s".')
+    if prior.self_conditioning:
+        raise UserError("The authors' code has no self-conditioning, so it cannot load this.")
     state = _to_theirs(params["params"], prior_tensors(params["params"]))
     keep = schedules.keep_schedule(prior.curve, prior.num_timesteps)
     beta = np.append(1.0, keep[1:] / keep[:-1])

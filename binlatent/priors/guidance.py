@@ -65,17 +65,17 @@ def guide(conditional: Callable, unconditional: Callable) -> Callable:
     that changing the guidance never compiles anew.
 
     Args:
-      conditional, unconditional: (z_t, t) -> logits; in place of the second, T(z_t, t, c') guides
-        away from a label c'.
+      conditional, unconditional: (z_t, t, *others) -> logits; in place of the second, T(z_t, t, c')
+        guides away from a label c'.
 
     Returns:
-      (z_t, t, w) -> logits.
+      (z_t, t, w, *others) -> logits.
     """
 
-    def guided(z_t: Array, t: Array, w: Array) -> Array:
+    def guided(z_t: Array, t: Array, w: Array, *others: Array) -> Array:
         def combine():
-            return (1 + w) * conditional(z_t, t) - w * unconditional(z_t, t)
+            return (1 + w) * conditional(z_t, t, *others) - w * unconditional(z_t, t, *others)
 
-        return jax.lax.cond(w == 0, lambda: conditional(z_t, t), combine)
+        return jax.lax.cond(w == 0, lambda: conditional(z_t, t, *others), combine)
 
     return guided

@@ -71,6 +71,23 @@ def rounded(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
+def embed_estimate(z_t: Array, estimate: Array | None, width: int, dtype: Any) -> Array:
+    """Returns what an estimate of z_0 adds to the tokens' embeddings, rows (n l, width).
+
+    Self-conditioning (Chen et al., Analog Bits, 2023). Zero at initialisation, and where the
+    estimate is 1/2. To be called by the network, of which the layer `estimate_emb` is a part.
+
+    Args:
+      z_t: (n, h, w, c), for its shape.
+      estimate: the same shape, in [0, 1]; None for none.
+      width, dtype: of the embeddings.
+    """
+    signs = jnp.zeros_like(z_t) if estimate is None else 2 * estimate - 1
+    zeros, name = nn.initializers.zeros, "estimate_emb"
+    embed = nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=zeros, name=name)
+    return embed(signs.reshape(-1, z_t.shape[-1]))
+
+
 class TimeEmbedding(nn.Module):
     """Times to tokens: (n,) -> (n, width)."""
 
@@ -200,6 +217,7 @@ class Transformer(nn.Module):
       condition: of `conditions.CONDITIONS`, or "none".
       num_classes: of the condition "class".
       text_width: e, of a text condition.
+      self_conditioning: whether an earlier estimate of z_0 is a second input.
     """
 
     width: int
@@ -209,10 +227,15 @@ class Transformer(nn.Module):
     num_classes: int = 0
     text_width: int = 0
     dtype: Any = jnp.float32
+    self_conditioning: bool = False
 
-    @nn.compact
     def __call__(
-        self, z_t: Array, time: Array, label: Array | None = None, given: Array | None = None
+        self,
+        z_t: Array,
+        time: Array,
+        label: Array | None = None,
+        given: Array | None = None,
+        estimate: Array | None = None,
     ) -> Array:
         """Applies the network.
 
@@ -223,13 +246,40 @@ class Transformer(nn.Module):
           label: int (n,) in 0..num_classes - 1 for a class, (n, e) or (n, m, e) for a text, zeros
             as of `conditions.Condition`; None where no image has one. Ignored without a condition.
           given: bool (n,), which images have their label, None for all.
+          estimate: (n, h, w, c) in [0, 1], an earlier estimate of P(z_0 = 1), of which 1/2 says
+            nothing; None for none, and without `self_conditioning`.
 
         Returns:
           (n, h, w, c), float32. Zero at initialisation.
         """
+        return self._apply(z_t, time, label, given, estimate, head=True)
+
+    def features(
+        self,
+        z_t: Array,
+        time: Array,
+        label: Array | None = None,
+        given: Array | None = None,
+        estimate: Array | None = None,
+    ) -> Array:
+        """Returns what the last layer takes, float32 (n, h, w, width), of the same arguments."""
+        return self._apply(z_t, time, label, given, estimate, head=False)
+
+    @nn.compact
+    def _apply(
+        self,
+        z_t: Array,
+        time: Array,
+        label: Array | None,
+        given: Array | None,
+        estimate: Array | None,
+        head: bool,
+    ) -> Array:
         n, h, w, c = z_t.shape
         tok_emb = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="tok_emb")
         x = tok_emb(2 * z_t.reshape(-1, c) - 1).reshape(n, h * w, self.width)
+        if self.self_conditioning:
+            x = x + embed_estimate(z_t, estimate, self.width, self.dtype).reshape(x.shape)
         positions = self.param("pos_emb", lambda _: sine_positions_2d(h, w, self.width))
         x = x + positions.astype(self.dtype)[None]
         time_token = TimeEmbedding(self.width, self.dtype, name="time_step_embedding")(time)
@@ -250,6 +300,8 @@ class Transformer(nn.Module):
             x = block(x, n, num_keys, text, text_tokens)
         x = x.reshape(n, -1, self.width)[:, : h * w].reshape(n * h * w, self.width)
         x = layer_norm(jnp.float32, "ln_f")(x)
+        if not head:
+            return x.reshape(n, h, w, self.width)
         # Zero: with the evidence form the untrained network is then right about every bit's own
         # evidence, and otherwise says "one half".
         x = nn.Dense(c, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head")(x)

@@ -31,6 +31,8 @@ class Denoiser(Prior):
       vlb_weight: lambda >= 0 of (13); 0 costs nothing. The target z_s has L_vlb alone, unweighted.
       time_weight: of `losses.TIME_WEIGHTS`.
       stratified: whether a batch's times are spread evenly.
+      self_conditioning: whether the network also gets an estimate of P(z_0 = 1) that an earlier
+        call made (Chen et al., Analog Bits, 2023).
     """
 
     num_timesteps: int
@@ -43,6 +45,7 @@ class Denoiser(Prior):
     vlb_weight: float = 0.1
     time_weight: str = "mean"
     stratified: bool = False
+    self_conditioning: bool = False
 
     def __post_init__(self):
         named = {
@@ -78,7 +81,12 @@ class Denoiser(Prior):
         return schedules.keep_at(self.curve, jnp.asarray(t, jnp.float32) / self.num_timesteps)
 
     def output(
-        self, params: Any, z_t: Array, t: Array, condition: Condition | None = None
+        self,
+        params: Any,
+        z_t: Array,
+        t: Array,
+        condition: Condition | None = None,
+        estimate: Array | None = None,
     ) -> Array:
         """Returns the network's output, float32, (n, h, w, c).
 
@@ -87,9 +95,24 @@ class Denoiser(Prior):
           z_t: (n, h, w, c) in {0, 1}.
           t: (n,) in (0, T].
           condition: of the batch.
+          estimate: P(z_0 = 1) by an earlier call, (n, h, w, c), 1/2 where there was none; None for
+            none at all, and without `self_conditioning`.
         """
         label, given = label_and_given(condition)
-        return self.network.apply(params, z_t, (t - 1) / self.num_timesteps, label, given)
+        others = (estimate,) if self.self_conditioning else ()
+        return self.network.apply(params, z_t, (t - 1) / self.num_timesteps, label, given, *others)
+
+    def first_estimate(
+        self, params: Any, z_t: Array, t: Array, condition: Condition | None = None
+    ) -> Array | None:
+        """Returns P(z_0 = 1) by a call that gets no estimate, or None without `self_conditioning`.
+
+        A function of z_t alone. No gradient passes through it. Arguments as of `output`.
+        """
+        if not self.self_conditioning:
+            return None
+        output = self.output(jax.lax.stop_gradient(params), z_t, t, condition)
+        return targets.z_0_probs(self.flip_logit(output, z_t, t), z_t)
 
     def flip_logit(
         self,

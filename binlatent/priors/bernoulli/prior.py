@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from flax import linen as nn
 
 from binlatent.priors import prior as prior_lib
 from binlatent.priors import schedules
@@ -84,11 +86,22 @@ class BernoulliPrior(Denoiser):
     """The paper's prior; fields as of `Denoiser`. Its code lengths are upper bounds (7)."""
 
     Settings = BernoulliSettings
-    trained = ("num_timesteps", "continuous", "schedule", "keep", "target", "pair", "evidence")
+    trained = (
+        *("num_timesteps", "continuous", "schedule", "keep", "target", "pair", "evidence"),
+        "self_conditioning",
+    )
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "num_timesteps": (1, 1_000_000),
         "vlb_weight": (0, math.inf),
     }
+
+    @classmethod
+    def make_network(
+        cls, code_shape: tuple[int, int, int], section: Mapping[str, Any], **fields: Any
+    ) -> nn.Module:
+        """Returns the network, with a second input of self-conditioning."""
+        fields["self_conditioning"] = section["self_conditioning"]
+        return super().make_network(code_shape, section, **fields)
 
     @property
     def max_steps(self) -> int | None:
@@ -214,7 +227,9 @@ class BernoulliPrior(Denoiser):
     ) -> Array:
         """Returns the variational bound (7), of ancestral sampling at the settings' times.
 
-        Of the settings nothing else counts.
+        Of the settings nothing else counts. With self-conditioning each term takes two calls of
+        the network, and the bound is that of a sampler that takes them too: the estimate is a
+        function of z_t alone, from a first call.
         """
         times = self.times(settings)
         return programs.bound_code_lengths(
@@ -222,7 +237,10 @@ class BernoulliPrior(Denoiser):
         )
 
     def network_calls(self, settings: BernoulliSettings, labelled: bool) -> tuple[int, int]:
-        """Returns the calls with the label and without; a guided step takes both."""
+        """Returns the calls with the label and without; a guided step takes both.
+
+        Self-conditioning adds none: its estimates are of the calls before.
+        """
         times = self.times(settings)
         calls = np.full(len(times) - 1, 1)
         calls[1:] += settings.corrector_steps  # after each step but the last

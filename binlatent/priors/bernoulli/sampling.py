@@ -12,8 +12,9 @@ from binlatent.priors.guidance import Noise
 Array = jax.Array
 
 # (z_t, t, w) -> the flip logits of the pair, float32, the shape of z_t: t a scalar in (0, T], w
-# the guidance at t. Temperature is the denoiser's affair.
-Denoise = Callable[[Array, Array, Array], Array]
+# the guidance at t; with self-conditioning (z_t, t, w, estimate). Temperature is the denoiser's
+# affair.
+Denoise = Callable[..., Array]
 
 
 class Known(NamedTuple):
@@ -53,6 +54,7 @@ def reverse_process(
     corrector_size: float | Array = 0.0,
     renoise: float | Array | None = None,
     ddim: float | Array | None = None,
+    self_conditioning: bool = False,
     return_trajectory: bool = False,
 ) -> tuple[Array, Trajectory | None]:
     """Draws codes by ancestral sampling (paper, (8); Algorithm 2).
@@ -77,6 +79,9 @@ def reverse_process(
       corrector_size: in [0, 1], the share of bits that each of them draws anew.
       renoise: of `process.renoised_probs`, in [0, 1); None for 0.
       ddim: of `process.ddim_probs`, in [0, 1]; None for 0.
+      self_conditioning: whether each call gets the P(z_0 = 1 | z_t) of the call before, be it of a
+        step or of a corrector step: as the bits are drawn from it, with guidance and temperature.
+        1/2 at the first.
       return_trajectory: whether to keep what is passed through.
 
     Returns:
@@ -95,22 +100,32 @@ def reverse_process(
         # What a flip logit has more than a balanced one.
         return process.flip_evidence(k_t) if pair == "plain_mixture" else 0.0
 
-    def correct(z_s, s, k_s, w, index):
-        balanced_logit = denoise(z_s, s, w) - evidence(k_s)
-        flip_probs = process.corrector_flip_probs(balanced_logit, k_s, corrector_size)
-        uniform = noise(index)
-        flips = process.draw(uniform, flip_probs)
-        return put_known(process.flip_target(z_s, flips), k_s, uniform)
-
     posterior = {
         "plain_mixture": process.mixture_posterior_probs,
         "balanced_plugin": process.plugin_posterior_probs,
     }[pair]
 
-    def reverse_step(z_t, step):
+    def predict(z_t, k_t, logit):
+        prediction = targets.z_0_probs(logit, z_t)
+        return prediction, posterior(z_t, prediction, k_t, jnp.ones_like(k_t))
+
+    def call(z_t, t, w, estimate):
+        return denoise(z_t, t, w, *((estimate,) if self_conditioning else ()))
+
+    def correct(state, s, k_s, w, index):
+        z_s, estimate = state
+        logit = call(z_s, s, w, estimate)
+        if self_conditioning:
+            _, estimate = predict(z_s, k_s, logit)
+        flip_probs = process.corrector_flip_probs(logit - evidence(k_s), k_s, corrector_size)
+        uniform = noise(index)
+        flips = process.draw(uniform, flip_probs)
+        return put_known(process.flip_target(z_s, flips), k_s, uniform), estimate
+
+    def reverse_step(state, step):
+        z_t, estimate = state
         i, t, s, k_t, k_s, w, w_s = step
-        prediction = targets.z_0_probs(denoise(z_t, t, w), z_t)
-        p_0 = posterior(z_t, prediction, k_t, jnp.ones_like(k_s))
+        prediction, p_0 = predict(z_t, k_t, call(z_t, t, w, estimate))
         probs = posterior(z_t, prediction, k_t, k_s)
         if ddim is not None:
             probs = process.ddim_probs(probs, z_t, p_0, k_t, k_s, ddim)
@@ -120,25 +135,24 @@ def reverse_process(
         z_s = process.draw(uniform, probs)
         if threshold_last:
             z_s = jnp.where(s == 0, (prediction > 0.5).astype(z_s.dtype), z_s)
-        z_s = put_known(z_s, k_s, uniform)
+        state = put_known(z_s, k_s, uniform), p_0 if self_conditioning else None
         if corrector_steps:
 
-            def correct_all(z_s):
+            def correct_all(state):
                 return jax.lax.fori_loop(
-                    0, corrector_steps, lambda j, z: correct(z, s, k_s, w_s, i + 1 + j), z_s
+                    0, corrector_steps, lambda j, x: correct(x, s, k_s, w_s, i + 1 + j), state
                 )
 
-            z_s = jax.lax.cond(s > 0, correct_all, lambda z: z, z_s)
-        if not return_trajectory:
-            return z_s, None
-        return z_s, (z_s.astype(bool), p_0)
+            state = jax.lax.cond(s > 0, correct_all, lambda x: x, state)
+        return state, (state[0].astype(bool), p_0) if return_trajectory else None
 
     uniform = noise(jnp.zeros((), jnp.int32))
     z_T = put_known(process.draw(uniform, start_probs), keep[0], uniform)
     indices = 1 + jnp.arange(len(times) - 1) * (1 + corrector_steps)
     guidance_after = jnp.append(guidance[1:], 0.0)  # none is needed at t = 0
     steps = (indices, times[:-1], times[1:], keep[:-1], keep[1:], guidance, guidance_after)
-    z_0, passed = jax.lax.scan(reverse_step, z_T, steps)
+    state = z_T, jnp.full_like(z_T, 0.5) if self_conditioning else None
+    (z_0, _), passed = jax.lax.scan(reverse_step, state, steps)
     if passed is None:
         return z_0, None
     states, p_0 = passed
