@@ -75,6 +75,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoencoder.discriminator.num_layers = 3
     autoencoder.discriminator.norm = "batch"  # or "group", for small batches
     autoencoder.discriminator.augment = ()  # of "colour", "translation"
+    autoencoder.discriminator.learning_rate_ratio = 1.0  # to that of the autoencoder
     autoencoder.train = ml_collections.ConfigDict()
     autoencoder.train.batch_size = 8
     autoencoder.train.num_steps = 1_000_000

@@ -29,6 +29,7 @@ class AutoencoderSpec:
       objective: the weights of the losses.
       train: batches, optimiser, EMA.
       start_step: of the adversarial loss and its discriminator.
+      discriminator_rate: the discriminator's learning rate over the autoencoder's.
       vgg16: path of the weights for the perceptual loss.
       image_shape: (height, width, channels).
     """
@@ -37,6 +38,7 @@ class AutoencoderSpec:
     objective: Objective
     train: Training
     start_step: int
+    discriminator_rate: float
     vgg16: str
     image_shape: tuple[int, int, int]
 
@@ -89,6 +91,7 @@ class AutoencoderSpec:
             objective=self.objective,
             optimizer=self.train.optimizer(),
             ema_decay=self.train.ema_decay,
+            discriminator_rate=self.discriminator_rate,
             accumulate=self.train.accumulate,
         )
 

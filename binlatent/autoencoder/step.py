@@ -241,6 +241,7 @@ def update(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    discriminator_rate: float = 1.0,
     accumulate: int = 1,
 ) -> tuple[state_lib.TrainState, Metrics]:
     """Takes one step of both networks on a device's share of a batch; under pmap.
@@ -254,6 +255,7 @@ def update(
       objective: of the losses.
       optimizer: of both networks, each with its own state.
       ema_decay: of the autoencoder's average.
+      discriminator_rate: the discriminator's learning rate over that of the optimizer.
       accumulate: in how many parts the share is taken, one after the other, which divides n.
     """
     part = functools.partial(gradients, state, networks=networks, objective=objective)
@@ -265,7 +267,9 @@ def update(
     )
     if networks.discriminator:
         # Statistics are of all devices' images already.
-        state, logged = _update_discriminator(state, of_discriminator, batch_stats, optimizer)
+        state, logged = _update_discriminator(
+            state, of_discriminator, batch_stats, optimizer, discriminator_rate
+        )
         metrics |= logged
     return state_lib.apply_gradients(
         state, of_params, metrics, optimizer=optimizer, ema_decay=ema_decay
@@ -277,10 +281,13 @@ def _update_discriminator(
     gradient: Any,
     batch_stats: Any,
     optimizer: optax.GradientTransformation,
+    rate: float,
 ) -> tuple[state_lib.TrainState, Metrics]:
     gradient = devices.mean_over_devices(gradient)
     old = state.discriminator
     updates, opt_state = optimizer.update(gradient, old["opt_state"], old["params"])
+    if rate != 1:
+        updates = jax.tree.map(lambda x: rate * x, updates)
     params = optax.apply_updates(old["params"], updates)
     new = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
     return state.replace(discriminator=new), {

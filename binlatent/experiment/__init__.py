@@ -245,7 +245,7 @@ def _autoencoder(content: Content, data: Data, dtype: Any) -> AutoencoderSpec:
         norm_first=section["norm_first"],
     )
     critic, losses = dict(section["discriminator"]), section["loss"]
-    augment = critic.pop("augment")
+    augment, rate = critic.pop("augment"), critic.pop("learning_rate_ratio")
     weights = {key: losses[key] for key in Objective._fields if key != "augment"}
     objective = Objective(**weights, augment=augment)
     return AutoencoderSpec(
@@ -255,6 +255,7 @@ def _autoencoder(content: Content, data: Data, dtype: Any) -> AutoencoderSpec:
         objective=objective,
         train=_take(Training, content, "autoencoder.train"),
         start_step=losses["start_step"],
+        discriminator_rate=rate,
         vgg16=losses["vgg16"],
         image_shape=data.image_shape,
     )

@@ -46,14 +46,14 @@ class Parts:
         self.objective = experiment.autoencoder.objective
         self.lpips_params = lpips_params or {}
 
-    def run(self, num_devices, accumulate=1, networks=None):
+    def run(self, num_devices, networks=None, **statics):
         step = functools.partial(
             stage.update,
             networks=networks or self.networks,
             objective=self.objective,
             optimizer=self.optimizer,
             ema_decay=0.9,
-            accumulate=accumulate,
+            **statics,
         )
         inputs = updates.split((self.batch, self.noise), num_devices)
         step = updates.on_devices(step, num_devices, len(inputs), num_frozen=1)
@@ -175,7 +175,7 @@ def test_parts_of_a_batch_one_after_the_other_make_the_same_update(experiment):
     parts = Parts(experiment.change(changes))
     whole, whole_metrics = parts.run(2)
     for accumulate in (2, 4):
-        state, metrics = parts.run(2, accumulate)
+        state, metrics = parts.run(2, accumulate=accumulate)
         assert_close((state.params, state.discriminator), (whole.params, whole.discriminator))
         assert_close(metrics, whole_metrics)
 
@@ -189,6 +189,19 @@ def test_the_discriminator_rests_until_it_starts(experiment):
         jax.device_get(parts.state.discriminator),
     )
     assert not any("discriminator" in name or "generator" in name for name in metrics)
+
+
+def test_a_discriminator_of_another_learning_rate(experiment):
+    parts = Parts(experiment)
+    (whole, _), (tenth, _) = (parts.run(1, discriminator_rate=rate) for rate in (1.0, 0.1))
+    before = jax.device_get(parts.state)
+    assert_close(tenth.params, whole.params, 0)
+    moved = [
+        jax.tree.map(np.subtract, after.discriminator["params"], before.discriminator["params"])
+        for after in (tenth, whole)
+    ]
+    assert max(np.abs(x).max() for x in jax.tree.leaves(moved[1])) > 1e-4
+    assert_close(moved[0], jax.tree.map(lambda x: 0.1 * x, moved[1]), 1e-7)
 
 
 def test_losses_of_weight_zero_cost_nothing(tiny_experiment):
