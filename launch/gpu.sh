@@ -46,9 +46,9 @@ left() { echo $((limit - 20 - SECONDS)); }  # 20 to save after SIGTERM, and to c
 within() {
   local seconds=$1 status=0
   shift
-  [ "$seconds" -ge 5 ] || return 124
+  [ "$seconds" -ge 20 ] || return 124
   timeout --foreground --kill-after=15 "$seconds" "$@" || status=$?
-  echo "[$SECONDS s] Ended with $status: ${*: -3}" >&2
+  echo "[$SECONDS s] Ended with $status: ${*: -2}" >&2
   return "$status"
 }
 
@@ -62,7 +62,7 @@ bring() {
 collect() {
   bring "$work/performance.jsonl" performance.jsonl
   local name
-  for name in "$run"/{samples,reconstructions}.png "$work"/kept/*.npz; do
+  for name in "$run"/{samples,reconstructions}.png "$work"/kept/guidance*.npz; do
     bring "$name" "$(basename "$name")"
   done
   (
@@ -87,7 +87,7 @@ if [ -n "$wheels" ]; then
     mark wheels
   fi
 fi
-python3 -c "
+timeout --foreground 120 python3 -c "
 import jax
 print(f'JAX {jax.__version__}: {jax.device_count()} of the kind {jax.devices()[0].device_kind}')"
 
@@ -147,7 +147,8 @@ newest = max(evaluation.glob("samples_*/samples_*.npz"), key=lambda path: path.s
 images = np.load(newest)["arr_0"][:10_000]
 kept.mkdir(exist_ok=True)
 for part, start in enumerate(range(0, len(images), 5_000)):  # of 15.4 MB before compression
-    np.savez_compressed(kept / f"{sys.argv[3]}_{part}.npz", arr_0=images[start : start + 5_000])
+    np.savez_compressed(kept / "unfinished", arr_0=images[start : start + 5_000])
+    (kept / "unfinished.npz").rename(kept / f"{sys.argv[3]}_{part}.npz")
 EOF
     is_done prior && mark "guidance$guidance"
     collect
