@@ -93,6 +93,12 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     prior.network.width = 512
     prior.network.num_layers = 24
     prior.network.num_heads = 8
+    prior.network.name = "released"  # as the authors' weights; or "dit", docs/priors.md
+    prior.network.dit = ml_collections.ConfigDict()
+    prior.network.dit.adaln = True  # time and label modulate norms, in place of tokens
+    prior.network.dit.qk_norm = True  # RMS norms of queries and keys
+    prior.network.dit.swiglu = True  # an MLP of as many parameters
+    prior.network.dit.positions = "rotary"  # beside the learned ones; or "learned", these alone
     prior.bernoulli = bernoulli = ml_collections.ConfigDict()
     bernoulli.num_timesteps = 64
     bernoulli.continuous = False  # train on all times in (0, T], not on 1..T alone

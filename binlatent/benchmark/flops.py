@@ -16,6 +16,7 @@ from binlatent.autoencoder.discriminator import Discriminator
 from binlatent.autoencoder.modules import Autoencoder, Decoder, Encoder, Levels
 from binlatent.autoencoder.step import Networks
 from binlatent.priors.autoregressive.network import CausalTransformer
+from binlatent.priors.dit import DiT, swiglu_width
 from binlatent.priors.transformer import Transformer
 from binlatent.runtime.errors import UserError
 
@@ -58,6 +59,19 @@ def count_transformer(
     return _blocks_and_label(network, n, labelled, text_tokens) + ends
 
 
+def count_dit(network: DiT, code_shape: Shape, labelled: bool, text_tokens: int = 1) -> int:
+    """Returns the FLOPs of a forward pass; as above."""
+    h, w, c = code_shape
+    n, d = h * w, network.width
+    mlp = 3 * swiglu_width(d) if network.swiglu else 8 * d
+    ends = (2 + network.self_conditioning) * matmul(n, c, d) + 2 * matmul(1, d, d)
+    if network.adaln:
+        ends += matmul(1, d, (6 * network.num_layers + 2) * d)
+    else:
+        n += 1 + (labelled and network.condition in ("class", "text_token"))
+    return _blocks_and_label(network, n, labelled, text_tokens, mlp) + ends
+
+
 def count_causal_transformer(
     network: CausalTransformer, code_shape: Shape, labelled: bool, text_tokens: int = 1
 ) -> int:
@@ -72,11 +86,18 @@ def count_causal_transformer(
 
 
 def _blocks_and_label(
-    network: Transformer | CausalTransformer, n: int, labelled: bool, text_tokens: int
+    network: Transformer | DiT | CausalTransformer,
+    n: int,
+    labelled: bool,
+    text_tokens: int,
+    mlp: int | None = None,
 ) -> int:
-    """Returns the FLOPs of the blocks with n tokens, and of a text's embedding."""
+    """Returns the FLOPs of the blocks with n tokens, and of a text's embedding.
+
+    An MLP has d times `mlp` weights, 8 d if not given.
+    """
     d, e = network.width, network.text_width
-    block = matmul(n, d, (3 + 1 + 4 + 4) * d) + _attention(n, n, d)
+    block = matmul(n, d, (3 + 1) * d + (mlp or 8 * d)) + _attention(n, n, d)
     if network.condition == "text_cross":
         m = text_tokens if labelled else 1
         block += matmul(n, d, 2 * d) + matmul(m, e, 2 * d) + _attention(n, m, d)
@@ -85,7 +106,11 @@ def _blocks_and_label(
 
 
 # By the type of a prior's network.
-_OF_NETWORKS = {Transformer: count_transformer, CausalTransformer: count_causal_transformer}
+_OF_NETWORKS = {
+    Transformer: count_transformer,
+    DiT: count_dit,
+    CausalTransformer: count_causal_transformer,
+}
 
 
 def count_network(

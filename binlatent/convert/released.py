@@ -18,6 +18,7 @@ from binlatent.autoencoder.bottleneck import BOTTLENECKS, Binary
 from binlatent.autoencoder.spec import AutoencoderSpec
 from binlatent.priors import schedules
 from binlatent.priors.bernoulli.prior import BernoulliPrior
+from binlatent.priors.dit import DiT
 from binlatent.priors.spec import PriorSpec
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.state_dicts import State
@@ -239,6 +240,8 @@ def prior_state(spec: PriorSpec, params: Any, embed: np.ndarray) -> State:
         raise UserError(f"The authors' code has no prior of the kind {spec.kind}, only bernoulli.")
     if prior.target == "z_s":
         raise UserError('The authors\' code cannot sample a prior of the target "z_s".')
+    if isinstance(prior.network, DiT):
+        raise UserError('The authors\' code has no network "dit", so it cannot load this.')
     if prior.self_conditioning:
         raise UserError("The authors' code has no self-conditioning, so it cannot load this.")
     state = _to_theirs(params["params"], prior_tensors(params["params"]))

@@ -139,6 +139,7 @@ def convert_prior(
     values = {
         **{section: model.experiment.config[section] for section in ("data", "autoencoder")},
         "prior.network.num_heads": max(width // 64, 1) if num_heads is None else num_heads,
+        "prior.network.name": "released",
         "prior.bernoulli.num_timesteps": num_timesteps,
         "prior.bernoulli.schedule": schedule if named else "given",
         "prior.bernoulli.keep": () if named else schedule,

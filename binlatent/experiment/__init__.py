@@ -277,6 +277,12 @@ def _prior(
             "config.prior.network.width must be a multiple of 4 and of "
             f"config.prior.network.num_heads; {width} and {num_heads} are not."
         )
+    rotary = section["network"]["dit"]["positions"] == "rotary"
+    if section["network"]["name"] == "dit" and rotary and width // num_heads % 4:
+        raise UserError(
+            "Rotary positions need heads whose width is a multiple of 4: change config.prior."
+            'network.num_heads, or set config.prior.network.dit.positions to "learned".'
+        )
     name = section["kind"]
     kind, own = KINDS[name], section.get(name, {})
     network = kind.make_network(

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from binlatent.autoencoder.bottleneck import BOTTLENECKS
+from binlatent.priors.dit import POSITIONS
 from binlatent.priors.kinds import KINDS
+from binlatent.priors.prior import NETWORKS
 from binlatent.runtime import strict_json
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import MAX_SEED
@@ -72,6 +74,8 @@ _CHOICES = {
     "data.crop": ("centre", "random"),
     "autoencoder.bottleneck": BOTTLENECKS,  # with what a config adds to it
     "autoencoder.train.decay": DECAYS,
+    "prior.network.name": NETWORKS,
+    "prior.network.dit.positions": POSITIONS,
     "prior.train.decay": DECAYS,
     "texts.encoder": ("", *ENCODERS),
     "evaluate.network": ("inception", "efficientnet", "classifier"),

@@ -35,7 +35,10 @@ def _model_keys(here: Experiment, there: Experiment, stage: str) -> list[str]:
         kind = here.prior.kind
         keys += ["data.num_classes", "prior.kind", "prior.condition", "prior.text_width"]
         keys += ["texts.encoder", "texts.sha256"] if there.texts.encoder else []
-        keys += [f"prior.network.{key}" for key in here.content["prior"]["network"]]
+        network = here.content["prior"]["network"]
+        keys += [f"prior.network.{key}" for key in network if key != "dit"]
+        if network["name"] == "dit":
+            keys += [f"prior.network.dit.{key}" for key in network["dit"]]
         if there.prior.kind == kind:
             keys += [f"prior.{kind}.{key}" for key in here.prior.prior.trained]
     return keys

@@ -1,4 +1,4 @@
-"""Attention, GELU and dense layers, each as its device computes them fastest.
+"""Attention, activations and dense layers, each as its device computes them fastest.
 
 Dimensions: n batch, l tokens, d width.
 """
@@ -64,6 +64,59 @@ def _attend_by_heads(
         return jnp.concatenate([_attend_on_cpu(*part, mask=mask) for part in parts], axis=2)
 
     return jax.lax.platform_dependent(q, k, v, cpu=attend_on_cpu, default=attend_elsewhere)
+
+
+class HeadNorm(nn.Module):
+    """Divides each head's part of rows (m, d) by its root mean square, in float32; has a scale.
+
+    Of queries and keys, it bounds the scores, which otherwise may grow in training (Dehghani et
+    al., Scaling Vision Transformers to 22 Billion Parameters, 2023, with the layer norm there).
+    """
+
+    num_heads: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps rows (m, d) to the same shape and type."""
+        width = x.shape[-1] // self.num_heads
+        scale = self.param("scale", nn.initializers.ones, (width,))
+        y = x.reshape(-1, width).astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y**2, axis=-1, keepdims=True) + 1e-6) * scale[None]
+        return y.astype(x.dtype).reshape(x.shape)
+
+
+def rotary_angles(height: int, width: int, num_features: int) -> np.ndarray:
+    """Returns the angles of a grid's tokens in row-major order: (l, num_features / 2), float32.
+
+    The first half of the angles grows with the row, the second with the column, by frequencies
+    from 1 down to nearly 1/100 (Heo et al., Rotary Position Embedding for Vision Transformer,
+    2024).
+
+    Args:
+      height, width: of the grid.
+      num_features: of a head, a multiple of 4.
+    """
+    places = np.stack(np.divmod(np.arange(height * width), width), axis=1)
+    frequencies = 100.0 ** -np.linspace(0, 1, num_features // 4, endpoint=False)
+    angles = places[:, :, None] * frequencies[None, None, :]
+    return angles.reshape(height * width, -1).astype(np.float32)
+
+
+def rotate(x: Array, angles: np.ndarray, num_heads: int) -> Array:
+    """Rotates queries or keys by their places, so that scores depend on the places' differences.
+
+    Number i of a head's first half and number i of its second are the two coordinates of a point,
+    which is rotated by angle i (Su et al., RoFormer, 2021).
+
+    Args:
+      x: rows (n l, d), of all tokens of n images.
+      angles: of each token, (l, D / 2), D being the width of a head.
+      num_heads: of d.
+    """
+    a, b = jnp.split(x.reshape(-1, len(angles), num_heads, 2 * angles.shape[1]), 2, axis=-1)
+    cos, sin = (f(angles)[None, :, None] for f in (np.cos, np.sin))
+    y = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return y.astype(x.dtype).reshape(x.shape)
 
 
 def _cudnn_attends(k: Array) -> bool:
@@ -136,6 +189,13 @@ def gelu(x: Array) -> Array:
     """The exact GELU as PyTorch has it, by erf in float32: erfc, JAX's choice, costs twice that."""
     y = x.astype(jnp.float32)
     return (y * (0.5 + 0.5 * jax.lax.erf(y * np.float32(0.5**0.5)))).astype(x.dtype)
+
+
+@jax.checkpoint  # as of gelu
+def swiglu(x: Array) -> Array:
+    """Returns silu(a) b of rows of a and b side by side, (m, 2 f) -> (m, f), in float32 within."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return (nn.silu(a) * b).astype(x.dtype)
 
 
 def _dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any) -> Array:

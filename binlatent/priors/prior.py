@@ -18,10 +18,13 @@ import numpy as np
 from flax import linen as nn
 
 from binlatent.priors.conditions import Condition
+from binlatent.priors.dit import DiT
 from binlatent.priors.transformer import Transformer
 from binlatent.runtime.errors import UserError
 
 Array = jax.Array
+
+NETWORKS = ("released", "dit")
 
 
 class Known(NamedTuple):
@@ -76,17 +79,25 @@ class Prior:
 
     @classmethod
     def make_network(
-        cls, code_shape: tuple[int, int, int], section: Mapping[str, Any], **fields: Any
+        cls,
+        code_shape: tuple[int, int, int],
+        section: Mapping[str, Any],
+        *,
+        name: str = "released",
+        dit: Mapping[str, Any] | None = None,
+        **fields: Any,
     ) -> nn.Module:
         """Returns the network of such a prior.
 
         Args:
           code_shape: (h, w, c).
           section: the kind's own of the config.
-          **fields: of `config.prior.network`, with the condition and the dtype.
+          name: of `NETWORKS`.
+          dit: fields that "dit" has beside those of "released"; None for its defaults.
+          **fields: the others of `config.prior.network`, with the condition and the dtype.
         """
         del code_shape, section
-        return Transformer(**fields)
+        return DiT(**(dit or {}), **fields) if name == "dit" else Transformer(**fields)
 
     @property
     def max_steps(self) -> int | None:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from binlatent.priors.attention import attend, dense, gelu
+from binlatent.priors.attention import HeadNorm, attend, dense, gelu, rotate
 from binlatent.priors.conditions import count_tokens, given_labels
 
 Array = jax.Array
@@ -103,6 +103,8 @@ class TimeEmbedding(nn.Module):
 class SelfAttention(nn.Module):
     """Attention within each of n images: rows (n tokens, d) to the same shape.
 
+    With `qk_norm`, queries and keys have an RMS norm.
+
     With a collection `cache` of `keys` and `values`, (n, l, d) each, it takes one token an image,
     the last of the first num_keys, puts its key and value there, and attends to the cache.
     """
@@ -110,13 +112,24 @@ class SelfAttention(nn.Module):
     num_heads: int
     dtype: Any = jnp.float32
     causal: bool = False
+    qk_norm: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, n: int, num_keys: Array | None) -> Array:
-        """To the first num_keys tokens, int (n,), None for all; if causal, to no later one."""
+    def __call__(
+        self, x: Array, n: int, num_keys: Array | None, angles: np.ndarray | None = None
+    ) -> Array:
+        """To the first num_keys tokens, int (n,), None for all; if causal, to no later one.
+
+        With the angles of the tokens, queries and keys are rotated; see `attention.rotate`.
+        """
         d = x.shape[-1]
         qkv = dense(3 * d, dtype=self.dtype, name="qkv")(x)
         q, k, v = jnp.split(qkv, 3, axis=-1)
+        if self.qk_norm:
+            q = HeadNorm(self.num_heads, name="q_norm")(q)
+            k = HeadNorm(self.num_heads, name="k_norm")(k)
+        if angles is not None:
+            q, k = (rotate(y, angles, self.num_heads) for y in (q, k))
         one = self.has_variable("cache", "keys")
         if one:
             k, v = (self._kept(*pair, num_keys) for pair in (("keys", k), ("values", v)))
@@ -135,18 +148,22 @@ class CrossAttention(nn.Module):
     """Attention of each of n images to its text: rows (n tokens, d) to the same shape.
 
     Without a text it is to a learned token. The text's keys and values go into the collection
-    `cache`, where that is kept, and are taken from there.
+    `cache`, where that is kept, and are taken from there. With `qk_norm`, queries and keys have an
+    RMS norm.
     """
 
     num_heads: int
     text_width: int
     dtype: Any = jnp.float32
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x: Array, n: int, text: Array | None, text_tokens: Array | None) -> Array:
         """To the first text_tokens, int (n,), of each text (n, m, e); 0 where there is none."""
         d = x.shape[-1]
         q = dense(d, dtype=self.dtype, name="query")(x)
+        if self.qk_norm:
+            q = HeadNorm(self.num_heads, name="q_norm")(q)
         if self.has_variable("cache", "kv"):
             kv = self.get_variable("cache", "kv")
         else:
@@ -166,7 +183,11 @@ class CrossAttention(nn.Module):
             text = jnp.broadcast_to(null, (n, 1, self.text_width))
         else:
             text = jnp.where(text_tokens[:, None, None] > 0, text, null[None])
-        return dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
+        kv = dense(2 * d, dtype=self.dtype, name="kv")(text.reshape(-1, self.text_width))
+        if not self.qk_norm:
+            return kv
+        k, v = jnp.split(kv, 2, axis=-1)
+        return jnp.concatenate([HeadNorm(self.num_heads, name="k_norm")(k), v], axis=-1)
 
 
 class Block(nn.Module):

@@ -15,6 +15,7 @@ from binlatent.autoencoder.lpips import VGG16
 from binlatent.benchmark import flops, workloads
 from binlatent.experiment import resolve
 from binlatent.priors.autoregressive.prior import AutoregressivePrior
+from binlatent.priors.dit import DiT
 from binlatent.priors.transformer import Transformer
 from binlatent.runtime.errors import UserError
 
@@ -67,6 +68,26 @@ def test_the_transformer_within_two_percent(condition, label):
     kernels = [math.prod(x.shape) for x in jax.tree.leaves(params["params"]["blocks_0"])]
     if condition == "none":
         assert ours == pytest.approx(2 * 37 * 2 * sum(kernels), rel=0.05)
+
+
+@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize(
+    "condition, label",
+    [
+        ("class", array(1, dtype=jnp.int32)),
+        ("text_token", array(1, 96)),
+        ("text_cross", array(1, 20, 96)),
+        ("text_cross", None),
+    ],
+)
+def test_dit_within_two_percent(condition, label, on):
+    fields = dict(adaln=on, swiglu=on, self_conditioning=not on)
+    network = DiT(1024, 2, 4, condition, 10, 96, **fields)
+    code, time = array(1, 6, 6, 16), array(1)
+    params = jax.eval_shape(network.init, jax.random.key(0), code, time, label)
+    counted = by_xla(network.apply, params, code, time, label)
+    ours = flops.count_network(network, (6, 6, 16), label is not None, 20)
+    assert 0.98 < ours / counted <= 1
 
 
 @pytest.mark.parametrize(

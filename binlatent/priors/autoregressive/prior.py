@@ -69,6 +69,12 @@ class AutoregressivePrior(Prior):
         cls, code_shape: tuple[int, int, int], section: Mapping[str, Any], **fields: Any
     ) -> nn.Module:
         """Returns a causal transformer with the head of the kind's section."""
+        if fields.pop("name", "released") != "released":
+            raise UserError(
+                "An autoregressive prior has a network of its own: set config.prior.network.name "
+                'to "released", or take the kind bernoulli or absorbing.'
+            )
+        fields.pop("dit", None)
         head = make_head(section["head"], code_shape[-1], section["group"], fields["dtype"])
         return CausalTransformer(code_shape, head, **fields)
 
