@@ -22,13 +22,16 @@ from binlatent.runtime.errors import UserError
 from binlatent.training.state import create_state
 
 SHAPE, WIDTH = (2, 2, 3), 6
-KINDS = {"bernoulli": BernoulliPrior, "absorbing": AbsorbingPrior, "ar": AutoregressivePrior}
+KINDS = {
+    **dict.fromkeys(("bernoulli", "dit"), BernoulliPrior),  # "dit" has the network of that name
+    **{"absorbing": AbsorbingPrior, "ar": AutoregressivePrior},
+}
 FIELDS = {
-    "bernoulli": {"num_timesteps": 8, "evidence": False},
+    **dict.fromkeys(("bernoulli", "dit"), {"num_timesteps": 8, "evidence": False}),
     "absorbing": {},
     "ar": {"head": "independent"},
 }
-STEPS = {"bernoulli": {"steps": 4}, "absorbing": {"steps": 4}, "ar": {}}
+STEPS = {**dict.fromkeys(("bernoulli", "dit", "absorbing"), {"steps": 4}), "ar": {}}
 
 
 def texts(*lengths, m=4, seed=0):
@@ -44,7 +47,8 @@ def make_prior(kind, condition="text_cross"):
     """A prior, and random weights for it."""
     network = KINDS[kind].make_network(
         SHAPE,
-        {"head": "independent", "group": 1},
+        {"head": "independent", "group": 1, "self_conditioning": False, "groups": 1},
+        name="dit" if kind == "dit" else "released",
         width=16,
         num_layers=1,
         num_heads=2,
@@ -110,7 +114,7 @@ def test_attention_is_to_the_tokens_of_the_text_alone(monkeypatch, platform):
     np.testing.assert_array_equal(again, found)
 
 
-@pytest.mark.parametrize("kind", ["bernoulli", "ar"])
+@pytest.mark.parametrize("kind", ["bernoulli", "dit", "ar"])
 def test_padding_changes_neither_the_loss_nor_its_gradient(kind):
     prior, params = make_prior(kind)
     n, given = 5, np.array([True, True, True, True, False])
@@ -135,7 +139,7 @@ def test_padding_changes_neither_the_loss_nor_its_gradient(kind):
     assert abs(wrong - one) > 1e-4
 
 
-@pytest.mark.parametrize("kind", ["bernoulli", "ar"])
+@pytest.mark.parametrize("kind", ["bernoulli", "dit", "ar"])
 def test_samples_are_the_same_with_more_padding(kind):
     prior, params = make_prior(kind)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -151,7 +155,7 @@ def test_samples_are_the_same_with_more_padding(kind):
 
 
 @pytest.mark.parametrize("condition", ["text_token", "text_cross"])
-@pytest.mark.parametrize("kind", ["bernoulli", "ar"])
+@pytest.mark.parametrize("kind", ["bernoulli", "dit", "ar"])
 def test_a_text_of_zeros_is_no_text(kind, condition):
     prior, params = make_prior(kind, condition)
     bits = (np.random.default_rng(0).uniform(size=(3, *SHAPE)) < 0.5).astype(np.float32)
@@ -215,6 +219,9 @@ LABELS = {
     [
         ("bernoulli", "class"),
         ("bernoulli", "text_cross"),
+        ("dit", "class"),
+        ("dit", "text_token"),
+        ("dit", "text_cross"),
         ("absorbing", "text_token"),
         ("absorbing", "text_cross"),
         ("ar", "text_token"),
@@ -235,7 +242,7 @@ def test_guidance_goes_against_a_label(kind, condition):
         with_label[2] = logits()[2]
     other = np.where(np.reshape(has_against, (-1, 1, 1, 1)), logits(against), logits())
     expected = 1 / (1 + np.exp(-((1 + w) * with_label - w * other)))
-    if kind == "bernoulli":  # P(z_0 = 1), of flips
+    if kind in ("bernoulli", "dit"):  # P(z_0 = 1), of flips
         np.testing.assert_allclose(drawn, np.abs(np.asarray(z) - expected), atol=1e-5)
     else:
         sure = np.abs(uniform - expected) > 1e-5
