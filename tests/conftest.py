@@ -6,6 +6,7 @@ of untrained networks, and what is compiled. A test that writes into a workdir t
 
 import contextlib
 import fcntl
+import functools
 import gc
 import importlib.metadata
 import os
@@ -23,9 +24,12 @@ def xla_flags(num_devices):
     """Returns XLA_FLAGS for so many fake devices."""
     flags = f"--xla_force_host_platform_device_count={num_devices}"
     # Without XLA's fusion emitters, which compile slowly, tests take two thirds of the time. JAX
-    # 0.10 knows that flag and 0.12 does not: an unknown one ends the process.
+    # 0.10 knows these flags and 0.12 does not: an unknown one ends the process.
+    # A program in one part, not in one for each core, is compiled in 0.8 of the processor's time,
+    # and the other core has tests of its own.
     known = importlib.metadata.version("jaxlib").startswith("0.10.")
-    return f"{flags} --xla_cpu_use_fusion_emitters=false" if known else flags
+    more = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    return f"{flags} {more}" if known else flags
 
 
 def pytest_configure():
@@ -191,6 +195,22 @@ def untrained_workdir(once, digits_dir):
         write_checkpoints(path, resolve(_tiny_config(digits_dir)).with_classes(10))
 
     return once("untrained", write)
+
+
+@functools.cache
+def untrained_params(stage):
+    """Parameters of a stage as they are at the start, of key 0; made once for all equal stages."""
+    import jax
+
+    return jax.jit(stage.init)(jax.random.key(0))
+
+
+def untrained_pipeline(experiment, prior=True):
+    """The user's object on networks as they are at the start."""
+    from binlatent.pipeline import BinaryLatentDiffusion
+
+    stages = [experiment.autoencoder, experiment.prior][: 2 if prior else 1]
+    return BinaryLatentDiffusion(experiment, *map(untrained_params, stages))
 
 
 def write_checkpoints(path, experiment):

@@ -1,5 +1,6 @@
 """Files of weights: .npz, written whole, read only if they are what was asked for; fingerprints."""
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -17,6 +18,11 @@ from binlatent.runtime.errors import UserError
 
 def shapes(model: nn.Module, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and types of a model's variables by name, for RGB images of a side."""
+    return dict(_shapes(model, size))
+
+
+@functools.cache
+def _shapes(model: nn.Module, size: int) -> dict[str, jax.ShapeDtypeStruct]:
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     return traverse_util.flatten_dict(variables, sep="/")

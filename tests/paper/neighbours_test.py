@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from conftest import untrained_pipeline
 from matplotlib import pyplot as plt
 from PIL import Image
 
@@ -30,8 +31,7 @@ def close_figures():
 @pytest.fixture
 def pipeline(tiny_experiment):
     experiment = tiny_experiment.change({"sample.batch_size": 500})  # 4,500 images are judged
-    stages, key = (experiment.autoencoder, experiment.prior), jax.random.key(0)
-    return BinaryLatentDiffusion(experiment, *(jax.jit(stage.init)(key) for stage in stages))
+    return untrained_pipeline(experiment)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from conftest import untrained_pipeline
 from matplotlib import pyplot as plt
 from PIL import Image
 
@@ -23,11 +24,6 @@ def close_figures():
     plt.close("all")
 
 
-def pipeline(experiment):
-    stages, key = (experiment.autoencoder, experiment.prior), jax.random.key(0)
-    return BinaryLatentDiffusion(experiment, *(jax.jit(stage.init)(key) for stage in stages))
-
-
 def test_schedules_are_drawn_from_their_values(tmp_path, capsys):
     figure = figures.schedules_figure(num_timesteps=8)
     assert [axis.get_title() for axis in figure.axes] == ["linear", "cos", "sigmoid"]
@@ -40,7 +36,7 @@ def test_schedules_are_drawn_from_their_values(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["temperature", "guidance"])
 def test_rows_share_their_noise(tiny_experiment, name):
-    model = pipeline(tiny_experiment.change({"prior.bernoulli.evidence": False}))
+    model = untrained_pipeline(tiny_experiment.change({"prior.bernoulli.evidence": False}))
     figure = {"temperature": figures.temperature_figure, "guidance": figures.guidance_figure}[name]
     axis = figure(model).axes[0]
     other = {"temperature": "guidance 0", "guidance": "temperature 1"}[name]
@@ -62,7 +58,7 @@ def test_rows_share_their_noise(tiny_experiment, name):
 
 
 def test_steps_are_those_of_the_paper_and_their_quality_is_measured(tiny_experiment, tmp_path):
-    figure = figures.steps_figure(pipeline(tiny_experiment), tmp_path)
+    figure = figures.steps_figure(untrained_pipeline(tiny_experiment), tmp_path)
     titles = [axis.get_title() for axis in figure.axes]
     assert titles == ["bits per dimension, at most", "accuracy", "Frechet distance"]
     steps, bits = figure.axes[0].lines[0].get_data()
@@ -81,7 +77,7 @@ def test_steps_are_those_of_the_paper_and_their_quality_is_measured(tiny_experim
 
 
 def test_without_classes_the_bound_is_drawn_and_guidance_is_refused(tiny_experiment, tmp_path):
-    model = pipeline(tiny_experiment.change({"data.num_classes": 0}))
+    model = untrained_pipeline(tiny_experiment.change({"data.num_classes": 0}))
     assert len(figures.steps_figure(model, tmp_path).axes) == 1
     assert not list(tmp_path.iterdir())  # no classifier
     with pytest.raises(UserError, match="unconditional"):

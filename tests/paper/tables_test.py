@@ -6,18 +6,17 @@ import os
 import jax
 import numpy as np
 import pytest
+from conftest import untrained_pipeline
 
 from binlatent.paper import __main__ as plots
 from binlatent.paper import bottlenecks, tables
-from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import weights
 from binlatent.runtime.errors import UserError
 
 
 @pytest.fixture
 def pipeline(tiny_experiment):
-    stages, key = (tiny_experiment.autoencoder, tiny_experiment.prior), jax.random.key(0)
-    return BinaryLatentDiffusion(tiny_experiment, *(jax.jit(stage.init)(key) for stage in stages))
+    return untrained_pipeline(tiny_experiment)
 
 
 def change(pipeline, **values):
