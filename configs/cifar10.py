@@ -10,7 +10,7 @@ a step of 64 codes. docs/sizes.md says how to choose other sizes.
 
 `--config=configs/cifar10.py:gpu` is sized to ten minutes of one H100, by FLOPs and not by
 measurement. Autoencoder of 12.5 M parameters, 17 PFLOP in all: 115 s, if it reaches 15% of 989
-TFLOP/s and images are read at 23,000 a second. Prior of 76 M, 156 PFLOP: 395 to 452 s at 40 to 35%,
+TFLOP/s and images are read at 23,000 a second. Prior of 76 M, 141 PFLOP: 356 to 407 s at 40 to 35%,
 which needs 13,000 codes a second at most. The rest is left to compiling, previews and checkpoints.
 """
 
@@ -49,7 +49,7 @@ def _for_gpu(config: ml_collections.ConfigDict) -> None:
     config.prior.network.num_layers = 24
     config.prior.network.num_heads = 8
     config.prior.train.batch_size = 512
-    config.prior.train.num_steps = 10_000
+    config.prior.train.num_steps = 9_000
     config.prior.train.learning_rate = 5e-4
     config.prior.train.warmup_steps = 500
 

@@ -10,7 +10,7 @@
 #              without either it is by a classifier. docs/evaluation.md says how to make them
 #   OUT      folder of what it writes, gpu if not set: 8 files, 16 MiB each at most
 #   WORKDIR  folder of images and checkpoints, 4 GB, runs/gpu if not set
-#   LIMIT    seconds in all, 840; RESERVE, those of them kept for measuring, 150; BENCHMARK, those
+#   LIMIT    seconds in all, 840; RESERVE, those of them kept for measuring, 170; BENCHMARK, those
 #              for the benchmark at first, 90. It also gets what is left at the end
 #   WHEELS   folder of wheels for a machine without a network, installed into WORKDIR. Beside
 #              jax[cuda13], flax, optax, orbax-checkpoint, scipy, matplotlib and Pillow it takes
@@ -27,7 +27,7 @@ work=$(realpath -m "${WORKDIR:-runs/gpu}")
 images=$(realpath -m "${IMAGES:-cifar10.tar.gz}")
 weights=$(realpath -m "${WEIGHTS:-.}")
 wheels=${WHEELS:+$(realpath -m "$WHEELS")}
-limit=${LIMIT:-840} reserve=${RESERVE:-150} benchmark=${BENCHMARK:-90}
+limit=${LIMIT:-840} reserve=${RESERVE:-170} benchmark=${BENCHMARK:-90}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
   source .venv/bin/activate
