@@ -17,9 +17,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.image_size = 32
 
     config.autoencoder.num_bits = 32
-    config.autoencoder.base_width = 64
-    config.autoencoder.multipliers = (1, 2)
-    config.autoencoder.patch = 2
+    config.autoencoder.base_width = 128
+    config.autoencoder.multipliers = (1,)
+    config.autoencoder.patch = 4
     config.autoencoder.refine_width = 16
     config.autoencoder.num_blocks = 1
     config.autoencoder.attention_resolutions = ()
@@ -27,8 +27,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.autoencoder.loss.l1 = 0.5
     config.autoencoder.loss.perceptual = 0.0
     config.autoencoder.loss.adversarial = 0.0
-    config.autoencoder.train.batch_size = 64
-    config.autoencoder.train.num_steps = 5_000
+    config.autoencoder.loss.entropy = 0.02
+    config.autoencoder.train.batch_size = 32
+    config.autoencoder.train.num_steps = 10_000
     config.autoencoder.train.learning_rate = 2e-3
     config.autoencoder.train.warmup_steps = 200
     config.autoencoder.train.decay = "cosine"

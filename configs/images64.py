@@ -16,5 +16,6 @@ def get_config() -> ml_collections.ConfigDict:
     config = images32.get_config()
     config.data.image_size = 64
     config.autoencoder.num_bits = 48
-    config.autoencoder.patch = 4  # all but the last two convolutions cost what they cost at 32x32
+    config.autoencoder.base_width = 64
+    config.autoencoder.multipliers = (1, 2)
     return config

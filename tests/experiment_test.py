@@ -133,11 +133,11 @@ def test_cifar10_may_be_a_folder():
 
 
 def test_a_stage_says_its_sizes():
-    # 32 * 32 * 3 * 8 bits of an image, 8 * 8 * 32 of a code; 5,000 and 6,000 steps of 64.
+    # 32 * 32 * 3 * 8 bits of an image, 8 * 8 * 32 of a code; 10,000 steps of 32.
     experiment = resolve(load("images32"))
     assert describe_stage(experiment, "autoencoder", 1_249_999) == (
         "autoencoder: 32x32 images, 8x8 tokens of 32 bits (2,048 bits, an image has 24,576), "
-        "1.2 million parameters, 320,000 images in 5,000 steps"
+        "1.2 million parameters, 320,000 images in 10,000 steps"
     )
     own = {"prior.kind": "absorbing", "prior.train.num_steps": 2, "prior.train.batch_size": 4}
     assert describe_stage(experiment.change(own), "prior", 999_999) == (
@@ -174,7 +174,7 @@ def test_a_coarse_grid_is_warned_of():
 def test_a_code_as_large_as_its_image_is_warned_of():
     # A token is for 2 * 2 pixels of 3 * 8 bits.
     config = load("images32")
-    config.autoencoder.multipliers = (1,)
+    config.autoencoder.patch = 2
     assert not size_warning(resolve(changed({"autoencoder.num_bits": 95}, config)))
     warning = size_warning(resolve(changed({"autoencoder.num_bits": 96}, config)))
     assert "A code has 24,576 bits, and an image of 8 bits a channel 24,576" in warning
