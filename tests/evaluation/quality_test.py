@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from conftest import held
+from conftest import held, untrained_params
 from PIL import Image
 
 from binlatent import stages
@@ -31,16 +32,14 @@ PR = ("precision_classifier", "recall_classifier")
 def pipeline(tiny_config):
     tiny_config.data.num_classes = 10
     experiment = resolve(tiny_config)
-    keys = jax.random.split(jax.random.key(0))
-    noise = iter(jax.random.split(jax.random.key(1), 1_000))
+    random = np.random.default_rng(1)
     # Untrained, all samples would look alike.
     params = [
         jax.tree.map(
-            lambda x: x + 0.1 * jax.random.normal(next(noise), x.shape), jax.jit(init)(key)
+            lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32),
+            jax.device_get(untrained_params(stage)),
         )
-        for init, key in zip(
-            (experiment.autoencoder.init, experiment.prior.init), keys, strict=True
-        )
+        for stage in (experiment.autoencoder, experiment.prior)
     ]
     return BinaryLatentDiffusion(experiment, *params)
 
@@ -324,12 +323,12 @@ def test_an_exact_reconstruction_is_left_out_of_the_psnr(tiny_experiment, exact,
     assert ("psnr" in settings) == bool(exact)
 
 
-def test_metrics_while_training_and_the_report(tiny_config, tmp_path, monkeypatch):
+def test_metrics_while_training_and_the_report(tiny_config, trained_workdir, tmp_path, monkeypatch):
     tiny_config.evaluate.every = 3
     tiny_config.evaluate.metrics = ("fid", "pr")
     tiny_config.evaluate.classifier_images = 400  # of fewer it would be near chance
     experiment = resolve(tiny_config)
-    stages.train_autoencoder(experiment, tmp_path)
+    shutil.copytree(trained_workdir / "autoencoder", tmp_path / "autoencoder")
     stages.train_prior(experiment, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     judged = {line["step"]: line for line in lines if "fd_classifier" in line}
