@@ -33,6 +33,8 @@ class Denoiser(Prior):
       stratified: whether a batch's times are spread evenly.
       self_conditioning: whether the network also gets an estimate of P(z_0 = 1) that an earlier
         call made (Chen et al., Analog Bits, 2023).
+      groups: G, which divides c: in how many groups a step draws the bits of a token, each given
+        those before; see `joint`. With 1 all are independent given z_t.
     """
 
     num_timesteps: int
@@ -46,6 +48,7 @@ class Denoiser(Prior):
     time_weight: str = "mean"
     stratified: bool = False
     self_conditioning: bool = False
+    groups: int = 1
 
     def __post_init__(self):
         named = {
@@ -69,6 +72,16 @@ class Denoiser(Prior):
                 'config.prior.bernoulli.evidence needs the target "flip" or "z_0" and the pair '
                 '"plain_mixture"; set it to False.'
             )
+        if self.groups > 1 and (self.target == "z_s" or self.pair != "plain_mixture"):
+            raise UserError(
+                'config.prior.bernoulli.groups above 1 needs the target "flip" or "z_0" and the '
+                'pair "plain_mixture".'
+            )
+        if self.groups < 1 or self.code_shape[2] % self.groups:
+            raise UserError(
+                f"config.prior.bernoulli.groups is {self.groups}, which does not divide the "
+                f"{self.code_shape[2]} bits of a token."
+            )
         schedules.keep_schedule(self.curve, self.num_timesteps)  # refuses what is none
 
     @property
@@ -80,6 +93,12 @@ class Denoiser(Prior):
         """Returns k_t in float32 for times in [0, T], whole or not, of any shape."""
         return schedules.keep_at(self.curve, jnp.asarray(t, jnp.float32) / self.num_timesteps)
 
+    def _inputs(
+        self, z_t: Array, t: Array, condition: Condition | None, estimate: Array | None
+    ) -> tuple[Array | None, ...]:
+        inputs = (z_t, (t - 1) / self.num_timesteps, *label_and_given(condition))
+        return (*inputs, estimate) if self.self_conditioning else inputs
+
     def output(
         self,
         params: Any,
@@ -87,6 +106,8 @@ class Denoiser(Prior):
         t: Array,
         condition: Condition | None = None,
         estimate: Array | None = None,
+        z_s: Array | None = None,
+        s: Array | None = None,
     ) -> Array:
         """Returns the network's output, float32, (n, h, w, c).
 
@@ -97,10 +118,24 @@ class Denoiser(Prior):
           condition: of the batch.
           estimate: P(z_0 = 1) by an earlier call, (n, h, w, c), 1/2 where there was none; None for
             none at all, and without `self_conditioning`.
+          z_s: (n, h, w, c) in {0, 1}, of which each group of bits sees those before; None for z_t
+            alone.
+          s: (n,) in [0, t], with z_s.
         """
-        label, given = label_and_given(condition)
-        others = (estimate,) if self.self_conditioning else ()
-        return self.network.apply(params, z_t, (t - 1) / self.num_timesteps, label, given, *others)
+        drawn = {} if z_s is None else {"z_s": z_s, "time_s": (s - 1) / self.num_timesteps}
+        return self.network.apply(params, *self._inputs(z_t, t, condition, estimate), **drawn)
+
+    def features(
+        self,
+        params: Any,
+        z_t: Array,
+        t: Array,
+        condition: Condition | None = None,
+        estimate: Array | None = None,
+    ) -> Array:
+        """Returns what the network's last layer takes, float32, (n, h, w, d); as of `output`."""
+        inputs = self._inputs(z_t, t, condition, estimate)
+        return self.network.apply(params, *inputs, method="features")
 
     def first_estimate(
         self, params: Any, z_t: Array, t: Array, condition: Condition | None = None

@@ -12,13 +12,14 @@ Array = jax.Array
 
 
 def likelihood_bound(
-    denoise: Callable[[Array, Array], Array],
+    denoise: Callable[..., Array],
     noise: Noise,
     z_0: Array,
     *,
     times: Array,
     keep: Array,
     num_draws: int = 1,
+    in_groups: bool = False,
 ) -> Array:
     """Returns an unbiased estimate of the bound on -log2 p(z_0), in bits per image: (n,).
 
@@ -27,23 +28,34 @@ def likelihood_bound(
     Divide by the number of bits for bits per dimension. Fewer times give a looser bound: p is then
     the sampler that visits these times alone.
 
+    Where a step draws bits in groups, KL(q || p) is by the chain rule the mean over z_s of q of
+    the sum over the groups, each in closed form given the z_s of those before.
+
     Args:
-      denoise: `denoise(z_t, t)` -> flip logits, the bit's own evidence included; t is a scalar.
-      noise: uniforms of the codes' shape; draws 0 to S num_draws - 1 are taken.
+      denoise: `denoise(z_t, t)` -> flip logits, the bit's own evidence included; t is a scalar. In
+        groups `denoise(z_t, t, z_s, s)`, each given the bits of z_s in the groups before.
+      noise: uniforms of the codes' shape; draws 0 to S num_draws - 1 are taken, in groups as many
+        more.
       z_0: codes, (n, h, w, c).
       times: (S + 1,), decreasing to 0.
       keep: (S + 1,), k at those times.
       num_draws: of z_t a step, at least 1.
+      in_groups: see above; z_s is drawn with each z_t.
     """
     axes = tuple(range(1, z_0.ndim))
 
     def step_bound(total, step):
-        i, t, k_t, k_s = step
+        i, t, s, k_t, k_s = step
         z_t = process.draw(noise(i), process.forward_probs(z_0, k_t))
-        kl = losses.posterior_kl(denoise(z_t, t), z_t, z_0, k_t, k_s)
+        drawn = ()
+        if in_groups:
+            posterior = process.posterior_probs(z_t, z_0, k_t, k_s)
+            drawn = process.draw(noise(num + i), posterior), s
+        kl = losses.posterior_kl(denoise(z_t, t, *drawn), z_t, z_0, k_t, k_s)
         return total + jnp.sum(kl, axis=axes) / num_draws, None
 
-    steps = [jnp.repeat(x, num_draws) for x in (times[:-1], keep[:-1], keep[1:])]
+    steps = (times[:-1], times[1:], keep[:-1], keep[1:])
+    steps, num = [jnp.repeat(x, num_draws) for x in steps], num_draws * (len(times) - 1)
     start = losses.end_kl(keep[0]) * jnp.ones_like(process.at_least_float32(z_0)).sum(axis=axes)
-    nats, _ = jax.lax.scan(step_bound, start, (jnp.arange(len(steps[0])), *steps))
+    nats, _ = jax.lax.scan(step_bound, start, (jnp.arange(num), *steps))
     return nats / jnp.log(2.0)

@@ -18,6 +18,8 @@ class Noise(NamedTuple):
     z_t: Array  # (n, h, w, c) uniform in [0, 1), for the forward process
     t: Array  # (n,) float32: 1..T, or in (0, T] if continuous
     estimated: Array | None = None  # bool (n,), of self-conditioning: which get an estimate
+    z_s: Array | None = None  # (n, h, w, c) uniform in [0, 1), for bits in groups
+    s: Array | None = None  # (n,) uniform in [0, 1), for their times
 
 
 def draw_times(
@@ -53,7 +55,26 @@ def draw_noise(denoiser: Denoiser, keys: Array, n: int) -> Noise:
     if denoiser.self_conditioning:
         t = jnp.concatenate([t[::2], t[1::2]])  # stratified times are spread over either half
         estimated = jnp.arange(n) < (n + 1) // 2
-    return Noise(jax.random.uniform(keys[0], (n, *denoiser.code_shape)), t, estimated)
+    noise = Noise(jax.random.uniform(keys[0], (n, *denoiser.code_shape)), t, estimated)
+    if denoiser.groups == 1:
+        return noise
+    more = [jax.random.fold_in(key, 1) for key in keys]
+    return noise._replace(
+        z_s=jax.random.uniform(more[0], noise.z_t.shape), s=jax.random.uniform(more[1], (n,))
+    )
+
+
+def earlier_times(denoiser: Denoiser, noise: Noise) -> Array:
+    """Returns the times s that steps from t lead to, (n,): t - 1, or 0 if that is below.
+
+    Of bits in groups any in [0, t], as what the groups before say depends on s, and a sampler may
+    take steps of any length; t itself is for what z_t says alone.
+    """
+    if noise.s is None:
+        return jnp.maximum(noise.t - 1, 0)
+    if denoiser.continuous:
+        return noise.s * noise.t
+    return jnp.minimum(jnp.floor(noise.s * (noise.t + 1)), noise.t)
 
 
 class Prediction(NamedTuple):
@@ -64,7 +85,7 @@ class Prediction(NamedTuple):
     output: Array  # (n, h, w, c), the network's
     flip_logit: Array  # (n, h, w, c), the log-odds of a flip
     k_t: Array  # (n, 1, 1, 1)
-    k_s: Array  # (n, 1, 1, 1), at s = t - 1, or 0
+    k_s: Array  # (n, 1, 1, 1), at the s of `earlier_times`
 
 
 def _estimate_half(
@@ -96,17 +117,20 @@ def predict(
     """Noises codes and applies the network (supplement, Algorithm 1, 6 to 8).
 
     With self-conditioning it also gets an estimate of each image, where the noise does not say
-    which images get one.
+    which images get one. Of bits in groups the output is given those of z_s in the groups before.
     """
-    k_t = by_image(denoiser.keep_at(noise.t))
-    k_s = by_image(denoiser.keep_at(jnp.maximum(noise.t - 1, 0)))
+    s = earlier_times(denoiser, noise)
+    k_t, k_s = (by_image(denoiser.keep_at(x)) for x in (noise.t, s))
     z_t = process.draw(noise.z_t, process.forward_probs(z_0, k_t))
     inputs = (params, z_t, noise.t, condition)
     if noise.estimated is None:
         estimate = denoiser.first_estimate(*inputs)
     else:
         estimate = _estimate_half(denoiser, *inputs, noise.estimated)
-    output = denoiser.output(*inputs, estimate)
+    z_s = None
+    if noise.z_s is not None:
+        z_s = process.draw(noise.z_s, process.posterior_probs(z_t, z_0, k_t, k_s))
+    output = denoiser.output(*inputs, estimate, z_s, s)
     return Prediction(z_0, z_t, output, denoiser.flip_logit(output, z_t, noise.t), k_t, k_s)
 
 
@@ -154,9 +178,10 @@ def flip_bce(
 ) -> Array:
     """Returns each image's flip BCE in nats per bit, (n,), whatever the network's target is.
 
-    With self-conditioning each image has an estimate, as in sampling all steps but the first.
+    With self-conditioning each image has an estimate, as in sampling all steps but the first. Of
+    bits in groups it is that of the prediction given z_t alone.
     """
-    noise = noise._replace(estimated=None)
+    noise = noise._replace(estimated=None, z_s=None, s=None)
     prediction = predict(denoiser, params, z_0, condition, noise)
     flipped = process.flip_target(prediction.z_t, prediction.z_0)
     return jnp.mean(losses.bce(prediction.flip_logit, flipped), axis=(1, 2, 3))

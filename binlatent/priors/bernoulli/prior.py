@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from binlatent.priors import prior as prior_lib
 from binlatent.priors import schedules
-from binlatent.priors.bernoulli import losses, objective, programs, sampling
+from binlatent.priors.bernoulli import joint, losses, objective, programs, sampling
 from binlatent.priors.bernoulli.denoiser import Denoiser
 from binlatent.priors.conditions import Condition
 from binlatent.priors.guidance import check_guidance, guidance_weights
@@ -88,20 +88,24 @@ class BernoulliPrior(Denoiser):
     Settings = BernoulliSettings
     trained = (
         *("num_timesteps", "continuous", "schedule", "keep", "target", "pair", "evidence"),
-        "self_conditioning",
+        *("self_conditioning", "groups"),
     )
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "num_timesteps": (1, 1_000_000),
         "vlb_weight": (0, math.inf),
+        "groups": (1, math.inf),
     }
 
     @classmethod
     def make_network(
         cls, code_shape: tuple[int, int, int], section: Mapping[str, Any], **fields: Any
     ) -> nn.Module:
-        """Returns the network, with a second input of self-conditioning."""
+        """Returns the network, with a second input of self-conditioning or a head for groups."""
         fields["self_conditioning"] = section["self_conditioning"]
-        return super().make_network(code_shape, section, **fields)
+        network = super().make_network(code_shape, section, **fields)
+        if section["groups"] == 1:
+            return network
+        return joint.JointNetwork(network, code_shape[2], section["groups"])
 
     @property
     def max_steps(self) -> int | None:
@@ -114,6 +118,11 @@ class BernoulliPrior(Denoiser):
             settings = dataclasses.replace(settings, pair=self.pair)
         if settings.pair != "plain_mixture" and self.target == "z_s":
             raise UserError('A prior with the target "z_s" samples with "plain_mixture" alone.')
+        if self.groups > 1 and (settings.renoise or settings.ddim):
+            raise UserError(
+                "A prior with config.prior.bernoulli.groups above 1 knows what the first groups of "
+                "an ancestral step say of the others: set renoise and ddim to 0."
+            )
         self.times(settings)
         return settings
 
@@ -239,7 +248,8 @@ class BernoulliPrior(Denoiser):
     def network_calls(self, settings: BernoulliSettings, labelled: bool) -> tuple[int, int]:
         """Returns the calls with the label and without; a guided step takes both.
 
-        Self-conditioning adds none: its estimates are of the calls before.
+        Self-conditioning adds none: its estimates are of the calls before. Nor do groups of bits,
+        which take calls of the head alone.
         """
         times = self.times(settings)
         calls = np.full(len(times) - 1, 1)

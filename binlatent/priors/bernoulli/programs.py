@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from binlatent.priors.bernoulli import likelihood, process, sampling
+from binlatent.priors.bernoulli import joint, likelihood, process, sampling
 from binlatent.priors.bernoulli.denoiser import Denoiser
 from binlatent.priors.conditions import Condition, negative
 from binlatent.priors.guidance import guide, noise_from_keys
@@ -67,6 +67,14 @@ def sample_codes(
         logit = guided(z_t, t, w, *estimate) if labelled else output(z_t, t, *estimate)
         return denoiser.flip_logit(logit, z_t, jnp.full(len(z_t), t), pair, temperature)
 
+    draw_in_groups = functools.partial(
+        joint.draw_in_groups,
+        denoiser=denoiser,
+        params=params,
+        condition=condition,
+        pair=pair,
+        temperature=temperature,
+    )
     keep = denoiser.keep_at(times)
     if bits is None:
         start_probs = jnp.full((len(keys), *shape), 0.5)
@@ -87,6 +95,7 @@ def sample_codes(
         renoise=renoise,
         ddim=ddim,
         self_conditioning=denoiser.self_conditioning,
+        draw_in_groups=draw_in_groups if denoiser.groups > 1 else None,
         return_trajectory=return_trajectory,
     )
 
@@ -105,11 +114,13 @@ def bound_code_lengths(
     """Returns the bound on each code's length in bits, (n,); see `likelihood.likelihood_bound`."""
     params = denoiser.network.round_weights(params)
 
-    def denoise(z_t, t):
+    def denoise(z_t, t, *drawn):
+        if drawn:
+            drawn = drawn[0], jnp.full(len(z_t), drawn[1])
         inputs = (params, z_t, jnp.full(len(z_t), t), condition)
         # Of this z_t: that of another step knows another z_t, and the sum would be no bound.
         estimate = denoiser.first_estimate(*inputs)
-        return denoiser.flip_logit(denoiser.output(*inputs, estimate), *inputs[1:3])
+        return denoiser.flip_logit(denoiser.output(*inputs, estimate, *drawn), *inputs[1:3])
 
     return likelihood.likelihood_bound(
         denoise,
@@ -118,4 +129,5 @@ def bound_code_lengths(
         times=times,
         keep=denoiser.keep_at(times),
         num_draws=num_draws,
+        in_groups=denoiser.groups > 1,
     )

@@ -55,6 +55,7 @@ def reverse_process(
     renoise: float | Array | None = None,
     ddim: float | Array | None = None,
     self_conditioning: bool = False,
+    draw_in_groups: Callable[..., tuple[Array, Array]] | None = None,
     return_trajectory: bool = False,
 ) -> tuple[Array, Trajectory | None]:
     """Draws codes by ancestral sampling (paper, (8); Algorithm 2).
@@ -82,19 +83,23 @@ def reverse_process(
       self_conditioning: whether each call gets the P(z_0 = 1 | z_t) of the call before, be it of a
         step or of a corrector step: as the bits are drawn from it, with guidance and temperature.
         1/2 at the first.
+      draw_in_groups: `joint.draw_in_groups` with its keywords, to draw bits in groups, each given
+        those before; corrector steps see z_t alone. None for one group.
       return_trajectory: whether to keep what is passed through.
 
     Returns:
       The codes z_0, float32 in {0, 1}, and the trajectory, or None.
     """
 
-    def put_known(z_t, k_t, uniform):
-        if known is None:
+    given = None if known is None else (known.z_0, known.mask)
+
+    def put_known(z_t, k_t, uniform, given=given):
+        if given is None:
             return z_t
         # Draws from q(z_t | z_0); at k = 1, as they are.
-        k_t = jnp.where(known.noised, k_t, 1.0)
-        noised = process.draw(uniform, process.forward_probs(known.z_0, k_t))
-        return jnp.where(known.mask > 0, noised, z_t)
+        k_t, (z_0, mask) = jnp.where(known.noised, k_t, 1.0), given
+        noised = process.draw(uniform, process.forward_probs(z_0, k_t))
+        return jnp.where(mask > 0, noised, z_t)
 
     def evidence(k_t):
         # What a flip logit has more than a balanced one.
@@ -125,17 +130,28 @@ def reverse_process(
     def reverse_step(state, step):
         z_t, estimate = state
         i, t, s, k_t, k_s, w, w_s = step
-        prediction, p_0 = predict(z_t, k_t, call(z_t, t, w, estimate))
-        probs = posterior(z_t, prediction, k_t, k_s)
-        if ddim is not None:
-            probs = process.ddim_probs(probs, z_t, p_0, k_t, k_s, ddim)
-        if renoise is not None:
-            probs = process.renoised_probs(probs, p_0, k_s, renoise)
         uniform = noise(i)
-        z_s = process.draw(uniform, probs)
-        if threshold_last:
-            z_s = jnp.where(s == 0, (prediction > 0.5).astype(z_s.dtype), z_s)
-        state = put_known(z_s, k_s, uniform), p_0 if self_conditioning else None
+
+        def draw(logit, z_t, others):
+            uniform, given = others
+            prediction, p_0 = predict(z_t, k_t, logit)
+            probs = posterior(z_t, prediction, k_t, k_s)
+            if ddim is not None:
+                probs = process.ddim_probs(probs, z_t, p_0, k_t, k_s, ddim)
+            if renoise is not None:
+                probs = process.renoised_probs(probs, p_0, k_s, renoise)
+            z_s = process.draw(uniform, probs)
+            if threshold_last:
+                z_s = jnp.where(s == 0, (prediction > 0.5).astype(z_s.dtype), z_s)
+            return put_known(z_s, k_s, uniform, given)
+
+        if draw_in_groups is None:
+            logit = call(z_t, t, w, estimate)
+            z_s = draw(logit, z_t, (uniform, given))
+        else:
+            z_s, logit = draw_in_groups(z_t, t, s, w, estimate, (uniform, given), draw)
+        _, p_0 = predict(z_t, k_t, logit)
+        state = z_s, p_0 if self_conditioning else None
         if corrector_steps:
 
             def correct_all(state):
