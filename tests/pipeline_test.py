@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from conftest import untrained_pipeline
 
 from binlatent.data import masks
 from binlatent.evaluation import pictures
@@ -20,13 +21,6 @@ def random_like(params, seed):
     return jax.tree.unflatten(
         tree, [x + 0.2 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     )
-
-
-def untrained(experiment, prior=True):
-    key = jax.random.key(0)
-    params = [jax.jit(experiment.autoencoder.init)(key)]
-    params += [jax.jit(experiment.prior.init)(key)] if prior else []
-    return BinaryLatentDiffusion(experiment, *params)
 
 
 def with_sample(pipeline, **sample):
@@ -344,14 +338,14 @@ def test_wrong_arguments_are_refused_with_a_sentence(pipeline, call, message):
 
 
 def test_unconditional_prior_takes_no_label(tiny_experiment):
-    pipeline, key = untrained(tiny_experiment.with_classes(0)), jax.random.key(0)
+    pipeline, key = untrained_pipeline(tiny_experiment.with_classes(0)), jax.random.key(0)
     assert pipeline.sample(2, key).shape == (2, 28, 28, 1)
     with pytest.raises(UserError, match="unconditional"):
         pipeline.sample(2, key, 1)
 
 
 def test_sampling_before_the_prior_is_trained_says_so(tiny_experiment):
-    pipeline = untrained(tiny_experiment, prior=False)
+    pipeline = untrained_pipeline(tiny_experiment, prior=False)
     assert not pipeline.has_prior
     with pytest.raises(UserError, match="--mode=train_prior`"):
         pipeline.sample(1, jax.random.key(0), 1)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import call_main, tiny_flags
+from conftest import call_main, tiny_flags, untrained_pipeline
 from matplotlib import pyplot as plt
 from PIL import Image
 from updates import check_same_params_and_metrics, prior_parts, run
@@ -103,8 +103,7 @@ def test_the_pipeline_gives_codes_lengths_and_the_way(workdir):
 
 def test_figures_measure_it_to_one_unit_a_call(experiment, tmp_path):
     experiment = experiment.change({"data.num_classes": 0})
-    stages, key = (experiment.autoencoder, experiment.prior), jax.random.key(0)
-    model = BinaryLatentDiffusion(experiment, *(jax.jit(stage.init)(key) for stage in stages))
+    model = untrained_pipeline(experiment)
     plt.switch_backend("agg")
     steps, bits = figures.steps_figure(model, tmp_path).axes[0].lines[0].get_data()
     np.testing.assert_array_equal(steps, [4, 8, 16])
