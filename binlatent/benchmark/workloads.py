@@ -21,6 +21,7 @@ from binlatent.autoencoder.step import Networks
 from binlatent.benchmark import flops
 from binlatent.experiment import Experiment
 from binlatent.priors.conditions import Condition, Conditioning
+from binlatent.priors.dit import DiT
 from binlatent.priors.step import parts_for_caches
 from binlatent.runtime.devices import parallel, replicate, shard, spread
 from binlatent.runtime.errors import UserError
@@ -97,7 +98,9 @@ def describe_size(name: str, experiment: Experiment) -> str:
         return f"{height}x{width}"
     prior = experiment.prior.prior
     h, w, _ = prior.code_shape
-    return f"{prior.network.num_layers}x{prior.network.width}, {h * w} tokens"
+    network = prior.network
+    name = "dit " if isinstance(getattr(network, "trunk", network), DiT) else ""
+    return f"{name}{network.num_layers}x{network.width}, {h * w} tokens"
 
 
 def _images(spec: AutoencoderSpec, num: int) -> np.ndarray:

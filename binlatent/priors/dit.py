@@ -135,8 +135,8 @@ class DiT(nn.Module):
       qk_norm: whether queries and keys have an RMS norm.
       swiglu: whether the MLP is a SwiGLU of as many parameters.
       positions: of `POSITIONS`. A learned vector is added to each token. If "rotary", attention
-        rotates queries and keys as well; alone that would not tell where a token is, only where
-        others are, and where all tokens are alike it would tell nothing.
+        rotates queries and keys as well; by that alone equal tokens would have equal outputs,
+        wherever they are.
       self_conditioning: whether it also takes an earlier estimate of the code.
     """
 

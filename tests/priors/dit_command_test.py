@@ -88,7 +88,9 @@ def test_it_is_not_exported_to_the_authors_code():
 
 
 def test_a_training_step_is_measured(tiny_experiment):
-    work = workloads.train_prior_work(tiny_experiment.change(DIT), 8, 2)
+    experiment = tiny_experiment.change(DIT)
+    assert workloads.describe_size("train_prior", experiment) == "dit 1x16, 16 tokens"
+    work = workloads.train_prior_work(experiment, 8, 2)
     assert all(np.all(np.isfinite(x)) for x in work.call().values())
     assert 0.2 < work.flops / work.xla_flops <= 1  # which counts Adam, norms and activations too
 

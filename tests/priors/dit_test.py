@@ -332,15 +332,16 @@ def test_qk_norm_keeps_scores_small_in_bfloat16():
 # With priors
 
 PRIORS = {
-    "bernoulli": (BernoulliPrior, {"num_timesteps": 8}),
-    "absorbing": (AbsorbingPrior, {"unit": "bit"}),
+    "bernoulli": (BernoulliPrior, True, {"num_timesteps": 8, "self_conditioning": True}),
+    "absorbing": (AbsorbingPrior, False, {"unit": "bit"}),
 }
 
 
 @pytest.mark.parametrize("kind", PRIORS)
 def test_a_prior_trains_samples_and_measures_with_it(kind):
-    cls, fields = PRIORS[kind]
-    network = DiT(condition="class", **{**SHARED, "num_layers": 1})
+    cls, conditioned, fields = PRIORS[kind]
+    shared = {**SHARED, "num_layers": 1, "self_conditioning": conditioned}
+    network = DiT(condition="class", **shared)
     prior = cls((H, W, C), network, **fields)
     key = jax.random.key(0)
     params = jax.jit(lambda key: prior.init(key, jax.ShapeDtypeStruct((1,), jnp.int32)))(key)
