@@ -249,6 +249,8 @@ def test_every_key_is_read(name):
     # Another value makes another experiment, or is refused.
     owner = next((x for x, keys in OWNERS.items() if name.split(".")[-1] in keys), "binary")
     base = {"autoencoder.bottleneck": owner, "prior.kind": kind_of(name)}
+    if name.startswith("prior.network.dit."):
+        base["prior.network.name"] = "dit"
     value = dict(flat(default.get_config().to_dict()))[name]
     try:
         experiment = resolved(base | {name: other(value)})
