@@ -12,6 +12,7 @@ import optax
 import pytest
 from conftest import TINY
 from scipy.special import expit, rel_entr
+from scipy.stats import chi2
 
 from binlatent.benchmark import flops
 from binlatent.convert import released
@@ -181,10 +182,9 @@ def draw(prior, n, steps, known=None, condition=None, params=None, **options):
     return prior.sample(params or {}, keys, condition, settings, known)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_with_as_many_groups_as_bits_any_number_of_steps_draws_the_data(optimised, steps):
+def test_with_as_many_groups_as_bits_few_steps_draw_the_data(optimised):
     n = 6_000
-    far = [np.abs(frequencies(draw(true_prior(g), n, steps)) - chain.P_DATA).sum() for g in (6, 1)]
+    far = [np.abs(frequencies(draw(true_prior(g), n, 2)) - chain.P_DATA).sum() for g in (6, 1)]
     # The first is sampling error: sum_i sqrt(2 p_i (1 - p_i) / (pi n)), twice the total variation.
     noise = np.sum(np.sqrt(2 * chain.P_DATA * (1 - chain.P_DATA) / (np.pi * n)))
     assert far[0] < 1.5 * noise < 0.6 * far[1], (far, noise)
@@ -208,9 +208,9 @@ def test_one_step_draws_bits_that_are_all_alike_and_independent_bits_are_not():
         np.testing.assert_array_equal(completed, np.full((50, 1, 1, 6), value))
 
 
-@pytest.mark.parametrize("groups, steps", [(6, 1), (6, 4), (3, 4), (2, 1), (1, 4)])
+@pytest.mark.parametrize("groups, steps", [(6, 1), (6, 3), (3, 3), (2, 1), (1, 3)])
 def test_the_bound_is_that_of_a_sampler_in_groups(groups, steps):
-    prior, copies = true_prior(groups), 1 + np.rint(4_000 * chain.P_DATA).astype(int)
+    prior, copies = true_prior(groups), 1 + np.rint(3_000 * chain.P_DATA).astype(int)
     codes = chain.STATES.repeat(copies, axis=0).astype(np.float32)[:, None, None]
     keys = jax.random.split(jax.random.key(0), len(codes))
     settings = BernoulliSettings(steps=steps)
@@ -288,9 +288,9 @@ def test_a_steps_divergence_is_the_mean_of_its_groups(random_prior, t, s):
 @pytest.mark.parametrize(
     "options", [dict(), dict(guidance=1.5, temperature=0.7), dict(pair="balanced_plugin")]
 )
-def test_samples_are_as_often_as_brute_force_has_them(random_prior, optimised, options):
+def test_samples_are_as_often_as_brute_force_has_them(random_prior, options):
     prior, params = random_prior
-    n, times, label = 20_000, (8, 3, 0), 1
+    n, times, label = 10_000, (8, 3, 0), 1
     p = np.full(16, 1 / 16)
     for t, s in zip(times[:-1], times[1:], strict=True):
         logits = step_logits(prior, params, t, s, label)
@@ -299,8 +299,8 @@ def test_samples_are_as_often_as_brute_force_has_them(random_prior, optimised, o
         p = p @ step_probs(logits / options.get("temperature", 1.0), t, s)
     condition = Condition(jnp.full(n, label))
     codes = draw(prior, n, 1, times=times, condition=condition, params=params, **options)
-    far = np.abs(frequencies(codes) - p).sum()
-    assert far < 1.6 * np.sum(np.sqrt(2 * p * (1 - p) / (np.pi * n))), far
+    statistic = n * np.sum((frequencies(codes) - p) ** 2 / p)  # Pearson's, of 15 free frequencies
+    assert chi2.sf(statistic, 15) > 0.01
     assert np.abs(p - 1 / 16).sum() > 0.2
 
 
@@ -352,12 +352,12 @@ def test_the_loss_is_of_each_group_given_those_before(random_prior):
         residual += np.mean(np.log1p(np.exp(np.where(flipped, -own, own)))) / n
         kl = losses.posterior_kl(*(jnp.float32(x) for x in (own, z_t, code, k_t, k_s)))
         vlb += np.mean(kl) / n
-    loss, metrics = prior.loss(params, z_0, None, noise)
+    loss, metrics = jax.jit(prior.loss)(params, z_0, None, noise)
     np.testing.assert_allclose(metrics["residual"], residual, rtol=1e-4)
     np.testing.assert_allclose(metrics["vlb"], vlb, rtol=1e-3)
     np.testing.assert_allclose(loss, residual + 0.5 * vlb, rtol=1e-3)
     # The number of test images is of the prediction given z_t alone: z_s = z_t at s = t.
-    bce = prior.image_metrics(params, z_0, None, noise)["bce"]
+    bce = jax.jit(prior.image_metrics)(params, z_0, None, noise)["bce"]
     z_t = (np.asarray(noise.z_t[0]).ravel() < (1 - t[0] / 8) * STATES[0] + t[0] / 16) * 1
     row = int(z_t @ [8, 4, 2, 1])
     own = step_logits(prior, params, t[0], t[0])[row, row]
@@ -365,7 +365,7 @@ def test_the_loss_is_of_each_group_given_those_before(random_prior):
     np.testing.assert_allclose(bce[0], expected, rtol=1e-4)
 
 
-def test_a_trained_head_draws_bits_that_are_all_alike_in_one_step(optimised):
+def test_a_trained_head_draws_bits_that_are_all_alike_in_one_step():
     n, prior = 64, make_prior((1, 1, 4), 4, target="z_0", stratified=True)
     params, adam = prior.init(jax.random.key(0), ONE), optax.adam(0.02)
 
@@ -403,13 +403,14 @@ def test_it_goes_with_self_conditioning_guidance_correctors_and_known_bits():
     assert passed.p_0.shape == (n, 3, 2, 2, 4) and np.all(np.isfinite(passed.p_0))
     # Shown is what z_t alone says; at the first step there is no estimate.
     z_T = jnp.asarray(passed.z_t[:, 0], jnp.float32)
-    output = [prior.output(params, z_T, jnp.full(n, 8.0), x, None) for x in (condition, None)]
+    apply = jax.jit(lambda asked: prior.output(params, z_T, jnp.full(n, 8.0), asked))
+    output = apply(condition), apply(None)
     odds = (2 * output[0] - output[1]) * (1 - 2 * z_T)
     np.testing.assert_allclose(passed.p_0[:, 0], jax.nn.sigmoid(odds), atol=1e-4)
     lengths = prior.code_lengths(params, keys, condition, codes, settings, 1)
     assert lengths.shape == (n,) and np.all(np.isfinite(lengths))
     noise = prior.draw_noise(jax.random.split(keys[0]), n)
-    gradient = jax.grad(lambda x: prior.loss(x, bits, condition, noise)[0])(params)
+    gradient = jax.jit(jax.grad(lambda x: prior.loss(x, bits, condition, noise)[0]))(params)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(gradient))
 
 
@@ -425,9 +426,10 @@ def test_the_whole_network_starts_at_zero_and_rounds_its_matrices():
     rounded = half.round_weights(params)
     assert rounded["params"]["trunk"]["blocks_0"]["mlp_0"]["kernel"].dtype == jnp.bfloat16
     assert rounded["params"]["joint"]["head"]["kernel"].dtype == jnp.float32
-    found = half.apply(rounded, z_t, jnp.ones(1))
+    apply = jax.jit(half.apply)
+    found = apply(rounded, z_t, jnp.ones(1))
     assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, half.apply(params, z_t, jnp.ones(1)))
+    np.testing.assert_array_equal(found, apply(params, z_t, jnp.ones(1)))
     np.testing.assert_allclose(found, prior.network.apply(params, z_t, jnp.ones(1)), atol=0.3)
 
 
