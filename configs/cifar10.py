@@ -5,11 +5,11 @@ python -m binlatent.main --config=configs/cifar10.py --workdir=runs/cifar10 \\
     --config.data.name=folder --config.data.path=DIR
 bash launch/gpu.sh   # trains and measures :gpu
 
-Cost: autoencoder of 2.6 M parameters, 0.082 TFLOP a step of 64 images; prior of 4.9 M, 0.125 TFLOP
+Cost: autoencoder of 2.6 M parameters, 0.028 TFLOP a step of 32 images; prior of 4.9 M, 0.125 TFLOP
 a step of 64 codes. docs/sizes.md says how to choose other sizes.
 
 `--config=configs/cifar10.py:gpu` is sized to ten minutes of one H100, by FLOPs and not by
-measurement. Autoencoder of 12.5 M parameters, 17 PFLOP in all: 115 s, if it reaches 15% of 989
+measurement. Autoencoder of 12.5 M parameters, 16 PFLOP in all: 109 s, if it reaches 15% of 989
 TFLOP/s and images are read at 23,000 a second. Prior of 76 M, 141 PFLOP: 356 to 407 s at 40 to 35%,
 which needs 13,000 codes a second at most. The rest is left to compiling, previews and checkpoints.
 """
@@ -39,7 +39,6 @@ def _for_gpu(config: ml_collections.ConfigDict) -> None:
     config.autoencoder.multipliers = (1, 2)
     config.autoencoder.patch = 2
     config.autoencoder.num_blocks = 2
-    config.autoencoder.loss.start_step = 6_000
     config.autoencoder.train.batch_size = 256
     config.autoencoder.train.num_steps = 10_000
     config.autoencoder.train.learning_rate = 1e-3

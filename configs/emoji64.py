@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.table = "captions.jsonl"
     config.texts.encoder = "minilm"
 
-    config.autoencoder.train.batch_size = 32
+    config.autoencoder.loss.entropy = 0.0  # what it was measured with
     config.autoencoder.train.num_steps = 4_000
 
     config.prior.condition = "text_cross"

@@ -2,7 +2,7 @@
 
 python -m binlatent.main --config=configs/images32.py --workdir=runs/mine --config.data.path=DIR
 
-Cost: autoencoder of 2.6 M parameters, 0.082 TFLOP a step of 64 images; prior of 4.9 M, 0.123 TFLOP
+Cost: autoencoder of 2.6 M parameters, 0.028 TFLOP a step of 32 images; prior of 4.9 M, 0.123 TFLOP
 a step of 64 codes. docs/sizes.md says how to choose other sizes.
 """
 

@@ -2,7 +2,7 @@
 
 python -m binlatent.main --config=configs/images64.py --workdir=runs/mine --config.data.path=DIR
 
-Cost: autoencoder of 2.7 M parameters, 0.097 TFLOP a step of 64 images; prior of 4.9 M, 0.123 TFLOP
+Cost: autoencoder of 2.7 M parameters, 0.049 TFLOP a step of 32 images; prior of 4.9 M, 0.123 TFLOP
 a step of 64 codes. docs/sizes.md says how to choose other sizes.
 """
 

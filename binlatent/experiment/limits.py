@@ -35,9 +35,9 @@ _RANGES = {
         )
     },
     "autoencoder.discriminator.num_layers": (1, 100),
+    "autoencoder.discriminator.learning_rate_ratio": _AT_LEAST_0,
     "autoencoder.num_blocks": (0, 100),
     "autoencoder.refine_width": _AT_LEAST_0,
-    "autoencoder.discriminator.learning_rate_ratio": _AT_LEAST_0,
     "autoencoder.decoder_depth": (0, 100),
     **{
         f"autoencoder.loss.{name}": _AT_LEAST_0
