@@ -10,7 +10,7 @@ from pathlib import Path
 
 import ml_collections
 
-from binlatent.experiment import with_tuples
+from binlatent.experiment import of_checkpoint, with_tuples
 from binlatent.runtime import paths
 from binlatent.training import checkpoint
 
@@ -22,5 +22,6 @@ def get_config(workdir: str = "") -> ml_collections.ConfigDict:
     workdir = paths.expand(workdir)
     stage = "prior" if checkpoint.exists(Path(workdir), "prior") else "autoencoder"
     with checkpoint.Checkpoints.open(Path(workdir), stage) as checkpoints:
-        content = checkpoints.newest(checkpoint.Checkpoints.meta)["config"]
+        meta = checkpoints.newest(checkpoint.Checkpoints.meta)
+    content = of_checkpoint(meta, Path(workdir) / stage).config
     return ml_collections.ConfigDict(with_tuples(content)).lock()

@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from binlatent import stages
-from binlatent.configs import default, digits
+from binlatent.configs import default, digits, workdir
 from binlatent.experiment import of_checkpoint, resolve, resume
 from binlatent.experiment.resume import check_same_model
 from binlatent.experiment.sizes import describe_stage, size_warning
@@ -19,6 +20,8 @@ from binlatent.pipeline.loading import load_stage
 from binlatent.priors.kinds import KINDS
 from binlatent.priors.prior import Prior, Settings
 from binlatent.runtime.errors import UserError
+from binlatent.training.checkpoint import Checkpoints
+from binlatent.training.state import create_state
 
 # Configs of the paper, and the shapes of their codes.
 CODES = {
@@ -729,6 +732,16 @@ def test_a_checkpoint_gets_the_keys_that_were_added_since():
     found = of_checkpoint({"config": without, "version": "0.2.0"}, "runs/x/prior")
     config["evaluate"] = default.get_config().to_dict()["evaluate"]
     assert found == resolve(config)
+
+
+def test_the_config_of_a_workdir_has_the_keys_that_were_added_since(tiny_experiment, tmp_path):
+    config, without = tiny_experiment.config, tiny_experiment.config
+    del without["prior"]["bernoulli"]["groups"], without["texts"]
+    state = create_state(jax.random.key(0), {"x": jnp.zeros(1)}, optax.sgd(1.0))
+    with Checkpoints(tmp_path / "prior", 1) as checkpoints:
+        meta = {"config": without, "data": {}, "source": "", "encoder": "", "seconds": 1.0}
+        checkpoints.save(state, meta)
+    assert workdir.get_config(str(tmp_path)).to_dict() == config
 
 
 @pytest.mark.parametrize("version", ["0.2", "2", "new", ""])

@@ -18,6 +18,7 @@ from binlatent.autoencoder.step import Networks
 from binlatent.priors.autoregressive.network import CausalTransformer
 from binlatent.priors.bernoulli.joint import JointNetwork
 from binlatent.priors.dit import DiT, swiglu_width
+from binlatent.priors.prior import Prior
 from binlatent.priors.transformer import Transformer
 from binlatent.runtime.errors import UserError
 
@@ -134,6 +135,15 @@ def count_network(
     if type(network) not in _OF_NETWORKS:
         raise UserError(f"The FLOPs of a {type(network).__name__} are not known.")
     return _OF_NETWORKS[type(network)](network, code_shape, labelled, text_tokens)
+
+
+def count_prior_step(prior: Prior, text_tokens: int = 1) -> int:
+    """Returns the FLOPs of a training step of a prior, an image, whose label is given."""
+    forward = count_network(prior.network, prior.code_shape, True, text_tokens)
+    total = 3 * forward
+    if getattr(prior, "self_conditioning", False):
+        total += forward // 2  # half of the batch is passed forward once more
+    return total
 
 
 def _residual(side: int, width_in: int, width_out: int) -> int:

@@ -194,10 +194,7 @@ def train_prior_work(experiment: Experiment, num: int, on_device: int) -> Work:
     labels = _labels(spec.conditioning, num)
     batch = {"label": np.zeros(num, np.int32) if labels is None else labels}
     code_shape = spec.prior.code_shape
-    forward = flops.count_network(spec.prior.network, code_shape, True, TEXT_TOKENS)
-    per_image = 3 * forward
-    if getattr(spec.prior, "self_conditioning", False):
-        per_image += forward // 2  # half of the batch is passed forward once more
+    per_image = flops.count_prior_step(spec.prior, TEXT_TOKENS)
     frozen = None
     if spec.cache_codes or spec.codes:
         batch["probs"] = (255 * _bits(autoencoder, num)).astype(np.uint8)

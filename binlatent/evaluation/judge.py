@@ -26,17 +26,23 @@ class Judge:
     """The workdir's classifier of real images, or for data without classes `evaluate.network`.
 
     `images` are uint8 (n, height, width, channels). `labels`, (n,) int, and `accuracy`, that of the
-    classifier on them, in [0, 1], are None without classes.
+    classifier on them, in [0, 1], are None by another network.
     """
 
-    def __init__(self, experiment: Experiment, workdir: Path, split: str = "test"):
-        """Compares with `evaluate.num_images` images of a split; trains a missing classifier."""
+    def __init__(
+        self, experiment: Experiment, workdir: Path, split: str = "test", *, named: bool = False
+    ):
+        """Compares with `evaluate.num_images` images of a split; trains a missing classifier.
+
+        With `named` it is `evaluate.network` that judges, classes or not.
+        """
         self._workdir, self._split = workdir, split
         source = open_split(experiment.data, split)
-        network = reference.classifier if source.num_classes else reference.network
+        classifies = experiment.evaluate.network == "classifier" if named else source.num_classes
+        network = reference.classifier if classifies else reference.network
         self._network = network(experiment, workdir)
         self.images, labels = load_images(source, experiment.evaluate.num_images)
-        self.labels = labels if source.num_classes else None
+        self.labels = labels if classifies else None
         found = self._network.apply(self.images, _BATCH)
         self._known = Statistics.of(found["pool"])
         has_classes = self.labels is not None
@@ -80,6 +86,7 @@ class Judge:
         pipeline: BinaryLatentDiffusion,
         key: jax.Array,
         num: int | None = None,
+        texts: np.ndarray | None = None,
         **options: Any,
     ) -> dict[str, float]:
         """Draws samples, classes in turn if the prior has any, by options of `pipeline.sample`.
@@ -88,17 +95,20 @@ class Judge:
           pipeline: with a prior.
           key: of the samples.
           num: of them, `evaluate.num_samples` if None.
+          texts: features of the texts that a prior of texts is asked for, (num, ...); None for
+            none.
           **options: of the sampler.
 
         Returns:
           `frechet_distance` between the network's features of samples and of the real images, if
-          there are two of each; of a prior with classes `accuracy`, how often a sample with label y
-          is classified as y.
+          there are two of each; of a prior with classes, by the classifier, `accuracy`, how often a
+          sample with label y is classified as y.
         """
         num = pipeline.experiment.evaluate.num_samples if num is None else num
         k = pipeline.num_classes
         wanted = np.arange(num) % k if k else None
-        return self._quality(pipeline.sample(num, key, wanted, **options), wanted)
+        images = pipeline.sample(num, key, texts if wanted is None else wanted, **options)
+        return self._quality(images, None if self.labels is None else wanted)
 
     def inpainting_quality(
         self, pipeline: BinaryLatentDiffusion, key: jax.Array, **options: Any

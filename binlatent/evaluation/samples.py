@@ -60,7 +60,7 @@ class Samples:
         self._with_images = images or keep == "npz"
         key = key_for(seed, "evaluate")
         experiment = pipeline.experiment
-        described, self._labels = labels or _labelling(pipeline, seed)
+        described, self._labels = labels or labelling(pipeline, seed)
         self.protocol = {
             "weights": f"EMA, {weights.fingerprint(pipeline.prior_params)}",
             "autoencoder": weights.fingerprint(pipeline.autoencoder_params),
@@ -175,8 +175,8 @@ class Stored:
         return self.parts[shard][place]
 
 
-def _labelling(pipeline: BinaryLatentDiffusion, seed: int) -> Labelling:
-    """Returns the labels of `evaluate.labels`."""
+def labelling(pipeline: BinaryLatentDiffusion, seed: int) -> Labelling:
+    """Returns the labels of `evaluate.labels`; of a prior of texts, those of training images."""
     experiment, conditioning = pipeline.experiment, pipeline.experiment.prior.conditioning
     if conditioning.kind == "none":
         return "none", lambda indices: None

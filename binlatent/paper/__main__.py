@@ -8,14 +8,14 @@ if __name__ == "__main__":
 import argparse
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 
 from binlatent.experiment import PATHS
-from binlatent.paper import bottlenecks, figures, neighbours, table5, tables
+from binlatent.paper import bottlenecks, figures, neighbours, networks, table5, tables
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import command, keys, strict_json
 from binlatent.runtime.errors import UserError
@@ -51,6 +51,12 @@ ITEMS = {
     "table5": Item(
         table5.table5, ("num", "kinds", "seeds", "config"), reads="autoencoder", suffixes=(".md",)
     ),
+    "networks": Item(
+        networks.networks,
+        ("num", "rows", "seeds", "seconds", "config"),
+        reads="autoencoder",
+        suffixes=(".md",),
+    ),
     "temperature": Item(_of_pipeline(figures.temperature_figure), ("seed",)),
     "steps": Item(figures.steps_figure, ("seed",)),
     "guidance": Item(_of_pipeline(figures.guidance_figure), ("seed",)),
@@ -82,12 +88,14 @@ def _seeds(text: str) -> list[int]:
     return seeds
 
 
-def _kinds(text: str) -> list[str]:
-    names = list(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in names if name not in table5.VARIANTS]:
-        known = ", ".join(table5.VARIANTS)
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {known}")
-    return names
+def _some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
+    def names_in(text: str) -> list[str]:
+        names = list(dict.fromkeys(text.split(",")))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return names
+
+    return names_in
 
 
 _FOR_ALL = ("figure", "workdir", "out", "keys")
@@ -133,14 +141,21 @@ def main(argv: list[str] | None = None) -> None:
     flag("--workdir", type=path, help="of a trained prior; not for schedules")
     flag("--out", type=path, help="PNG, PDF or SVG file, .md of a table; default in WORKDIR")
     flag("--seed", type=_seed, help="of the samples; default 0")
-    about = "of samples; neighbours shows 8, table6 times 100, table5 judges evaluate.num_samples"
+    about = "of samples; neighbours shows 8, table6 times 100, table5 and networks judge "
+    about += "evaluate.num_samples"
     flag("--num", type=_whole_number, help=about)
     flag("--by", choices=neighbours.BY, help="what neighbours are nearest by; default features")
     flag("--steps", type=_whole_numbers, help="of the sampler, for table6; default 16,64")
-    flag("--kinds", type=_kinds, help=f"of table5, some of {','.join(table5.VARIANTS)}")
-    flag("--seeds", type=_seeds, help="of the priors of table5; default 0")
+    for option, figure, known in (
+        ("--kinds", "table5", table5.VARIANTS),
+        ("--rows", "networks", networks.ROWS),
+    ):
+        flag(option, type=_some_of(known), help=f"of {figure}, some of {','.join(known)}")
+    flag("--seeds", type=_seeds, help="of the priors of table5 and networks; default 0")
+    about = "of training, a prior of networks, in place of prior.train.num_steps"
+    flag("--seconds", type=_whole_number, help=about)
     about = "a path of the workdir's config that has moved, as --config.data.path=DIR; for table5 "
-    about += "any key, as --config.prior.train.num_steps=500"
+    about += "and networks any key, as --config.prior.train.num_steps=500"
     flag("--config.KEY", dest="keys", metavar="VALUE", action="append", default=[], help=about)
     flags = parser.parse_args(_joined_keys(sys.argv[1:] if argv is None else argv))
     name, item = flags.figure, ITEMS[flags.figure]

@@ -3,22 +3,34 @@
 What is trained or measured already is not done again.
 """
 
+import functools
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from binlatent import stages
-from binlatent.experiment import Experiment, of_checkpoint
+from binlatent.configs import default
+from binlatent.evaluation import pictures, report
+from binlatent.evaluation.judge import Judge
+from binlatent.evaluation.samples import labelling
+from binlatent.experiment import Experiment, of_checkpoint, resolve
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.priors.kinds import KINDS
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.files import atomic
+from binlatent.runtime.keys import key_for
 from binlatent.runtime.strict_json import to_json
+from binlatent.runtime.weights import digest
 from binlatent.training.checkpoint import Checkpoints, exists
+
+log = logging.getLogger(__name__)
+
+Options = dict[str, Any]  # of the sampler, by name
 
 Measured = dict[tuple[str, str, int], dict[str, Any]]  # by variant, what was measured, and seed
 
@@ -27,7 +39,49 @@ _COLUMNS = {
     "bits_per_dim": ("bits per dimension", "{:.4f}"),
     "accuracy": ("accuracy", "{:.1%}"),
     "frechet_distance": ("Frechet distance", "{:.2f}"),
+    "seconds": ("seconds of training", "{:,.1f}"),
 }
+
+
+def base_experiment(trained: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Returns the experiment that all variants are of.
+
+    Args:
+      trained: of the autoencoder. What its version of the config lacked is as in the default one.
+      overrides: KEY=VALUE, by key of the config.
+    """
+    config = default.get_config()
+    with config.unlocked():
+        config.update(trained.config)
+    for name, value in pictures.parse_options(overrides, {}).items():
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"The config has no key {name}, or {value!r} is of another type than its value."
+            ) from error
+    return resolve(config)
+
+
+def of_changes(
+    experiment: Experiment, changes: Mapping[str, Any], seed: int, steps: int
+) -> Experiment:
+    """Returns the experiment of a variant and seed, which learns from cached codes.
+
+    Args:
+      experiment: of `base_experiment`.
+      changes: values of `config.prior`, by key below it.
+      seed: of the prior.
+      steps: of the sampler, in place of the config's, which may be too many for a variant.
+    """
+    values = {f"prior.{key}": value for key, value in changes.items()}
+    values |= {"prior.cache_codes": True, "sample.steps": steps}
+    return experiment.change({"seed": seed, **values})
+
+
+def described(options: Options) -> str:
+    """Returns options of the sampler in words."""
+    return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
 def budget_folder(experiment: Experiment, workdir: Path) -> Path:
@@ -63,13 +117,120 @@ def train_prior_in(own: Experiment, workdir: Path, folder: Path) -> BinaryLatent
       workdir: with a trained autoencoder; it gets the codes if the prior learns from cached ones.
       folder: of the prior, a workdir itself, whose autoencoder and codes are links.
     """
+    link_stages(workdir, folder)
+    stages.train_prior(own, folder)
+    return BinaryLatentDiffusion.from_workdir(folder, own)
+
+
+def link_stages(workdir: Path, folder: Path) -> None:
+    """Makes the folder of a prior, with links to the workdir's autoencoder and codes."""
     folder.mkdir(parents=True, exist_ok=True)
     (workdir / "codes").mkdir(exist_ok=True)
     for shared in ("autoencoder", "codes"):
         if not (folder / shared).exists():
             (folder / shared).symlink_to(os.path.relpath(workdir / shared, folder))
-    stages.train_prior(own, folder)
-    return BinaryLatentDiffusion.from_workdir(folder, own)
+
+
+class Numbers:
+    """What is measured of variants, each number once, and kept in a file as it comes."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: Path,
+        folder: Path,
+        variant: Callable[[str, int], Experiment],
+        num: int,
+        *,
+        title: str,
+        named: bool = False,
+    ):
+        """Reads what was measured before.
+
+        Args:
+          experiment: of `base_experiment`; the judge is of it.
+          workdir: of the autoencoder.
+          folder: of the budget: a prior's own lies below it, and so does the file.
+          variant: returns the experiment of a variant and seed.
+          num: of samples.
+          title: of the table, which names the noise of samples.
+          named: whether `evaluate.network` judges, as of `Judge`, and a prior of texts is asked for
+            those of training images.
+        """
+        self.experiment, self.folder, self.variant = experiment, folder, variant
+        self._workdir, self._num, self._title, self._named = workdir, num, title, named
+        # What samples and test images depend on, beside a row's own words.
+        how = {name: experiment.content[name] for name in ("dtype", "sample", "evaluate")}
+        self._path = folder / f"results_{digest(how)}.jsonl"
+        self._measured = read_rows(self._path)
+        self.trained = functools.lru_cache(maxsize=1)(self._train)
+        self._texts = functools.lru_cache(maxsize=1)(self._texts_of)
+        self._judge = functools.cache(lambda split: Judge(experiment, workdir, split, named=named))
+
+    def of(self, name: str, seed: int) -> Path:
+        """Returns the folder of a prior."""
+        return self.folder / f"{name}_{seed}"
+
+    def check(self, name: str, seed: int) -> None:
+        """Refuses a variant that cannot be trained, or was trained in another way."""
+        own = self.variant(name, seed)
+        stages.check_prior(own)
+        check_budget(own, self.of(name, seed), "prior")
+
+    def _train(self, name: str, seed: int) -> BinaryLatentDiffusion:
+        log.info("Training %s, seed %d", name, seed)
+        return train_prior_in(self.variant(name, seed), self._workdir, self.of(name, seed))
+
+    def once(
+        self, name: str, what: str, seed: int, measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Returns what `measure` does, or did before of the same variant, words and seed."""
+        row = name, what, seed
+        if row not in self._measured:
+            self._measured[row] = measure()
+            write_rows(self._path, self._measured)
+            log.info("%s, seed %d, %s: %s", name, seed, what, self._measured[row])
+        return self._measured[row]
+
+    def bits(self, name: str, seed: int) -> dict[str, float]:
+        """Returns the mean length of test codes, of a bound the tightest."""
+
+        def measure() -> dict[str, float]:
+            pipeline = self.trained(name, seed)
+            test = report.HeldOut.read(pipeline)
+            return report.likelihood_metrics(pipeline, test.probs, test.labels)
+
+        return self.once(name, "test codes", seed, measure)
+
+    def _texts_of(self, name: str, seed: int) -> np.ndarray | None:
+        pipeline = self.trained(name, seed)
+        if not self._named or not pipeline.experiment.prior.conditioning.of_texts:
+            return None
+        return labelling(pipeline, seed)[1](np.arange(self._num))
+
+    def quality(
+        self, name: str, seed: int, split: str, num: int, options: Options
+    ) -> dict[str, float]:
+        """Returns `Judge.sample_quality` of so many samples beside images of a split."""
+
+        def measure() -> dict[str, float]:
+            pipeline, texts = self.trained(name, seed), self._texts(name, seed)
+            key = key_for(seed, f"{self._title}, {split}")
+            return self._judge(split).sample_quality(pipeline, key, num, texts, **options)
+
+        what = f"{num} samples, {split} images: {described(options)}"
+        return self.once(name, what, seed, measure)
+
+    def floors(self, split: str, num: int) -> dict[str, float]:
+        """Returns the floors of the distances of so many samples to the images of a split."""
+
+        def measure() -> dict[str, float]:
+            pipeline = BinaryLatentDiffusion.from_workdir(
+                self._workdir, self.experiment, prior=False
+            )
+            return self._judge(split).floors(pipeline, num)
+
+        return self.once("floors", f"{num} images, {split} images", 0, measure)
 
 
 def read_rows(path: Path) -> Measured:

@@ -12,31 +12,21 @@ On digits three seeds of all variants took 80 minutes of two busy CPU cores.
 import dataclasses
 import functools
 import itertools
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from binlatent.benchmark import rows, speed
-from binlatent.configs import default
-from binlatent.evaluation import floors, pictures, report
-from binlatent.evaluation.judge import Judge
-from binlatent.experiment import Experiment, resolve
+from binlatent.evaluation import floors
+from binlatent.experiment import Experiment
 from binlatent.paper import runs
+from binlatent.paper.runs import Options, described
 from binlatent.paper.tables import markdown
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.priors.prior import Prior
 from binlatent.priors.settings import with_options
-from binlatent.runtime.errors import UserError
-from binlatent.runtime.keys import key_for
-from binlatent.runtime.weights import digest
-from binlatent.stages import check_prior
-
-log = logging.getLogger(__name__)
-
-Options = dict[str, Any]  # of the sampler, by name
 
 
 class Variant(NamedTuple):
@@ -90,32 +80,10 @@ BATCHES = (1, 64)  # whose seconds are measured
 _REPEATS = 3
 
 
-def base_experiment(trained: Experiment, overrides: Sequence[str]) -> Experiment:
-    """Returns the experiment that all variants are of.
-
-    Args:
-      trained: of the autoencoder. What its version of the config lacked is as in the default one.
-      overrides: KEY=VALUE, by key of the config.
-    """
-    config = default.get_config()
-    with config.unlocked():
-        config.update(trained.config)
-    for name, value in pictures.parse_options(overrides, {}).items():
-        try:
-            config.update_from_flattened_dict({name: value})
-        except (AttributeError, KeyError, TypeError) as error:
-            raise UserError(
-                f"The config has no key {name}, or {value!r} is of another type than its value."
-            ) from error
-    return resolve(config)
-
-
 def variant_experiment(experiment: Experiment, name: str, seed: int) -> Experiment:
     """Returns the experiment of a variant and seed, which learns from cached codes."""
-    changes = {f"prior.{key}": value for key, value in VARIANTS[name].changes.items()}
     # Each row has its own number of steps; that of the config may be too large for a variant.
-    changes |= {"prior.cache_codes": True, "sample.steps": STEPS[0]}
-    return experiment.change({"seed": seed, **changes})
+    return runs.of_changes(experiment, VARIANTS[name].changes, seed, STEPS[0])
 
 
 def samplings(prior: Prior, sampler: Options) -> list[Options]:
@@ -143,98 +111,42 @@ def _takes(prior: Prior, name: str) -> bool:
     return any(field.name == name for field in dataclasses.fields(prior.Settings))
 
 
-class _Numbers:
-    """What is measured of the variants, each number once, and kept in a file as it comes."""
+def _of_seed(
+    numbers: runs.Numbers, name: str, seed: int, num: int, asked: Sequence[Options]
+) -> list[dict[str, float]]:
+    """Returns the numbers of a prior for each of the options asked for.
 
-    def __init__(self, experiment: Experiment, workdir: Path, num: int):
-        self.experiment, self._workdir, self._num = experiment, workdir, num
-        self.folder = runs.budget_folder(experiment, workdir / "table5")
-        # What samples and test images depend on, beside a row's own words.
-        how = {name: experiment.content[name] for name in ("dtype", "sample", "evaluate")}
-        self._path = self.folder / f"results_{digest(how)}.jsonl"
-        self._measured = runs.read_rows(self._path)
-        self._trained = functools.lru_cache(maxsize=1)(self._train)
-        self._judge = functools.cache(lambda split: Judge(experiment, workdir, split))
-
-    def _train(self, name: str, seed: int) -> BinaryLatentDiffusion:
-        log.info("Training %s, seed %d", name, seed)
-        own = variant_experiment(self.experiment, name, seed)
-        return runs.train_prior_in(own, self._workdir, self.folder / f"{name}_{seed}")
-
-    def _once(
-        self, name: str, what: str, seed: int, measure: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        row = name, what, seed
-        if row not in self._measured:
-            self._measured[row] = measure()
-            runs.write_rows(self._path, self._measured)
-            log.info("%s, seed %d, %s: %s", name, seed, what, self._measured[row])
-        return self._measured[row]
-
-    def _bits(self, name: str, seed: int) -> dict[str, float]:
-        def measure() -> dict[str, float]:
-            pipeline = self._trained(name, seed)
-            test = report.HeldOut.read(pipeline)
-            return report.likelihood_metrics(pipeline, test.probs, test.labels)
-
-        return self._once(name, "test codes", seed, measure)
-
-    def _quality(
-        self, name: str, seed: int, split: str, num: int, options: Options
-    ) -> dict[str, float]:
-        return self._once(
-            *(name, f"{num} samples, {split} images: {_described(options)}", seed),
-            lambda: self._judge(split).sample_quality(
-                *(self._trained(name, seed), key_for(seed, f"table 5, {split}"), num), **options
-            ),
-        )
-
-    def floors(self, split: str, num: int) -> dict[str, float]:
-        """Returns the floors of the distances of so many samples to the images of a split."""
-
-        def measure() -> dict[str, float]:
-            pipeline = BinaryLatentDiffusion.from_workdir(
-                self._workdir, self.experiment, prior=False
-            )
-            return self._judge(split).floors(pipeline, num)
-
-        return self._once("floors", f"{num} images, {split} images", 0, measure)
-
-    def of_seed(self, name: str, seed: int, asked: Sequence[Options]) -> list[dict[str, float]]:
-        """Returns the numbers of a prior for each of the options asked for.
-
-        They are the mean length of test codes, of a bound the tightest, whatever the options; and
-        `Judge.sample_quality` beside test images.
-        """
-        bits = self._bits(name, seed)
-        return [
-            {"seed": seed, **bits, **self._quality(name, seed, "test", self._num, options)}
-            for options in asked
-        ]
-
-    def sweep(self, name: str, seed: int, points: Sequence[Options]) -> list[dict[str, Any]]:
-        """Returns `Judge.sample_quality` beside training images of each point's `options`."""
-        num = min(SWEPT, self._num)
-        return [
-            {"options": point, **self._quality(name, seed, "train", num, point)} for point in points
-        ]
-
-    def seconds(self, name: str, batch_size: int, options: Options) -> float:
-        """Returns the seconds of a sample in a batch of so many a device, decoder included."""
-        own = variant_experiment(self.experiment, name, 0)
-        own = own.change({f"sample.{key}": value for key, value in options.items()})
-        device = rows.place(jax.devices()[0], jax.local_device_count())
-        what = f"batches of {batch_size}, {device['devices']} x {device['device']}"
-
-        def measure() -> dict[str, float]:
-            measured = speed.measure_speed("sample", own, batch_size, repeats=_REPEATS)
-            return {"seconds": measured["seconds"] / batch_size}
-
-        return self._once(name, f"{what}: {_described(options)}", 0, measure)["seconds"]
+    They are the mean length of test codes, of a bound the tightest, whatever the options; and
+    `Judge.sample_quality` beside test images.
+    """
+    bits = numbers.bits(name, seed)
+    return [
+        {"seed": seed, **bits, **numbers.quality(name, seed, "test", num, options)}
+        for options in asked
+    ]
 
 
-def _described(options: Options) -> str:
-    return ", ".join(f"{name} {value}" for name, value in options.items())
+def _sweep(
+    numbers: runs.Numbers, name: str, seed: int, num: int, points: Sequence[Options]
+) -> list[dict[str, Any]]:
+    """Returns `Judge.sample_quality` beside training images of each point's `options`."""
+    return [
+        {"options": point, **numbers.quality(name, seed, "train", num, point)} for point in points
+    ]
+
+
+def _seconds(numbers: runs.Numbers, name: str, batch_size: int, options: Options) -> float:
+    """Returns the seconds of a sample in a batch of so many a device, decoder included."""
+    own = numbers.variant(name, 0)
+    own = own.change({f"sample.{key}": value for key, value in options.items()})
+    device = rows.place(jax.devices()[0], jax.local_device_count())
+    what = f"batches of {batch_size}, {device['devices']} x {device['device']}"
+
+    def measure() -> dict[str, float]:
+        measured = speed.measure_speed("sample", own, batch_size, repeats=_REPEATS)
+        return {"seconds": measured["seconds"] / batch_size}
+
+    return numbers.once(name, f"{what}: {described(options)}", 0, measure)["seconds"]
 
 
 def compare_priors(
@@ -247,7 +159,7 @@ def compare_priors(
     """Trains and measures variants.
 
     Args:
-      experiment: of `base_experiment`.
+      experiment: of `runs.base_experiment`.
       workdir: with a trained autoencoder.
       names: of `VARIANTS`.
       seeds: of the priors. The sweep is of the first one's.
@@ -256,11 +168,14 @@ def compare_priors(
     Returns:
       `rows`; `sweeps`, the points of each; `protocol`.
     """
-    numbers = _Numbers(experiment, workdir, num)
+    numbers = runs.Numbers(
+        *(experiment, workdir, runs.budget_folder(experiment, workdir / "table5")),
+        *(functools.partial(variant_experiment, experiment), num),
+        title="table 5",
+    )
     for name, seed in itertools.product(names, seeds):  # all, before any training
-        own = variant_experiment(experiment, name, seed)
-        check_prior(own)
-        runs.check_budget(own, numbers.folder / f"{name}_{seed}", "prior")
+        numbers.check(name, seed)
+    swept = min(SWEPT, num)
     found, sweeps = [], []
     for name in names:
         own, variant = variant_experiment(experiment, name, seeds[0]), VARIANTS[name]
@@ -268,14 +183,15 @@ def compare_priors(
         shapes = jax.eval_shape(own.prior.init, jax.random.key(0))
         drawn = []  # about each row, and its options
         for sampler in variant.samplers:
-            points = numbers.sweep(name, seeds[0], sweep_points(prior, labelled, sampler))
+            asked = sweep_points(prior, labelled, sampler)
+            points = _sweep(numbers, name, seeds[0], swept, asked)
             best = min(points, key=lambda point: point["frechet_distance"])["options"]
             tuned = {key: best[key] for key in GRID if key in best}
             about = {"variant": name, "title": variant.title, "sampler": sampler}
             sweeps.append({**about, "points": points, "best": tuned})
             drawn += [(about, sampling | tuned) for sampling in samplings(prior, sampler)]
         measured = [
-            numbers.of_seed(name, seed, [options for _, options in drawn]) for seed in seeds
+            _of_seed(numbers, name, seed, num, [options for _, options in drawn]) for seed in seeds
         ]
         for (about, options), *of_seeds in zip(drawn, *measured, strict=True):
             settings = with_options(prior, own.sample.settings, options)
@@ -285,7 +201,7 @@ def compare_priors(
                 "parameters": sum(x.size for x in jax.tree.leaves(shapes)),
                 "exact": prior.exact,
                 "network_calls": prior.network_calls(settings, labelled),
-                "seconds": {size: numbers.seconds(name, size, options) for size in BATCHES},
+                "seconds": {size: _seconds(numbers, name, size, options) for size in BATCHES},
                 "seeds": of_seeds,
             }
             found.append(row)
@@ -293,10 +209,10 @@ def compare_priors(
         "steps": experiment.prior.train.num_steps,
         "batch_size": experiment.prior.train.batch_size,
         "samples": num,
-        "swept": min(SWEPT, num),
+        "swept": swept,
         "images": experiment.evaluate.num_images,
         "floors": numbers.floors("test", num),
-        "floors_of_sweep": numbers.floors("train", min(SWEPT, num)),
+        "floors_of_sweep": numbers.floors("train", swept),
         **rows.place(jax.devices()[0], jax.local_device_count()),
     }
     return {"rows": found, "sweeps": sweeps, "protocol": protocol}
@@ -310,7 +226,7 @@ def _sweep_cells(sweep: dict[str, Any], points: Sequence[tuple[float, ...]]) -> 
         distance = f"{point['frechet_distance']:.2f}"
         best = sweep["best"].items() <= point["options"].items()
         shown[place] = f"**{distance}**" if best else distance
-    return [sweep["title"], _described(sweep["sampler"]) or "-", *shown.values()]
+    return [sweep["title"], described(sweep["sampler"]) or "-", *shown.values()]
 
 
 def _tuned_cells(options: Options) -> list[str]:
@@ -323,7 +239,7 @@ def text_of(content: dict[str, Any]) -> str:
     likelihood = titles.pop("bits_per_dim")
     lines = [
         [
-            *(row["title"], _described(row["sampler"]) or "-", f"{row['parameters']:,}"),
+            *(row["title"], described(row["sampler"]) or "-", f"{row['parameters']:,}"),
             runs.spread_cell(row["seeds"], "bits_per_dim"),
             "exact" if row["exact"] else "bound",
             " + ".join(str(calls) for calls in row["network_calls"] if calls),
@@ -376,7 +292,7 @@ def table5(
     Returns:
       The table in Markdown, and what `compare_priors` does.
     """
-    experiment = base_experiment(pipeline.experiment, config)
+    experiment = runs.base_experiment(pipeline.experiment, config)
     num = experiment.evaluate.num_samples if num is None else num
     content = compare_priors(experiment, workdir, kinds or list(VARIANTS), seeds, num)
     return text_of(content), content

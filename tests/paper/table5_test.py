@@ -9,7 +9,7 @@ import pytest
 from binlatent.evaluation import report
 from binlatent.evaluation.judge import Judge
 from binlatent.paper import __main__ as plots
-from binlatent.paper import table5
+from binlatent.paper import runs, table5
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.priors.settings import with_options
 from binlatent.runtime.keys import key_for
@@ -189,7 +189,7 @@ def test_an_older_workdirs_config_is_filled_up_and_flags_change_it(tiny_experime
     older = tiny_experiment.config
     del older["prior"]["bernoulli"]["stratified"], older["sample"]["corrector_size"]
     monkeypatch.setattr(type(tiny_experiment), "config", older)
-    made = table5.base_experiment(tiny_experiment, ["prior.train.num_steps=7", "dtype=bfloat16"])
+    made = runs.base_experiment(tiny_experiment, ["prior.train.num_steps=7", "dtype=bfloat16"])
     assert made.content["sample"]["corrector_size"] == 0.1
     assert made.prior.train.num_steps == 7 and made.dtype.name == "bfloat16"
     assert made.autoencoder.code_shape == (4, 4, 8)
