@@ -1,0 +1,291 @@
+"""What each part of the Bernoulli prior's network and head is worth, at an equal budget.
+
+`python -m binlatent.paper networks --workdir=DIR --seeds=0,1` takes the autoencoder of DIR, encodes
+the training images once, and trains the Bernoulli diffusion with each of `ROWS` (`--rows`: some of
+them): the released network, each part of `PARTS` added to it, all of them, and all without each.
+The budget is the steps of `config.prior.train`, or with `--seconds=N` as many steps as take N
+seconds. What is trained or measured already, in folders of DIR/networks, is not done again.
+"""
+
+import itertools
+import json
+import logging
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from binlatent import stages
+from binlatent.benchmark import flops, workloads
+from binlatent.benchmark.rows import place
+from binlatent.evaluation import floors
+from binlatent.evaluation.reference import network
+from binlatent.experiment import Experiment
+from binlatent.paper import runs
+from binlatent.paper.tables import markdown
+from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.runtime.devices import replicate, shard
+from binlatent.runtime.weights import digest
+from binlatent.training.loop import Stage
+
+log = logging.getLogger(__name__)
+
+# A part's name and title, and the key below `config.prior` with its value.
+PARTS = {
+    "adaln": ("adaLN-Zero", "network.dit.adaln", True),
+    "qk_norm": ("QK-norm", "network.dit.qk_norm", True),
+    "swiglu": ("SwiGLU", "network.dit.swiglu", True),
+    "rotary": ("rotary positions", "network.dit.positions", "rotary"),
+    "self_conditioning": ("self-conditioning", "bernoulli.self_conditioning", True),
+    "groups": ("bits in 4 groups", "bernoulli.groups", 4),
+}
+
+_ALL_BITS = "c"  # groups: as many as a token has bits
+
+_RELEASED = {
+    **{"kind": "bernoulli", "network.name": "released"},
+    **{"network.dit.adaln": False, "network.dit.qk_norm": False, "network.dit.swiglu": False},
+    **{"network.dit.positions": "learned"},
+    **{"bernoulli.self_conditioning": False, "bernoulli.groups": 1},
+}
+
+
+def _with(*parts: str, groups: int | str = 4) -> dict[str, Any]:
+    """Returns the values of `config.prior`, by key below it, of the released network with parts."""
+    values = dict(PARTS[part][1:] for part in parts)
+    if "bernoulli.groups" in values:
+        values["bernoulli.groups"] = groups
+    if any(key.startswith("network.dit.") for key in values):
+        values["network.name"] = "dit"
+    return _RELEASED | values
+
+
+# A row's name, its title and its values of `config.prior`.
+ROWS = {
+    "released": ("released", _with()),
+    **{part: (f"released + {title}", _with(part)) for part, (title, *_) in PARTS.items()},
+    "groups_c": ("released + each bit a group of its own", _with("groups", groups=_ALL_BITS)),
+    "all": ("all", _with(*PARTS)),
+    **{
+        f"without_{part}": (
+            f"all without {title}",
+            _with(*(other for other in PARTS if other != part)),
+        )
+        for part, (title, *_) in PARTS.items()
+    },
+    "all_groups_c": ("all, each bit a group of its own", _with(*PARTS, groups=_ALL_BITS)),
+}
+
+STEPS = (4, 8, 16, 64)  # of the sampler
+
+_TIMED = 20  # steps whose seconds decide how many fit, after two that compile
+_STEPS_FILE = "steps.jsonl"
+
+
+def row_experiment(experiment: Experiment, name: str, seed: int) -> Experiment:
+    """Returns the experiment of a row and seed, with the steps of `config.prior.train`."""
+    changes = dict(ROWS[name][1])
+    if changes["bernoulli.groups"] == _ALL_BITS:
+        changes["bernoulli.groups"] = experiment.autoencoder.code_shape[2]
+    return runs.of_changes(experiment, changes, seed, STEPS[0])
+
+
+def seconds_a_step(stage: Stage) -> float:
+    """Returns the median of the seconds of `_TIMED` steps of training, batches included."""
+    state, seconds = replicate(stage.state), []
+    for index in range(_TIMED + 2):
+        start = time.perf_counter()
+        batch = shard(next(stage.batches))
+        state, metrics = stage.step(state, batch, index)
+        jax.block_until_ready(metrics)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[2:])
+
+
+def _decide_steps(
+    experiment: Experiment, workdir: Path, folder: Path, names: Sequence[str], seconds: int
+) -> dict[str, int]:
+    """Returns how many steps each row takes in so many seconds, timed once and kept in a file."""
+    path, decided = folder / _STEPS_FILE, {}
+    known = runs.read_rows(path)
+    for name in names:
+        own = row_experiment(experiment, name, 0)
+        prior = own.without_paths["prior"]
+        prior["train"].pop("num_steps")
+        row = name, digest(own.dtype.name, prior), 0
+        if row not in known:
+            log.info("Timing %s", name)
+            place_of = folder / f"{name}_0"
+            runs.link_stages(workdir, place_of)
+            with stages.alone_in(place_of):
+                step = seconds_a_step(stages.setup_prior(own, place_of))
+            known[row] = {"steps": max(round(seconds / step), 1), "seconds_a_step": step}
+            runs.write_rows(path, known)
+            log.info("%s takes %d steps of %.3g s", name, known[row]["steps"], step)
+        decided[name] = known[row]["steps"]
+    return decided
+
+
+def _logged_seconds(folder: Path, steps: int, batch_size: int) -> float:
+    """Returns the seconds of training by the log of a prior's folder.
+
+    They are the steps times the median of a step's seconds, so that compilation, checkpoints and
+    pictures are left out.
+    """
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    speeds = [x["images_per_second"] for x in lines if "images_per_second" in x]
+    return steps * batch_size / statistics.median(speeds)
+
+
+def _training(numbers: runs.Numbers, name: str, seed: int) -> dict[str, Any]:
+    """Returns `parameters`, `flops` of training, an image, `steps` and `seconds` of a prior."""
+
+    def measure() -> dict[str, Any]:
+        pipeline = numbers.trained(name, seed)
+        spec = pipeline.experiment.prior
+        steps, batch_size = spec.train.num_steps, spec.train.batch_size
+        return {
+            "parameters": sum(x.size for x in jax.tree.leaves(pipeline.prior_params)),
+            "flops": flops.count_prior_step(spec.prior, workloads.TEXT_TOKENS),
+            "steps": steps,
+            "seconds": _logged_seconds(numbers.of(name, seed), steps, batch_size),
+        }
+
+    return numbers.once(name, "training", seed, measure)
+
+
+def _of_seed(numbers: runs.Numbers, name: str, seed: int, num: int) -> dict[str, Any]:
+    """Returns the numbers of a prior, those of its samples a list by the number of steps."""
+    most = numbers.variant(name, seed).prior.prior.max_steps
+    counts = sorted({min(count, most or count) for count in STEPS})
+    training, bits = _training(numbers, name, seed), numbers.bits(name, seed)
+    samples = [
+        {"sampling_steps": count, **numbers.quality(name, seed, "test", num, _plain(count))}
+        for count in counts
+    ]
+    return {"seed": seed, **training, **bits, "samples": samples}
+
+
+def _plain(steps: int) -> runs.Options:
+    return {"steps": steps, "temperature": 1.0, "guidance": 0.0}
+
+
+def compare_networks(
+    experiment: Experiment,
+    workdir: Path,
+    names: Sequence[str],
+    seeds: Sequence[int],
+    num: int,
+    seconds: int | None = None,
+) -> dict[str, Any]:
+    """Trains and measures rows.
+
+    Args:
+      experiment: of `runs.base_experiment`.
+      workdir: with a trained autoencoder.
+      names: of `ROWS`.
+      seeds: of the priors.
+      num: of samples.
+      seconds: of training, a prior; None for the steps of the config.
+
+    Returns:
+      `rows`, each with the numbers of its `seeds`; `protocol`.
+    """
+    for name in names:  # all, before any work
+        stages.check_prior(row_experiment(experiment, name, seeds[0]))
+    network(experiment, workdir)  # its weights may be missing
+    folder, decided = runs.budget_folder(experiment, workdir / "networks"), {}
+    if seconds:
+        folder = workdir / "networks" / f"{seconds}_seconds"
+        decided = _decide_steps(experiment, workdir, folder, names, seconds)
+
+    def variant(name: str, seed: int) -> Experiment:
+        own = row_experiment(experiment, name, seed)
+        return own.change({"prior.train.num_steps": decided.get(name, own.prior.train.num_steps)})
+
+    numbers = runs.Numbers(
+        *(experiment, workdir, folder, variant, num), title="networks", named=True
+    )
+    for name, seed in itertools.product(names, seeds):  # all, before any training
+        numbers.check(name, seed)
+    found = []
+    for name in names:
+        measured = [_of_seed(numbers, name, seed, num) for seed in seeds]
+        found.append({"row": name, "title": ROWS[name][0], "seeds": measured})
+    protocol = {
+        "seconds": seconds,
+        "steps": None if seconds else experiment.prior.train.num_steps,
+        "batch_size": experiment.prior.train.batch_size,
+        "samples": num,
+        "images": experiment.evaluate.num_images,
+        "network": experiment.evaluate.network,
+        "floors": numbers.floors("test", num),
+        **place(jax.devices()[0], jax.local_device_count()),
+    }
+    return {"rows": found, "protocol": protocol}
+
+
+def _cells(row: dict[str, Any], qualities: Sequence[str]) -> list[str]:
+    of_seeds = row["seeds"]
+    by_steps = list(zip(*(one["samples"] for one in of_seeds), strict=True))
+    return [
+        *(row["title"], f"{of_seeds[0]['parameters']:,}", f"{of_seeds[0]['flops'] / 1e9:.3g}"),
+        *(f"{of_seeds[0]['steps']:,}", runs.spread_cell(of_seeds, "seconds")),
+        runs.spread_cell(of_seeds, "bits_per_dim"),
+        *(runs.spread_cell(values, name) for name in qualities for values in by_steps),
+    ]
+
+
+def networks_text(content: dict[str, Any]) -> str:
+    """Returns what `compare_networks` does as a table in Markdown."""
+    found, how = content["rows"], content["protocol"]
+    samples = [values for row in found for one in row["seeds"] for values in one["samples"]]
+    counts = [values["sampling_steps"] for values in found[0]["seeds"][0]["samples"]]
+    titles, qualities = runs.titles_of([found[0]["seeds"][0]]), runs.titles_of(samples)
+    head = ["network", "parameters", "GFLOP", "steps", titles["seconds"], titles["bits_per_dim"]]
+    head += [f"{title}, {count} steps" for title in qualities.values() for count in counts]
+    budget = f"{how['seconds']:,} seconds" if how["seconds"] else f"{how['steps']:,} steps"
+    table = markdown(head, [_cells(row, list(qualities)) for row in found])
+    return (
+        f"### Parts of the network, {budget} of training\n\n{table}\n"
+        f"Batches of {how['batch_size']} codes. GFLOP are of training, an image. Seconds leave "
+        "compilation out. Bits per dimension are the bound of all steps, with self-conditioning "
+        f"that of a sampler of two calls a step. {how['samples']:,} samples for each number of "
+        "steps, without guidance and of temperature 1, are judged by "
+        f"{how['network']} beside {how['images']:,} test images at most. "
+        f"{how['devices']} x {how['device']}, JAX {how['jax']}."
+        f"{floors.in_words(how['floors'])}\n"
+    )
+
+
+def networks(
+    pipeline: BinaryLatentDiffusion,
+    workdir: Path,
+    *,
+    rows: Sequence[str] | None = None,
+    seeds: Sequence[int] = (0,),
+    num: int | None = None,
+    seconds: int | None = None,
+    config: Sequence[str] = (),
+) -> tuple[str, dict[str, Any]]:
+    """Makes the table of the parts of the network, on a workdir's autoencoder.
+
+    Args:
+      pipeline: of the workdir.
+      workdir: of the autoencoder; codes and priors are added to it.
+      rows: of `ROWS`, all of them by default.
+      seeds: of the priors.
+      num: of samples for each number of steps, `evaluate.num_samples` by default.
+      seconds: of training, a prior, in place of the steps of the config.
+      config: what to change in the workdir's config, KEY=VALUE each.
+
+    Returns:
+      The table in Markdown, and what `compare_networks` does.
+    """
+    experiment = runs.base_experiment(pipeline.experiment, config)
+    num = experiment.evaluate.num_samples if num is None else num
+    content = compare_networks(experiment, workdir, rows or list(ROWS), seeds, num, seconds)
+    return networks_text(content), content
