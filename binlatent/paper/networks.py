@@ -119,7 +119,7 @@ def _decide_steps(
         if row not in known:
             log.info("Timing %s", name)
             place_of = folder / f"{name}_0"
-            runs.link_stages(workdir, place_of)
+            runs.link_shared(own, workdir, place_of)
             with stages.alone_in(place_of):
                 step = seconds_a_step(stages.setup_prior(own, place_of))
             known[row] = {"steps": max(round(seconds / step), 1), "seconds_a_step": step}

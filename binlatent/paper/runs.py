@@ -96,8 +96,8 @@ def check_budget(row: Experiment, workdir: Path, stage: str) -> None:
     with Checkpoints.open(workdir, stage) as checkpoints:
         meta = checkpoints.newest(Checkpoints.meta)
     here, trained = row.without_paths, of_checkpoint(meta, workdir).without_paths
-    # The classes are filled in by training; sections of other kinds of prior mean nothing.
-    ignored = {"num_classes", *KINDS} - {row.prior.kind}
+    # Training fills in the first two; sections of other kinds of prior mean nothing.
+    ignored = {"num_classes", "text_width", *KINDS} - {row.prior.kind}
     for section in ("data", stage):
         for key, value in here[section].items():
             before = trained[section].get(key)
@@ -115,19 +115,26 @@ def train_prior_in(own: Experiment, workdir: Path, folder: Path) -> BinaryLatent
     Args:
       own: of the prior.
       workdir: with a trained autoencoder; it gets the codes if the prior learns from cached ones.
-      folder: of the prior, a workdir itself, whose autoencoder and codes are links.
+      folder: of the prior, a workdir itself; see `link_shared`.
     """
-    link_stages(workdir, folder)
+    link_shared(own, workdir, folder)
     stages.train_prior(own, folder)
     return BinaryLatentDiffusion.from_workdir(folder, own)
 
 
-def link_stages(workdir: Path, folder: Path) -> None:
-    """Makes the folder of a prior, with links to the workdir's autoencoder and codes."""
+def link_shared(own: Experiment, workdir: Path, folder: Path) -> None:
+    """Makes the folder of a prior, with links to what the workdir has for all of them.
+
+    That is the autoencoder and the codes; with captions also their features and their encoder.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (workdir / "codes").mkdir(exist_ok=True)
-    for shared in ("autoencoder", "codes"):
-        if not (folder / shared).exists():
+    made, files = ["codes"], ["autoencoder"]
+    if own.texts.encoder:
+        made, files = [*made, "texts"], [*files, f"{own.texts.encoder}.npz"]
+    for name in made:
+        (workdir / name).mkdir(exist_ok=True)
+    for shared in (*made, *files):
+        if (workdir / shared).exists() and not (folder / shared).exists():
             (folder / shared).symlink_to(os.path.relpath(workdir / shared, folder))
 
 

@@ -141,6 +141,19 @@ def test_a_killed_command_goes_on_and_a_finished_row_is_read(workdir, monkeypatc
     assert not (folder / "released_3").exists() and not (folder / "groups_3").exists()
 
 
+def test_priors_of_texts_share_the_features_and_their_encoder(tmp_path):
+    for name, encoder, names in (
+        ("a", "", {"autoencoder", "codes"}),
+        ("b", "clip", {"autoencoder", "codes", "texts", "clip.npz"}),
+    ):
+        workdir, own = tmp_path / name, SimpleNamespace(texts=SimpleNamespace(encoder=encoder))
+        (workdir / "autoencoder").mkdir(parents=True)
+        (workdir / "clip.npz").touch()
+        runs.link_shared(own, workdir, workdir / "networks" / "x")
+        found = {path.name: path.resolve() for path in (workdir / "networks" / "x").iterdir()}
+        assert found == {shared: (workdir / shared).resolve() for shared in names}
+
+
 def test_steps_are_decided_once(workdir, tiny_experiment, monkeypatch):
     stages_timed = []
 
