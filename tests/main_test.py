@@ -113,7 +113,7 @@ REFUSED = [
     ("--config.prior.bernoulli.vlb_weight=-1", 1, "vlb_weight must be at least 0"),
     ("--config.prior.bernoulli.num_timesteps=8", 1, "between 1 and 8, the number of"),
     ("--config.prior.kind=gaussian", 1, "kind must be one of bernoulli, "),
-    ("--option=knwon=kept", 1, "no sampling option 'knwon'"),
+    ("--option=knwon=kept", 1, "no sampling option 'knwon' (did you mean 'known'?)"),
 ]
 REFUSED_WITHOUT_DIGITS = [
     ("--config=configs/ffhq256.py:realesed", 2, "paper or :released, not :realesed"),

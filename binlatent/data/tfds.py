@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import importlib
 import io
+import itertools
 import logging
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from binlatent.data.images import EncodedImages
+from binlatent.data.walk import EXTENSIONS
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,10 @@ def open_images(name: str, data_dir: str, split: str) -> EncodedImages:
         ) from error
 
     data_dir = os.path.expanduser(data_dir)
-    builder = _find_prepared(name, data_dir) or _prepare(name, data_dir)
+    builder = _find_prepared(name, data_dir)
+    if not builder:
+        _refuse_images(name, data_dir)
+        builder = _prepare(name, data_dir)
     features = builder.info.features
     keys = list(features) if isinstance(features, tfds.features.FeaturesDict) else []
     if "image" not in keys or not isinstance(features["image"], tfds.features.Image):
@@ -90,6 +95,18 @@ def _find_prepared(name: str, data_dir: str) -> Any | None:
         return read_only_builder.builder_from_files(name, data_dir=data_dir or None)
     except ValueError:  # not found, or not even a name, which `_prepare` says
         return None
+
+
+def _refuse_images(name: str, data_dir: str) -> None:
+    """Refuses to prepare a dataset inside of a folder of images, of which the first are enough."""
+    walked = os.walk(data_dir) if data_dir else ()
+    for _, folders, files in itertools.islice(walked, 4):
+        folders[:] = [folder for folder in folders if folder != "downloads"]  # TFDS's own
+        if any(file.lower().endswith(EXTENSIONS) for file in files):
+            raise UserError(
+                f"{data_dir!r} holds images and no {name!r} that TFDS has prepared: add "
+                "--config.data.name=folder to train on these, or give another --config.data.path"
+            )
 
 
 def _prepare(name: str, data_dir: str) -> Any:

@@ -1,6 +1,7 @@
 """From `config.sample` and a caller's options to the settings of a prior's sampler."""
 
 import dataclasses
+import difflib
 import numbers
 from collections.abc import Mapping
 from typing import Any
@@ -34,8 +35,10 @@ def with_options(prior: Prior, settings: Any, options: Mapping[str, Any]) -> Any
         if name in prior.lacks:
             raise UserError(prior.lacks[name])
         if name not in names:
+            near = difflib.get_close_matches(name, names, 1, cutoff=0.75)
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
             known = ", ".join(sorted(names))
-            raise UserError(f"There is no sampling option {name!r}; there are {known}.")
+            raise UserError(f"There is no sampling option {name!r}{meant}; there are {known}.")
         example = getattr(settings, name)
         if not _fits(value, example):
             raise UserError(f"The sampling option {name} must be like {example!r}, not {value!r}.")

@@ -86,7 +86,7 @@ class Checkpoints:
         """Opens a trained stage for reading."""
         if not exists(workdir, stage):
             raise UserError(
-                f"{workdir} has no checkpoint of the {stage}: train it first, by `python -m "
+                f"The workdir {workdir} has no checkpoint of the {stage}: train it first, by `python -m "
                 f"binlatent.main --config=CONFIG --workdir={shlex.quote(str(workdir))} "
                 f"--mode=train_{stage}`."
             )

@@ -195,6 +195,14 @@ def test_tfds_names_that_do_not_exist(name, message, tmp_path):
         open_split(Data(name, str(tmp_path), 28, 1), "train")
 
 
+def test_nothing_is_prepared_inside_of_a_folder_of_images(tmp_path):
+    (tmp_path / "train" / "cat").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / "0.JPG", "jpeg")
+    with pytest.raises(UserError, match="add --config.data.name=folder"):
+        open_split(Data("cifar10", str(tmp_path), 28, 1), "train")
+    assert [path.name for path in tmp_path.iterdir()] == ["train"]
+
+
 def test_a_dataset_in_another_format_is_refused(tmp_path):
     import tensorflow_datasets as tfds
 

@@ -483,5 +483,5 @@ def test_what_does_not_fit_is_refused(fields, sentence):
 @pytest.mark.parametrize("option", ["renoise", "ddim"])
 def test_samplers_whose_first_groups_say_something_else_are_refused(option):
     prior = make_prior((1, 1, 4), 2)
-    with pytest.raises(UserError, match="set renoise and ddim to 0"):
+    with pytest.raises(UserError, match="groups above 1: set them to 0"):
         with_options(prior, BernoulliSettings(steps=4), {option: 0.5})

@@ -67,15 +67,15 @@ class Denoiser(Prior):
                 'config.prior.bernoulli.pair "balanced_plugin" needs '
                 'config.prior.bernoulli.target "flip".'
             )
-        if self.evidence and (self.target == "z_s" or self.pair != "plain_mixture"):
-            raise UserError(
-                'config.prior.bernoulli.evidence needs the target "flip" or "z_0" and the pair '
-                '"plain_mixture"; set it to False.'
-            )
         if self.groups > 1 and (self.target == "z_s" or self.pair != "plain_mixture"):
             raise UserError(
                 'config.prior.bernoulli.groups above 1 needs the target "flip" or "z_0" and the '
                 'pair "plain_mixture".'
+            )
+        if self.evidence and (self.target == "z_s" or self.pair != "plain_mixture"):
+            raise UserError(
+                'config.prior.bernoulli.evidence needs the target "flip" or "z_0" and the pair '
+                '"plain_mixture"; set it to False.'
             )
         if self.groups < 1 or self.code_shape[2] % self.groups:
             raise UserError(

@@ -120,8 +120,8 @@ class BernoulliPrior(Denoiser):
             raise UserError('A prior with the target "z_s" samples with "plain_mixture" alone.')
         if self.groups > 1 and (settings.renoise or settings.ddim):
             raise UserError(
-                "A prior with config.prior.bernoulli.groups above 1 knows what the first groups of "
-                "an ancestral step say of the others: set renoise and ddim to 0."
+                "renoise and ddim do not work with config.prior.bernoulli.groups above 1: set them "
+                "to 0."
             )
         self.times(settings)
         return settings
