@@ -86,8 +86,8 @@ class Checkpoints:
         """Opens a trained stage for reading."""
         if not exists(workdir, stage):
             raise UserError(
-                f"The workdir {workdir} has no checkpoint of the {stage}: train it first, by `python -m "
-                f"binlatent.main --config=CONFIG --workdir={shlex.quote(str(workdir))} "
+                f"The workdir {workdir} has no checkpoint of the {stage}: train it first, by "
+                f"`python -m binlatent.main --config=CONFIG --workdir={shlex.quote(str(workdir))} "
                 f"--mode=train_{stage}`."
             )
         return cls(workdir / stage, alone=True)
