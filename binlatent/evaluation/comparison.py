@@ -259,28 +259,33 @@ def load_features(
 
 
 def compare(
-    reference: Features | None, generated: Features, metrics: Sequence[str], suffix: str = ""
+    reference: Features | None,
+    generated: Features,
+    metrics: Sequence[str],
+    suffix: str = "",
+    called: str | None = "generated images",
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Measures generated images against reference ones, by features of one network.
 
     The inception score is of ten parts in a random order and does without a reference; KID is over
     100 random subsets of 1,000, or of fewer if there are not so many; where that is all of both,
     once and without a deviation. Both are drawn as torch-fidelity draws them. With the `suffix` of
-    a network that is not FID's, FID is called fd, KID kd, and so on. Returns numbers by name, for
-    example `kid` with `kid_std`; and how each metric was measured.
+    a network that is not FID's, FID is called fd, KID kd, and so on. A warning of a singular
+    covariance names the generated images as `called`; with None there is no such warning. Returns
+    numbers by name, for example `kid` with `kid_std`; and how each metric was measured.
     """
     check_metrics(metrics, METRICS)
     width = generated.gaussians["pool"].mean.size
     check_reference(reference, metrics, width)
     _check_known(generated, metrics, "the set of images")
-    if "fid" in metrics:
-        for x, which in ((reference, "reference"), (generated, "generated")):
-            if 0 < x.count <= width:
-                log.warning(
-                    "There are %d %s images for %d features: their covariance is singular, and "
-                    "the distance is of use only next to others of as many images.",
-                    *(x.count, which, width),
-                )
+    if "fid" in metrics and called:
+        sets = (reference, "reference images"), (generated, called)
+        if few := [f"{x.count} {which}" for x, which in sets if 0 < x.count <= width]:
+            log.warning(
+                "There are %s for %d features: their covariance is singular, and the distance is "
+                "of use only next to others of as many images.",
+                *(" and ".join(few), width),
+            )
     if generated.logits is None or len(generated.logits) < _PARTS:
         lack = f"needs at least {_PARTS} generated images, or statistics with logits"
         _refuse("logits", metrics, lack)

@@ -109,7 +109,8 @@ def features_of_reconstructions(
         return np.concatenate(pools)
 
     if missing := [start for start, path in paths.items() if not path.exists()]:
-        log.info("Judging %d reconstructions", count)
+        of_codes = f" of codes {_CODES[codes]}" if len(ends(experiment)) > 1 else ""
+        log.info("Judging %d reconstructions%s", count, of_codes)
         folder.mkdir(parents=True, exist_ok=True)
         with only_process(folder / ".lock", f"The reconstructions in {folder} are being judged"):
             for start in tqdm(missing, unit=f" x {_SHARD} images", disable=None):
@@ -159,7 +160,8 @@ def compare_reconstructions(
     names = [name.removeprefix("r") for name in metrics]
     for codes in decoded:
         found = features_of_reconstructions(pipeline, network, workdir, codes, limit)
-        numbers, how = comparison.compare(real, found, names, network.suffix)
+        called = "reconstructions" if codes == decoded[0] else None  # all are of as many images
+        numbers, how = comparison.compare(real, found, names, network.suffix, called)
         for name, value in numbers.items():
             std = "_std" if name.endswith("_std") else ""
             values[f"r{name.removesuffix(std)}{codes}{std}"] = value

@@ -84,6 +84,18 @@ def test_identical_images_have_no_distance_and_brighter_ones_that_of_the_means(
     assert settings["rkid"].startswith("1 subsets of 12")
 
 
+def test_too_few_reconstructions_are_warned_of_once_and_the_log_says_which_codes(
+    shifted, tmp_path, caplog
+):
+    pipeline, _ = shifted
+    with caplog.at_level(logging.INFO):
+        reconstructions.compare_reconstructions(pipeline, NETWORK, tmp_path, ["rfid"], 4)
+    told = "There are 4 reference images and 4 reconstructions for 5 features: their covariance is"
+    assert caplog.text.count("singular") == 1 and told in caplog.text
+    for codes in ("y > 0.5", "drawn from B(y), seed 0"):
+        assert f"Judging 4 reconstructions of codes {codes}\n" in caplog.text
+
+
 def test_the_floors_of_shifted_images(shifted, tmp_path):
     pipeline, images = shifted
     pipeline.autoencoder_params["brighter"][:] = 5
