@@ -215,41 +215,45 @@ def sample_metrics(
 ) -> dict[str, Any]:
     """Judges the samples of a prior with classes, as `config.sample` says and without guidance.
 
-    Returns the metrics of `Judge.sample_quality`, those without guidance as `_unguided`, the floors
-    of the distance, `frechet_distance_real` and `frechet_distance_reconstructions`, the settings
-    and the classifier's own accuracy. Adds to `seconds` how long the first samples took, as
-    `sampling`. A classifier near chance gives none of
-    these metrics, but a sentence, `unjudged`, that says why.
+    Returns the metrics of `Judge.sample_quality`, those without guidance as `_unguided` if
+    `config.sample` has any, the floors of the distance, `frechet_distance_real` and
+    `frechet_distance_reconstructions`, the settings, `num_samples` and the classifier's own
+    accuracy. Adds to `seconds` how long the first samples took, as `sampling`. A classifier near
+    chance gives none of these metrics, but a sentence, `unjudged`, that says why; then one batch
+    alone is drawn for the time, of `num_timed` samples.
     """
     experiment = pipeline.experiment
     judge, num_samples = Judge(experiment, workdir), experiment.evaluate.num_samples
+    unjudged = judge.unjudged
+    if unjudged:
+        num_samples = min(num_samples, experiment.sample.batch_size)
     settings, runs = experiment.sample.settings, {"": {}}
-    # Not every kind of prior has it.
-    if hasattr(settings, "guidance") and not judge.unjudged:
+    if getattr(settings, "guidance", 0.0) and not unjudged:  # not every kind of prior has it
         runs["_unguided"] = {"guidance": 0.0}
     result = {"classifier_accuracy": judge.accuracy}
     for suffix, options in runs.items():
         log.info("Drawing %d samples%s", num_samples, suffix.replace("_", ", "))
         start = time.monotonic()
         # The same noise with and without guidance: a paired comparison.
-        quality = judge.sample_quality(pipeline, key_for(experiment.seed, "report"), **options)
+        key = key_for(experiment.seed, "report")
+        quality = judge.sample_quality(pipeline, key, num_samples, **options)
         seconds.setdefault("sampling", time.monotonic() - start)
-        if not judge.unjudged:
+        if not unjudged:
             result |= {f"{name}{suffix}": value for name, value in quality.items()}
-    if judge.unjudged:
-        result["unjudged"] = judge.unjudged
+    if unjudged:
+        result["unjudged"] = unjudged
     else:
         distances = judge.floors(pipeline)
         result |= {f"frechet_distance_{name}": value for name, value in distances.items()}
     shown = [name for name in ("steps", "temperature", "guidance") if hasattr(settings, name)]
     result |= {name: getattr(settings, name) for name in shown}
-    return {**result, "num_samples": num_samples}
+    return {**result, "num_timed" if unjudged else "num_samples": num_samples}
 
 
 def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, Any]:
     """Judges a trained autoencoder and prior, writes `report.json` into the workdir and returns it.
 
-    Without classes there is no `samples` part: the classifier that judges them needs labels. What
+    Without classes there is no `samples` part, as the log says: the classifier needs labels. What
     fails is left out and named in `failed`; the first error is raised when the rest is written.
     """
     workdir, seconds = Path(workdir), {}
@@ -264,6 +268,11 @@ def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, An
     }
     if pipeline.experiment.prior.conditioning.kind == "class" and test.labels is not None:
         parts["samples"] = lambda: sample_metrics(pipeline, workdir, seconds)
+    else:
+        log.info(
+            "report.json has no samples section, which needs a prior and test images with classes: "
+            "judge the samples by --mode=evaluate --metrics=fid."
+        )
     content, failed = {}, {}
     for name, part in parts.items():
         try:
