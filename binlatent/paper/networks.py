@@ -204,7 +204,10 @@ def compare_networks(
 
     def variant(name: str, seed: int) -> Experiment:
         own = row_experiment(experiment, name, seed)
-        return own.change({"prior.train.num_steps": decided.get(name, own.prior.train.num_steps)})
+        steps = decided.get(name, own.prior.train.num_steps)
+        # A log of ten entries or more, of which the first alone has the compilation in it.
+        log_every = min(own.run.log_every, max(steps // 10, 1))
+        return own.change({"prior.train.num_steps": steps, "log_every": log_every})
 
     numbers = runs.Numbers(
         *(experiment, workdir, folder, variant, num), title="networks", named=True
