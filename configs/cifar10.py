@@ -9,8 +9,8 @@ Cost: autoencoder of 2.6 M parameters, 0.028 TFLOP a step of 32 images; prior of
 a step of 64 codes. docs/sizes.md says how to choose other sizes.
 
 The autoencoder took 42 minutes on one core of an AMD EPYC (127 images/s): PSNR 27.6 dB, SSIM 0.912
-on 1,000 test images of CIFAR-10 as JPEG, rFID 14.6 on all 10,000. Samples are judged by efficientnet.npz or inception.npz,
-which docs/evaluation.md makes.
+on 1,000 test images of CIFAR-10 as JPEG, rFID 14.6 on all 10,000. Samples are judged by
+efficientnet.npz or inception.npz, which docs/evaluation.md makes.
 
 `--config=configs/cifar10.py:gpu` is sized to ten minutes of one H100, by FLOPs and not by
 measurement. Autoencoder of 12.5 M parameters, 16 PFLOP in all: 109 s, if it reaches 15% of 989
