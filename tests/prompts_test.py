@@ -245,10 +245,14 @@ def test_the_text_encoder_is_found_in_the_workdir_or_named(workdirs, folder, tmp
         ({"data.name": "digits"}, "captions of images are read from folders alone"),
     ],
 )
-def test_what_does_not_fit_is_refused(workdirs, folder, tmp_path, capsys, changes, sentence):
+def test_what_does_not_fit_is_refused(
+    workdirs, folder, digits_dir, tmp_path, capsys, changes, sentence
+):
     source = workdirs["text_token"] / "autoencoder"
     shutil.copytree(source, tmp_path / "run" / "autoencoder")
     flags = [f"--workdir={tmp_path / 'run'}", "--mode=train_prior"]
+    if "data.name" in changes:
+        changes = changes | {"data.path": digits_dir}
     condition = changes.pop("prior.condition", "text_token")
     assert call_main(*given_flags(folder, condition, **changes), *flags) == 1
     assert sentence in capsys.readouterr().err

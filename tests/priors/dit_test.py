@@ -348,12 +348,12 @@ def test_a_prior_trains_samples_and_measures_with_it(kind):
     # Two classes, a code each.
     n, codes = 32, np.random.default_rng(0).integers(0, 2, (2, H, W, C)).astype(np.float32)
     label = np.arange(n) % 2
-    bits, optimizer = codes[label], optax.adam(1e-2)
+    bits, optimizer = jnp.asarray(codes[label]), optax.adam(1e-2)
 
     @jax.jit
     def step(params, state, key):
         noise = prior.draw_noise(jax.random.split(key), n)
-        condition = Condition(label, np.arange(n) % 8 > 1)
+        condition = Condition(jnp.asarray(label), jnp.arange(n) % 8 > 1)
         (loss, _), gradient = jax.value_and_grad(prior.loss, has_aux=True)(
             params, bits, condition, noise
         )
