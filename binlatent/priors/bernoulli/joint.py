@@ -8,8 +8,8 @@ many. Here the bits of a token are drawn in G groups, in order:
 The bits of a group are independent, each by the mixture (8) of its flip log-odds given z_t and the
 z_s^{<g} of its token. With G = c that is exact for one token, in a step of any length.
 
-Given z_s, the head returns the log-odds of all groups at once, each given the groups before it. With
-s = t and z_s = z_t nothing but z_t is known: that is the network's P(z_0 = 1 | z_t).
+Given z_s, the head returns the log-odds of all groups at once, each given the groups before it.
+With s = t and z_s = z_t nothing but z_t is known: that is the network's P(z_0 = 1 | z_t).
 
 Dimensions: n batch, h w latent grid, c bits of a token, G groups of k bits, m = n h w tokens, d
 width.
