@@ -3,7 +3,7 @@
 python -m binlatent.main --config=configs/bedrooms256.py --workdir=runs/bedrooms256
 
 Cost: autoencoder of 63.0 M parameters, 9.1 TFLOP a step of 8 images with its discriminator and
-LPIPS; prior of 76.3 M. docs/memory.md says what fits. Not trained by us yet.
+LPIPS; prior of 76.3 M. docs/sizes.md says what fits. Not trained by us yet.
 Expected (the paper): PSNR 24.02 ± 2.11, SSIM 0.75 ± 0.06 of validation images, reconstructed;
 FID 4.32 in 16 steps, 3.85 in 64.
 """

@@ -3,7 +3,7 @@
 python -m binlatent.main --config=configs/celebahq1024.py --workdir=runs/celebahq1024
 
 Cost: autoencoder of 64.5 M parameters, 17 TFLOP an image and step with its discriminator, LPIPS
-and remat; prior of 76.8 M. docs/memory.md says what fits. Not trained by us yet.
+and remat; prior of 76.8 M. docs/sizes.md says what fits. Not trained by us yet.
 Expected (the paper): FID 6.12 in 64 steps, 6.03 in 256.
 """
 

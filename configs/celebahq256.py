@@ -3,7 +3,7 @@
 python -m binlatent.main --config=configs/celebahq256.py --workdir=runs/celebahq256
 
 Cost: autoencoder of 63.0 M parameters, 9.1 TFLOP a step of 8 images with its discriminator and
-LPIPS; prior of 76.3 M. docs/memory.md says what fits. Not trained by us yet.
+LPIPS; prior of 76.3 M. docs/sizes.md says what fits. Not trained by us yet.
 Expected (the paper): FID 7.80 in 16 steps, 6.24 in 64.
 """
 

@@ -3,7 +3,7 @@
 python -m binlatent.main --config=configs/churches256.py --workdir=runs/churches256
 
 Cost: autoencoder of 63.0 M parameters, 9.1 TFLOP a step of 8 images with its discriminator and
-LPIPS; prior of 76.3 M. docs/memory.md says what fits. Not trained by us yet.
+LPIPS; prior of 76.3 M. docs/sizes.md says what fits. Not trained by us yet.
 Expected (the paper): FID 4.96 in 16 steps, 4.36 in 64.
 """
 

@@ -33,7 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.network.width = 128
     config.prior.network.num_layers = 4
     config.prior.network.num_heads = 2  # 64 wide each, as the paper's
-    config.prior.bernoulli.target = "z_0"  # in the evidence form, the best; see docs/ablations.md
+    config.prior.bernoulli.target = "z_0"  # in the evidence form, the best; see docs/results.md
     config.prior.cache_codes = True
     config.prior.train.batch_size = 128
     config.prior.train.num_steps = 1_700

@@ -3,7 +3,7 @@
 python -m binlatent.main --config=configs/ffhq256.py --workdir=runs/ffhq256 --config.data.path=DIR
 
 Cost: autoencoder of 63.0 M parameters, 9.1 TFLOP a step of 8 images with its discriminator and
-LPIPS; prior of 76.3 M. docs/memory.md says what fits. Not trained by us yet.
+LPIPS; prior of 76.3 M. docs/sizes.md says what fits. Not trained by us yet.
 Expected (the paper): FID 6.48 in 16 steps, 5.85 in 64.
 """
 

@@ -3,7 +3,7 @@
 python -m binlatent.main --config=configs/imagenet256.py --workdir=runs/imagenet256
 
 Cost: autoencoder of 63.1 M parameters, 9.1 TFLOP a step of 8 images with its discriminator and
-LPIPS; prior of 172.4 M. docs/memory.md says what fits. Not trained by us yet.
+LPIPS; prior of 172.4 M. docs/sizes.md says what fits. Not trained by us yet.
 Expected (the paper): FID 8.21, IS 162.32, CAS 65.07% top-1, in 64 steps with guidance 2.
 """
 

@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.network.width = 256
     config.prior.network.num_layers = 6
     config.prior.network.num_heads = 4  # 64 wide each, as the paper's
-    config.prior.bernoulli.target = "z_0"  # in the evidence form, the best; see docs/ablations.md
+    config.prior.bernoulli.target = "z_0"  # in the evidence form, the best; see docs/results.md
     config.prior.cache_codes = True
     config.prior.train.batch_size = 64
     config.prior.train.num_steps = 6_000

@@ -1,4 +1,4 @@
-"""The rows of docs/performance.md's table for GPUs: the paper's networks, most wanted first."""
+"""The paper's networks, most wanted first: the rows of `python -m binlatent.benchmark paper`."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""What each choice of the prior is worth on digits: the tables of docs/ablations.md.
+"""What each choice of the prior is worth on digits: tables as in docs/results.md.
 
 python -m binlatent.paper.ablations --workdir=runs/ablations
 
