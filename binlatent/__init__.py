@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 __all__ = ["BinaryLatentDiffusion", "__version__"]
 
 if not os.path.isdir(os.path.join(__path__[0], "configs")):
-    # A checkout: configs/, which is binlatent.configs, lies beside this folder, not in it.
+    # In a checkout, configs/ (imported as binlatent.configs) lies beside this folder.
     __path__.append(os.path.dirname(__path__[0]))
 
 
 def __getattr__(name: str) -> Any:
-    """Imports `BinaryLatentDiffusion` on first use, as it imports JAX, which takes a second."""
+    """Imports `BinaryLatentDiffusion` on first use, because importing JAX takes a second."""
     if name == "BinaryLatentDiffusion":
         from binlatent.pipeline import BinaryLatentDiffusion
 

@@ -1,10 +1,10 @@
-"""`python -m binlatent`: the same as `python -m binlatent.main` and the command `binlatent`."""
+"""`python -m binlatent`, the same as `python -m binlatent.main` and the command `binlatent`."""
 
 from binlatent.runtime import interrupt
 
 
 def run() -> None:
-    """Runs the main command, the imports of which take seconds."""
+    """Runs the main command; imports it late, because the import takes seconds."""
     interrupt.end_at_once()
     from binlatent import main
 

@@ -32,30 +32,41 @@ _DRAWN = ("sample", "inpaint", "vary")
 _SAMPLED = ("all", *_DRAWN, "evaluate")
 
 _int, _float, _str = flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_string
-_path = command.define_path
+_path, _multi = command.define_path, flags.DEFINE_multi_string
 _FLAGS = {
-    "workdir": Flag(_path, None, (), "Folder of checkpoints, metrics and pictures."),
-    "mode": Flag(_str, "all", (), "What to do, of those below; default all."),
-    "coordinator": Flag(_str, None, (), "HOST:PORT of process 0, if several train together."),
-    "num_processes": Flag(_int, None, (), "How many processes train together."),
-    "process_id": Flag(_int, None, (), "Which of them this is, from 0."),
-    "num": Flag(_int, None, (*_SAMPLED, "reconstruct"), "Images, or results of each."),
-    "steps": Flag(_int, None, _SAMPLED, "Network calls of the sampler, at most T or units."),
-    "temperature": Flag(_float, None, _SAMPLED, "tau > 0; less is less diverse."),
-    "guidance": Flag(_float, None, _SAMPLED, "w >= 0, of classifier-free guidance."),
-    "option": Flag(flags.DEFINE_multi_string, [], _SAMPLED, "NAME=VALUE of config.sample."),
-    "seed": Flag(_int, 0, _SAMPLED, "Of the draw; default 0."),
-    "label": Flag(_str, None, ("all", *_DRAWN), "A class by name or number; else a row each."),
-    "prompt": Flag(flags.DEFINE_multi_string, [], _DRAWN, "A text; of sample a row each."),
-    "prompts": Flag(_path, None, _DRAWN, "A file with a prompt a line."),
-    "negative_prompt": Flag(_str, None, _DRAWN, "A text that guidance goes against."),
-    "features": Flag(_path, None, _DRAWN, "A .npy file of a text's features."),
-    "image": Flag(_path, None, ("inpaint", "vary"), "A file; else images of the test split."),
-    "mask": Flag(_path, None, ("inpaint",), f"{', '.join(PRESETS)}, or a file; else each in turn."),
-    "strength": Flag(_float, 0.5, ("vary",), "How far from the image, above 0 to 1; default 0.5."),
-    "out": Flag(_path, None, (*_DRAWN, "reconstruct"), "The PNG file to write."),
-    "metrics": Flag(flags.DEFINE_list, None, ("evaluate",), f"Of {','.join(quality.METRICS)}."),
-    "keep": Flag(_str, "none", ("evaluate",), f"Samples to keep: {', '.join(quality.KEEP)}."),
+    "workdir": Flag(_path, None, (), "Folder for checkpoints, metrics and pictures."),
+    "mode": Flag(_str, "all", (), "What to do: one of the modes below. Default: all."),
+    "coordinator": Flag(_str, None, (), "HOST:PORT of process 0, if several processes train."),
+    "num_processes": Flag(_int, None, (), "Number of processes that train together."),
+    "process_id": Flag(_int, None, (), "Index of this process, from 0."),
+    "num": Flag(
+        *(_int, None, (*_SAMPLED, "reconstruct")),
+        "Number of images: in all, per prompt, or (inpaint, vary) per given image.",
+    ),
+    "steps": Flag(_int, None, _SAMPLED, "Sampling steps, at most T or the number of units."),
+    "temperature": Flag(_float, None, _SAMPLED, "Temperature tau > 0; lower is less diverse."),
+    "guidance": Flag(_float, None, _SAMPLED, "Weight w >= 0 of classifier-free guidance."),
+    "option": Flag(_multi, [], _SAMPLED, "NAME=VALUE, in place of config.sample.NAME."),
+    "seed": Flag(_int, 0, _SAMPLED, "Random seed. Default: 0."),
+    "label": Flag(
+        *(_str, None, ("all", *_DRAWN)),
+        "A class by name or number. Default: a row per class, or the class of each test image.",
+    ),
+    "prompt": Flag(_multi, [], _DRAWN, "A text; may be repeated in sample, for a row each."),
+    "prompts": Flag(_path, None, _DRAWN, "A text file with one prompt per line."),
+    "negative_prompt": Flag(_str, None, _DRAWN, "A text that guidance leads away from."),
+    "features": Flag(_path, None, _DRAWN, "A .npy file with the features of a text."),
+    "image": Flag(_path, None, ("inpaint", "vary"), "An image file. Default: test images."),
+    "mask": Flag(
+        *(_path, None, ("inpaint",)),
+        f"{', '.join(PRESETS)}, or an image file. Default: each preset in turn.",
+    ),
+    "strength": Flag(_float, 0.5, ("vary",), "Distance from the image, in (0, 1]. Default: 0.5."),
+    "out": Flag(_path, None, (*_DRAWN, "reconstruct"), "PNG file. Default: one in the workdir."),
+    "metrics": Flag(
+        flags.DEFINE_list, None, ("evaluate",), f"Some of {','.join(quality.METRICS)}."
+    ),
+    "keep": Flag(_str, "none", ("evaluate",), f"How to keep samples: {', '.join(quality.KEEP)}."),
 }
 for _name, _flag in _FLAGS.items():
     _flag.define(_name, _flag.default, _flag.does)
@@ -63,13 +74,13 @@ config_flags.DEFINE_config_file("config", None, "A config file.", lock_config=Tr
 
 
 class _Run:
-    """What a mode works on: the workdir, the experiment of --config if any, options, a pipeline."""
+    """The input of a mode: the workdir, the experiment of --config, sampling options, pipeline."""
 
     def __init__(self, workdir: Path, given: experiment.Experiment | None):
         self.workdir, self.given = workdir, given
         own = {name: FLAGS[name].value for name in ("steps", "temperature", "guidance")}
         self.options = pictures.parse_options(FLAGS.option, own)
-        if given is not None:  # before any training
+        if given is not None:  # refuses wrong options before training
             with_options(given.prior.prior, given.sample.settings, self.options)
 
     @functools.cached_property
@@ -109,12 +120,12 @@ def _all(run: _Run) -> None:
     with stages.alone_in(run.workdir):
         stages.train_autoencoder(run.given, run.workdir)
         stages.train_prior(run.given, run.workdir)
-    if jax.process_index() == 0:  # the others wait for it as they exit
+    if jax.process_index() == 0:  # the other processes wait for this one when they exit
         failed = []
         for mode in (_evaluate, *map(_draw, pictures.of_all(run.pipeline))):
             try:
                 mode(run)
-            except Exception as error:  # the others are made all the same
+            except Exception as error:  # the remaining modes still run
                 log.error("%s", error)
                 failed.append(error)
         for error in failed:
@@ -122,27 +133,27 @@ def _all(run: _Run) -> None:
 
 
 MODES = {
-    "all": Mode("Trains both stages, evaluates, draws pictures.", "", _all, True),
+    "all": Mode("Trains both stages, evaluates and draws pictures.", "", _all, True),
     "train_autoencoder": Mode("Trains stage 1.", "", _given(stages.train_autoencoder), True),
     "train_prior": Mode("Trains stage 2.", "", _given(stages.train_prior), True),
     "encode": Mode("Writes the training images' codes.", "", _given(stages.write_codes), True),
     "table4": Mode("Compares the bottlenecks.", "", _given(bottlenecks.compare_bottlenecks), True),
     "sample": Mode("Draws new images.", "--label=7 --num=20", _draw("sample")),
     "reconstruct": Mode("Draws test images and reconstructions.", "--num=9", _draw("reconstruct")),
-    "inpaint": Mode("Draws hidden parts anew.", "--image=a.png --mask=left", _draw("inpaint")),
-    "vary": Mode("Draws variations.", "--image=a.png --strength=0.4", _draw("vary")),
+    "inpaint": Mode("Fills masked parts of images.", "--image=a.png --mask=left", _draw("inpaint")),
+    "vary": Mode("Draws variations of images.", "--image=a.png --strength=0.4", _draw("vary")),
     "evaluate": Mode("Writes report.json, or measures --metrics.", "--metrics=fid,psnr", _evaluate),
 }
 
 
 def main(_: list[str]) -> None:
-    """Dispatches on --mode; a user's error is one sentence and exit code 1."""
+    """Runs --mode; an error that the user caused prints one line, and the exit code is 1."""
     command.prepare_jax()
     with processes.together(), command.reporting():
         processes.join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         mode, config = MODES[FLAGS.mode], command.given_config()
         if mode.needs_config and jax.process_count() == 1:
-            command.end_on_sigterm()  # of several processes, one that ends alone is seen to fail
+            command.end_on_sigterm()  # a process that ends among several must fail visibly
         given = config and experiment.resolve(config)
         processes.check_same(
             "the config or --mode", f"{FLAGS.mode} {given and given.without_paths}"
@@ -151,13 +162,13 @@ def main(_: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses flags; bad usage is one sentence and exit code 2."""
+    """Parses flags; wrong usage prints one line, and the exit code is 2."""
     unparsed = usage.parse_flags(argv, MODES, _FLAGS)
     given = [name for name, flag in _FLAGS.items() if FLAGS[name].present and flag.modes]
     if given and FLAGS.mode == "evaluate" and FLAGS.metrics is None:
-        command.bad_usage(f"--{given[0]} is for --mode=evaluate with --metrics")
+        command.bad_usage(f"--{given[0]} needs --metrics with --mode=evaluate")
     if FLAGS.keep not in quality.KEEP:
-        command.bad_usage(f"--keep={FLAGS.keep} is none of {', '.join(quality.KEEP)}")
+        command.bad_usage(f"--keep={FLAGS.keep} is not one of {', '.join(quality.KEEP)}")
     return unparsed
 
 
