@@ -31,10 +31,7 @@ ITEM = (
 # Each phrase, as a regular expression in which a space is any GAP, and what to write instead.
 PHRASES = [
     (r"\b(?:is|are|in) one sentence\b|\b(?:said in|with) a sentence\b", "prints a one-line error"),
-    (
-        r"\b(?:is|are|was|were|be|bottleneck|`) told\b|\btold of it\b",
-        "name what is reported; distinguish",
-    ),
+    (r"\b(?:is|are|was|were|be|bottleneck|`) told\b|\btold of it\b", "reports, or distinguish"),
     (r"\bsays? of\b|\bsaid of\b", "name the quantity: implies, depends on, the log-odds of"),
     (r"\bwhat it (?:says|does not say)\b|\b(?:as far as|what) (?:this|that) tells\b", "state it"),
     (r"\bthat (?:are|is|was|were) none\b", "without, or no such ..."),
@@ -44,7 +41,7 @@ PHRASES = [
     (r"\bwished\b", "wanted, or requested"),
     (r"\bby hand made\b", "made by hand"),
     (r"\bat most so\b", "upper bound"),
-    (r"\bso many\b(?! that)", "give the number a name: N steps"),
+    (r"\bso many\b(?! \w+ that)", "give the number a name: N steps"),
     (r"\btakes? for (?:their|its|the) label\b", "classifier accuracy"),
     (r"\b(?:is|are|was|were) worth\b", "improves ... by"),
     (r"\bcounts? as r = g = b\b", "is expanded to RGB"),
