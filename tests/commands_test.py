@@ -111,7 +111,7 @@ def test_addresses_are_refused_by_every_command(tmp_path, monkeypatch, capsys):
         for name in names:
             assert code_of(function, *start, f"--{name}=gs://bucket/x") == 2
             error = capsys.readouterr().err.splitlines()[-1]
-            assert f"argument --{name}: gs://bucket/x is no path on this machine" in error
+            assert f"argument --{name}: gs://bucket/x is not a local path" in error
     for flags in (
         ["--workdir=s3://b/x", "--config=digits"],
         *(
@@ -123,7 +123,7 @@ def test_addresses_are_refused_by_every_command(tmp_path, monkeypatch, capsys):
     ):
         assert call_main(*flags) == 2
         assert "s3://b/x" in (error := capsys.readouterr().err)
-        assert error.startswith("Bad usage: ") and "is no path on this machine" in error
+        assert error.startswith("Bad usage: ") and "is not a local path" in error
     assert not list(tmp_path.iterdir())
 
 
@@ -168,11 +168,11 @@ def test_paths_in_configs_are_absolute(tmp_path, monkeypatch, name):
     assert resolved("../x") == str(tmp_path.parent / "x")
     assert resolved("~/x") == str(tmp_path / "home" / "x")
     assert resolved("") == ""
-    with pytest.raises(UserError, match=f"config.{name}: gs://b/x is no path on this machine"):
+    with pytest.raises(UserError, match=f"config.{name}: gs://b/x is not a local path"):
         resolved("gs://b/x")
     if name == "data.path":  # TFDS reads buckets itself
         assert resolved("gs://b/x", of="imagenet2012") == "gs://b/x"
-        with pytest.raises(UserError, match="gs://b/x is no path"):
+        with pytest.raises(UserError, match="gs://b/x is not a local path"):
             resolved("gs://b/x", of="lmdb")
     if name == "evaluate.reference":
         assert (resolved("train"), resolved("test")) == ("train", "test")

@@ -1,1 +1,1 @@
-"""What every room uses: devices, processes, files of weights, errors, commands."""
+"""Used by all other packages: devices, processes, weight files, errors, command-line helpers."""

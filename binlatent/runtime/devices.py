@@ -1,4 +1,4 @@
-"""The devices: the one pmap axis, and how arrays get onto them and back."""
+"""Devices: the one pmap axis, and moving arrays to the devices and back."""
 
 import functools
 from collections.abc import Callable
@@ -15,17 +15,17 @@ AXIS = "batch"  # the one pmap axis
 def parallel(step: Callable, num_frozen: int = 0) -> Callable:
     """Returns a step pmapped over all devices, for a replicated state and a sharded batch.
 
-    It is (state, batch, *frozen) -> (state, metrics), the same on every device, with `num_frozen`
-    replicated arguments after the batch; it donates its state.
+    The step maps (state, batch, *frozen) to (state, metrics), and must return the same values on
+    every device. `num_frozen` replicated arguments follow the batch. The state is donated.
     """
     in_axes = (None, 0) + (None,) * num_frozen
     return jax.pmap(step, AXIS, in_axes=in_axes, out_axes=(None, None), donate_argnums=0)
 
 
 def parallel_on(device: jax.Device, step: Callable) -> Callable:
-    """Returns `parallel` of a step with one frozen argument, for one device that need not be there.
+    """Returns `parallel` of a step with one frozen argument, compiled for one described device.
 
-    It takes a batch that is not split.
+    The device need not exist on this machine. The batch is not split.
     """
     mesh, spec = jax.sharding.Mesh(np.array([device]), (AXIS,)), jax.sharding.PartitionSpec
     specs = {"in_specs": (spec(), spec(AXIS), spec()), "out_specs": (spec(), spec())}
@@ -36,8 +36,8 @@ def parallel_on(device: jax.Device, step: Callable) -> Callable:
 def parallel_for_debugging(step: Callable, num_frozen: int = 0) -> Callable:
     """Returns `parallel` without pmap: each device's share is an entry of one vmapped batch.
 
-    With jax_debug_nans, JAX repeats a step that has made a NaN operation by operation to name the
-    one that did. Of a pmapped step it cannot: with JAX 0.10 that ends in a RecursionError.
+    With jax_debug_nans, JAX repeats a step that produced a NaN operation by operation, to find the
+    operation. For a pmapped step, JAX 0.10 fails with a RecursionError instead.
     """
     in_axes = (None, 0) + (None,) * num_frozen
     step = jax.vmap(step, axis_name=AXIS, in_axes=in_axes)
@@ -45,12 +45,12 @@ def parallel_for_debugging(step: Callable, num_frozen: int = 0) -> Callable:
 
 
 def replicate(tree: Any) -> Any:
-    """Places a tree on this process's devices as a parallel step returns it, to compile it once."""
+    """Replicates a tree on this process's devices, as `parallel` returns it: one compilation."""
     return jax.device_put(tree, _sharding())
 
 
 def spread(tree: Any) -> Any:
-    """Deals the first axis of a tree's arrays out to this process's devices, which divide it."""
+    """Splits the first axis of a tree's arrays evenly over this process's devices."""
     return jax.device_put(tree, _sharding(AXIS))
 
 
@@ -60,15 +60,16 @@ def _sharding(*axes: str) -> jax.sharding.NamedSharding:
 
 
 def shard(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Splits a host's batch over its devices: (b, …) -> (devices, b / devices, …)."""
+    """Reshapes a host's batch for its devices: (b, …) -> (devices, b / devices, …)."""
     devices = jax.local_device_count()
     return jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
 
 
 def largest(number: int) -> Array:
-    """Returns the largest of the processes' numbers, int32; all must call it, between their steps.
+    """Returns the largest of the processes' numbers, int32.
 
-    It is there when the steps before it are: to read it earlier waits for them.
+    All processes must call this between the same steps. Reading the result waits for the steps that
+    were started before.
     """
     return _largest(np.full(jax.local_device_count(), number, np.int32))
 
@@ -84,8 +85,8 @@ def device_key(key: Array) -> Array:
 
 
 def mean_over_devices(tree: Any, axis_name: str = AXIS) -> Any:
-    """Averages over the devices; call under pmap over the axis."""
-    if jax.lax.axis_size(axis_name) == 1:  # XLA would copy every array, on CPUs
+    """Averages a tree over the devices; call under pmap over the axis."""
+    if jax.lax.axis_size(axis_name) == 1:  # on CPUs, XLA would copy every array
         return tree
     return jax.lax.pmean(tree, axis_name)
 
@@ -93,14 +94,14 @@ def mean_over_devices(tree: Any, axis_name: str = AXIS) -> Any:
 def map_batches(function: Callable, batch_size: int, *arrays: Any) -> Any:
     """Applies `function` to batches of equal size along the first axis and joins the results.
 
-    A batch is spread over this process's devices. The last one is filled up with its last entry, so
-    that one compiled program serves all.
+    Each batch is split over this process's devices. The last batch is padded with its last entry,
+    so that one compiled program serves all batches.
 
     Args:
-      function: returns an array or a tree of arrays; what else it takes lies on all devices, or on
-        none.
-      batch_size: on all devices, at most; rounded up to a multiple of their number.
-      *arrays: of one length; None stays None.
+      function: maps a batch of each array to an array or a tree of arrays. Arrays that it closes
+        over must be replicated, or not on a device.
+      batch_size: the largest batch over all devices; rounded up to a multiple of their number.
+      *arrays: arrays of one length; None is passed on.
     """
     n = len(arrays[0])
     devices = jax.local_device_count()

@@ -1,5 +1,5 @@
-"""What users can get wrong."""
+"""The error for mistakes of users."""
 
 
 class UserError(ValueError):
-    """One sentence that says what is wrong and what to do; `main` prints it and exits with 1."""
+    """A one-line message: what is wrong and what to do. Commands print it and exit with code 1."""

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writing of files."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic(path: Path, alone: bool = False) -> Iterator[Path]:
-    """Yields where to write a file, which becomes `path` once that succeeds; makes its folder.
+    """Yields a temporary path, which is renamed to `path` if the block succeeds; makes the folder.
 
-    With `alone`, where no other process may be writing the same file, what a kill has left of it is
-    written over.
+    `alone` is for callers that exclude other writers of the same file: the temporary name is then
+    fixed, so that the rest of a killed process is overwritten.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     own = "" if alone else f".{secrets.token_hex(4)}"

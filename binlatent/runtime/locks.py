@@ -1,6 +1,7 @@
-"""Locks between processes, of the operating system: they end with the process that holds them.
+"""Locks between processes; the operating system releases them when their process ends.
 
-They are POSIX's (fcntl), which NFS 4, Lustre (mounted with `flock`) and GPFS keep across machines.
+They are POSIX locks (fcntl). NFS 4, Lustre (mounted with `flock`) and GPFS share them between
+machines.
 """
 
 import contextlib
@@ -17,25 +18,24 @@ from binlatent.runtime.errors import UserError
 
 try:
     import fcntl
-except ImportError:  # not on Windows
+except ImportError:  # on Windows
     fcntl = None
 
 log = logging.getLogger(__name__)
 
-_held: set[Path] = set()  # by this process, which POSIX would give a lock twice
+_held: set[Path] = set()  # locks of this process, to which POSIX would grant them again
 _changing = threading.Lock()
 
 
 @contextlib.contextmanager
 def only_process(path: Path, doing: str) -> Iterator[None]:
-    """Refuses to go on while another process is inside, on this machine or on another.
+    """Raises UserError if another process, on this machine or another one, is in such a block.
 
-    This process may go in again. Where the file system has no locks, there is a warning and no
-    more.
+    The same process may enter again. Where the file system has no locks, only a warning is logged.
 
     Args:
-      path: of the lock, a file that stays; it names the host and the process that holds it.
-      doing: what all that take this lock do, for the message: "{doing} already, by process ...".
+      path: the lock file, which stays. It holds the host and the number of the locking process.
+      doing: begins the error message: "{doing} already, by process ...".
     """
     path = path.absolute()
     with _changing:
@@ -46,10 +46,10 @@ def only_process(path: Path, doing: str) -> Iterator[None]:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # For appending: not to empty what names another process.
+        # Opened for appending, to keep the name of a process that holds the lock.
         with path.open("a+") as file:
             _lock(file, doing)
-            with contextlib.suppress(OSError):  # of a full disk; the lock holds all the same
+            with contextlib.suppress(OSError):  # such as a full disk; the lock is held all the same
                 file.truncate(0)
                 file.write(f"{socket.gethostname()} {os.getpid()}\n")
                 file.flush()
@@ -64,7 +64,7 @@ def only_process(path: Path, doing: str) -> Iterator[None]:
 
 
 def _lock(file: IO[str], doing: str) -> None:
-    """Takes the lock of a file, or says who has it."""
+    """Locks a file, or raises an error that names the process that holds the lock."""
     if fcntl is None:
         return
     try:
@@ -72,8 +72,8 @@ def _lock(file: IO[str], doing: str) -> None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             log.warning(
-                "The file system of %s has no locks (%s): nothing keeps a second process from "
-                "doing the same.",
+                "The file system of %s has no locks (%s): do not run the same command twice "
+                "at once.",
                 *(file.name, error.strerror),
             )
             return
@@ -87,13 +87,14 @@ def _lock(file: IO[str], doing: str) -> None:
 
 @contextlib.contextmanager
 def in_turn(file: IO) -> Iterator[None]:
-    """Waits until no other process is inside with the same file, which is open for writing.
+    """Waits until no other process is in such a block with the same file.
 
-    For moments: no message says who waits. Where the file system has no locks, nobody waits.
+    The file must be open for writing. For short blocks: waiting prints no message. Where the file
+    system has no locks, there is no waiting.
     """
     locked = False
     if fcntl is not None:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: of a file that is closed
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the file is closed
             fcntl.lockf(file, fcntl.LOCK_EX)
             locked = True
     try:

@@ -1,4 +1,4 @@
-"""What this machine offers."""
+"""The cores and the processor of this machine."""
 
 import os
 import platform
@@ -6,14 +6,14 @@ from pathlib import Path
 
 
 def cores() -> int:
-    """Returns how many cores this process may use."""
+    """Returns the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1  # macOS knows no affinity
+    return os.cpu_count() or 1  # macOS has no affinity
 
 
 def processor() -> str:
-    """Returns what the processor is called; its architecture where the system does not say."""
+    """Returns the processor's name, or its architecture where the name is not known."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

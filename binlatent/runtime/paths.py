@@ -7,23 +7,23 @@ from binlatent.runtime.errors import UserError
 
 
 def is_address(path: str) -> bool:
-    """Tells whether a path is an address: gs://bucket/x, or gs:/bucket/x, as pathlib has it."""
+    """Returns whether a path is a URL: gs://bucket/x, or gs:/bucket/x, as pathlib writes it."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
 
 
 def expand(path: str, name: str = "") -> str:
-    """Returns a path with the home folder for `~`; refuses addresses. `name` is for messages."""
+    """Replaces `~` by the home folder; rejects URLs. `name` begins the error messages."""
     start = f"{name}: " if name else ""
     if not path:
         raise UserError(f"{start}the path is empty")
     if is_address(path):
         raise UserError(
-            f"{start}{path} is no path on this machine: copy or mount what is there, and give the "
-            "path of that"
+            f"{start}{path} is not a local path: copy or mount the files on this machine, and give "
+            "that path"
         )
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise UserError(
-            f"{start}there is no home folder {path}: write ./{path} for a file or folder so named"
+            f"{start}there is no home folder {path}: write ./{path} for a file of that name"
         )
     return expanded

@@ -1,4 +1,4 @@
-"""Pictures of arrays of images: grids, and PNG files."""
+"""Grids of images, and PNG files."""
 
 import math
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ def grid(
 
     Args:
       rows: uint8 (n, h, w, channels) each.
-      titles: one a row, of which 20 characters are shown; the letters are those of DejaVu Sans.
-      captions: one a row, of which as much is shown as fits into three lines.
+      titles: one per row, shortened to 20 characters; drawn in DejaVu Sans.
+      captions: one per row, shortened to three lines.
 
     Returns:
       uint8 (height, width, channels).
@@ -61,7 +61,7 @@ def _font(height: int) -> ImageFont.FreeTypeFont:
 
 
 def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """Returns a text in lines of at most `width` pixels, three at most; words may be cut."""
+    """Wraps a text into at most three lines of at most `width` pixels; words may be cut."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -75,7 +75,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _fitting(line: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """Returns as much of a line as is at most `width` pixels wide."""
+    """Shortens a line to at most `width` pixels."""
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(f"{line}…") > width:
@@ -89,7 +89,7 @@ def _letters(
     font: ImageFont.FreeTypeFont,
     shape: tuple[int, int],
 ) -> np.ndarray:
-    """Returns lines on the background, each with its middle at a height, uint8 of the shape."""
+    """Draws each line of text centred at its height, on the background; uint8 of the shape."""
     margin = Image.new("L", shape[::-1], _BACKGROUND)
     draw = ImageDraw.Draw(margin)
     for middle, line in zip(middles, lines, strict=True):
@@ -97,12 +97,17 @@ def _letters(
     return np.asarray(margin)
 
 
-def save_png(path: Path, image: np.ndarray, min_side: int = 400) -> None:
-    """Writes uint8 (height, width, 1 or 3) as PNG; makes the folder.
+def picture(image: np.ndarray, min_side: int = 400) -> Image.Image:
+    """Returns uint8 (height, width, 1 or 3) as a Pillow image, which a notebook shows.
 
     An image whose longer side has fewer than `min_side` pixels is enlarged by a whole factor.
     """
     factor = -(-min_side // max(image.shape[:2]))
     image = image.repeat(factor, axis=0).repeat(factor, axis=1)
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def save_png(path: Path, image: np.ndarray, min_side: int = 400) -> None:
+    """Writes what `picture` returns as PNG; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path)
+    picture(image, min_side).save(path)

@@ -1,4 +1,4 @@
-"""JSON that every parser reads: the one way in which the package writes it."""
+"""Strictly valid JSON; the package writes all its JSON files with this module."""
 
 import json
 import math
@@ -12,9 +12,9 @@ from binlatent.runtime.files import atomic
 
 
 def finite(content: Any) -> Any:
-    """Returns a copy with None for numbers that are not finite, as JSON has no word for them.
+    """Returns a copy with None for NaN and infinities, which JSON cannot write.
 
-    Scalars and arrays of NumPy become plain numbers and lists.
+    NumPy scalars and arrays become plain numbers and lists.
     """
     if isinstance(content, Mapping):
         return {name: finite(value) for name, value in content.items()}
@@ -26,7 +26,7 @@ def finite(content: Any) -> Any:
 
 
 def not_finite(content: Any, name: str = "") -> Iterator[str]:
-    """Yields where there is a number that is not finite, as "section.key"; lists add nothing."""
+    """Yields the keys of NaN and infinities, as "section.key"; places in lists are left out."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from not_finite(value, f"{name}.{key}" if name else str(key))
@@ -38,11 +38,11 @@ def not_finite(content: Any, name: str = "") -> Iterator[str]:
 
 
 def to_json(content: Any, indent: int | None = None) -> str:
-    """Returns JSON text, with null for numbers that are not finite."""
+    """Returns JSON text, with null for NaN and infinities."""
     return json.dumps(finite(content), indent=indent, allow_nan=False)
 
 
 def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
-    """Writes a file of JSON, all of it or nothing; null for numbers that are not finite."""
+    """Writes a JSON file atomically, with null for NaN and infinities."""
     with atomic(path) as unfinished:
         unfinished.write_text(to_json(content, indent) + "\n")

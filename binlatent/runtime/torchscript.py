@@ -1,6 +1,6 @@
-"""The tensors of PyTorch's zip files, read without PyTorch and without running their code.
+"""Reads the tensors of PyTorch's zip files without PyTorch, and without running their code.
 
-They are archives of TorchScript, and what `torch.save` writes of a state dict.
+The files are TorchScript archives, and state dicts that `torch.save` has written.
 """
 
 import collections
@@ -18,13 +18,13 @@ _TYPES = {
 
 
 def read(file: str | Path | BinaryIO) -> dict[str, np.ndarray] | None:
-    """Returns the tensors of a file by their names, `layers.conv.weight`.
+    """Returns the tensors of a file by name, such as `layers.conv.weight`.
 
-    None if it is neither TorchScript nor a plain state dict: PyTorch may know more. An open file is
-    left where it was, for who reads it next.
+    Returns None if the file is neither TorchScript nor a plain state dict; PyTorch may still read
+    it. The position of an open file does not change.
 
     Raises:
-      Exception: of many types, if it is damaged.
+      Exception: of many types, if the file is damaged.
     """
     if isinstance(file, str | Path):
         with open(file, "rb") as stream:
@@ -40,7 +40,7 @@ def _read(file: BinaryIO) -> dict[str, np.ndarray] | None:
     begins = file.read(4)
     if not zipfile.is_zipfile(file):
         if begins == b"PK\3\4":
-            raise zipfile.BadZipFile("it is cut")
+            raise zipfile.BadZipFile("it is cut short")
         return None
     with zipfile.ZipFile(file) as archive:
         folders = {name.name: name.parent for name in map(PurePosixPath, archive.namelist())}
@@ -52,7 +52,7 @@ def _read(file: BinaryIO) -> dict[str, np.ndarray] | None:
         try:
             with archive.open(f"{folder}/data.pkl") as stream:
                 content = _Unpickler(stream, archive, f"{folder}/data").load()
-        except Exception:  # of many types: damaged, or more than tensors
+        except Exception:  # of many types: the file is damaged or holds more than tensors
             if scripted:
                 raise
             return None
@@ -67,7 +67,7 @@ def _read(file: BinaryIO) -> dict[str, np.ndarray] | None:
 
 
 class _Module:
-    """Any class of the archive: what is left of it are its attributes."""
+    """Stands for any class of the archive; keeps only the attributes."""
 
 
 def _collect(module: _Module, prefix: str, tensors: dict[str, np.ndarray]) -> None:
@@ -81,7 +81,7 @@ def _collect(module: _Module, prefix: str, tensors: dict[str, np.ndarray]) -> No
 def _tensor(storage: np.ndarray, offset: int, shape: tuple, strides: tuple, *_: Any) -> np.ndarray:
     end = offset + 1 + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
     if min((offset, *shape, *strides)) < 0 or end > storage.size:
-        raise ValueError("a tensor lies outside its storage")
+        raise ValueError("a tensor reaches beyond its storage")
     steps = [step * storage.itemsize for step in strides]
     return np.lib.stride_tricks.as_strided(storage[offset:], shape, steps).copy()
 

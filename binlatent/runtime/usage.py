@@ -1,4 +1,4 @@
-"""The help of the main command, and configs by name."""
+"""The main command's --help, its flags, and configs by name."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,19 +16,19 @@ from binlatent.runtime.version import VERSION
 class Mode(NamedTuple):
     """A row of a table of modes."""
 
-    does: str  # one sentence
-    example: str  # flags of its own, for --help
+    does: str  # one sentence for --help
+    example: str  # further flags of the example in --help
     run: Callable[[Any], Any]
-    needs_config: bool = False  # whether it trains or reads data, for which --config is needed
+    needs_config: bool = False  # whether it trains or reads data, which needs --config
 
 
 class Flag(NamedTuple):
     """A row of a table of flags."""
 
-    define: Callable[..., Any]  # absl's
+    define: Callable[..., Any]  # one of absl's DEFINE functions
     default: Any
-    modes: tuple[str, ...]  # that it means something to; () for all
-    does: str  # one sentence
+    modes: tuple[str, ...]  # the modes that use it; () for all
+    does: str  # one sentence for --help
 
 
 def config_names() -> list[str]:
@@ -38,7 +38,7 @@ def config_names() -> list[str]:
 
 
 def with_config_paths(argv: Iterable[str]) -> list[str]:
-    """Returns arguments with the file of --config=NAME for a name: `digits`, `ffhq256:released`."""
+    """Replaces a name in --config=NAME by its file: `digits`, `ffhq256:released`."""
     arguments, is_config = [], False
     for argument in argv:
         flag, equals, value = argument.partition("=") if not is_config else ("", "", argument)
@@ -48,7 +48,8 @@ def with_config_paths(argv: Iterable[str]) -> list[str]:
                 path = Path(next(iter(configs.__path__))) / f"{name}.py"
                 argument = f"{flag}{equals}{path}{colon}{variant}"
             elif not {".", "/"} & set(value):
-                command.bad_usage(f"--config={name} is no file, and none of {', '.join(names)}")
+                known = ", ".join(names)
+                command.bad_usage(f"--config={name} is neither a file nor one of {known}")
             else:
                 try:
                     path = paths.expand(value if paths.is_address(value) else name)
@@ -61,9 +62,9 @@ def with_config_paths(argv: Iterable[str]) -> list[str]:
 
 
 def with_config_of_workdir(argv: Sequence[str], modes: Mapping[str, Mode]) -> list[str]:
-    """Returns arguments with the workdir's config, where some of its keys are given but no config.
+    """Adds --config=workdir:DIR to arguments that set config keys but give no config.
 
-    Not for a mode that needs a config.
+    Modes that need a config are refused instead.
     """
     names = [argument.lstrip("-").partition("=")[0] for argument in argv]
     keys = [name for name in names if name.startswith("config.")]
@@ -82,7 +83,7 @@ def with_config_of_workdir(argv: Sequence[str], modes: Mapping[str, Mode]) -> li
 
 
 def show_help(argv: Sequence[str], modes: Mapping[str, Mode], flags: Mapping[str, Flag]) -> None:
-    """Answers --help and --version, and exits with code 0."""
+    """Prints the text of --help or --version and exits with code 0, if one of them is given."""
     if {"--version", "-version"} & set(argv):
         sys.stdout.write(f"binlatent {VERSION}\n")
         sys.exit(0)
@@ -110,7 +111,7 @@ def show_help(argv: Sequence[str], modes: Mapping[str, Mode], flags: Mapping[str
 
 
 def parse_flags(argv: list[str], modes: Mapping[str, Mode], flags: Mapping[str, Flag]) -> list[str]:
-    """Parses flags, or says what is wrong with them in one sentence and exits with code 2."""
+    """Parses and checks the flags; prints what is wrong and exits with code 2."""
     show_help(argv[1:], modes, flags)
     argv = with_config_paths(with_config_of_workdir(argv, modes))
     unparsed, values = command.parse_flags(argv), absl_flags.FLAGS
@@ -118,9 +119,9 @@ def parse_flags(argv: list[str], modes: Mapping[str, Mode], flags: Mapping[str, 
     if len(unparsed) > 1:
         command.bad_usage(f"Unexpected argument {unparsed[1]!r}: flags start with --")
     if mode not in modes:
-        command.bad_usage(f"--mode={mode} is none of {', '.join(modes)}")
+        command.bad_usage(f"--mode={mode} is not one of {', '.join(modes)}")
     if values.workdir is None:
-        command.bad_usage("--workdir=DIR is needed, the folder of checkpoints and pictures")
+        command.bad_usage("--workdir=DIR is required: the folder for checkpoints and pictures")
     if modes[mode].needs_config and not values["config"].present:
         command.bad_usage(f"--mode={mode} needs --config, for example configs/digits.py")
     for name, flag in flags.items():

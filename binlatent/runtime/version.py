@@ -1,3 +1,3 @@
-"""The version of the package, which checkpoints name."""
+"""The version of the package, which checkpoints record."""
 
 VERSION = "0.2.0"

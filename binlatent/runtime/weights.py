@@ -1,4 +1,4 @@
-"""Files of weights: .npz, written whole, read only if they are what was asked for; fingerprints."""
+"""Weight files (.npz), checked when read, and fingerprints of weights."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ from binlatent.runtime.errors import UserError
 
 
 def shapes(model: nn.Module, size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes and types of a model's variables by name, for RGB images of a side."""
+    """Returns shapes and types of a model's variables by name, for RGB images of side `size`."""
     return dict(_shapes(model, size))
 
 
@@ -29,13 +29,13 @@ def _shapes(model: nn.Module, size: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def sha256(path: str | Path) -> str:
-    """Returns the SHA-256 of a file, 64 hexadecimal digits: which weights a figure is of."""
+    """Returns the SHA-256 of a file, 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fingerprint(params: Any) -> str:
-    """Returns 16 hexadecimal digits that tell parameters apart."""
+    """Returns a fingerprint of parameters, 16 hexadecimal digits."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
         digest.update(np.ascontiguousarray(leaf).view(np.uint8))
@@ -43,7 +43,7 @@ def fingerprint(params: Any) -> str:
 
 
 def digest(*content: Any) -> str:
-    """Returns 16 hexadecimal digits that tell protocols apart."""
+    """Returns a fingerprint of JSON-like values, 16 hexadecimal digits."""
     text = json.dumps(content, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -53,10 +53,10 @@ def read_npz(
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of a file, which must have the names, shapes and types of `like`.
 
-    Those that are `optional` may be missing, all together.
+    The arrays named in `optional` may be missing, but only all together.
     """
     command = f"python -m binlatent.convert {model} --from FILE --out FILE.npz"
-    wrong = f"{path} is not what `{command}` writes: make it anew, as "
+    wrong = f"{path} is not a file that `{command}` wrote: create it again, as "
     arrays = load_npz(path, wrong)
     if not any(name in arrays for name in optional):
         like = {name: x for name, x in like.items() if name not in optional}
@@ -65,20 +65,20 @@ def read_npz(
 
 
 def load_npz(path: str | Path, wrong: str) -> dict[str, np.ndarray]:
-    """Returns all arrays of a file; `wrong` begins the error if it is damaged."""
+    """Returns all arrays of a file; `wrong` begins the error message if it is damaged."""
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return dict(file.items())
     except PermissionError:
         raise
-    except Exception as error:  # by where the damage is
-        raise UserError(f"{wrong}it is damaged or no .npz file.") from error
+    except Exception as error:  # of many types, depending on the damage
+        raise UserError(f"{wrong}it is damaged or not an .npz file.") from error
 
 
 def check_arrays(
     arrays: dict[str, np.ndarray], like: dict[str, jax.ShapeDtypeStruct], wrong: str
 ) -> None:
-    """Raises UserError, which begins with `wrong`, if names, shapes or types are not those."""
+    """Raises UserError, which begins with `wrong`, if names, shapes or types differ."""
     if missing := sorted(like.keys() - arrays.keys()):
         raise UserError(f"{wrong}it lacks {missing[0]}.")
     if extra := sorted(arrays.keys() - like.keys()):
@@ -91,6 +91,6 @@ def check_arrays(
 
 
 def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Writes arrays by name to an .npz file, all of it or nothing; makes its folder."""
+    """Writes arrays by name to an .npz file, atomically; makes its folder."""
     with files.atomic(path) as unfinished, unfinished.open("wb") as file:
         np.savez(file, **arrays)

@@ -164,7 +164,7 @@ def test_a_damaged_file_is_refused(vgg16_file, tmp_path):
     flipped[len(good) // 2] ^= 1
     for data in (b"", b"weights", b"PK\x03\x04", good[:1000], good[:-10], bytes(flipped)):
         path.write_bytes(data)
-        with pytest.raises(UserError, match=r"vgg16\.npz is not what .* damaged or no \.npz file"):
+        with pytest.raises(UserError, match=r"vgg16\.npz is not .* damaged or not an \.npz file"):
             lpips.read_vgg16(path)
 
 
@@ -172,10 +172,10 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "vgg16.npz"
     with path.open("wb") as file:
         np.save(file, np.zeros(3))  # .npy
-    with pytest.raises(UserError, match="damaged or no .npz file"):
+    with pytest.raises(UserError, match="damaged or not an .npz file"):
         lpips.read_vgg16(path)
     np.savez(path, **{"conv1_1/bias": np.array([{}])})  # a pickle
-    with pytest.raises(UserError, match="damaged or no .npz file"):
+    with pytest.raises(UserError, match="damaged or not an .npz file"):
         lpips.read_vgg16(path)
 
     shapes = {name: like.shape for name, like in lpips.vgg16_shapes().items()}
@@ -191,5 +191,5 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         weights.write_npz(
             path, {name: np.zeros(shape, np.float32) for name, shape in wrong.items()}
         )
-        with pytest.raises(UserError, match=rf"vgg16\.npz is not what .* {message}\."):
+        with pytest.raises(UserError, match=rf"vgg16\.npz is not a file that .* {message}\."):
             lpips.read_vgg16(path)

@@ -201,6 +201,6 @@ def test_other_files_of_torch_are_refused_and_not_run(tmp_path):
     (tmp_path / "y.pt").write_bytes(b"nothing")
     torch.save({"mean": torch.zeros(3)}, tmp_path / "z.pt")
     for name in "xyz":
-        with pytest.raises(UserError, match="none of torch-fidelity's caches"):
+        with pytest.raises(UserError, match="not a torch-fidelity cache"):
             exchange.read_statistics(tmp_path / f"{name}.pt")
     assert not (tmp_path / "touched").exists()

