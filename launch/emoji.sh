@@ -40,11 +40,6 @@ fi
 python -m binlatent.main --config=configs/emoji64.py --workdir="$workdir" \
   --config.data.path="$emoji" "$@"
 
-if [ ! -f "$workdir/report.json" ]; then
-  echo "Interrupted. The same command goes on from here." >&2
-  exit 1
-fi
-
 cat <<EOF
 
 Done. In $workdir:

@@ -11,11 +11,6 @@ echo "Installed in $((SECONDS - start)) s"
 
 python -m binlatent.main --config=configs/digits.py --workdir="$workdir" "$@"
 
-if [ ! -f "$workdir/report.json" ]; then
-  echo "Interrupted. The same command goes on from here." >&2
-  exit 1
-fi
-
 cat <<EOF
 
 Done. In $workdir:

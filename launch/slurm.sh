@@ -9,7 +9,8 @@
 #SBATCH --job-name=binlatent
 #SBATCH --output=%x-%j.out
 #SBATCH --requeue
-# All stop with the first that fails; SIGTERM two minutes before the end saves first.
+# All stop with the first that fails. SIGTERM two minutes before the end saves first; the job then
+# ends with code 143, so that --dependency=afternotok:JOB starts one that goes on.
 #SBATCH --signal=TERM@120
 set -euo pipefail
 srun --kill-on-bad-exit=1 --unbuffered python -m binlatent.main "$@"

@@ -109,7 +109,7 @@ def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, no_tensorfl
     with Pair(tmp_path, digits_dir, no_tensorflow, *flags) as pair:
         pair.wait_for(folder / f"{saved + 20}")
         pair.processes[1].send_signal(signal.SIGTERM)
-        assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
+        assert pair.wait() == [143, 143], pair.output(0) + pair.output(1)
     assert f"goes on from step {saved}" in pair.output(0)
     with Checkpoints(folder, alone=True) as checkpoints:
         assert f"is saved at step {checkpoints.latest_step()}" in pair.output(0)

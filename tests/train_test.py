@@ -176,7 +176,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_sigterm_saves_first_and_exits_with_zero(digits_dir, tmp_path, no_tensorflow):
+def test_sigterm_saves_first_and_exits_with_its_code(digits_dir, tmp_path, no_tensorflow):
     flags = ("--config.autoencoder.train.num_steps=100000", "--config.checkpoint_every=100000")
     process = start(tmp_path, digits_dir, "--mode=train_autoencoder", *flags, env=no_tensorflow)
     wait_for(tmp_path / "metrics.jsonl")
@@ -184,19 +184,19 @@ def test_sigterm_saves_first_and_exits_with_zero(digits_dir, tmp_path, no_tensor
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    assert process.returncode == 143, output
     with Checkpoints(tmp_path / "autoencoder") as checkpoints:
         saved = checkpoints.latest_step()
     assert saved is not None, output
     assert saved >= 2 and f"is saved at step {saved}" in output
 
 
-def test_sigterm_before_the_first_step_exits_with_zero(digits_dir, tmp_path, no_tensorflow):
+def test_sigterm_before_the_first_step_exits_with_its_code(digits_dir, tmp_path, no_tensorflow):
     process = start(tmp_path, digits_dir, "--mode=train_autoencoder", env=no_tensorflow)
     assert "4500 training images" in process.stdout.readline()
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    assert process.returncode == 143, output
     assert re.search("^(Terminated|Interrupted): ", output, re.MULTILINE)
     assert "Traceback" not in output
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command imports what it needs, which takes seconds, and while it ends."""
+"""Ctrl-C during a command's imports, which take seconds, and during its exit."""
 
 import os
 import signal
@@ -7,11 +7,19 @@ from contextlib import contextmanager
 from typing import Any
 
 
-def end_at_once() -> None:
-    """Makes Ctrl-C end this process with a word and code 130; a command's first act.
+class Stopped(SystemExit):
+    """Ends a command that a signal has stopped, with the exit code 128 + the signal's number."""
 
-    A KeyboardInterrupt among imports would be a traceback, or be swallowed by one of them. Where
-    Ctrl-C is ignored, as by a process in the background, it stays ignored.
+    def __init__(self, number: int):
+        """Takes the number of the signal: 2 for Ctrl-C, 15 for SIGTERM."""
+        super().__init__(128 + number)
+
+
+def end_at_once() -> None:
+    """Makes Ctrl-C print one word and exit with code 130; called first in every command.
+
+    A KeyboardInterrupt during imports would print a traceback, or an import could swallow it. Where
+    Ctrl-C is ignored, as in a background process, it stays ignored.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
@@ -24,7 +32,7 @@ def _end(*_: Any) -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Makes Ctrl-C raise KeyboardInterrupt inside again, so that what is open can be closed."""
+    """Makes Ctrl-C raise KeyboardInterrupt in the block, so that open files can be closed."""
     if signal.getsignal(signal.SIGINT) is not _end:
         yield
         return

@@ -1,4 +1,4 @@
-"""Several processes that train one model: how they join, agree, and leave when one fails."""
+"""Training with several processes: joining, checking that they agree, stopping on a failure."""
 
 import faulthandler
 import functools
@@ -17,25 +17,25 @@ from contextlib import contextmanager, suppress
 import jax
 import numpy as np
 
-from binlatent.runtime import command
+from binlatent.runtime import command, interrupt
 from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# A process from which nothing is heard for so long is taken for dead, and JAX stops the others.
+# After this long without a heartbeat, JAX counts a process as lost and stops the others.
 HEARTBEAT_SECONDS = 30
 
-# How long those that are done wait for process 0, which evaluates and draws.
+# How long finished processes wait for process 0, which evaluates and draws pictures.
 _EXIT_SECONDS = 24 * 3600
 
 
 def check_flags(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    """Refuses flags of `join` that do not go together; bad usage ends the process."""
+    """Ends with `bad_usage` if the flags of `join` are incomplete or out of range."""
     given = [value is not None for value in (coordinator, num_processes, process_id)]
     if not any(given):
         return
     if not all(given):
-        command.bad_usage("--coordinator, --num_processes, --process_id go together")
+        command.bad_usage("--coordinator, --num_processes and --process_id must be given together")
     if not re.fullmatch(r".+:\d+", coordinator):
         command.bad_usage(f"--coordinator={coordinator} must be HOST:PORT")
     if not 0 <= process_id < num_processes:
@@ -45,30 +45,34 @@ def check_flags(coordinator: str | None, num_processes: int | None, process_id: 
 def join(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Joins the other processes of a training, if there are any.
+    """Joins the other processes of a training run, if there are any.
 
-    They are those of a Slurm step of several tasks, or of a TPU's hosts, where nothing is given;
-    the coordinator is HOST:PORT of process 0, on which it listens. Comes before anything else asks
-    JAX for its devices. Of the package's log only that of process 0 shows. If process 0 does not
-    answer for five minutes, JAX aborts.
+    Without arguments, a Slurm step of several tasks or the hosts of a TPU are detected. Call this
+    before JAX initialises its devices. Only process 0 keeps the package's log. JAX aborts if
+    process 0 does not answer within five minutes.
+
+    Args:
+      coordinator: HOST:PORT on which process 0 listens.
+      num_processes: of the training run.
+      process_id: of this process, from 0.
     """
-    # A task with several GPUs, alone in its step, is for itself.
+    # A task that is alone in its Slurm step trains alone, with all its GPUs.
     slurm = "SLURM_STEP_NODELIST" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1
     if coordinator is None and not slurm and not importlib.util.find_spec("libtpu"):
         return
-    # When another process is lost JAX says so and aborts; all threads' stacks would bury that.
+    # When another process is lost, JAX prints it and aborts. Stack traces would hide the message.
     faulthandler.disable()
     given = {
         "coordinator_address": coordinator,
         "num_processes": num_processes,
         "process_id": process_id,
-        "cluster_detection_method": "deactivate",  # what is given is all there is
+        "cluster_detection_method": "deactivate",  # the arguments are complete
     }
     given = given if coordinator is not None else {}
-    if given or slurm:  # with libtpu alone this may be the only one
+    if given or slurm:  # with libtpu alone, there may be one process only
         log.info(
-            "Waiting for %s processes. Should one be lost later, JAX aborts the others within %d "
-            "seconds: start all again, and they go on from the last checkpoint.",
+            "Waiting for %s processes. If one is lost later, JAX aborts the others within %d "
+            "seconds: start all of them again to resume from the last checkpoint.",
             *(num_processes or "all", HEARTBEAT_SECONDS + 15),
         )
     try:
@@ -79,13 +83,13 @@ def join(
         )
     except (RuntimeError, ValueError) as error:
         if isinstance(error, ValueError) and not given and not slurm:
-            return  # libtpu is installed, but this is no host of a TPU
+            return  # libtpu is installed, but this machine is not a TPU host
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f"This process cannot join the others: {reason}. Start all of them, with "
             "the same --coordinator and --num_processes, and a --process_id each."
         ) from error
-    # JAX's own handler ignores SIGTERM, which is to end what is not training.
+    # JAX's handler ignores SIGTERM, which must end commands that do not train.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if jax.process_index():
         logging.getLogger("binlatent").setLevel(logging.WARNING)
@@ -95,34 +99,39 @@ def join(
 
 
 def check_same(what: str, value: str) -> None:
-    """Refuses, in all processes, to go on where one has another value of `what` than process 0."""
+    """Raises UserError in all processes if their values of `what` differ.
+
+    Args:
+      what: a name for the error message.
+      value: this process's value.
+    """
     if jax.process_count() == 1:
         return
     digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
-    # Over all devices, as the steps are: this connects them while all processes are here together,
-    # and gloo, between CPUs, would wait for no more than 30 seconds for one that comes later.
+    # Gathered over all devices, as in a training step, so that they connect here, where all
+    # processes meet. Between CPUs, gloo waits only 30 seconds for a late process.
     gather = functools.partial(jax.lax.all_gather, axis_name="device")
     gather = jax.pmap(gather, axis_name="device", out_axes=None)
     copies = np.tile(digest, (jax.local_device_count(), 1))
     digests = np.asarray(gather(copies))[:: jax.local_device_count()]
     different = np.flatnonzero((digests != digests[0]).any(axis=1))
     if len(different):
-        # The first to leave cuts the connections, so it waits until all have read what they got:
-        # none can be through with this before the last has begun it. To fail here is to be late.
+        # The first process to exit cuts the connections. A second gather cannot end before all
+        # processes have read the first. It fails only where another process has already left.
         with suppress(jax.errors.JaxRuntimeError):
             np.asarray(gather(copies))
         names = ", ".join(map(str, different))
         raise UserError(
             f"The processes disagree on {what}: {names} of {len(digests)} differ from process 0. "
-            "Start all of them alike, on one shared --workdir."
+            "Start all of them with the same flags and one shared --workdir."
         )
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """Ends this process at once if what is inside fails, so that the others notice and stop.
+    """Ends this process at once if the block fails, so that the other processes stop too.
 
-    An ordinary exit would wait for them, while they wait for this process in the next step.
+    An ordinary exit would wait for the others, while they wait for this process in the next step.
     """
     try:
         yield
@@ -130,12 +139,13 @@ def together() -> Iterator[None]:
         if not jax.distributed.is_initialized():
             raise
         code = error.code if isinstance(error, SystemExit) else 1
-        if code in (0, None):  # after a signal, when all stop at the same step
+        # After a signal, all processes stop at the same step.
+        if code in (0, None) or isinstance(error, interrupt.Stopped):
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exc()
         if jax.process_index() == 0:
-            # With it all others end, so those that fail for the same reason are to say so first.
+            # All others end with process 0. First let them print their own errors.
             time.sleep(2)
         sys.stdout.flush()
         sys.stderr.flush()

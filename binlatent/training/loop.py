@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from binlatent.runtime import processes
+from binlatent.runtime import interrupt, processes
 from binlatent.runtime.devices import largest, replicate, shard
 from binlatent.runtime.errors import UserError
 from binlatent.training.checkpoint import Checkpoints
@@ -155,7 +155,8 @@ def train(stage: Stage, settings: Run, workdir: Path) -> TrainState:
       The state after the last step.
 
     Raises:
-      SystemExit: after a signal, when the state has been saved: 0 for SIGTERM, 130 for Ctrl-C.
+      interrupt.Stopped: after a signal, when the state has been saved. The exit code is 143 for
+        SIGTERM and 130 for Ctrl-C.
     """
     num_steps, learning_rate = stage.train.num_steps, stage.train.schedule()
     writes = jax.process_index() == 0  # metrics and pictures; checkpoints are all processes'
@@ -233,6 +234,10 @@ def train(stage: Stage, settings: Run, workdir: Path) -> TrainState:
                 if last:  # one may have come meanwhile; and no process leaves before the others
                     stopping = _signals(stop)()
                 if stopping:
-                    log.info("Interrupted: the %s is saved at step %d.", stage.name, step)
-                    raise SystemExit(0 if stopping == signal.SIGTERM else 130)
+                    log.info(
+                        "Interrupted: the %s is saved at step %d. The same command goes on from "
+                        "there.",
+                        *(stage.name, step),
+                    )
+                    raise interrupt.Stopped(stopping)
     return state

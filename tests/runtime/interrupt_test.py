@@ -4,9 +4,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-from binlatent.runtime import interrupt
+import pytest
+
+from binlatent.runtime import command, interrupt
 
 PACKAGE = Path(interrupt.__file__).parents[1]
 
@@ -63,3 +66,16 @@ def test_inside_it_is_raised_and_where_it_is_ignored_it_stays_so():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_sigterm_ends_a_command_with_the_code_of_a_shell():
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        command.end_on_sigterm()
+        with pytest.raises(interrupt.Stopped) as end:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        assert end.value.code == 143
+        assert interrupt.Stopped(signal.SIGINT).code == 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
