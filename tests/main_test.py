@@ -91,11 +91,11 @@ REFUSED = [
     ("--config.sample.guidance_shape=x", 2, "--config has no key"),
     ("--stepps=4", 2, "Did you mean: steps"),
     ("--mode=table4 --out=a.png", 2, "--out is for --mode=sample or inpaint"),
-    ("--mode=sing", 2, "--mode=sing is none of all, train_autoencoder"),
+    ("--mode=sing", 2, "--mode=sing is not one of all, train_autoencoder"),
     ("sample", 2, "argument 'sample'"),
     ("--num=0", 2, "--num must be at least 1, not 0"),
     ("--mode=sample --out=x.txt", 2, "ends in .png"),
-    ("--num_processes=2", 2, "--coordinator, --num_processes, --process_id go"),
+    ("--num_processes=2", 2, "--coordinator, --num_processes and --process_id must"),
     ("--coordinator=host --num_processes=2 --process_id=0", 2, "must be HOST:PORT"),
     ("--coordinator=host:1 --num_processes=2 --process_id=2", 2, "less than --num_proc"),
     ("--config.autoencoder.bottleneck=vq", 1, "The prior is over bits"),
@@ -118,7 +118,7 @@ REFUSED = [
 REFUSED_WITHOUT_DIGITS = [
     ("--config=configs/ffhq256.py:realesed", 2, "paper or :released, not :realesed"),
     ("--config=digits:nothing", 2, "this config has no variants"),
-    ("--config=digitz", 2, "--config=digitz is no file, and none of bedrooms256, "),
+    ("--config=digitz", 2, "--config=digitz is neither a file nor one of bedrooms256, "),
     (
         "--config=configs/ffhq256.py",
         1,
@@ -128,7 +128,7 @@ REFUSED_WITHOUT_DIGITS = [
     ("--config=configs/nothing.py --config.seed=1", 2, "No such file or directory"),
     ("--config=README.md", 2, "README.md, line "),
     ("--config={files}/json.py", 2, "json.py, line 1: NameError: name 'true'"),
-    ("--config={files}/null.py", 2, "the file is not Python: "),
+    ("--config={files}/null.py", 2, "the file is not valid Python: "),
     ("--config={files}/no_config.py", 2, "a file with a function get_config() is"),
     ("--config={files}/number.py", 1, "must return an ml_collections.ConfigDict"),
     ("--mode=all", 2, "--mode=all needs --config"),
@@ -173,7 +173,7 @@ def test_bad_usage_and_bad_input_are_refused(bad_files, tmp_path, capsys, comman
 
 def test_a_workdir_is_needed(capsys):
     assert call_main(CONFIG) == 2
-    assert "--workdir=DIR is needed" in capsys.readouterr().err
+    assert "--workdir=DIR is required" in capsys.readouterr().err
 
 
 def test_sample_writes_the_asked_number_of_digits(workdir, tmp_path):
