@@ -2,8 +2,8 @@
 
 python -m binlatent.main --config=configs/celebahq256.py --workdir=runs/celebahq256
 
-Cost: autoencoder of 63.0 M parameters, 9.1 TFLOP a step of 8 images with its discriminator and
-LPIPS; prior of 76.3 M. docs/sizes.md says what fits. Not trained by us yet.
+Cost: autoencoder of 63.0 M parameters, 9.1 TFLOP per step of 8 images with its discriminator and
+LPIPS; prior of 76.3 M. docs/sizes.md lists the memory it needs. This config was not trained.
 Expected (the paper): FID 7.80 in 16 steps, 6.24 in 64.
 """
 
@@ -13,7 +13,7 @@ from binlatent.configs import default
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
-    """Returns the config, of the "paper" or as "released"; see `configs/default.py`."""
+    """Returns the config, variant "paper" or "released"; see `configs/default.py`."""
     config = default.get_config(variant)
     config.data.name = "celeb_a_hq/256"
     config.data.num_classes = 0

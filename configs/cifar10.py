@@ -5,17 +5,18 @@ python -m binlatent.main --config=configs/cifar10.py --workdir=runs/cifar10 \\
     --config.data.name=folder --config.data.path=DIR
 bash launch/gpu.sh   # trains and measures :gpu
 
-Cost: autoencoder of 2.6 M parameters, 0.028 TFLOP a step of 32 images; prior of 4.9 M, 0.125 TFLOP
-a step of 64 codes. docs/sizes.md says how to choose other sizes.
+Cost: autoencoder of 2.6 M parameters, 0.028 TFLOP per step of 32 images; prior of 4.9 M, 0.125
+TFLOP per step of 64 codes. docs/sizes.md describes how to choose other sizes.
 
 The autoencoder took 42 minutes on one core of an AMD EPYC (127 images/s): PSNR 27.6 dB, SSIM 0.912
 on 1,000 test images of CIFAR-10 as JPEG, rFID 14.6 on all 10,000. Samples are judged by
-efficientnet.npz or inception.npz, which docs/evaluation.md makes.
+efficientnet.npz or inception.npz; docs/evaluation.md describes how to make them.
 
-`--config=configs/cifar10.py:gpu` is sized to ten minutes of one H100, by FLOPs and not by
-measurement. Autoencoder of 12.5 M parameters, 16 PFLOP in all: 109 s, if it reaches 15% of 989
-TFLOP/s and images are read at 23,000 a second. Prior of 76 M, 141 PFLOP: 356 to 407 s at 40 to 35%,
-which needs 13,000 codes a second at most. The rest is left to compiling, previews and checkpoints.
+`--config=configs/cifar10.py:gpu` is sized for ten minutes of one H100. The estimates come from
+FLOPs; nothing was measured. The autoencoder has 12.5 M parameters and takes 16 PFLOP: 109 s at 15%
+of 989 TFLOP/s, if 23,000 images per second are read. The prior has 76 M parameters and takes 141
+PFLOP: 356 to 407 s at 40 to 35%, with up to 13,000 codes per second. Compiling, previews and
+checkpoints take the rest.
 """
 
 import ml_collections
@@ -31,14 +32,14 @@ def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:
     if variant == "gpu":
         _for_gpu(config)
     elif variant != "cpu":
-        raise ValueError(f"this config is for a CPU or :gpu, not :{variant}")
+        raise ValueError(f"the variant must be :cpu or :gpu, not :{variant}")
     return config
 
 
 def _for_gpu(config: ml_collections.ConfigDict) -> None:
     config.dtype = "bfloat16"
 
-    # A smaller one would wait for the images to be read.
+    # A smaller autoencoder would wait for images to be read.
     config.autoencoder.base_width = 128
     config.autoencoder.multipliers = (1, 2)
     config.autoencoder.patch = 2
@@ -48,7 +49,7 @@ def _for_gpu(config: ml_collections.ConfigDict) -> None:
     config.autoencoder.train.learning_rate = 1e-3
     config.autoencoder.train.warmup_steps = 500
 
-    config.prior.network.width = 512  # as the paper's
+    config.prior.network.width = 512  # as in the paper
     config.prior.network.num_layers = 24
     config.prior.network.num_heads = 8
     config.prior.train.batch_size = 512
@@ -61,5 +62,5 @@ def _for_gpu(config: ml_collections.ConfigDict) -> None:
 
     config.log_every = 100
     config.preview_every = 2_500
-    config.checkpoint_every = 1_000  # 1.2 GB of the prior, every 40 s or so
+    config.checkpoint_every = 1_000  # 1.2 GB for the prior, about every 40 s
     config.keep_checkpoints = 2

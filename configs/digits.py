@@ -1,4 +1,4 @@
-"""5,000 real MNIST digits in 4x4 tokens of 24 bits; runs in minutes on two CPU cores.
+"""5,000 real MNIST digits in 4x4 tokens of 24 bits; trains in minutes on two CPU cores.
 
 python -m binlatent.main --config=configs/digits.py --workdir=runs/digits
 """
@@ -32,8 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.prior.network.width = 128
     config.prior.network.num_layers = 4
-    config.prior.network.num_heads = 2  # 64 wide each, as the paper's
-    config.prior.bernoulli.target = "z_0"  # in the evidence form, the best; see docs/results.md
+    config.prior.network.num_heads = 2  # 64 wide each, as in the paper
+    config.prior.bernoulli.target = "z_0"  # the best target with evidence; see docs/results.md
     config.prior.cache_codes = True
     config.prior.train.batch_size = 128
     config.prior.train.num_steps = 1_700

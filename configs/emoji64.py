@@ -1,10 +1,11 @@
-"""3,786 emoji of 64x64 in 8x8 tokens of 48 bits, drawn from captions; on two CPU cores.
+"""3,786 emoji of 64x64 in 8x8 tokens of 48 bits, drawn from captions.
 
 bash launch/emoji.sh
 
-The autoencoder takes 19 minutes on two cores of an AMD EPYC (113 images/s), the prior 53 on one (60
-images/s). Held-out images: PSNR 25.1 dB, SSIM 0.844; 32% of samples are nearest to their caption's
-own image among 100, of reconstructions 70% (docs/text.md).
+Training takes 19 minutes for the autoencoder on two cores of an AMD EPYC (113 images/s) and 53
+minutes for the prior on one (60 images/s). Held-out images: PSNR 25.1 dB, SSIM 0.844. 32% of
+samples, and 70% of reconstructions, are nearest to the image of their caption among 100
+(docs/text.md).
 """
 
 import ml_collections
@@ -19,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.table = "captions.jsonl"
     config.texts.encoder = "minilm"
 
-    config.autoencoder.loss.entropy = 0.0  # what it was measured with
+    config.autoencoder.loss.entropy = 0.0  # as in the measurements above
     config.autoencoder.train.num_steps = 4_000
 
     config.prior.condition = "text_cross"

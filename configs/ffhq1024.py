@@ -2,8 +2,8 @@
 
 python -m binlatent.main --config=configs/ffhq1024.py --workdir=runs/ffhq1024 --config.data.path=DIR
 
-Cost: autoencoder of 64.5 M parameters, 17 TFLOP an image and step with its discriminator, LPIPS
-and remat; prior of 76.8 M. docs/sizes.md says what fits. Not trained by us yet.
+Cost: autoencoder of 64.5 M parameters, 17 TFLOP per image and step with its discriminator, LPIPS
+and remat; prior of 76.8 M. docs/sizes.md lists the memory it needs. This config was not trained.
 Expected (the paper): FID 6.75 in 64 steps, 6.35 in 256.
 """
 
@@ -13,13 +13,13 @@ from binlatent.configs import default
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
-    """Returns the config, of the "paper" or as "released"; see `configs/default.py`."""
+    """Returns the config, variant "paper" or "released"; see `configs/default.py`."""
     config = default.get_config(variant)
     config.data.name = "folder"  # TFDS does not have it
     config.data.image_size = 1024
     config.data.num_classes = 0
     config.autoencoder.num_bits = 64
-    # One level more, for k = 32; of the least width, where it costs the least memory.
+    # One more level, for k = 32. It has the smallest width, where it costs the least memory.
     config.autoencoder.multipliers = (1, 1, 1, 2, 2, 4)
     config.autoencoder.attention_resolutions = (32,)
     config.autoencoder.remat = True

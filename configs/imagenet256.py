@@ -2,8 +2,8 @@
 
 python -m binlatent.main --config=configs/imagenet256.py --workdir=runs/imagenet256
 
-Cost: autoencoder of 63.1 M parameters, 9.1 TFLOP a step of 8 images with its discriminator and
-LPIPS; prior of 172.4 M. docs/sizes.md says what fits. Not trained by us yet.
+Cost: autoencoder of 63.1 M parameters, 9.1 TFLOP per step of 8 images with its discriminator and
+LPIPS; prior of 172.4 M. docs/sizes.md lists the memory it needs. This config was not trained.
 Expected (the paper): FID 8.21, IS 162.32, CAS 65.07% top-1, in 64 steps with guidance 2.
 """
 
@@ -13,7 +13,7 @@ from binlatent.configs import default
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
-    """Returns the config, of the "paper" or as "released"; see `configs/default.py`."""
+    """Returns the config, variant "paper" or "released"; see `configs/default.py`."""
     config = default.get_config(variant)
     config.data.name = "imagenet2012"
     config.autoencoder.num_bits = 64

@@ -1,9 +1,9 @@
-"""Images of 32x32 in 8x8 tokens of 32 bits, without VGG16 and a discriminator.
+"""Your images at 32x32, in 8x8 tokens of 32 bits; no VGG16 and no discriminator.
 
 python -m binlatent.main --config=configs/images32.py --workdir=runs/mine --config.data.path=DIR
 
-Cost: autoencoder of 2.6 M parameters, 0.028 TFLOP a step of 32 images; prior of 4.9 M, 0.123 TFLOP
-a step of 64 codes. docs/sizes.md says how to choose other sizes.
+Cost: autoencoder of 2.6 M parameters, 0.028 TFLOP per step of 32 images; prior of 4.9 M, 0.123
+TFLOP per step of 64 codes. docs/sizes.md describes how to choose other sizes.
 """
 
 import ml_collections
@@ -37,8 +37,8 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.prior.network.width = 256
     config.prior.network.num_layers = 6
-    config.prior.network.num_heads = 4  # 64 wide each, as the paper's
-    config.prior.bernoulli.target = "z_0"  # in the evidence form, the best; see docs/results.md
+    config.prior.network.num_heads = 4  # 64 wide each, as in the paper
+    config.prior.bernoulli.target = "z_0"  # the best target with evidence; see docs/results.md
     config.prior.cache_codes = True
     config.prior.train.batch_size = 64
     config.prior.train.num_steps = 6_000

@@ -1,9 +1,9 @@
-"""Images of 64x64 in 8x8 tokens of 48 bits, without VGG16 and a discriminator.
+"""Your images at 64x64, in 8x8 tokens of 48 bits; no VGG16 and no discriminator.
 
 python -m binlatent.main --config=configs/images64.py --workdir=runs/mine --config.data.path=DIR
 
-Cost: autoencoder of 2.7 M parameters, 0.049 TFLOP a step of 32 images; prior of 4.9 M, 0.123 TFLOP
-a step of 64 codes. docs/sizes.md says how to choose other sizes.
+Cost: autoencoder of 2.7 M parameters, 0.049 TFLOP per step of 32 images; prior of 4.9 M, 0.123
+TFLOP per step of 64 codes. docs/sizes.md describes how to choose other sizes.
 """
 
 import ml_collections
