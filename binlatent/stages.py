@@ -21,7 +21,7 @@ from binlatent.experiment import Experiment, of_checkpoint
 from binlatent.experiment.resume import changed_keys, check_resumable, check_same_data
 from binlatent.experiment.sizes import describe_stage, size_warning
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.runtime import processes, strict_json
+from binlatent.runtime import paths, processes, strict_json
 from binlatent.runtime.devices import parallel, parallel_for_debugging, replicate
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import key_for
@@ -348,7 +348,7 @@ def alone_in(workdir: Path) -> AbstractContextManager:
 
 def _train(experiment: Experiment, workdir: Path, name: str, setup: Callable) -> TrainState:
     """Trains a stage in a workdir, or goes on with it, or finds it done."""
-    workdir = Path(workdir)
+    workdir = Path(paths.expand(str(workdir), "workdir"))
     with alone_in(workdir):
         if exists(workdir, name):  # other data is refused before hours go into preparing it
             with Checkpoints.open(workdir, name) as checkpoints:

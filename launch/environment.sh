@@ -14,3 +14,10 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
   source .venv/bin/activate
   activate="source .venv/bin/activate; "
 fi
+
+local_only() {  # refuses a URL, which would become a folder
+  if [[ $1 == *://* ]]; then
+    echo "WORKDIR=$1 is not a local path: mount it, and give the path where it is mounted." >&2
+    exit 1
+  fi
+}

@@ -22,6 +22,12 @@
 # Without a GPU it ends with an error, unless JAX_PLATFORMS=cpu is set for a try.
 # Tried: on a CPU, with tiny steps and with kills. Not tried yet: a GPU.
 set -euo pipefail
+for path in "${OUT:-}" "${WORKDIR:-}"; do
+  if [[ $path == *://* ]]; then  # it would become a folder
+    echo "$path is not a local path: mount it, and give the path where it is mounted." >&2
+    exit 1
+  fi
+done
 out=$(realpath -m "${OUT:-gpu}")
 work=$(realpath -m "${WORKDIR:-runs/gpu}")
 images=$(realpath -m "${IMAGES:-cifar10.tar.gz}")

@@ -3,6 +3,7 @@
 # Arguments go to binlatent.main, for example --config.seed=1.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 workdir=${WORKDIR:-runs/digits}
+local_only "$workdir"
 
 echo "Installing binlatent into ${VIRTUAL_ENV:-$CONDA_PREFIX}"
 start=$SECONDS

@@ -127,6 +127,14 @@ def test_addresses_are_refused_by_every_command(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_address_is_no_workdir_of_a_script(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for train in (stages.train_autoencoder, stages.train_prior):
+        with pytest.raises(UserError, match="^workdir: gs://b/x is not a local path"):
+            train(resolve(default.get_config()), "gs://b/x")
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_path_of_a_command_of_argparse_is_expanded(monkeypatch):
     """No flag takes a bare Path, and all that are expanded are tested above."""
     parsers = []
