@@ -1,4 +1,4 @@
-"""The user's object: a trained autoencoder and prior, and all that is done with them."""
+"""`BinaryLatentDiffusion`: a trained autoencoder and prior, and what users do with them."""
 
 import functools
 import itertools
@@ -34,7 +34,7 @@ class BinaryLatentDiffusion:
     """A binary autoencoder and, once trained, the prior over its codes.
 
     Images are NumPy float32 (n, height, width, channels) in [-1, 1]; codes are float32 in {0, 1},
-    (n, h, w, c). Everything runs in batches of `config.sample.batch_size`, spread over the devices.
+    (n, h, w, c). Methods work in batches of `config.sample.batch_size`, spread over the devices.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class BinaryLatentDiffusion:
     ):
         """Wraps parameters that fit the experiment; `prior_params` is None before stage 2."""
         self.experiment = experiment
-        self.workdir = workdir  # a text encoder is also looked for there
+        self.workdir = workdir  # may hold the text encoder
         self.autoencoder_params = replicate(autoencoder_params)
         self._prior_params = replicate(prior_params)
         self._autoencoder = experiment.autoencoder.networks.autoencoder
@@ -59,8 +59,8 @@ class BinaryLatentDiffusion:
         """Loads the EMA weights of the newest whole checkpoints in a workdir.
 
         Args:
-          workdir: of a training run. The prior may be missing; nothing can be sampled then.
-          experiment: to use instead of the checkpoint's; with the same model.
+          workdir: of a training run. Without a prior, only methods on images and codes work.
+          experiment: to use instead of the checkpoint's; its model must be the same.
           prior: whether to load the prior.
         """
         workdir = Path(paths.expand(str(workdir), "workdir"))
@@ -77,29 +77,29 @@ class BinaryLatentDiffusion:
 
     @property
     def prior_params(self) -> Any:
-        """The prior's parameters; without a prior, a UserError."""
+        """The parameters of the prior; raises a UserError without a prior."""
         if not self.has_prior:
             raise UserError(
-                "This workdir has no prior yet: train it first, by `python -m binlatent.main "
+                "This workdir has no prior yet: train one with `python -m binlatent.main "
                 "--config=CONFIG --workdir=DIR --mode=train_prior`."
             )
         return self._prior_params
 
     @property
     def num_classes(self) -> int:
-        """Classes that the prior can be asked for, 0 if there are none."""
+        """The number of classes of the prior, 0 without classes."""
         conditioning = self.experiment.prior.conditioning
         return conditioning.num_classes if conditioning.kind == "class" else 0
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of those classes by number; digits where they have none."""
+        """The names of the classes by number; the numbers themselves if they have no names."""
         names = self.experiment.prior.conditioning.names
         return names or tuple(map(str, range(self.num_classes)))
 
     @property
     def encoder_fingerprint(self) -> str:
-        """Tells the weights that make the bits, which a prior belongs to, from others."""
+        """A hash of the encoder's weights; a prior fits one encoder only."""
         params = self.autoencoder_params["params"]
         return fingerprint([params["encoder"], params["bottleneck"]])
 
@@ -116,7 +116,7 @@ class BinaryLatentDiffusion:
     def encode_probs(self, images: np.ndarray) -> np.ndarray:
         """Returns y, the Bernoulli parameters of the images' bits, (n, h, w, c) in [0, 1].
 
-        Where the bottleneck never draws bits, they are the bits.
+        If the bottleneck is deterministic, they are the bits themselves.
         """
         self.experiment.autoencoder.check_bits()
         encode = functools.partial(
@@ -127,12 +127,12 @@ class BinaryLatentDiffusion:
     def encode(
         self, images: np.ndarray, mode: str = "deterministic", key: Array | None = None
     ) -> np.ndarray:
-        """Returns the images' codes; what `decode` takes.
+        """Returns the codes of images, as `decode` takes them.
 
         Args:
           images: (n, height, width, channels) in [-1, 1].
-          mode: "deterministic" for y > 0.5, "sample" to draw from B(y), "soft" for y itself; the
-            bottlenecks "vq" and "real" know the first alone.
+          mode: "deterministic" for y > 0.5, "sample" to draw from B(y), "soft" for y itself. The
+            bottlenecks "vq" and "real" have "deterministic" only.
           key: a typed PRNG key, for "sample".
         """
         if mode not in ("deterministic", "sample", "soft"):
@@ -146,9 +146,9 @@ class BinaryLatentDiffusion:
         return np.asarray(bottleneck.binarize(probs, mode, uniform))
 
     def encode_with_aux(self, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Returns the deterministic codes, and what the bottleneck reports about each.
+        """Returns the deterministic codes and the auxiliary outputs of the bottleneck.
 
-        That is `probs` of bits, `indices` of "vq", nothing of "real"; see
+        The outputs are `probs` for "binary", `indices` for "vq", and none for "real"; see
         `binlatent.autoencoder.bottleneck`.
         """
         encode = functools.partial(
@@ -157,20 +157,20 @@ class BinaryLatentDiffusion:
         return self._map(encode, check_images(images, self.experiment.data.image_shape))
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Returns the images of codes."""
+        """Returns the decoded images of codes."""
         decode = functools.partial(
             programs.decode_codes, self.autoencoder_params, model=self._autoencoder
         )
         return self._map(decode, check_codes(codes, self.code_shape))
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
-        """Returns the decoded deterministic codes of images."""
+        """Encodes images deterministically and decodes the codes."""
         return self.decode(self.encode(images))
 
     # The prior
 
     def settings(self, options: dict[str, Any]) -> Any:
-        """Returns the settings of the sampler, some replaced by options; None replaces nothing."""
+        """Returns the sampler's settings, with options replaced; an option of None is ignored."""
         return with_options(self._prior, self.experiment.sample.settings, options)
 
     @functools.cached_property
@@ -181,7 +181,7 @@ class BinaryLatentDiffusion:
         return texts.load(self.workdir)
 
     def text_features(self, texts: Sequence[str]) -> np.ndarray:
-        """Returns features of n texts as labels of the prior, (n, e) or (n, m, e), float32."""
+        """Returns features of n texts, for use as labels: (n, e) or (n, m, e), float32."""
         per_token = self.experiment.prior.conditioning.kind == "text_cross"
         different = list(dict.fromkeys(texts))
         features = self.text_encoder.features(different, per_token)
@@ -193,7 +193,7 @@ class BinaryLatentDiffusion:
         settings = self.settings({name: x for name, x in options.items() if name not in prompts})
         conditioning = self.experiment.prior.conditioning
         if prompts.get("negative_prompt") and not getattr(settings, "guidance", 0):
-            raise UserError("A negative prompt needs a guidance above 0: give --guidance=2, say.")
+            raise UserError("A negative prompt needs a guidance above 0, for example --guidance=2.")
         condition = make_condition(conditioning, self.text_features, num, label, **prompts)
         return condition, settings
 
@@ -210,13 +210,13 @@ class BinaryLatentDiffusion:
         """Applies a method of the prior to batches.
 
         Args:
-          method: of `Prior`, called with parameters, keys, condition and what follows.
-          key: as of `sample_codes`.
+          method: name of a method of `Prior`; called with parameters, keys and condition.
+          key: see `sample_codes`.
           condition: of all samples.
           num: n.
-          *arrays: (n, ...) each, given to `then` in batches.
+          *arrays: (n, ...) each; `then` receives them in batches.
           settings: of the sampler.
-          then: makes further arguments of the arrays of a batch.
+          then: maps a batch of the arrays to further keyword arguments of the method.
         """
         function, params = optional(self._prior, method), self.prior_params
 
@@ -229,57 +229,56 @@ class BinaryLatentDiffusion:
     def sample_codes(self, num: int, key: Array, label: Any = None, **options: Any) -> np.ndarray:
         """Returns `num` new codes, float32 in {0, 1}, (num, h, w, c).
 
-        The same key gives the same codes, whatever the batch size (but for rounding), and a
-        smaller `num` the first of them.
+        The same key gives the same codes for every batch size, up to rounding. With a smaller
+        `num` it gives the first of them.
 
         Args:
           num: n, at least 1.
-          key: a typed PRNG key, `jax.random.key(seed)`; or one a sample, (num,).
-          label: a class, by its number, or by its name as a string, or n of them; of a prior of
-            texts, the features of one, (e,) or (m, e), or of n; None for none.
-          **options: `prompt`, in place of a label, and `negative_prompt`, which guidance goes
-            against, a text or n of them each; and in place of those in `config.sample`, by the
-            same names, of the prior's kind: `temperature` (tau > 0; less is less diverse),
-            `guidance` (w >= 0), `steps`, ...
+          key: a typed PRNG key, `jax.random.key(seed)`, or one per sample, (num,).
+          label: a class by number or name, or n classes. For a prior of texts: the features of a
+            text, (e,) or (m, e), or of n texts. None: no condition.
+          **options: `prompt`, a text or n texts in place of a label; `negative_prompt`, a text or
+            n texts that guidance leads away from; and options that replace those of the same name
+            in `config.sample`: `temperature` (tau > 0; lower is less diverse), `guidance`
+            (w >= 0), `steps`, and others of the kind of prior.
         """
         check_num(num)
         condition, settings = self._asked(label, num, options)
         return self._draw("sample", key, condition, num, settings=settings)
 
     def trajectory(self, num: int, key: Array, label: Any = None, **options: Any) -> Any:
-        """Returns what the sampler passes through on its way to `num` codes, as `sample_codes`.
+        """Returns the intermediate states of drawing `num` codes; arguments as in `sample_codes`.
 
         Returns:
-          `z_t`, bool (num, S + 1, h, w, c), from z_T to z_0; of a Bernoulli prior also `p_0`,
-          P(z_0 = 1 | z_t), float32 (num, S, h, w, c); of an absorbing one also `hidden`, bool as
-          z_t, in which hidden bits are as the last call drew them.
+          `z_t`, bool (num, S + 1, h, w, c), from z_T to z_0. For a Bernoulli prior also `p_0`,
+          P(z_0 = 1 | z_t), float32 (num, S, h, w, c). For an absorbing prior also `hidden`, bool,
+          the shape of z_t; hidden bits of z_t have the values that the last call drew.
         """
         check_num(num)
         condition, settings = self._asked(label, num, options)
         return self._draw("trajectory", key, condition, num, settings=settings)
 
     def sample(self, num: int, key: Array, label: Any = None, **options: Any) -> np.ndarray:
-        """Returns `num` new images; arguments as of `sample_codes`."""
+        """Returns `num` new images; arguments as in `sample_codes`."""
         return self.decode(self.sample_codes(num, key, label, **options))
 
     def inpaint(
         self, images: np.ndarray, mask: np.ndarray, key: Array, label: Any = None, **options: Any
     ) -> np.ndarray:
-        """Returns the images with what the mask hides drawn anew (paper, Figure 8).
+        """Returns the images with the hidden pixels drawn anew (paper, Figure 8).
 
-        A token is known if all of its pixels are; the others are drawn from the prior given those.
-        The encoder sees each image's mean in place of the hidden pixels. Where it looks beyond a
-        token, the bits of known tokens near the hidden part are not quite those of the whole image.
+        A token is known if all of its pixels are known; the prior draws the other tokens given
+        these. The encoder sees the mean of the known pixels in place of the hidden ones. Its
+        receptive field is larger than a token, so the bits of known tokens near the hidden part
+        can differ from those of the whole image.
 
         Args:
           images: (n, height, width, channels) in [-1, 1].
-          mask: bool (height, width) or (n, height, width), True where a pixel is to be kept: the
-            opposite of a picture that is white where it is to be drawn, which `masks.read_mask`
-            reads.
-          key, label: as of `sample_codes`.
-          **options: as of `sample_codes`; of `config.sample`, `known` says how noisy the known
-            bits are on the way, and `keep_pixels` whether the known pixels come back as they
-            were or as decoded.
+          mask: bool (height, width) or (n, height, width), True where a pixel is kept. Mask files
+            are the opposite, white where pixels are drawn; `masks.read_mask` inverts them.
+          key, label: as in `sample_codes`.
+          **options: as in `sample_codes`; also `known`, the noise of the known bits at t > 0, and
+            `keep_pixels`, whether known pixels are returned unchanged or decoded.
         """
         images = check_images(images, self.experiment.data.image_shape)
         condition, settings = self._asked(label, len(images), options)
@@ -304,7 +303,7 @@ class BinaryLatentDiffusion:
         return np.where(keep, images, decoded) if settings.keep_pixels else decoded
 
     def known_bits(self, mask: np.ndarray) -> np.ndarray:
-        """Returns 1 for bits of known tokens, float32 (n, h, w, c), of a mask as of `inpaint`."""
+        """Returns 1 for bits of known tokens, float32 (n, h, w, c); the mask is as in `inpaint`."""
         tokens = known_tokens(mask, self.code_shape[:2])[..., None]
         known = np.broadcast_to(tokens, (len(mask), *self.code_shape)).astype(np.float32)
         self._prior.check_known(known)
@@ -319,17 +318,17 @@ class BinaryLatentDiffusion:
         strength: float = 0.5,
         **options: Any,
     ) -> np.ndarray:
-        """Returns variations of images: codes noised to t, or partly hidden, and drawn anew.
+        """Returns variations of images: adds noise to their codes, or hides a part, and redraws it.
 
         Args:
           images: (n, height, width, channels) in [-1, 1].
-          key, label: as of `sample_codes`.
-          strength: in (0, 1], t / T, or the share that is hidden: near 0 the image itself, at 1 a
-            new one.
-          **options: as of `sample_codes`; of a Bernoulli prior's `steps` from T those below t are
-            made. `times` start at t, whatever the strength.
+          key, label: as in `sample_codes`.
+          strength: in (0, 1]: t / T, or the hidden share. Near 0 gives the image itself, 1 a new
+            image.
+          **options: as in `sample_codes`. For a Bernoulli prior, `steps` counts from T, and only
+            those below t are made. If `times` are given, t is the first of them.
         """
-        optional(self._prior, "vary")  # before any work
+        optional(self._prior, "vary")  # refuses a prior without it, before any work
         if not 0 < strength <= 1:
             raise UserError(f"The strength must be above 0 and at most 1; got {strength}.")
         condition, settings = self._asked(label, len(images), options)
@@ -351,16 +350,16 @@ class BinaryLatentDiffusion:
     ) -> np.ndarray:
         """Returns -log2 p(code), or an upper bound on it, in bits per image: (n,).
 
-        Of a Bernoulli prior, the variational bound (paper, (7)); of an absorbing one, the bound for
-        a random order.
+        A Bernoulli prior gives the variational bound (paper, (7)), an absorbing prior the bound for
+        a random order, and an autoregressive prior the exact value.
 
         Args:
           codes: in {0, 1}, (n, h, w, c).
           key: a typed PRNG key, for the noise that a bound averages over.
-          label: a class, by number or name, or n of them; None for no class.
-          num_draws: of that noise.
-          **options: of the sampler that the bound is about, such as `steps` or `times`; without
-            any, the tightest bound, over all T steps or one unit a step.
+          label: as in `sample_codes`.
+          num_draws: how many draws of that noise.
+          **options: of the sampler whose bound is computed, such as `steps` or `times`. Without
+            options, the tightest bound: over all T steps, or one unit per step.
         """
         if num_draws < 1:
             raise UserError(f"num_draws must be at least 1; got {num_draws}.")
@@ -378,11 +377,11 @@ class BinaryLatentDiffusion:
     def image_metrics(
         self, probs: np.ndarray, labels: np.ndarray | None, key: Array
     ) -> dict[str, np.ndarray]:
-        """Returns what is reported of test images while the prior is trained, (n,) each.
+        """Returns the prior's metrics of test images, as reported during training, (n,) each.
 
         Args:
           probs: the encoder's y, (n, h, w, c).
-          labels: of the images, as of `Conditioning.known`.
+          labels: of the images, as returned by `Conditioning.known`.
           key: a typed PRNG key, for codes and noise.
         """
         batches = itertools.count()

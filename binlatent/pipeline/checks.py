@@ -1,4 +1,4 @@
-"""What is refused of what a user gives to the pipeline."""
+"""Checks of the arguments that users give to the pipeline."""
 
 from pathlib import Path
 from typing import Any
@@ -9,23 +9,23 @@ from binlatent.runtime.errors import UserError
 
 
 def check_images(given: Any, shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns images as float32, (n, *shape), if they have that shape and are in [-1, 1]."""
+    """Returns images as float32; refuses other shapes than (n, *shape), or values not in [-1, 1]."""
     if np.ndim(given) != 4 or not len(given) or np.shape(given)[1:] != shape:
         raise UserError(
             f"Images must be an array (n, {', '.join(map(str, shape))}) in [-1, 1], "
             f"not of shape {np.shape(given)}."
         )
     given = np.asarray(given, np.float32)
-    if not np.max(np.abs(given)) <= 1 + 1e-3:  # nor if one is NaN
+    if not np.max(np.abs(given)) <= 1 + 1e-3:  # also refuses NaN
         raise UserError(
             f"Images must be in [-1, 1], not from {np.min(given):g} to {np.max(given):g}; "
-            "binlatent.data.transforms.to_float makes them of uint8."
+            "binlatent.data.transforms.to_float converts uint8 images."
         )
     return given
 
 
 def check_codes(given: Any, shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns codes as float32, (n, *shape), if they have that shape."""
+    """Returns codes as float32; refuses other shapes than (n, *shape)."""
     if np.ndim(given) != 4 or not len(given) or np.shape(given)[1:] != shape:
         raise UserError(
             f"Codes must be an array (n, {', '.join(map(str, shape))}), "
@@ -41,10 +41,10 @@ def check_num(num: int) -> None:
 
 
 def check_text_encoder(name: str, prepared: bool, workdir: Path | None) -> None:
-    """Refuses prompts where the text encoder is not known.
+    """Refuses prompts if the text encoder is unknown.
 
     Args:
-      name: of the encoder, "" if it is not known.
+      name: of the encoder, "" if unknown.
       prepared: whether the prior was trained on prepared features of texts.
       workdir: for the message.
     """
@@ -52,6 +52,7 @@ def check_text_encoder(name: str, prepared: bool, workdir: Path | None) -> None:
         flags = f"--config=configs/workdir.py:{workdir or 'DIR'} --config.texts.encoder=clip"
         flags += " --config.data.texts=False" * prepared
         raise UserError(
-            f"The text encoder of this prior is not known: name it by `{flags}`, say, and its file "
-            "by --config.texts.weights, or give features of a text in place of a prompt."
+            f"The text encoder of this prior is unknown: name it, for example with `{flags}`, and "
+            "its file with --config.texts.weights; or give the features of a text instead of a "
+            "prompt."
         )

@@ -1,4 +1,4 @@
-"""The weights of a workdir."""
+"""Reads the weights in a workdir."""
 
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ def load_stage(
     Args:
       workdir: of a training run.
       stage: "autoencoder" or "prior".
-      experiment: to use instead of the checkpoint's, with the same model.
-      encoder: fingerprint of the encoder that a prior must have been trained for.
+      experiment: to use instead of the checkpoint's; its model must be the same.
+      encoder: hash of the encoder that the prior must have been trained with; None for any.
     """
     if not workdir.is_dir():
-        raise UserError(f"There is no workdir {workdir}: train one, or check --workdir.")
+        raise UserError(f"There is no workdir {workdir}: train a model there, or check --workdir.")
 
     def read(checkpoints: Checkpoints) -> tuple[Experiment, Any]:
         if encoder is not None:
