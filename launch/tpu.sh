@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Trains on all hosts of a Cloud TPU VM; arguments go to binlatent.main:
 #   export TPU=name ZONE=us-central2-b
-#   bash launch/tpu.sh --config=configs/churches256.py --workdir=/mnt/shared/runs/churches256
+#   bash launch/tpu.sh --config=configs/churches256.py --workdir=/mnt/shared/runs/churches256 \
+#     --config.autoencoder.train.batch_size=32 --config.autoencoder.train.learning_rate=1e-3
 #   bash launch/tpu.sh        shows the log of that training again, and waits for its end
 #   bash launch/tpu.sh stop   saves a checkpoint and ends it
+# The number of all devices must divide the batch sizes, here up to 32: see launch/slurm.sh.
 # The training goes on when the connection is lost. Each host writes ~/binlatent.log.
 # Each host has this checkout in ~/binlatent, `pip install -U "jax[tpu]" -e .` done there, and
 # --workdir and the data on a file system that all hosts share. JAX finds the hosts by itself.

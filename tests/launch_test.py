@@ -1,12 +1,17 @@
 """The scripts in launch/ with stand-ins for the programs that they start."""
 
 import os
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from conftest import parse_main
+
+from binlatent import main
+from binlatent.experiment import resolve
 
 LAUNCH = Path("launch").resolve()
 
@@ -87,3 +92,17 @@ def test_an_address_makes_no_folder(name, tmp_path):
     )
     assert result.returncode == 1 and "gs://bucket/x is not a local path" in result.stderr
     assert not list(tmp_path.iterdir()) and not Path("gs:").exists()
+
+
+@pytest.mark.parametrize("name", ["slurm", "tpu", "gpus"])
+def test_the_batches_of_an_example_fit_its_devices(name):
+    text = (LAUNCH / f"{name}.sh").read_text()
+    lines = text.replace("\\\n# ", " ").splitlines()
+    words = next(x for x in lines if f"launch/{name}.sh --config" in x or " launch/slurm.sh" in x)
+    flags = dict(re.findall(r"--([a-z-]+)=(\d+)", words))
+    devices = int(flags.get("nodes", 1)) * int(flags.get("ntasks-per-node", 8))
+    assert flags.get("gpus-per-node") == flags.get("ntasks-per-node")
+    parse_main(*re.findall(r"--(?:config|workdir)\S+", words))
+    experiment = resolve(main.FLAGS.config)
+    for stage in (experiment.autoencoder, experiment.prior):
+        assert stage.train.batch_size % devices == 0
