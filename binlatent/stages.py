@@ -1,4 +1,4 @@
-"""What each of the two stages plugs into the training loop."""
+"""The two stages: what each of them gives to the training loop."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 def with_classes(experiment: Experiment, source: Source) -> Experiment:
-    """Returns a copy of the experiment that knows the classes of the training images."""
+    """Returns a copy of the experiment with the classes of the training images."""
     listed = f": {classes.numbered(source.classes)}" if source.classes else ""
     log.info("%d training images, %d classes%s", len(source.examples), source.num_classes, listed)
     asked = experiment.data.num_classes
@@ -49,16 +49,16 @@ def with_classes(experiment: Experiment, source: Source) -> Experiment:
     if asked not in (-1, 0, source.num_classes):
         raise UserError(
             f"config.data.num_classes is {asked}, but the data has {source.num_classes} classes; "
-            f"set it to that, to 0 to ignore labels, or to -1."
+            f"set it to that number, to 0 to ignore labels, or to -1 to take what the data has."
         )
     return experiment.with_classes(source.num_classes, source.classes) if asked else experiment
 
 
 def check_batch(train: Training, stage: str) -> None:
-    """Refuses a batch that the devices, and the parts in which each takes its share, cannot split.
+    """Refuses a batch size that does not divide evenly over devices and `accumulate` parts.
 
     Args:
-      train: of a stage.
+      train: settings of the stage.
       stage: its name, for the message.
     """
     devices, num = jax.device_count(), max(train.accumulate, 1)
@@ -71,38 +71,38 @@ def check_batch(train: Training, stage: str) -> None:
 
 
 def check_prior(experiment: Experiment) -> None:
-    """Refuses an autoencoder without bits, or a batch that cannot be split."""
+    """Refuses an autoencoder without bits, or a batch size that does not divide evenly."""
     experiment.autoencoder.check_bits()
     check_batch(experiment.prior.train, "prior")
 
 
 def _check_meta(experiment: Experiment, stage: str, directory: Path, meta: dict[str, Any]) -> None:
-    """Refuses a checkpoint's `meta` if training cannot go on from it."""
+    """Refuses a checkpoint from which training cannot continue; `meta` describes it."""
     check_resumable(experiment, of_checkpoint(meta, directory), stage)
 
 
 def _tell_changes(
     experiment: Experiment, stage: str, source: str, directory: Path, meta: dict[str, Any]
 ) -> None:
-    """Warns, if training goes on otherwise than a checkpoint's `meta` says it began."""
+    """Warns if training continues with other data or settings than the checkpoint's `meta` has."""
     if meta["data"] is None:  # converted, not trained here
         return
     if meta["source"] != source:
         log.warning(
-            "The images, or their labels, are not those that the %s began with: it goes on with "
-            "these, from the same place in another order.",
+            "The images or labels differ from those that training of the %s began with. Training "
+            "continues with the new ones, at the same step.",
             stage,
         )
     trained = of_checkpoint(meta, directory)
     places = trained.data.path, experiment.data.path
     if meta["source"] == source and places[0] != places[1]:
-        told = "The images have moved from %r to %r: they are those that the %s began with."
-        log.info(told, *places, stage)
+        moved = "The images were moved from %r to %r. The %s continues on the same images."
+        log.info(moved, *places, stage)
     changes = changed_keys(experiment, trained, stage)
     if changes:
         pairs = changes.items()
         listed = [f"config.{name} was {old!r} and is {new!r}" for name, (old, new) in pairs]
-        log.warning("The %s goes on, but not as it would have: %s.", stage, "; ".join(listed))
+        log.warning("Training of the %s continues with changes: %s.", stage, "; ".join(listed))
 
 
 def _batches(
@@ -127,26 +127,26 @@ def _batches(
 
 
 def _open_test(experiment: Experiment, workdir: Path) -> Source:
-    """Returns the test split; says before training what so few images cannot tell."""
+    """Returns the test split; warns if it has too few images for a Frechet distance."""
     test = open_split(experiment.data, "test", workdir)
     if len(test.examples) < 2 and experiment.data.num_classes:
         log.warning(
-            "There is one test image alone: report.json will have no Frechet distance, which needs "
-            "two. Add images."
+            "There is only one test image, so report.json will have no Frechet distance, which "
+            "needs two. Add images."
         )
     return test
 
 
 def setup_autoencoder(experiment: Experiment, workdir: Path) -> Stage:
-    """Returns stage 1 at its first step.
+    """Returns stage 1 before its first step.
 
     Args:
-      experiment: of the whole run.
-      workdir: of the run; images that cannot be read are named there.
+      experiment: of the run.
+      workdir: of the run; a file in it lists the images that cannot be read.
     """
     spec = experiment.autoencoder
     check_batch(spec.train, "autoencoder")
-    instead = f"{lpips.ELSEWHERE}, or train without it by --config.autoencoder.loss.perceptual=0"
+    instead = f"{lpips.ELSEWHERE}, or train without it: --config.autoencoder.loss.perceptual=0"
     lpips_params = lpips.read_vgg16(spec.vgg16, instead) if spec.networks.lpips else {}
     source = open_split(experiment.data, "train", workdir)
     test = _open_test(experiment, workdir)
@@ -158,15 +158,15 @@ def setup_autoencoder(experiment: Experiment, workdir: Path) -> Stage:
     )
 
     def step(state, batch, index):
-        # Until its start the discriminator costs nothing; then the other step is compiled.
+        # Before its start the discriminator costs nothing; at the start another step is compiled.
         started = networks.discriminator and index >= spec.start_step
         return (with_discriminator if started else without)(state, batch, lpips_params)
 
     def check_unfinished():
         if exists(workdir, "prior"):
             raise UserError(
-                f"The prior in {workdir} belongs to its autoencoder as it is: copy the folder "
-                "autoencoder alone into another workdir to train it on there."
+                f"The prior in {workdir} belongs to its autoencoder as it is: to train the "
+                "autoencoder further, copy its folder alone into another workdir."
             )
 
     images = to_float(load_images(test, experiment.evaluate.num_images)[0])
@@ -210,10 +210,10 @@ def _write_codes(encoder: BinaryLatentDiffusion, source: Source, workdir: Path) 
 def _open_codes_or_images(
     experiment: Experiment, workdir: Path
 ) -> tuple[BinaryLatentDiffusion, Source, Experiment]:
-    """Returns the encoder, what the prior learns from, and the experiment with its classes."""
+    """Returns the encoder, the source of codes or images, and the experiment with its classes."""
     spec = experiment.prior
     if spec.codes:
-        # Of any number of classes, for now: nothing is sampled.
+        # The number of classes is set below: nothing is sampled here.
         encoder = BinaryLatentDiffusion.from_workdir(workdir, prior=False)
         source = codes.open_codes(Path(spec.codes), encoder.encoder_fingerprint)
     else:
@@ -228,31 +228,31 @@ def _open_codes_or_images(
 
 
 def _text_encoder(experiment: Experiment, source: Source, workdir: Path) -> TextEncoder:
-    """Returns the encoder of the captions of images, if there is one and they have captions."""
+    """Returns the encoder of captions; refuses a config without one, or images without captions."""
     if not experiment.texts.encoder:
         raise UserError(
             f"config.prior.condition is {experiment.prior.conditioning.kind!r}: set "
-            "config.texts.encoder for images with captions, or config.data.texts=True for images "
-            "with the features of a text."
+            "config.texts.encoder if the images have captions, or config.data.texts=True if there "
+            "are files with the features of a text."
         )
     if source.captions is None:
         raise UserError(
-            "The captions of images are read from folders alone: set config.data.name=folder, and "
-            "leave out config.prior.codes."
+            "Captions are read from folders only: set config.data.name=folder, and leave out "
+            "config.prior.codes."
         )
     check_captions(source, experiment.data.max_broken, workdir / "bad_files.txt")
     return experiment.texts.load(workdir)
 
 
 def check_all(experiment: Experiment, workdir: Path) -> None:
-    """Refuses before stage 1 what stage 2 would refuse after it."""
+    """Checks before stage 1 what stage 2 needs."""
     check_prior(experiment)
     if experiment.prior.conditioning.of_texts and not experiment.data.texts:
         _text_encoder(experiment, open_split(experiment.data, "train", workdir), workdir)
 
 
 def _with_texts(experiment: Experiment, source: Source, workdir: Path) -> tuple[Experiment, Source]:
-    """Returns the experiment that knows the texts, and the source with their features."""
+    """Returns the experiment with the width of text features, and the source with the features."""
     conditioning = experiment.prior.conditioning
     if not conditioning.of_texts:
         return experiment, source
@@ -268,7 +268,7 @@ def _with_texts(experiment: Experiment, source: Source, workdir: Path) -> tuple[
 
 
 def write_codes(experiment: Experiment, workdir: Path) -> Path:
-    """Writes the codes of the training images into `codes` of a workdir; returns their folder."""
+    """Writes the codes of the training images into the folder `codes` of a workdir; returns it."""
     experiment.autoencoder.check_bits()
     source = open_split(experiment.data, "train", workdir)
     experiment = with_classes(experiment, source)
@@ -279,7 +279,7 @@ def write_codes(experiment: Experiment, workdir: Path) -> Path:
 
 
 def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
-    """Returns stage 2 at its first step, on the codes of the workdir's autoencoder."""
+    """Returns stage 2 before its first step, on the codes of the workdir's autoencoder."""
     check_prior(experiment)
     encoder, source, experiment = _open_codes_or_images(experiment, workdir)
     experiment, source = _with_texts(experiment, source, workdir)
@@ -305,7 +305,7 @@ def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
         train=spec.train,
         state=spec.init_state(experiment.seed),
         step=lambda state, batch, _: step(state, batch, encoder_params),
-        # Python alone reads codes, one at a time: several threads take twice as long, and from JAX.
+        # Reading codes is plain Python: more threads take twice as long and slow JAX down.
         batches=_batches(
             *(source, spec.train, experiment, 1 if cached else None),
             random_caption=bool(experiment.texts.encoder),
@@ -329,32 +329,32 @@ def setup_prior(experiment: Experiment, workdir: Path) -> Stage:
 
 
 def _parallel(experiment: Experiment, step: Callable) -> Callable:
-    """Returns a stage's step for all devices."""
+    """Returns the step of a stage, parallel over all devices."""
     if experiment.run.on_nonfinite == "skip":
         step = skip_nonfinite(step)
     if not experiment.run.debug_nans:
         return parallel(step, num_frozen=1)
     if jax.process_count() > 1:
-        raise UserError("config.debug_nans is for one process: start a single one to find the NaN.")
+        raise UserError("config.debug_nans works with one process only: start a single one.")
     return parallel_for_debugging(step, num_frozen=1)
 
 
 def alone_in(workdir: Path) -> AbstractContextManager:
-    """Returns what keeps other processes, but those of this run, from training in a workdir."""
-    if jax.process_index():  # the first locks it for all
+    """Returns a lock that keeps other runs from training in a workdir."""
+    if jax.process_index():  # process 0 holds the lock for the run
         return nullcontext()
     return only_process(workdir / ".training.lock", f"{workdir} is being trained")
 
 
 def _train(experiment: Experiment, workdir: Path, name: str, setup: Callable) -> TrainState:
-    """Trains a stage in a workdir, or goes on with it, or finds it done."""
+    """Trains a stage in a workdir, continues it, or finds it complete."""
     workdir = Path(paths.expand(str(workdir), "workdir"))
     with alone_in(workdir):
-        if exists(workdir, name):  # other data is refused before hours go into preparing it
+        if exists(workdir, name):  # refuse other data before preparing it, which can take hours
             with Checkpoints.open(workdir, name) as checkpoints:
                 meta = checkpoints.newest(Checkpoints.meta)
             trained = of_checkpoint(meta, workdir / name)
-            if meta["data"] is not None:  # trained here, and not converted alone
+            if meta["data"] is not None:  # None: converted, not trained here
                 check_same_data(experiment, trained, name)
                 experiment = experiment.with_names(trained.prior.conditioning.names)
         if name == "autoencoder" and (warning := size_warning(experiment)):
@@ -368,7 +368,7 @@ def _train(experiment: Experiment, workdir: Path, name: str, setup: Callable) ->
 
 
 def train_autoencoder(experiment: Experiment, workdir: Path) -> TrainState:
-    """Trains stage 1 in `workdir`, or goes on with it, or finds it done."""
+    """Trains stage 1 in `workdir`, continues it, or finds it complete."""
     return _train(experiment, workdir, "autoencoder", setup_autoencoder)
 
 

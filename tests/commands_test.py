@@ -242,11 +242,11 @@ def test_a_run_that_goes_on_says_that_its_images_have_moved(tiny_experiment, tmp
     caplog.clear()
     with caplog.at_level("INFO"):
         second.tell_changes(meta)
-    moved = f"The images have moved from '{tmp_path / 'a'}' to '{tmp_path / 'b'}'"
-    assert caplog.messages == [f"{moved}: they are those that the autoencoder began with."]
+    moved = f"The images were moved from '{tmp_path / 'a'}' to '{tmp_path / 'b'}'"
+    assert caplog.messages == [f"{moved}. The autoencoder continues on the same images."]
     caplog.clear()
     second.tell_changes(meta | {"source": "of other names"})
-    assert "are not those that the autoencoder began with" in caplog.text
+    assert "differ from those that training of the autoencoder began with" in caplog.text
     assert "moved" not in caplog.text
 
 
@@ -347,7 +347,7 @@ def test_flags_in_messages_are_flags_of_their_command():
 
 
 def test_every_command_that_reads_images_takes_the_advice_of_the_reader(tmp_path, capsys):
-    with pytest.raises(UserError, match="give --config.data.path=DIR"):
+    with pytest.raises(UserError, match="set --config.data.path=DIR"):
         folder.list_images(str(tmp_path / "none"), "train")
     for function, start in ((paper.main, ["steps"]), (ablations.main, [])):
         assert (

@@ -139,7 +139,7 @@ def test_a_stage_says_its_sizes():
     # 32 * 32 * 3 * 8 bits of an image, 8 * 8 * 32 of a code; 10,000 steps of 32.
     experiment = resolve(load("images32"))
     assert describe_stage(experiment, "autoencoder", 1_249_999) == (
-        "autoencoder: 32x32 images, 8x8 tokens of 32 bits (2,048 bits, an image has 24,576), "
+        "autoencoder: 32x32 images, 8x8 tokens of 32 bits (2,048 bits per image, from 24,576), "
         "1.2 million parameters, 320,000 images in 10,000 steps"
     )
     own = {"prior.kind": "absorbing", "prior.train.num_steps": 2, "prior.train.batch_size": 4}
@@ -167,7 +167,7 @@ def test_a_coarse_grid_is_warned_of():
     # The paper's downsampling is 16.
     warning = size_warning(resolved({"data.image_size": 32}))
     assert "Images of 32x32 become 2x2 tokens of 16x16 pixels, a grid below 4x4" in warning
-    assert "config.autoencoder.multipliers fewer levels" in warning and "images32" in warning
+    assert "fewer levels in config.autoencoder.multipliers" in warning and "images32" in warning
     plain = {"data.image_size": 48, "autoencoder.attention_resolutions": ()}
     assert "3x3 tokens" in size_warning(resolved(plain))
     assert not size_warning(resolved({"data.image_size": 64}))
@@ -180,7 +180,7 @@ def test_a_code_as_large_as_its_image_is_warned_of():
     config.autoencoder.patch = 2
     assert not size_warning(resolve(changed({"autoencoder.num_bits": 95}, config)))
     warning = size_warning(resolve(changed({"autoencoder.num_bits": 96}, config)))
-    assert "A code has 24,576 bits, and an image of 8 bits a channel 24,576" in warning
+    assert "A code has 24,576 bits and an image 24,576, at 8 bits per channel" in warning
     assert "Lower config.autoencoder.num_bits" in warning
     real = changed({"autoencoder.bottleneck": "real", "autoencoder.num_channels": 96}, config)
     assert not size_warning(resolve(real))  # its float32 are no bits of a code
@@ -201,7 +201,7 @@ def test_both_stages_say_their_sizes_as_they_start(trained_workdir):
         params[stage] = sum(x.size for x in jax.tree.leaves(trained))
     tokens, images = "4x4 tokens of 8 bits", "48 images in 6 steps"
     assert (
-        f"autoencoder: 28x28 images, {tokens} (128 bits, an image has 6,272), "
+        f"autoencoder: 28x28 images, {tokens} (128 bits per image, from 6,272), "
         f"{params['autoencoder']:,} parameters, {images}\n"
     ) in said
     assert f"prior: bernoulli, {tokens}, {params['prior']:,} parameters, {images}\n" in said
@@ -459,7 +459,7 @@ def test_the_defaults_are_accepted():
         ({"data.image_size": 10}, "image_size must be between 11 and 16384, not 10"),
         ({"data.max_broken": 1.5}, "max_broken must be between 0 and 1, not 1.5"),
         ({"data.crop": "left"}, 'data.crop must be "centre" or "random", not \'left\''),
-        ({"data.flip": True, "prior.cache_codes": True}, "Codes on disk .* learn from the images"),
+        ({"data.flip": True, "prior.cache_codes": True}, "Codes on disk .* train on images"),
         ({"data.crop": "random", "prior.codes": "x"}, "Codes on disk .* set data.crop"),
         ({"autoencoder.train.decay": "linear"}, 'decay must be "constant" or "cosine"'),
         ({"prior.train.decay": "linear"}, "prior.train.decay must be .*, not 'linear'"),
@@ -754,5 +754,5 @@ def test_an_odd_version_is_no_crash(version):
 def test_a_checkpoint_whose_config_describes_no_model_is_refused():
     content = default.get_config().to_dict()
     content["autoencoder"]["num_bits"] = "many"
-    with pytest.raises(UserError, match="The config in runs/x/prior describes no model: "):
+    with pytest.raises(UserError, match="The config in runs/x/prior is invalid: "):
         of_checkpoint({"config": content}, "runs/x/prior")

@@ -193,7 +193,7 @@ def test_what_it_cannot_do_is_refused_in_a_sentence(flags, workdir, capsys, monk
     monkeypatch.delitem(KINDS, "independent")
     assert call_main(f"--workdir={workdir}", "--mode=sample") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("Error: The config in ") and "needs --config with the file" in line
+    assert line.startswith("Error: The config in ") and "give --config with the file" in line
 
 
 def test_a_bottleneck_from_outside_is_one_of_the_choices(tiny_config, monkeypatch):

@@ -238,11 +238,11 @@ def test_the_text_encoder_is_found_in_the_workdir_or_named(workdirs, folder, tmp
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"prior.condition": "class"}, "is for a prior that is asked by texts"),
+        ({"prior.condition": "class"}, "is for a prior of texts: set config.prior.condition"),
         ({"data.texts": True}, "set one of the two"),
-        ({"texts.encoder": ""}, "set config.texts.encoder for images with captions"),
+        ({"texts.encoder": ""}, "set config.texts.encoder if the images have captions"),
         ({"prior.text_width": 7}, "text_width is 7, but the features of the texts have the width"),
-        ({"data.name": "digits"}, "captions of images are read from folders alone"),
+        ({"data.name": "digits"}, "Captions are read from folders only"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -294,7 +294,7 @@ def test_training_on_with_other_captions_is_told(workdirs, folder, tmp_path, cap
     changes = {"data.path": images, "prior.train.num_steps": 14}
     flags = [f"--workdir={workdir}", "--mode=train_prior"]
     assert not call_main(*given_flags(folder, "text_token", **changes), *flags)
-    told = "The images, or their labels, are not those that the prior began with"
+    told = "The images or labels differ from those that training of the prior began with"
     assert told in capsys.readouterr().err
 
 

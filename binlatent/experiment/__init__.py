@@ -1,7 +1,7 @@
-"""A config becomes typed, checked, frozen objects, once a command: the only reader of ConfigDicts.
+"""Turns a config into typed, checked, frozen objects; the only reader of ConfigDicts.
 
-Numbers and choices that stand alone are checked against the two tables of `limits`, what must fit
-together where the object is built.
+`limits` checks each number and choice by itself. Values that depend on each other are checked where
+the object is built.
 """
 
 import copy
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """How to sample: images at a time on all devices, and the settings of the prior's sampler."""
+    """How to sample: the batch size over all devices, and the settings of the prior's sampler."""
 
     batch_size: int
     settings: Any
@@ -48,7 +48,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """The section `evaluate` of a config; `configs/default.py` says what each key is."""
+    """The section `evaluate` of a config; `configs/default.py` describes each key."""
 
     num_images: int
     num_samples: int
@@ -69,10 +69,10 @@ class Experiment:
     """A config, resolved.
 
     Fields:
-      seed: of everything random.
-      dtype: of the computation; parameters and losses stay float32.
+      seed: of all random numbers.
+      dtype: to compute in; parameters and losses stay float32.
       data, texts, autoencoder, prior, sample, evaluate, run: the parts.
-      content: the config as nested dictionaries, for checkpoints, and for `change`.
+      content: the config as nested dictionaries, for checkpoints and `change`.
     """
 
     seed: int
@@ -93,7 +93,7 @@ class Experiment:
 
     @property
     def without_paths(self) -> dict[str, Any]:
-        """A copy of the config whose paths are empty, as they differ from machine to machine."""
+        """A copy of the config with empty paths, because paths differ between machines."""
         content = self.config
         for name in PATHS:
             *sections, key = name.split(".")
@@ -101,7 +101,7 @@ class Experiment:
         return content
 
     def change(self, values: Mapping[str, Any]) -> "Experiment":
-        """Returns a copy with other values by key, such as {"sample.steps": 16}, all checked."""
+        """Returns a checked copy with other values by key, such as {"sample.steps": 16}."""
         content = self.config
         for name, value in values.items():
             *sections, key = name.split(".")
@@ -112,24 +112,24 @@ class Experiment:
         return resolve(content, self.prior.conditioning.names)
 
     def with_names(self, names: tuple[str, ...]) -> "Experiment":
-        """Returns a copy that knows the names of the classes, by number."""
+        """Returns a copy with the names of the classes, by number."""
         return resolve(self.content, names)
 
     def with_classes(self, num_classes: int, names: tuple[str, ...] = ()) -> "Experiment":
-        """Returns a copy that knows the number of classes, and their names, if given."""
+        """Returns a copy with the number of classes and, if given, their names."""
         return self.change({"data.num_classes": num_classes}).with_names(names)
 
     def with_texts(self, width: int, sha256: str = "") -> "Experiment":
-        """Returns a copy that knows the width of texts' features, and the file of the encoder."""
+        """Returns a copy with the width of text features and the hash of the encoder's file."""
         if self.prior.conditioning.text_width not in (0, width):
             raise UserError(
                 f"config.prior.text_width is {self.prior.conditioning.text_width}, but the "
-                f"features of the texts have the width {width}: set it to that, or to 0."
+                f"features of the texts have the width {width}: set it to {width} or to 0."
             )
         return self.change({"prior.text_width": width, "texts.sha256": sha256})
 
     def as_trained(self, trained: "Experiment") -> "Experiment":
-        """Returns a copy that knows of data and texts what training found out, if not given."""
+        """Returns a copy whose unset values about classes and texts are those found in training."""
         used, width = self, trained.prior.conditioning.text_width
         if used.data.num_classes == -1:
             used = used.with_classes(trained.data.num_classes)
@@ -143,14 +143,14 @@ class Experiment:
 def resolve(
     config: ml_collections.ConfigDict | Content, class_names: tuple[str, ...] = ()
 ) -> Experiment:
-    """Returns the experiment of a config; refuses numbers out of range, and what does not fit.
+    """Returns the experiment of a config; refuses values out of range or that contradict others.
 
-    Called before anything starts, so that what stage 2 or a picture at the end would refuse does
-    not cost the training before it.
+    It is called before anything starts, so that a mistake in the settings of stage 2 or of sampling
+    is found before stage 1 is trained.
 
     Args:
-      config: as `configs/default.py` has it.
-      class_names: by number; () as long as no data or checkpoint was opened that has any.
+      config: with the keys of `configs/default.py`.
+      class_names: by number; () if unknown or without names.
     """
     content = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     content = with_tuples(content)
@@ -162,8 +162,8 @@ def resolve(
     section, texts = content["prior"], _take(Texts, content, "texts")
     if (data.flip or data.crop == "random") and (section["cache_codes"] or section["codes"]):
         raise UserError(
-            "Codes on disk (prior.cache_codes, prior.codes) are of images as they are: learn from "
-            'the images, or set data.crop to "centre" and data.flip to False.'
+            "Codes on disk (prior.cache_codes, prior.codes) are made without random crops and "
+            'flips: train on images, or set data.crop to "centre" and data.flip to False.'
         )
     autoencoder = _autoencoder(content, data, dtype)
     conditioning = Conditioning.of_config(
@@ -187,7 +187,7 @@ def resolve(
     )
 
 
-# Keys that hold the path of a file or folder, if they are not empty.
+# Keys whose values are paths of files or folders, or empty.
 PATHS = (
     *("data.path", "prior.codes", "autoencoder.loss.vgg16", "texts.weights", "evaluate.weights"),
     "evaluate.reference",
@@ -195,9 +195,9 @@ PATHS = (
 
 
 def _locate(content: dict[str, Any]) -> None:
-    """Makes a config's paths absolute, so that they mean the same in another folder.
+    """Makes a config's paths absolute, so that they stay valid in another working directory.
 
-    `data.table` lies in `data.path`, and TFDS itself reads a data directory of a bucket.
+    `data.table` is relative to `data.path`. TFDS can read a data directory in a bucket.
     """
     for name in PATHS:
         *sections, key = name.split(".")
@@ -210,14 +210,14 @@ def _locate(content: dict[str, Any]) -> None:
 
 
 def with_tuples(value: Any) -> Any:
-    """Returns a copy with tuples for lists, which is what JSON makes of them."""
+    """Returns a copy with tuples in place of lists: JSON turns tuples into lists."""
     if isinstance(value, Mapping):
         return {key: with_tuples(entry) for key, entry in value.items()}
     return tuple(map(with_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _take(cls: type[T], content: Content, name: str = "") -> T:
-    """Returns a dataclass of a section, whose keys are its fields."""
+    """Returns a dataclass filled from the section's keys of the same names."""
     names = [field.name for field in dataclasses.fields(cls)]
     return cls(**{key: value_of(content, f"{name}.{key}" if name else key) for key in names})
 
@@ -262,7 +262,7 @@ def _autoencoder(content: Content, data: Data, dtype: Any) -> AutoencoderSpec:
 
 
 def bottleneck_keys(name: str) -> list[str]:
-    """Returns the keys of `config.autoencoder` that a bottleneck takes: its fields."""
+    """Returns the keys of `config.autoencoder` that a bottleneck uses: its fields."""
     fields = [field.name for field in dataclasses.fields(BOTTLENECKS[name])]
     return [key for key in fields if key not in ("embedding_width", "parent", "name")]
 
@@ -274,8 +274,8 @@ def _prior(
     width, num_heads = (section["network"][key] for key in ("width", "num_heads"))
     if width < 4 or width % num_heads or width % 4:
         raise UserError(
-            "config.prior.network.width must be a multiple of 4 and of "
-            f"config.prior.network.num_heads; {width} and {num_heads} are not."
+            "config.prior.network.width must be a multiple of 4 and of config.prior.network."
+            f"num_heads; got the width {width} and {num_heads} heads."
         )
     rotary = section["network"]["dit"]["positions"] == "rotary"
     if section["network"]["name"] == "dit" and rotary and width // num_heads % 4:
@@ -303,9 +303,9 @@ def _prior(
     )
 
 
-# A checkpoint's config, beside the one that is given
+# Configs of checkpoints
 
-_OLDEST = (0, 2, 0)  # version since which keys of the config were added, and none was moved
+_OLDEST = (0, 2, 0)  # since this version, keys of the config were only added
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -313,7 +313,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _with_added_keys(content: Content, defaults: Content) -> Content:
-    """Returns a config with the keys that it lacks; a default is what there was without its key."""
+    """Returns a config with defaults for missing keys, which keep the behaviour without them."""
     added = {key: value for key, value in defaults.items() if key not in content}
     sections = {
         key: _with_added_keys(content[key], value)
@@ -324,11 +324,11 @@ def _with_added_keys(content: Content, defaults: Content) -> Content:
 
 
 def of_checkpoint(meta: Mapping[str, Any], where: Any) -> Experiment:
-    """Returns the experiment of a checkpoint, which may come from anyone.
+    """Returns the experiment of a checkpoint, whose config may be invalid.
 
     Args:
-      meta: of `Checkpoints.meta`.
-      where: the checkpoint is, for messages.
+      meta: from `Checkpoints.meta`.
+      where: the checkpoint's folder, for messages.
     """
     try:
         content, version = meta["config"], meta.get("version", "0.1.0")
@@ -338,8 +338,8 @@ def of_checkpoint(meta: Mapping[str, Any], where: Any) -> Experiment:
     except KeyError as error:
         raise UserError(
             f"{where} was written by binlatent {meta.get('version', '0.1.0')}, whose config has no "
-            f"{error.args[0]}: use that version, or train anew in another --workdir."
+            f"{error.args[0]}: use that version, or train again in another --workdir."
         ) from error
-    except Exception as error:  # also of a value of another type
+    except Exception as error:  # such as a value of another type
         reason = textwrap.shorten(str(error), 300) or type(error).__name__
-        raise UserError(f"The config in {where} describes no model: {reason}") from error
+        raise UserError(f"The config in {where} is invalid: {reason}") from error

@@ -1,4 +1,4 @@
-"""What the numbers and words of a config may be, those that stand alone."""
+"""Checks of single values of a config: ranges of numbers and choices of words."""
 
 import functools
 import math
@@ -18,8 +18,7 @@ from binlatent.training.optimizer import DECAYS
 
 Content = Mapping[str, Any]  # a config as nested dictionaries
 
-# The least and the most that a number may be. More is a slip, or somebody's config that would keep
-# the machine busy for ever.
+# Smallest and largest values. A larger value is a mistake, and could make a command run for ever.
 _AT_LEAST_0, _AT_LEAST_1, _SHARE = (0, math.inf), (1, math.inf), (0, 1)
 _RANGES = {
     "seed": (0, MAX_SEED),
@@ -72,7 +71,7 @@ _RANGES = {
 _CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "data.crop": ("centre", "random"),
-    "autoencoder.bottleneck": BOTTLENECKS,  # with what a config adds to it
+    "autoencoder.bottleneck": BOTTLENECKS,  # a config file may add to it
     "autoencoder.train.decay": DECAYS,
     "prior.network.name": NETWORKS,
     "prior.network.dit.positions": POSITIONS,
@@ -84,12 +83,12 @@ _CHOICES = {
 }
 
 
-# American, and as we write.
+# American spellings, and those that the package uses.
 _SPELLINGS = {"center": "centre", "color": "colour"}
 
 
 def spell(content: dict[str, Any]) -> None:
-    """Writes the words of a config that have two spellings in ours."""
+    """Replaces American spellings in a config."""
     data, discriminator = content["data"], content["autoencoder"]["discriminator"]
     data["crop"] = _SPELLINGS.get(data["crop"], data["crop"])
     words = discriminator["augment"]
@@ -105,12 +104,12 @@ def value_of(content: Content, name: str) -> Any:
 
 
 def check_values(content: Content) -> None:
-    """Refuses numbers out of range, and words that are no choice."""
+    """Refuses numbers out of range and unknown choices."""
     kind = value_of(content, "prior.kind")
     if kind not in KINDS:
         raise UserError(
-            f"config.prior.kind must be one of {', '.join(KINDS)}, not {kind!r}; a kind of your "
-            "own needs --config with the file that registers it."
+            f"config.prior.kind must be one of {', '.join(KINDS)}, not {kind!r}. To use your own "
+            "kind, give --config with the file that registers it."
         )
     of_kind = {f"prior.{kind}.{key}": limits for key, limits in KINDS[kind].ranges.items()}
     for name, (least, most) in (_RANGES | of_kind).items():
@@ -118,7 +117,7 @@ def check_values(content: Content) -> None:
         if not least <= value <= most or not math.isfinite(value):
             limits = f"at least {least}" if most == math.inf else f"between {least} and {most}"
             raise UserError(f"config.{name} must be {limits}, not {value}.")
-    for name in strict_json.not_finite(content):  # a checkpoint could not hold it
+    for name in strict_json.not_finite(content):  # a checkpoint could not store it
         raise UserError(f"config.{name} must be finite, not infinite or NaN.")
     for name, choices in _CHOICES.items():
         value, (*others, last) = value_of(content, name), choices
@@ -128,21 +127,21 @@ def check_values(content: Content) -> None:
 
 
 def check_texts(conditional: bool, prepared: bool, encoder: str) -> None:
-    """Refuses texts that no prior would be trained on, or two ways to their features.
+    """Refuses texts that the prior does not use, or two sources of their features.
 
     Args:
-      conditional: whether the prior is asked by texts.
-      prepared: whether their features lie beside the images, `data.texts`.
-      encoder: `texts.encoder`, of their captions.
+      conditional: whether the prior is conditioned on texts.
+      prepared: `data.texts`, whether features of texts are in files beside the images.
+      encoder: `texts.encoder`, which computes them from captions.
     """
     if prepared and encoder:
         raise UserError(
-            f"config.data.texts takes features of texts from files, config.texts.encoder="
+            f"config.data.texts reads features of texts from files, and config.texts.encoder="
             f"{encoder} computes them from captions: set one of the two."
         )
     if (prepared or encoder) and not conditional:
         given = "config.data.texts=True" if prepared else f"config.texts.encoder={encoder}"
         raise UserError(
-            f"{given} is for a prior that is asked by texts: set config.prior.condition to "
-            "text_token or text_cross, or leave it out."
+            f"{given} is for a prior of texts: set config.prior.condition to text_token or "
+            f"text_cross, or leave out {given}."
         )

@@ -1,4 +1,4 @@
-"""A config beside that of a checkpoint: what does not fit, and what sends training another way."""
+"""Compares a config with that of a checkpoint: what does not fit, and what changes training."""
 
 import functools
 import json
@@ -10,7 +10,7 @@ from binlatent.data import classes
 from binlatent.experiment import Experiment, bottleneck_keys
 from binlatent.runtime.errors import UserError
 
-# What fixes the meaning of a stage's arrays, beside the keys of bottleneck and kind.
+# Keys that the arrays of a stage depend on, in addition to those of its bottleneck or kind.
 _AUTOENCODER_KEYS = (
     *("data.image_size", "data.channels"),
     *(
@@ -45,12 +45,12 @@ def _model_keys(here: Experiment, there: Experiment, stage: str) -> list[str]:
 
 
 def check_same_model(here: Experiment, there: Experiment, stage: str) -> None:
-    """Refuses an experiment with another model than a checkpoint's.
+    """Refuses an experiment whose model differs from the checkpoint's.
 
     Args:
-      here: as given now.
-      there: as stored in the checkpoint.
-      stage: "autoencoder", or "prior", which is made for one autoencoder.
+      here: the experiment of this run.
+      there: the experiment in the checkpoint.
+      stage: "autoencoder" or "prior"; a prior fits one autoencoder only.
     """
     if stage == "prior":
         names = (x.prior.conditioning.names for x in (here, there))
@@ -61,7 +61,7 @@ def check_same_model(here: Experiment, there: Experiment, stage: str) -> None:
     differences = [
         f"{name} is {before} there and {now} here"
         for name, (before, now) in pairs.items()
-        # As JSON: tuples come back from a checkpoint as lists.
+        # As JSON, which turns tuples into lists.
         if json.dumps(before, default=str) != json.dumps(now, default=str)
     ]
     if differences:
@@ -72,11 +72,11 @@ def check_same_model(here: Experiment, there: Experiment, stage: str) -> None:
 
 
 def check_same_data(here: Experiment, there: Experiment, stage: str) -> None:
-    """Refuses other data than a checkpoint's training began with.
+    """Refuses data other than those that the checkpoint's training began with.
 
     Args:
-      here: as given now.
-      there: as stored in the checkpoint.
+      here: the experiment of this run.
+      there: the experiment in the checkpoint.
       stage: its name.
     """
     for name in ("name", "texts"):
@@ -89,7 +89,7 @@ def check_same_data(here: Experiment, there: Experiment, stage: str) -> None:
 
 
 def check_resumable(here: Experiment, there: Experiment, stage: str) -> None:
-    """Refuses an experiment with which a checkpoint's training cannot go on; as above."""
+    """Refuses an experiment with which a checkpoint's training cannot continue; see above."""
     check_same_model(here, there, stage)
     now, before = here.autoencoder, there.autoencoder
     critics = now.networks.discriminator, before.networks.discriminator
@@ -99,8 +99,8 @@ def check_resumable(here: Experiment, there: Experiment, stage: str) -> None:
         raise UserError(
             "The autoencoder in the workdir was trained with config.autoencoder.loss.adversarial = "
             f"{before.objective.adversarial}, so it cannot go on with {now.objective.adversarial}: "
-            "only with one above 0 does it have a discriminator. To start one late, set "
-            "loss.start_step."
+            "there is a discriminator only if the weight is above 0. To start the discriminator "
+            "later, set loss.start_step."
         )
     for name in ("width", "num_layers", "norm"):
         new, old = (getattr(critic, name) for critic in critics)
@@ -111,7 +111,7 @@ def check_resumable(here: Experiment, there: Experiment, stage: str) -> None:
             )
 
 
-# Losses of `config.autoencoder.loss` that a bottleneck of the package does not have.
+# Losses in `config.autoencoder.loss` that a bottleneck does not use.
 _OTHER_LOSSES = {
     "binary": ("commitment", "kl"),
     "vq": ("entropy", "kl"),
@@ -120,15 +120,15 @@ _OTHER_LOSSES = {
 
 
 def changed_keys(here: Experiment, there: Experiment, stage: str) -> dict[str, tuple[Any, Any]]:
-    """Returns the keys that make a stage's next steps other ones, with both values, there and here.
+    """Returns the keys that change the next steps of a stage, with their values there and here.
 
-    Keys that `check_resumable` refuses are left out, and so are those that change nothing: where
-    files lie, how often something is done, what no loss in use takes, and the number of steps where
-    the learning rate does not depend on it.
+    Keys that `check_resumable` refuses are left out. So are keys that change nothing: paths, how
+    often something is logged or saved, weights of unused losses, and the number of steps if the
+    learning rate does not depend on it.
 
     Args:
-      here: as given now.
-      there: as stored in the checkpoint.
+      here: the experiment of this run.
+      there: the experiment in the checkpoint.
       stage: "autoencoder" or "prior".
     """
     before, now = (dict(_step_values(x, stage)) for x in (there, here))
@@ -139,7 +139,7 @@ def changed_keys(here: Experiment, there: Experiment, stage: str) -> dict[str, t
 
 
 def _step_values(experiment: Experiment, stage: str) -> Iterator[tuple[str, Any]]:
-    """Yields what a stage's steps depend on beside its model, by the names of the keys."""
+    """Yields keys and values, apart from the model, that the steps of a stage depend on."""
     content = experiment.content
     for name in ("seed", "dtype"):
         yield name, content[name]
@@ -149,7 +149,7 @@ def _step_values(experiment: Experiment, stage: str) -> Iterator[tuple[str, Any]
     sections = ["loss", "discriminator", "train"]
     if stage == "prior":
         yield "prior.label_dropout", section["label_dropout"]
-        # Their probabilities are rounded, wherever they lie.
+        # Codes on disk have rounded probabilities, in both places.
         yield "prior.cache_codes", section["cache_codes"] or bool(section["codes"])
         sections = [section["kind"], "train"]
     for name in sections:
@@ -165,7 +165,7 @@ def _flat(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def _unused(experiment: Experiment, stage: str) -> set[str]:
-    """Returns those of the keys on which a stage's steps do not depend, as the others are."""
+    """Returns the keys that a stage's steps do not depend on, given the other keys."""
     names = set()
     if experiment.content[stage]["train"]["decay"] == "constant":
         names.add(f"{stage}.train.num_steps")

@@ -1,4 +1,4 @@
-"""The sizes of a stage, in a line for people, and those that a warning is due for."""
+"""Describes the sizes of a stage in one line, and warns of unsuitable sizes."""
 
 from binlatent.autoencoder.bottleneck import Binary
 from binlatent.experiment import Experiment
@@ -7,19 +7,19 @@ MIN_SIDE = 4  # tokens a side of a grid, without a warning
 
 
 def describe_stage(experiment: Experiment, stage: str, num_params: int) -> str:
-    """Returns the line that a stage starts with.
+    """Returns the log line at the start of a stage.
 
     Args:
       experiment: of the run.
       stage: "autoencoder" or "prior".
-      num_params: numbers that the stage trains, without those of a discriminator.
+      num_params: number of the stage's parameters, without the discriminator.
     """
     spec = experiment.autoencoder
     (height, width, _), (h, w, _) = spec.image_shape, spec.code_shape
     tokens = f"{h}x{w} tokens of {round(spec.bottleneck.bits, 2):,g} bits"
     if stage == "autoencoder":
-        own = f"{height}x{width} images, {tokens} ({_code_bits(experiment):,.0f} bits, an image "
-        own += f"has {_image_bits(experiment):,})"
+        bits = f"{_code_bits(experiment):,.0f} bits per image, from {_image_bits(experiment):,}"
+        own = f"{height}x{width} images, {tokens} ({bits})"
     else:
         own = f"{experiment.prior.kind}, {tokens}"
     count = f"{num_params / 1e6:,.1f} million" if num_params >= 1e6 else f"{num_params:,}"
@@ -29,22 +29,23 @@ def describe_stage(experiment: Experiment, stage: str, num_params: int) -> str:
 
 
 def size_warning(experiment: Experiment) -> str:
-    """Returns what is wrong with the grid or the bits of a code, and what to change; or ""."""
+    """Returns a warning of too coarse a grid or too many bits, with what to change; or ""."""
     spec = experiment.autoencoder
     (height, width, _), (h, w, _) = spec.image_shape, spec.code_shape
     if min(h, w) < MIN_SIDE:
         return (
             f"Images of {height}x{width} become {h}x{w} tokens of {height // h}x{width // w} "
-            f"pixels, a grid below {MIN_SIDE}x{MIN_SIDE}: too coarse for an image. Give "
-            "config.autoencoder.multipliers fewer levels or config.autoencoder.patch a smaller "
-            "value, or begin with --config=images32, images64 or digits; docs/sizes.md says more."
+            f"pixels. A grid below {MIN_SIDE}x{MIN_SIDE} is too coarse for an image: use fewer "
+            "levels in config.autoencoder.multipliers or a smaller config.autoencoder.patch, or "
+            "start from --config=images32, images64 or digits. See docs/sizes.md."
         )
     bits, of_image = _code_bits(experiment), _image_bits(experiment)
     if isinstance(spec.bottleneck, Binary) and bits >= of_image:
         return (
-            f"A code has {bits:,} bits, and an image of 8 bits a channel {of_image:,}: nothing is "
-            "compressed. Lower config.autoencoder.num_bits, give config.autoencoder.multipliers "
-            "more levels or config.autoencoder.patch a larger value; docs/sizes.md says more."
+            f"A code has {bits:,} bits and an image {of_image:,}, at 8 bits per channel, so "
+            "nothing is compressed: lower config.autoencoder.num_bits, use more levels in "
+            "config.autoencoder.multipliers, or increase config.autoencoder.patch. See "
+            "docs/sizes.md."
         )
     return ""
 

@@ -9,7 +9,7 @@ from binlatent.runtime.errors import UserError
 
 
 def check_images(given: Any, shape: tuple[int, int, int]) -> np.ndarray:
-    """Returns images as float32; refuses other shapes than (n, *shape), or values not in [-1, 1]."""
+    """Returns images as float32; refuses other shapes than (n, *shape) or values not in [-1, 1]."""
     if np.ndim(given) != 4 or not len(given) or np.shape(given)[1:] != shape:
         raise UserError(
             f"Images must be an array (n, {', '.join(map(str, shape))}) in [-1, 1], "

@@ -261,7 +261,7 @@ def test_a_converted_prior_is_trained_on(converted, photos, tmp_path, name):
                 shutil.copy(photos / f"{i + j:02}.png", tmp_path / f"data/{i}/{j}.png")
         experiment = experiment.change({"data.path": str(tmp_path / "data")})
     else:
-        with pytest.raises(UserError, match="'text_cross': set config.texts.encoder for images"):
+        with pytest.raises(UserError, match="'text_cross': set config.texts.encoder if the images"):
             stages.train_prior(experiment, workdir)
         narrow = experiment.change({"data.texts": True, "prior.text_width": 31})
         with pytest.raises(UserError, match="text_width is 31, but .* have the width 32"):
@@ -318,7 +318,7 @@ def test_each_exported_file_has_its_own_weights(autoencoder, tmp_path):
 
 def test_training_the_autoencoder_on_does_not_spoil_a_prior_beside_it(converted, photos):
     workdir = converted("prior_uncond")
-    with pytest.raises(UserError, match="belongs to its autoencoder as it is: copy the folder"):
+    with pytest.raises(UserError, match="belongs to its autoencoder as it is: to train"):
         stages.train_autoencoder(fine_tuning(workdir, photos), workdir)
 
 
@@ -367,7 +367,7 @@ def test_features_of_a_text_are_a_flag(converted, tmp_path, capsys):
     assert call_main(*flags, f"--features={features}", "--guidance=3") == 0 and out.exists()
     capsys.readouterr()
     for asked, message in (
-        ([f"--features={out}"], "is no .npy file of numbers"),
+        ([f"--features={out}"], "is not an .npy file of numbers"),
         ([f"--features={features}", "--label=1"], "not both"),
         ([f"--features={tmp_path / 'none.npy'}"], "No such file"),
     ):
