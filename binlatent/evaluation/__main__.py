@@ -1,11 +1,13 @@
-"""Compares two sets of images, with no model at all.
+"""Compares two sets of images. No model or workdir is needed.
 
 python -m binlatent.evaluation --reference REAL --images GENERATED --metrics fid,kid,is,pr,dc
 
-Each set is a folder of images, an .npz file of images as ADM's evaluator reads (arr_0), or an .npz
-file of statistics (mu, sigma) as pytorch-fid, ADM and this command write, or a .pt file of
-torch-fidelity's cache. psnr, ssim and lpips compare the images of two folders in pairs, in sorted
-order.
+Each set is one of:
+  a folder of images
+  an .npz file of images in the format of ADM's evaluator (arr_0)
+  an .npz file of statistics (mu, sigma), as pytorch-fid, ADM and this command write them
+  a .pt file of torch-fidelity's cache
+psnr, ssim and lpips compare the images of two sets in pairs, in sorted order.
 """
 
 from binlatent.runtime import interrupt
@@ -36,24 +38,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     flag, path = parser.add_argument, command.path_argument
     flag("--reference", type=path, metavar="PATH", help="the real images, or their statistics")
-    flag("--images", type=path, metavar="PATH", help="those to judge")
+    flag("--images", type=path, metavar="PATH", help="the images to judge")
     default = "default: %(default)s"
-    flag("--metrics", default="fid,kid,is,pr,dc", help=f"of {','.join(_METRICS)}; {default}")
-    flag("--network", choices=features.WIDTHS, help="default: inception, or that of the statistics")
-    flag("--weights", type=path, help="its .npz file; default: NETWORK.npz")
-    flag("--vgg16", type=path, default=Path("vgg16.npz"), help=f"for lpips; {default}")
-    flag("--size", type=int, help="bring a folder's images to squares of so many pixels first")
-    about = "share of a folder's images that may be unreadable, as data.max_broken; not of pairs"
+    flag("--metrics", default="fid,kid,is,pr,dc", help=f"any of {','.join(_METRICS)}; {default}")
+    flag(
+        "--network",
+        choices=features.WIDTHS,
+        help="default: inception, or the network of the statistics",
+    )
+    flag("--weights", type=path, help="weights of the network, .npz; default: NETWORK.npz")
+    flag("--vgg16", type=path, default=Path("vgg16.npz"), help=f"weights for lpips; {default}")
+    flag("--size", type=int, help="crop and resize the images of folders to squares of this side")
+    about = "largest share of a folder's images that may be unreadable; 0 for metrics of pairs"
     flag("--max_broken", type=float, default=0.0, help=f"{about}; {default}")
-    flag("--batch_size", type=int, default=64, help=f"changes speed and memory; {default}")
-    flag("--out", type=path, metavar="FILE", help=".json file of the metrics and their protocol")
-    flag("--tensorboard", type=path, metavar="DIR", help="to write them to as well")
+    flag("--batch_size", type=int, default=64, help=f"affects speed and memory only; {default}")
+    flag("--out", type=path, metavar="FILE", help=".json file for the metrics and their protocol")
+    flag(
+        "--tensorboard",
+        type=path,
+        metavar="DIR",
+        help="folder for the metrics as TensorBoard events",
+    )
     flag(
         "--write_statistics",
         type=path,
         metavar="FILE",
-        help="write the reference's statistics to an .npz file, to give as --reference later, or "
-        "to a .pt file of torch-fidelity",
+        help="write the statistics of the reference to an .npz file, for use as --reference, or to "
+        "a .pt file for torch-fidelity",
     )
     return parser
 
@@ -61,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 def _feature_metrics(
     names: list[str], flags: argparse.Namespace
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns the metrics that compare features, and their protocol; writes statistics if asked."""
+    """Returns the metrics of features and their protocol; writes --write_statistics if given."""
     if flags.images is not None and flags.reference is None:
         comparison.check_reference(None, names)
     both = {"reference": flags.reference, "images": flags.images}
@@ -79,7 +90,7 @@ def _feature_metrics(
         how = network, flags.batch_size, flags.size
         tolerance = {"max_broken": flags.max_broken}
         found[name], protocol[name] = comparison.load_features(path, *how, **tolerance)
-        if name == "reference" and "images" in given:  # before the images are read
+        if name == "reference" and "images" in given:  # refuses it before the images are read
             comparison.check_reference(found[name], names)
     sizes = {x["size"] for x in protocol.values() if "size" in x}
     name, protocol["network"] = _network(network, protocol, found, flags.network)
@@ -102,22 +113,22 @@ def _network(
     found: dict[str, features.Features],
     asked: str | None,
 ) -> tuple[str, Any]:
-    """Takes the network of all features out of the protocols: its name and what describes it."""
+    """Removes the network from the protocols; returns its name and its description."""
     known = [x.pop("network") for x in protocol.values() if "network" in x]
     known += [network.protocol] if network is not None else []
     if any(x != known[0] for x in known):
         raise UserError(
-            f"The two statistics are of different networks or weights, {known[0]} and {known[1]}: "
-            "make both with one."
+            f"The two statistics come from different networks or weights, {known[0]} and "
+            f"{known[1]}: make both with the same network."
         )
     name = known[0].get("name") if known else asked or "inception"
     if name not in features.SUFFIXES or (asked and asked != name):
-        raise UserError(f"The statistics are of the network {name!r}: leave --network out.")
+        raise UserError(f"The statistics come from the network {name!r}: leave --network out.")
     for width in (x.gaussians["pool"].mean.size for x in found.values()):
         if width != features.WIDTHS.get(name, width):
             raise UserError(
-                f"The statistics are of {width} features, and the network {name} has "
-                f"{features.WIDTHS[name]}: name theirs by --network."
+                f"The statistics have {width} features, but the network {name} has "
+                f"{features.WIDTHS[name]}: give the network of the statistics with --network."
             )
     return name, known[0] if known else f"{name}, as the file of statistics does not say"
 
@@ -136,9 +147,9 @@ def _pair_metrics(
         )
     if x.names and y.names and x.names != y.names:
         pair = next(pair for pair in zip(x.names, y.names, strict=True) if pair[0] != pair[1])
-        log.warning("Pairs are in sorted order, so that %s goes with %s, for example.", *pair)
+        log.warning("Pairs are formed in sorted order: for example, %s is compared with %s.", *pair)
     both = zip(x.batches(flags.batch_size), y.batches(flags.batch_size), strict=True)
-    instead = "name the file by --vgg16=FILE, or leave out the metric lpips"
+    instead = "give the file with --vgg16=FILE, or leave out the metric lpips"
     how = {"vgg16": flags.vgg16, "instead": instead, "batch_size": flags.batch_size}
     values, settings = pairs.pair_metrics(both, names, **how)
     protocol = {"reference": x.protocol, "images": y.protocol, "pairs": "in sorted order"}
@@ -146,7 +157,7 @@ def _pair_metrics(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compares; a user's error is one sentence and exit code 1."""
+    """Runs the command; an error that the user caused prints one line, and the exit code is 1."""
     parser = _parser()
     flags = parser.parse_args(argv)
     if flags.images is None and flags.write_statistics is None:
@@ -165,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
             if path is not None and path.suffix not in suffixes:
                 raise UserError(f"{str(path)!r} must end in {' or '.join(suffixes)}.")
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
+                path.parent.mkdir(parents=True, exist_ok=True)  # before the work, in case it fails
         of_pairs = [name for name in names if name in pairs.METRICS]
         of_features = [name for name in names if name not in of_pairs]
         values, protocol = {}, {}

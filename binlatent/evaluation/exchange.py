@@ -1,10 +1,11 @@
 """Sets of images, and statistics of their features, in files that evaluators exchange.
 
-An image set is a folder, or an .npz file as ADM's evaluator reads: `arr_0`, uint8 (n, h, w, 3), and
-perhaps `arr_1`, labels. Statistics are .npz files as those of ADM and pytorch-fid: `mu` and `sigma`
-of FID's features, perhaps `mu_s` and `sigma_s` of sFID's. Ours also hold `count`, `features`,
-`logits` and `protocol`, which others ignore. Caches of torch-fidelity, .pt files of features or of
-`mu` and `sigma`, are read and written too, where PyTorch is installed.
+- Image sets: a folder, or an .npz file in the format of ADM's evaluator: `arr_0`, uint8 (n, h, w,
+  3), and optionally `arr_1`, labels.
+- Statistics: .npz files in the format of ADM and pytorch-fid: `mu` and `sigma` of FID's features,
+  optionally `mu_s` and `sigma_s` of sFID's. The package adds `count`, `features`, `logits` and
+  `protocol`, which other tools ignore.
+- Caches of torch-fidelity: .pt files of features or of `mu` and `sigma`; they need PyTorch.
 """
 
 import contextlib
@@ -34,14 +35,16 @@ _GAUSSIANS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 class ImageSet(NamedTuple):
-    """A set of images, all of one height and width."""
+    """A set of images of one height and width."""
 
     count: int  # n
-    batches: Callable[[int], Iterator[np.ndarray]]  # of a size: uint8 (b, h, w, 1 or 3), in order
-    protocol: dict[str, Any]  # which images these are, in words and numbers
-    # How many of those that were read could not be, so that others stand in for them.
+    batches: Callable[
+        [int], Iterator[np.ndarray]
+    ]  # batch size -> uint8 (b, h, w, 1 or 3), in order
+    protocol: dict[str, Any]  # describes the images
+    # How many of the images read so far were unreadable and were replaced by others.
     num_unreadable: Callable[[], int] = lambda: 0
-    names: list[str] | None = None  # of the files in the folder, without endings, if there are any
+    names: list[str] | None = None  # of the files in a folder, without endings
 
 
 def open_set(
@@ -51,11 +54,10 @@ def open_set(
     max_broken: float | None = None,
     key: str = "--max_broken",
 ) -> ImageSet:
-    """Opens an .npz file of images, or a folder, brought to squares of `image_size` if given.
+    """Opens an .npz file of images, or a folder, resized to squares of `image_size` if given.
 
-    An image that has another size than the first is refused by `batches`, and so is one that cannot
-    be read, unless it is of the share `max_broken` of a folder, for which others stand in; `key` is
-    what sets that share, for the message.
+    `batches` refuses images of different sizes and unreadable images. In a folder a share of up to
+    `max_broken` unreadable images is replaced by others; `key` names that setting in the message.
     """
     if path.is_dir():
         return _open_folder(path, image_size, max_broken, key)
@@ -87,7 +89,7 @@ def _open_folder(
         try:
             return decode(index)
         except UnreadableImage as error:
-            exact = "none stands in for it, as pairs are of all images"
+            exact = "metrics of pairs need every image"
             raise UserError(f"{error}; {exact}") from error
 
     def whole(index: int) -> tuple[str, np.ndarray]:
@@ -104,8 +106,8 @@ def _open_folder(
         if image.shape[:2] != size:
             raise UserError(
                 f"The images in {path} have several sizes: {Path(first).name} is "
-                f"{size[1]}x{size[0]}, {Path(file).name} {image.shape[1]}x{image.shape[0]}. Bring "
-                "all to one, as --size=N of binlatent.evaluation does, to squares of N pixels."
+                f"{size[1]}x{size[0]}, {Path(file).name} {image.shape[1]}x{image.shape[0]}. Resize "
+                "them to one size, or give binlatent.evaluation --size=N, for squares of N pixels."
             )
         return image
 
@@ -120,14 +122,14 @@ def _open_folder(
 def _damaged(path: Path, error: Exception | str) -> UserError:
     reason = textwrap.shorten(str(error), 200)
     return UserError(
-        f"{path} is no .npz file of images (arr_0, uint8 (n, h, w, 3)) or of statistics (mu and "
-        f"sigma) as evaluators exchange them: {reason}."
+        f"{path} is not a valid .npz file of images (arr_0, uint8 (n, h, w, 3)) or of statistics "
+        f"(mu and sigma): {reason}."
     )
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], int, tuple[int, int, int]]]:
-    """Opens the images of an .npz file; yields their bytes, their number and their shape."""
+    """Opens the images of an .npz file; yields a stream of bytes, their number and their shape."""
     with contextlib.ExitStack() as stack:
         try:
             archive = stack.enter_context(zipfile.ZipFile(path))
@@ -135,7 +137,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], int, tuple[int, int, int]]]
             lib, version = np.lib.format, np.lib.format.read_magic(stream)
             read = lib.read_array_header_1_0 if version == (1, 0) else lib.read_array_header_2_0
             shape, fortran, dtype = read(stream)
-        except Exception as error:  # by where the damage is
+        except Exception as error:  # its type depends on the damage
             raise _damaged(path, error) from error
         if fortran:
             raise _damaged(path, "arr_0 is stored by columns")
@@ -153,12 +155,12 @@ def _npz_batches(path: Path, batch_size: int) -> Iterator[np.ndarray]:
                 pixels = np.frombuffer(stream.read(n * math.prod(shape)), np.uint8)
                 batch = pixels.reshape(n, *shape)
             except Exception as error:
-                raise _damaged(path, f"it ends after {start} images, {error}") from error
+                raise _damaged(path, f"the file ends after {start} images, {error}") from error
             yield batch
 
 
 def write_batch(path: Path, parts: Sequence[np.ndarray], labels: np.ndarray | None) -> None:
-    """Writes images, uint8 (m, h, w, c) in parts such as mapped files; grey ones are r = g = b."""
+    """Writes images, uint8 (m, h, w, c), given in parts; greyscale is expanded to RGB."""
     shape = (sum(map(len, parts)), *parts[0].shape[1:3], 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with atomic(path) as unfinished, zipfile.ZipFile(unfinished, "w", allowZip64=True) as archive:
@@ -172,12 +174,12 @@ def write_batch(path: Path, parts: Sequence[np.ndarray], labels: np.ndarray | No
 
 
 def holds_statistics(path: Path) -> bool:
-    """Tells whether a file holds statistics or features, perhaps beside images."""
+    """Returns whether a file holds statistics or features, possibly with images."""
     return path.suffix == ".pt" or "mu.npy" in _names(path)
 
 
 def holds_images(path: Path) -> bool:
-    """Tells whether a path is a folder, or an .npz file with images, perhaps beside statistics."""
+    """Returns whether a path is a folder or an .npz file of images, possibly with statistics."""
     return path.is_dir() or "arr_0.npy" in _names(path)
 
 
@@ -190,16 +192,16 @@ def _names(path: Path) -> list[str]:
 
 
 def read_arrays(path: Path, anew: str) -> dict[str, np.ndarray]:
-    """Returns the arrays of an .npz file; `anew` says what follows if it is deleted."""
+    """Returns the arrays of an .npz file; `anew` tells what happens after it is deleted."""
     try:
         with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:
             return dict(file.items())
-    except Exception as error:  # by where the damage is
+    except Exception as error:  # its type depends on the damage
         raise UserError(f"{path} is damaged: delete it, and {anew}.") from error
 
 
 def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
-    """Reads features, and their protocol if there is one, from any of the files described here."""
+    """Reads features or statistics, and their protocol, from any file described above."""
     if path.suffix == ".pt":
         content = state_dicts.read_cache(path)
         if isinstance(content, dict):
@@ -215,7 +217,7 @@ def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
             arrays = {name: file[name] for name in names}
     except FileNotFoundError:
         raise UserError(f"There is no file {str(path)!r}.") from None
-    except Exception as error:  # by where the damage is
+    except Exception as error:  # its type depends on the damage
         raise _damaged(path, error) from error
     gaussians = {}
     for name, (mean, covariance) in _GAUSSIANS.items():
@@ -231,7 +233,10 @@ def read_statistics(path: Path) -> tuple[Features, dict[str, Any]]:
         if array is not None and (array.dtype.kind != "f" or array.ndim != 2):
             raise _damaged(path, f"{name} is {array.dtype} {array.shape}")
     if pool is not None and pool.shape[1] != gaussians["pool"].mean.size:
-        raise _damaged(path, f"features has the shape {pool.shape}, mu another width")
+        raise _damaged(
+            path,
+            f"features has the shape {pool.shape}, mu has {gaussians['pool'].mean.size} entries",
+        )
     return Features(count, gaussians, pool, logits), protocol
 
 
@@ -254,7 +259,7 @@ def _gaussian(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: 
 
 
 def write_statistics(path: Path, features: Features, protocol: dict[str, Any]) -> None:
-    """Writes features and the protocol; a .pt file of torch-fidelity holds FID's Gaussian alone."""
+    """Writes features and protocol; a .pt file for torch-fidelity has `mu` and `sigma` only."""
     if path.suffix == ".pt":
         path.parent.mkdir(parents=True, exist_ok=True)
         state_dicts.write_cache(path, *features.gaussians["pool"])

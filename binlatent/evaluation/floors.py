@@ -1,8 +1,8 @@
-"""The floors of a Frechet distance: what real images and reconstructions have.
+"""The floors of a Frechet distance: the distances of real images and of reconstructions.
 
-A distance of samples is read beside two others, in the features of the same network. That of real
-images is what finite sets of images have even if both are of one distribution. That of
-reconstructions is what the autoencoder costs, whatever the prior.
+They are measured in the features of the same network as the distance of samples. The distance of
+real images is that of finite sets from one distribution. The distance of reconstructions is the
+cost of the autoencoder, whatever the prior.
 """
 
 from pathlib import Path
@@ -22,22 +22,22 @@ def floors(
     split: str,
     num: int,
 ) -> dict[str, float]:
-    """Returns the Frechet distances beside which one of samples is read.
+    """Returns the Frechet distances to compare that of samples with.
 
-    The features are kept in the folder `evaluation` of the workdir, so that a second call is fast.
+    The features are kept in the folder `evaluation` of the workdir, so a second call is fast.
 
     Args:
       pipeline: with the autoencoder.
-      network: that judges the samples.
+      network: whose features are compared.
       workdir: of the pipeline.
-      known: of the features that samples are compared with.
-      split: of these, "train" or "test".
-      num: of samples; of real images and reconstructions so many too, if there are.
+      known: the Gaussian that samples are compared with.
+      split: of the images of `known`, "train" or "test".
+      num: the number of samples; at most as many real images and reconstructions are used.
 
     Returns:
-      `real`: between images of the other split and the `known` ones. `reconstructions`: between
-      test images and their reconstructions, of codes that are drawn as those that the prior learns,
-      if the bottleneck draws any. Each if it is of two images or more.
+      `real`: between images of the other split and `known`. `reconstructions`: between test images
+      and their reconstructions, from codes drawn as for the prior's training if the bottleneck
+      draws bits. A distance is left out if it has fewer than two images.
     """
     experiment, found = pipeline.experiment, {}
     other = {"train": "test", "test": "train"}[split]
@@ -56,10 +56,10 @@ def floors(
 
 
 def in_words(distances: dict[str, float]) -> str:
-    """Returns the floors as a sentence for below a table, with a space before; "" without any."""
+    """Returns the floors as a sentence below a table, after a space; "" if there are none."""
     of = {
-        "real": "real images of the other split, in place of samples, {:.3g}",
-        "reconstructions": "test images and their reconstructions {:.3g}",
+        "real": "{:.3g} for real images of the other split",
+        "reconstructions": "{:.3g} for test images and their reconstructions",
     }
     shown = [of[name].format(value) for name, value in distances.items()]
     return f" Frechet distances to compare with: {'; '.join(shown)}." if shown else ""

@@ -1,4 +1,4 @@
-"""Samples and completions of a prior, judged by a network beside real images."""
+"""Judges samples and completions of a prior against real images, in the features of a network."""
 
 import logging
 from pathlib import Path
@@ -20,23 +20,24 @@ from binlatent.pipeline import BinaryLatentDiffusion
 
 log = logging.getLogger(__name__)
 
-_BATCH = 500  # images that the classifier judges at a time
+_BATCH = 500  # images per batch of the classifier
 _HALVES = ("top", "bottom", "left", "right")
 
 
 class Judge:
-    """The workdir's classifier of real images, or for data without classes `evaluate.network`.
+    """Judges by the workdir's classifier of real images, or, without classes, `evaluate.network`.
 
-    `images` are uint8 (n, height, width, channels). `labels`, (n,) int, and `accuracy`, that of the
-    classifier on them, in [0, 1], are None by another network.
+    `images` are real images, uint8 (n, height, width, channels). `labels` are their classes, (n,)
+    int, and `accuracy` is that of the classifier on them, in [0, 1]; both are None for other
+    networks.
     """
 
     def __init__(
         self, experiment: Experiment, workdir: Path, split: str = "test", *, named: bool = False
     ):
-        """Compares with `evaluate.num_images` images of a split; trains a missing classifier.
+        """Takes `evaluate.num_images` images of a split; trains the classifier if it is missing.
 
-        With `named` it is `evaluate.network` that judges, classes or not.
+        With `named`, `evaluate.network` judges, even if there are classes.
         """
         self._asked, self._workdir, self._split = experiment.evaluate, workdir, split
         source = open_split(experiment.data, split)
@@ -54,15 +55,15 @@ class Judge:
 
     @property
     def unjudged(self) -> str | None:
-        """Why the classifier cannot judge samples, as of `near_chance`; None if it can."""
+        """The reason of `near_chance` why the classifier cannot judge samples, or None."""
         if self.labels is None:
             return None
         return near_chance(self._asked, self.accuracy, self.labels)
 
     def floors(self, pipeline: BinaryLatentDiffusion, num: int | None = None) -> dict[str, float]:
-        """Returns what `frechet_distance` is of real images and of reconstructions.
+        """Returns `frechet_distance` for real images and for reconstructions.
 
-        See `floors.floors`; `num` as of `sample_quality`.
+        See `floors.floors`; `num` is as in `sample_quality`.
         """
         if self._known.count < 2:
             return {}
@@ -78,20 +79,19 @@ class Judge:
         texts: np.ndarray | None = None,
         **options: Any,
     ) -> dict[str, float]:
-        """Draws samples, classes in turn if the prior has any, by options of `pipeline.sample`.
+        """Draws samples, of the classes in turn if there are any, and judges them.
 
         Args:
           pipeline: with a prior.
           key: of the samples.
-          num: of them, `evaluate.num_samples` if None.
-          texts: features of the texts that a prior of texts is asked for, (num, ...); None for
-            none.
-          **options: of the sampler.
+          num: how many; None for `evaluate.num_samples`.
+          texts: features of texts for a prior of texts, (num, ...); None for none.
+          **options: of `pipeline.sample`.
 
         Returns:
-          `frechet_distance` between the network's features of samples and of the real images, if
-          there are two of each; of a prior with classes, by the classifier, `accuracy`, how often a
-          sample with label y is classified as y.
+          `frechet_distance` between features of samples and of real images, if there are at least
+          two of each. For a prior with classes also `accuracy`, the share of samples that the
+          classifier assigns to their label.
         """
         num = pipeline.experiment.evaluate.num_samples if num is None else num
         k = pipeline.num_classes
@@ -102,7 +102,7 @@ class Judge:
     def inpainting_quality(
         self, pipeline: BinaryLatentDiffusion, key: jax.Array, **options: Any
     ) -> dict[str, float]:
-        """Returns the same numbers of completed halves of the test images, of no given class."""
+        """Returns the same numbers for test images with one half inpainted, without a label."""
         halves = [masks.preset(name, *self.images.shape[1:3]) for name in _HALVES]
         keep = np.stack([halves[i % len(halves)] for i in range(len(self.images))])
         results = pipeline.inpaint(to_float(self.images), keep, key, **options)
@@ -118,15 +118,15 @@ class Judge:
 
 
 def near_chance(asked: Evaluate, accuracy: float, labels: np.ndarray) -> str | None:
-    """Returns why a classifier cannot judge samples, and what to do; None if it can.
+    """Returns why a classifier cannot judge samples, and what to do instead; None if it can.
 
-    It cannot where it is not better than naming the most frequent class, of share p of the n
-    images, by more than three standard errors sqrt(p (1 - p) / n).
+    Its accuracy must exceed p, the share of the most frequent class among the n images, by more
+    than three standard errors sqrt(p (1 - p) / n).
 
     Args:
       asked: `config.evaluate`.
       accuracy: of the classifier on real images, in [0, 1].
-      labels: of these, (n,) int.
+      labels: of these images, (n,) int.
     """
     n = len(labels)
     share = np.bincount(labels).max() / n
@@ -140,14 +140,14 @@ def near_chance(asked: Evaluate, accuracy: float, labels: np.ndarray) -> str | N
     elif asked.network == "efficientnet":
         instead = f"use --metrics=fid. {weights.missing(asked.network, path)}"
     return (
-        f"The classifier is right about {accuracy:.1%} of {n} real images, and naming their most "
-        f"frequent class would be about {share:.1%} ± {error:.1%}, so it cannot judge samples: "
+        f"The classifier's accuracy on {n} real images is {accuracy:.1%}, no better than always "
+        f"naming the most frequent class, {share:.1%} ± {error:.1%}. It cannot judge samples: "
         f"{instead}"
     )
 
 
 def warn_near_chance(experiment: Experiment, network: Network) -> None:
-    """Warns, in process 0, of a network that is a classifier near chance on test images."""
+    """Warns, in process 0, if the network is a classifier near chance on test images."""
     if network.name != "classifier" or jax.process_index():
         return
     source = open_split(experiment.data, "test", keep=False)

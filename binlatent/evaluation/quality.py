@@ -1,7 +1,7 @@
-"""Judges a workdir by the metrics of the literature, its samples drawn resumably.
+"""Measures a workdir by the metrics of the literature; an interrupted measurement continues.
 
-In `evaluation` of a workdir lie the statistics of the reference, a folder of features for each way
-to draw samples, and the results, a JSON file each, with the protocol that they were measured by.
+The folder `evaluation` of a workdir holds the statistics of the reference, a folder of features for
+each way to draw samples, and the results: JSON files of metrics and their protocol.
 """
 
 import json
@@ -44,11 +44,11 @@ KEEP = ("none", "png", "npz")
 def _classification_accuracy(
     experiment: Experiment, samples: Samples, folder: Path
 ) -> dict[str, float]:
-    """Returns CAS, of a classifier of samples on the real test images."""
+    """Returns CAS: the accuracy on test images of a classifier trained on samples."""
     source = open_split(experiment.data, "test", keep=False)
     count, labels = len(source.examples), []
     with tempfile.NamedTemporaryFile(dir=folder, suffix=".npy") as file:
-        # They need not fit in memory.
+        # The images may not fit in memory.
         shape = (count, *experiment.data.image_shape)
         images = np.lib.format.open_memmap(file.name, "w+", np.uint8, shape)
         for i, batch in enumerate(loader.in_order(count, lambda i: source.examples[i], 64)):
@@ -73,7 +73,7 @@ def _how_classified(experiment: Experiment) -> dict[str, Any]:
     }
 
 
-# Of an experiment, its `Samples` with their images, and a folder for files meanwhile.
+# Arguments: the experiment, its `Samples` with images, and a folder for temporary files.
 _OF_SAMPLES = {
     "cas": Metric(
         _classification_accuracy,
@@ -83,7 +83,7 @@ _OF_SAMPLES = {
     )
 }
 
-# Of a pipeline, the network that judges and the workdir: they draw from captions themselves.
+# Arguments: the pipeline, the network and the workdir. These metrics draw their own samples.
 _OF_CAPTIONS = {"retrieval": retrieval.METRIC}
 
 METRICS = comparison.METRICS | _OF_SAMPLES | _OF_CAPTIONS | reconstructions.METRICS
@@ -97,7 +97,7 @@ def _asked(table: dict[str, Metric], metrics: Sequence[str]) -> list[str]:
 
 
 def check(experiment: Experiment, metrics: Sequence[str], num: int) -> None:
-    """Refuses metrics that there are not, or not for such a prior, before anything is drawn."""
+    """Refuses unknown metrics and those that this prior cannot support, before any sampling."""
     comparison.check_metrics(metrics, METRICS)
     conditioning = experiment.prior.conditioning
     for name in [name for name in metrics if "classes" in METRICS[name].needs]:
@@ -106,7 +106,7 @@ def check(experiment: Experiment, metrics: Sequence[str], num: int) -> None:
         if num < conditioning.num_classes:
             raise UserError(
                 f"The metric {name} trains on samples of {conditioning.num_classes} classes, so "
-                f"--num={num} is not enough."
+                f"--num={num} is not enough: give at least --num={conditioning.num_classes}."
             )
     if _asked(_OF_CAPTIONS, metrics):
         retrieval.check(experiment)
@@ -125,22 +125,31 @@ def measure(
     keep: str = "none",
     **options: Any,
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Measures a workdir and writes a JSON file and TensorBoard; goes on where it was interrupted.
+    """Measures a workdir, and writes a JSON file and TensorBoard events.
 
-    `num`, `seed` and `keep` are those of `Samples`, `evaluate.num_samples` if `num` is None; of
-    rfid and rkid `num` is the most reconstructions, None for all test images. Options are of the
-    sampler, in place of `config.sample`, those of None left out. Returns the metrics by name, and
-    the protocol; {} in all processes but the first.
+    An interrupted measurement continues where it stopped.
+
+    Args:
+      pipeline: of the workdir.
+      workdir: of the pipeline.
+      metrics: names in `METRICS`.
+      num: how many samples, None for `evaluate.num_samples`. For rfid and rkid, how many
+        reconstructions at most, None for all test images.
+      seed, keep: of `Samples`.
+      **options: of the sampler, in place of `config.sample`; an option of None is ignored.
+
+    Returns:
+      The metrics by name, and the protocol; both {} in all processes but the first.
     """
     experiment = pipeline.experiment
     limit, num = num, experiment.evaluate.num_samples if num is None else num
     check(experiment, metrics, num)
     of_samples = _asked(comparison.METRICS | _OF_SAMPLES, metrics)
     needs = {need for name in metrics for need in METRICS[name].needs}
-    if "vgg16" in needs:  # what is missing is said before any work
+    if "vgg16" in needs:  # refuses a missing file before any work
         lpips.read_vgg16(experiment.autoencoder.vgg16)
     if of_samples or "prior" in needs:
-        _ = pipeline.prior_params  # without a prior it raises, before any work
+        _ = pipeline.prior_params  # raises without a prior, before any work
     judge = None
     if _asked(_BY_NETWORK, metrics):
         judge = network(experiment, workdir)
@@ -175,7 +184,7 @@ def measure(
 def _opponent(
     experiment: Experiment, judge: Network, workdir: Path, metrics: Sequence[str]
 ) -> tuple[Features | None, dict[str, Any]]:
-    """Returns in process 0 what the network is to compare with, if anything."""
+    """Returns, in process 0, the features to compare with and their protocol, if needed."""
     comparison.check_network(judge.name, metrics, judge.logits)
     if jax.process_index() or not comparison.needing("reference", metrics):
         return None, {}
@@ -191,7 +200,7 @@ def _of_samples(
     metrics: Sequence[str],
     drawing: dict[str, Any],
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns the metrics about samples, whose references come first: they may be refused."""
+    """Returns the metrics of samples. Refuses an unsuitable reference before samples are drawn."""
     experiment, folder = pipeline.experiment, workdir / "evaluation"
     of_features, of_images = (_asked(x, metrics) for x in (comparison.METRICS, _OF_SAMPLES))
     values, protocol, known = {}, {}, None
@@ -223,7 +232,7 @@ def _of_samples(
 
 
 def _write(workdir: Path, values: dict[str, float], protocol: dict[str, Any]) -> None:
-    """Writes metrics to the log, and to the one file of their protocol, but for its `metrics`."""
+    """Writes metrics to TensorBoard, and to the JSON file of the protocol without its `metrics`."""
     common = {name: value for name, value in protocol.items() if name != "metrics"}
     path = workdir / "evaluation" / f"{digest(common)}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,11 +240,11 @@ def _write(workdir: Path, values: dict[str, float], protocol: dict[str, Any]) ->
         try:
             earlier = json.loads(path.read_text())
             earlier, settled = earlier["metrics"], earlier["protocol"].get("metrics", {})
-        except (FileNotFoundError, ValueError, KeyError):  # none, or cut by a kill
+        except (FileNotFoundError, ValueError, KeyError):  # missing, or cut off by a kill
             earlier, settled = {}, {}
         together = common | {"metrics": settled | protocol.get("metrics", {})}
         strict_json.write_json(path, {"metrics": earlier | values, "protocol": together})
-    step = 0  # of the newest checkpoint of the last stage that there is
+    step = 0  # of the newest checkpoint of the last trained stage
     if stages := [stage for stage in ("prior", "autoencoder") if exists(workdir, stage)]:
         with Checkpoints.open(workdir, stages[0]) as checkpoints:
             step = checkpoints.latest_step()
@@ -246,11 +255,12 @@ def _write(workdir: Path, values: dict[str, float], protocol: dict[str, Any]) ->
 def judge_while_training(
     experiment: Experiment, workdir: Path, pipeline: Callable[[Any], BinaryLatentDiffusion]
 ) -> Callable[[Any], dict[str, float]] | None:
-    """Returns what measures a prior that is being trained; None if `evaluate.every` is 0.
+    """Returns a function that measures a prior in training; None if `evaluate.every` is 0.
 
-    Metrics, weights or a reference that do not do are refused here, before any training. It maps
-    the parameters that `pipeline` takes to `evaluate.metrics`, {} but in process 0. All processes
-    take part in drawing `evaluate.num_samples`, whose features lie in the workdir meanwhile.
+    Unsuitable metrics, weights or references are refused here, before any training. The function
+    maps the parameters that `pipeline` takes to `evaluate.metrics`; {} in all processes but the
+    first. All processes draw a part of the samples, whose features are kept in the workdir until
+    then.
     """
     asked = experiment.evaluate
     if not asked.every:
@@ -262,7 +272,7 @@ def judge_while_training(
     known, _ = _opponent(experiment, judge, workdir, asked.metrics)
 
     def measure(params: Any) -> dict[str, float]:
-        # In a folder of its own, as --mode=evaluate may draw the same beside the training.
+        # In its own folder: --mode=evaluate may draw the same samples at the same time.
         folder = workdir / "evaluation" / "while_training"
         samples = Samples(pipeline(params), judge, folder, asked.num_samples)
         if jax.process_index():

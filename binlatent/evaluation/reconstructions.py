@@ -1,7 +1,7 @@
-"""Reconstructions of test images, compared with these very images: rFID, rKID.
+"""Compares reconstructions with the test images that they were made from: rFID, rKID.
 
-Both sides are uint8 images of the model's size: what the encoder is given, cropped and resized as
-in all of the evaluation, and what the decoder returns.
+Both sides are uint8 images of the model's size: the encoder's input, cropped and resized as
+everywhere in the evaluation, and the decoder's output.
 """
 
 import logging
@@ -30,10 +30,10 @@ from binlatent.runtime.weights import digest
 
 log = logging.getLogger(__name__)
 
-_SHARD = 500  # reconstructions whose features are written at a time
-_SEED = 0  # of codes that are drawn
+_SHARD = 500  # reconstructions per file of features
+_SEED = 0  # of the drawn codes
 
-# Which codes are decoded, by the end of a number's name.
+# Which codes are decoded, by the suffix of the name of a number.
 _CODES = {"": "y > 0.5", "_drawn": f"drawn from B(y), seed {_SEED}"}
 _IN_WORDS = {"": "", "_drawn": ", drawn codes"}
 
@@ -45,7 +45,7 @@ def _titles(name: str, elsewhere: str, title: str, title_elsewhere: str) -> dict
     return {f"{x}{end}": f"{y}{_IN_WORDS[end]}" for x, y in every.items() for end in _CODES}
 
 
-# Each is the metric of `comparison.METRICS` without the r, of real images and reconstructions.
+# Each is the metric of `comparison.METRICS` without the r, between images and reconstructions.
 METRICS = {
     "rfid": Metric(comparison.METRICS["fid"].measure, _titles("fid", "fd", "FID", "FD")),
     "rkid": Metric(comparison.METRICS["kid"].measure, _titles("kid", "kd", "KID", "KD")),
@@ -53,12 +53,12 @@ METRICS = {
 
 
 def ends(experiment: Experiment) -> list[str]:
-    """Returns which codes there are to decode: "" for y > 0.5, of bits also "_drawn"."""
+    """Returns the kinds of codes to decode: "" for y > 0.5 and, for bits, "_drawn"."""
     return list(_CODES) if isinstance(experiment.autoencoder.bottleneck, Binary) else [""]
 
 
 def how_drawn(experiment: Experiment) -> str:
-    """Returns which codes floors are of, in words."""
+    """Returns which codes the floors use, in words."""
     return f"codes {_CODES[ends(experiment)[-1]]}"
 
 
@@ -71,14 +71,14 @@ def features_of_reconstructions(
 ) -> Features:
     """Returns the features of reconstructed images of the test split.
 
-    They are written into the folder `evaluation` of the workdir, 500 at a time, so that an
-    interrupted call goes on, and another one reads them.
+    They are kept in the folder `evaluation` of the workdir, 500 per file, so that a call that was
+    interrupted continues, and a second call reads them.
 
     Args:
       pipeline: with the autoencoder.
-      network: that judges.
+      network: whose features are returned.
       workdir: of the pipeline.
-      codes: "" for y > 0.5, "_drawn" for codes that are drawn from B(y).
+      codes: "" for y > 0.5, "_drawn" for codes drawn from B(y).
       limit: how many images at most, spread evenly; None for all.
     """
     experiment = pipeline.experiment
@@ -101,7 +101,7 @@ def features_of_reconstructions(
         (images,) = loader.in_order(sizes[start], read, sizes[start])
         keys = sample_keys(key_for(_SEED, "reconstructions"), len(images), start)
         size = experiment.sample.batch_size
-        edges = range(size, len(images) - size + 1, size)  # no part is less than a batch
+        edges = range(size, len(images) - size + 1, size)  # no part is smaller than a batch
         pools = []
         for part, part_keys in zip(np.split(images, edges), _split(keys, edges), strict=True):
             decoded = pipeline.decode(_encode(pipeline, part, part_keys, codes))
@@ -127,7 +127,7 @@ def _split(keys: jax.Array, edges: range) -> list[jax.Array]:
 def _encode(
     pipeline: BinaryLatentDiffusion, images: np.ndarray, keys: jax.Array, codes: str
 ) -> np.ndarray:
-    """Returns codes of images, uint8 (n, h, w, c), of a key each, whatever the batches."""
+    """Returns codes of images, uint8 (n, h, w, c); with a key each, batches change nothing."""
     if not codes:
         return pipeline.encode(to_float(images))
     probs = pipeline.encode_probs(to_float(images))
@@ -142,25 +142,27 @@ def compare_reconstructions(
     metrics: list[str],
     limit: int | None = None,
 ) -> tuple[dict[str, float], dict[str, Any], dict[str, str]]:
-    """Measures test images against their reconstructions, of drawn codes and of y > 0.5.
+    """Compares test images with their reconstructions, from codes y > 0.5 and from drawn codes.
 
     Args:
       pipeline: with the autoencoder; the prior is not used.
       network: whose features are compared.
       workdir: of the pipeline, where the features are kept.
-      metrics: of `METRICS`.
-      limit: how many images at most, spread evenly; None for all of the split.
+      metrics: names in `METRICS`.
+      limit: how many images at most, spread evenly; None for the whole split.
 
     Returns:
-      Numbers by name, `rfid` and `rfid_drawn` for example, of another network than FID's
-      `rfd_effnet` and so on; which images these are; and how each metric was measured.
+      Numbers by name, such as `rfid` and `rfid_drawn`, or `rfd_effnet` for another network than
+      FID's; a description of the images; and how each metric was measured.
     """
     real, protocol = features_of_split(pipeline.experiment, network, workdir, "test", limit)
     values, settings, decoded = {}, {}, ends(pipeline.experiment)
     names = [name.removeprefix("r") for name in metrics]
     for codes in decoded:
         found = features_of_reconstructions(pipeline, network, workdir, codes, limit)
-        called = "reconstructions" if codes == decoded[0] else None  # all are of as many images
+        called = (
+            "reconstructions" if codes == decoded[0] else None
+        )  # warn once: the numbers of images are equal
         numbers, how = comparison.compare(real, found, names, network.suffix, called)
         for name, value in numbers.items():
             std = "_std" if name.endswith("_std") else ""

@@ -1,6 +1,6 @@
-"""What a workdir's images are compared with: its network, and real images as that sees them.
+"""What the images of a workdir are compared with: a network, and its features of real images.
 
-All of it is kept in `evaluation` of the workdir, under names made of all that it depends on.
+They are kept in the folder `evaluation` of the workdir. File names are hashes of all inputs.
 """
 
 import logging
@@ -41,7 +41,7 @@ def network(experiment: Experiment, workdir: Path) -> Network:
 
 
 def classifier(experiment: Experiment, workdir: Path) -> Network:
-    """Returns a classifier of the training images, trained once a workdir."""
+    """Returns a classifier of the training images, trained once per workdir."""
     source = open_split(experiment.data, "train")
     num_images = min(experiment.evaluate.classifier_images, len(source.examples))
     if not source.num_classes:
@@ -58,7 +58,7 @@ def classifier(experiment: Experiment, workdir: Path) -> Network:
         key = key_for(experiment.seed, "classifier")
         params = jax.device_get(train_classifier(images, labels, source.num_classes, key))
         weights.write_npz(path, traverse_util.flatten_dict(params, sep="/"))
-    while not path.exists():  # all processes judge by the same; if one fails, this one is ended
+    while not path.exists():  # written by process 0; if that fails, this process is ended
         time.sleep(0.5)
     arrays = exchange.read_arrays(path, "it is made anew")
     return features.classifier(traverse_util.unflatten_dict(arrays, sep="/"))
@@ -67,7 +67,7 @@ def classifier(experiment: Experiment, workdir: Path) -> Network:
 def reference(
     experiment: Experiment, network: Network, workdir: Path
 ) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of the real images of `evaluate.reference`, and which these are."""
+    """Returns the features of the images of `evaluate.reference`, and a description of these."""
     name = experiment.evaluate.reference
     if name in ("train", "test"):
         return features_of_split(experiment, network, workdir, name)
@@ -81,9 +81,9 @@ def reference(
 def choose(
     experiment: Experiment, source: Source, split: str, limit: int | None = None
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Returns the indices of `limit` images of a split, spread evenly, and which images these are.
+    """Returns the indices of `limit` images of a split, spread evenly, and a description of them.
 
-    They are all if there are not so many, or if the limit is None.
+    Without a limit, or with fewer images, they are all images.
     """
     count = len(source.examples)
     indices = spread_indices(count, count if limit is None else limit)
@@ -106,7 +106,7 @@ def features_of_split(
     split: str,
     limit: int | None = None,
 ) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of images of a split, "train" or "test", and which these are.
+    """Returns the features of images of a split, "train" or "test", and a description of these.
 
     They are all images, or `limit` of them, spread evenly.
     """
@@ -121,14 +121,14 @@ def features_of_split(
             del stored["network"]
             return found, stored
         except (UserError, KeyError):
-            log.warning("%s is damaged: it is made anew.", path)
+            log.warning("%s is damaged and is made again.", path)
     log.info("Judging %d real images", count)
 
     def batches(size: int) -> Iterator[np.ndarray]:
         return loader.in_order(count, lambda i: source.examples[int(indices[i])]["image"], size)
 
     images = ImageSet(count, batches, protocol, lambda: source.examples.num_unreadable)
-    folder = path.with_suffix("")  # of features meanwhile, so that an interrupted call goes on
+    folder = path.with_suffix("")  # features so far, from which an interrupted call continues
     folder.mkdir(parents=True, exist_ok=True)
     with only_process(folder / ".lock", f"The real images of {folder} are being judged"):
         size = experiment.sample.batch_size

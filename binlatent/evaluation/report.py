@@ -1,6 +1,6 @@
-"""The numbers of a run: what is measured of test images, and report.json at the end.
+"""The numbers of a run: metrics of test images, and report.json.
 
-A metric of test images is a row of `METRICS` here, or of `pairs.METRICS`.
+The metrics of test images are the rows of `METRICS` below and of `pairs.METRICS`.
 """
 
 import dataclasses
@@ -31,18 +31,18 @@ from binlatent.training.checkpoint import Checkpoints
 log = logging.getLogger(__name__)
 
 _OF_AUTOENCODER = ("psnr", "ssim", "codes")  # Table 4
-_DRAWS = 8  # of time, code and noise for each image, of the prior's own metrics
+_DRAWS = 8  # of time, code and noise per image, for the prior's own metrics
 
 
 def test_images(pipeline: BinaryLatentDiffusion, num: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns `num` test images, float in [-1, 1], and their labels as the prior takes them."""
+    """Returns `num` test images, float in [-1, 1], and their labels for the prior."""
     test = HeldOut.of(pipeline, open_split(pipeline.experiment.data, "test"), num)
     return to_float(test.images), test.labels
 
 
 @dataclasses.dataclass
 class HeldOut:
-    """Images, uint8 (n, height, width, channels), and their codes, computed when asked for."""
+    """Images, uint8 (n, height, width, channels), and their codes, which are computed on demand."""
 
     pipeline: BinaryLatentDiffusion  # that encodes them
     images: np.ndarray
@@ -53,7 +53,7 @@ class HeldOut:
     def of(
         cls, pipeline: BinaryLatentDiffusion, source: Source, num: int | None = None
     ) -> "HeldOut":
-        """Returns `num` images, spread evenly over a source; `evaluate.num_images` if None."""
+        """Returns `num` images, or `evaluate.num_images`, spread evenly over a source."""
         num = pipeline.experiment.evaluate.num_images if num is None else num
         return cls(pipeline, *load_images(source, num), source)
 
@@ -64,7 +64,7 @@ class HeldOut:
 
     @functools.cached_property
     def captions(self) -> list[str]:
-        """The first caption of each image, "" without one; [] if the prior is not asked by any."""
+        """The first caption of each image, "" without one; [] if the prior takes no captions."""
         if not self.pipeline.experiment.texts.encoder or self.source.captions is None:
             return []
         every = self.source.captions()
@@ -72,14 +72,14 @@ class HeldOut:
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
-        """The labels as the prior takes them; None if the images have none for it."""
+        """The labels for the prior; None if the images have none that it takes."""
         if self.captions:
             return self.pipeline.text_features(self.captions)
         return self.pipeline.experiment.prior.conditioning.known(self.source, self.source_labels)
 
     @functools.cached_property
     def codes(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The deterministic codes, and what the bottleneck tells of them."""
+        """The deterministic codes, and the auxiliary outputs of the bottleneck."""
         return self._map(self.pipeline.encode_with_aux)
 
     @functools.cached_property
@@ -88,7 +88,7 @@ class HeldOut:
         return self._map(self.pipeline.encode_probs)
 
     def _parts(self, array: np.ndarray) -> list[np.ndarray]:
-        # As float32 images take four times the memory; none less than a batch.
+        # float32 images take four times the memory of uint8; no part is smaller than a batch.
         n, size = len(array), self.pipeline.experiment.sample.batch_size
         return np.split(array, range(size, n - size + 1, size))
 
@@ -97,14 +97,14 @@ class HeldOut:
         return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
     def reconstructions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields parts of the images and of the decoded deterministic codes, uint8."""
+        """Yields parts of the images and of their reconstructions, uint8."""
         parts = (self._parts(x) for x in (self.images, self.codes[0]))
         for images, codes in zip(*parts, strict=True):
             yield images, to_uint8(self.pipeline.decode(codes))
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """Which images these are, and how they are encoded."""
+        """Describes the images, and how they are encoded."""
         unreadable = self.source.examples.num_unreadable
         return {
             "images": self.pipeline.experiment.data.name,
@@ -118,7 +118,7 @@ class HeldOut:
 
 
 def code_use(pipeline: BinaryLatentDiffusion, test: HeldOut) -> dict[str, float | int]:
-    """Returns `bit_rate`, bits per image, 32 a real value, and how much of it the codes use."""
+    """Returns `bit_rate`, bits per image (32 per real value), and statistics of its use."""
     (codes, aux), bottleneck = test.codes, pipeline.experiment.autoencoder.bottleneck
     if "probs" in aux:
         return image_metrics.code_statistics(codes)
@@ -131,9 +131,9 @@ def code_use(pipeline: BinaryLatentDiffusion, test: HeldOut) -> dict[str, float 
 def prior_metrics(
     pipeline: BinaryLatentDiffusion, probs: np.ndarray, labels: np.ndarray | None
 ) -> dict[str, float]:
-    """Returns what the kind of prior reports of images, a mean over eight draws of noise for each.
+    """Returns the prior's own metrics of images, means over eight draws of noise per image.
 
-    Of a diffusion that is `bce`, in nats per bit. `probs` are the encoder's y, (n, h, w, c).
+    For a diffusion that is `bce`, in nats per bit. `probs` are the encoder's y, (n, h, w, c).
     """
     probs = np.concatenate([probs] * _DRAWS)
     labels = None if labels is None else np.concatenate([labels] * _DRAWS)
@@ -144,10 +144,10 @@ def prior_metrics(
 def likelihood_metrics(
     pipeline: BinaryLatentDiffusion, probs: np.ndarray, labels: np.ndarray | None, **options: Any
 ) -> dict[str, float]:
-    """Returns the mean length of codes by the prior, `bits_per_image` and `bits_per_dim`.
+    """Returns the mean code length under the prior, `bits_per_image` and `bits_per_dim`.
 
-    The codes are drawn from B(y), as those that the prior is trained on. Their length is exact by
-    some kinds of prior, by others an upper bound of a sampler with the options.
+    The codes are drawn from B(y), as in training. The length is exact for autoregressive priors.
+    For others it is an upper bound, that of a sampler with the options.
     """
     code_key, noise_key = jax.random.split(key_for(0, "likelihood"))
     codes = np.asarray(jax.random.uniform(code_key, probs.shape) < probs, np.float32)
@@ -167,7 +167,7 @@ def _how_bounded(pipeline: BinaryLatentDiffusion) -> str:
     return _settled(f"codes drawn, {'exact' if exact else draws}", pipeline)
 
 
-# Of a pipeline and `HeldOut`. Needs: a "prior".
+# Arguments: a pipeline and `HeldOut`. Needs: a "prior".
 METRICS = {
     "codes": Metric(code_use),
     "prior": Metric(
@@ -187,7 +187,7 @@ METRICS = {
 def measure(
     pipeline: BinaryLatentDiffusion, test: HeldOut, metrics: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Returns those of the metrics in `pairs.METRICS` and `METRICS`, and how they were measured."""
+    """Returns the metrics that are in `pairs.METRICS` or `METRICS`, and how they were measured."""
     of_pairs = [name for name in metrics if name in pairs.METRICS]
     values, settings = pairs.pair_metrics(
         test.reconstructions() if of_pairs else (),
@@ -213,14 +213,17 @@ def autoencoder_metrics(
 def sample_metrics(
     pipeline: BinaryLatentDiffusion, workdir: Path, seconds: dict[str, float]
 ) -> dict[str, Any]:
-    """Judges the samples of a prior with classes, as `config.sample` says and without guidance.
+    """Judges the samples of a prior with classes, drawn as in `config.sample`.
 
-    Returns the metrics of `Judge.sample_quality`, those without guidance as `_unguided` if
-    `config.sample` has any, the floors of the distance, `frechet_distance_real` and
-    `frechet_distance_reconstructions`, the settings, `num_samples` and the classifier's own
-    accuracy. Adds to `seconds` how long the first samples took, as `sampling`. A classifier near
-    chance gives none of these metrics, but a sentence, `unjudged`, that says why; then one batch
-    alone is drawn for the time, of `num_timed` samples.
+    If `config.sample` has guidance, samples without guidance are judged too. Adds the seconds of
+    the first samples to `seconds`, as `sampling`.
+
+    Returns:
+      The metrics of `Judge.sample_quality`, with the suffix `_unguided` for those without guidance;
+      the floors `frechet_distance_real` and `frechet_distance_reconstructions`; the settings;
+      `num_samples`; and `classifier_accuracy` on real images. If the classifier is near chance,
+      there are no metrics but `unjudged`, the reason, and a single batch of `num_timed` samples is
+      drawn to measure the time.
     """
     experiment = pipeline.experiment
     judge, num_samples = Judge(experiment, workdir), experiment.evaluate.num_samples
@@ -228,13 +231,13 @@ def sample_metrics(
     if unjudged:
         num_samples = min(num_samples, experiment.sample.batch_size)
     settings, runs = experiment.sample.settings, {"": {}}
-    if getattr(settings, "guidance", 0.0) and not unjudged:  # not every kind of prior has it
+    if getattr(settings, "guidance", 0.0) and not unjudged:  # some kinds of prior have none
         runs["_unguided"] = {"guidance": 0.0}
     result = {"classifier_accuracy": judge.accuracy}
     for suffix, options in runs.items():
         log.info("Drawing %d samples%s", num_samples, suffix.replace("_", ", "))
         start = time.monotonic()
-        # The same noise with and without guidance: a paired comparison.
+        # The same noise with and without guidance, for a paired comparison.
         key = key_for(experiment.seed, "report")
         quality = judge.sample_quality(pipeline, key, num_samples, **options)
         seconds.setdefault("sampling", time.monotonic() - start)
@@ -251,10 +254,10 @@ def sample_metrics(
 
 
 def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, Any]:
-    """Judges a trained autoencoder and prior, writes `report.json` into the workdir and returns it.
+    """Measures a trained autoencoder and prior; writes `report.json` into the workdir, returns it.
 
-    Without classes there is no `samples` part, as the log says: the classifier needs labels. What
-    fails is left out and named in `failed`; the first error is raised when the rest is written.
+    Without classes there is no `samples` part, because the classifier needs labels. A part that
+    fails is left out and named in `failed`; the first error is raised after the rest is written.
     """
     workdir, seconds = Path(workdir), {}
     for stage in ("autoencoder", "prior"):
@@ -270,8 +273,8 @@ def report(pipeline: BinaryLatentDiffusion, workdir: str | Path) -> dict[str, An
         parts["samples"] = lambda: sample_metrics(pipeline, workdir, seconds)
     else:
         log.info(
-            "report.json has no samples section, which needs a prior and test images with classes: "
-            "judge the samples by --mode=evaluate --metrics=fid."
+            "report.json has no samples section, because that needs a prior and test images with "
+            "classes: measure the samples with --mode=evaluate --metrics=fid."
         )
     content, failed = {}, {}
     for name, part in parts.items():

@@ -1,4 +1,4 @@
-"""Results: metrics and the protocol that they were measured by, for a terminal."""
+"""Formats metrics, and the protocol of their measurement, for a terminal."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from binlatent.evaluation.metrics.table import Table, title
 
 
 def table(metrics: dict[str, float], *tables: Table) -> str:
-    """Returns metrics by their titles in tables, deviations beside means, for a terminal."""
+    """Returns metrics as lines for a terminal: titles from the tables, means ± deviations."""
     lines = []
     for name, value in metrics.items():
         if not name.endswith("_std"):

@@ -168,7 +168,7 @@ def test_grey_images_are_counted(caplog):
     array[:7] = array[:7, :, :, :1]
     with caplog.at_level(logging.WARNING):
         comparison.features_of(NETWORK, image_set(array), 16)
-    assert "7 of the 40 images in there are grey: they count as r = g = b." in caplog.text
+    assert "7 of the 40 images in there are greyscale and are expanded to RGB." in caplog.text
 
 
 def test_too_few_images_for_the_features(caplog):
@@ -187,13 +187,13 @@ def test_too_few_images_for_the_features(caplog):
     ("reference", "generated", "names", "text"),
     [
         (drawn(0), drawn(1), ["fdi"], "no metric 'fdi'"),
-        (drawn(0), drawn(1), [], "No metric is asked for"),
+        (drawn(0), drawn(1), [], "No metric was given"),
         (None, drawn(1), ["fid"], "Give a reference"),
-        (drawn(0), drawn(1, d=5), ["fid"], "features of 4 numbers and the images of 5"),
+        (drawn(0), drawn(1, d=5), ["fid"], "has 4 features and the images have 5"),
         (drawn(0), drawn(1), ["sfid"], "sfid needs statistics of Inception's spatial"),
         (drawn(0), drawn(1)._replace(pool=None), ["kid"], "of the set of images only statistics"),
         (drawn(0)._replace(pool=None), drawn(1), ["pr"], "of the reference only statistics"),
-        (drawn(0), drawn(1, d=5), ["pr"], "different networks, make both"),
+        (drawn(0), drawn(1, d=5), ["pr"], "different networks, so make both"),
         (drawn(0, 5), drawn(1), ["pr"], "at least 6 images of each, and the reference has 5"),
         (None, drawn(1), ["is"], "at least 10 generated images"),
     ],
@@ -204,9 +204,9 @@ def test_what_cannot_be_compared(reference, generated, names, text):
 
 
 def test_what_a_network_has_not_is_refused_first():
-    with pytest.raises(UserError, match="needs logits, which these weights of Inception lack"):
+    with pytest.raises(UserError, match="needs logits, and these weights of Inception have none"):
         comparison.check_network("inception", ["fid", "is"], logits=False)
-    with pytest.raises(UserError, match="sfid is of the network inception alone"):
+    with pytest.raises(UserError, match="sfid needs the network inception"):
         comparison.check_network("efficientnet", ["sfid"])
     comparison.check_network("inception", comparison.METRICS)
 
@@ -222,7 +222,7 @@ def test_features_that_are_not_finite():
 def test_statistics_of_another_network(tmp_path):
     path = tmp_path / "x.npz"
     exchange.write_statistics(path, drawn(0), {"network": {"network": "another"}})
-    with pytest.raises(UserError, match="another network or of other weights"):
+    with pytest.raises(UserError, match="another network or other weights"):
         comparison.load_features(path, NETWORK, 4)
 
 

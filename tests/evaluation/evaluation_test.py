@@ -110,7 +110,7 @@ def test_two_sets_their_statistics_and_the_protocol(capsys, sets, effnet, tmp_pa
     made_by["network"]["weights"] = "other"
     exchange.write_statistics(tmp_path / "other.npz", known, made_by)
     code, _, err = run(capsys, two[0], f"--images={tmp_path / 'other.npz'}", "--metrics=fid")
-    assert code == 1 and "of different networks or weights" in err
+    assert code == 1 and "from different networks or weights" in err
     np.savez(tmp_path / "bare.npz", mu=known.gaussians["pool"].mean, sigma=np.eye(1280))
     bare = f"={tmp_path / 'bare.npz'}"
     code, _, err = run(capsys, f"--reference{bare}", f"--images{bare}", "--metrics=fid")
@@ -197,7 +197,7 @@ def test_a_broken_link_is_refused_counted_or_named(capsys, sets, effnet, tmp_pat
     protocol = json.loads(out.read_text())["protocol"]
     assert protocol["images"]["unreadable"] == 1 and "unreadable" not in protocol["reference"]
     code, _, err = run(capsys, *both, "--metrics=psnr", "--max_broken=0.1")
-    assert code == 1 and "none stands in for it, as pairs are of all images" in err
+    assert code == 1 and "metrics of pairs need every image" in err
 
 
 def test_usage(capsys):

@@ -168,7 +168,7 @@ def test_others_stand_in_for_a_share_that_cannot_be_read(tmp_path, broken, size)
     assert found.count == 5 and found.num_unreadable() == 1
     with pytest.raises(UserError, match=r"1 of 5 images cannot .* more than KEY = 0\.1 allows"):
         list(exchange.open_set(tmp_path, size, max_broken=0.1, key="KEY").batches(2))
-    exact = r"there is no image .*; none stands in for it, as pairs are of all images"
+    exact = r"there is no image .*; metrics of pairs need every image"
     with pytest.raises(UserError, match=exact):
         list(exchange.open_set(tmp_path, size).batches(2))
 

@@ -222,10 +222,10 @@ def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_
     path = tmp_path / "x.npz"
     change(pipeline, reference=str(path))
     np.savez(path, mu=np.zeros(128), sigma=np.eye(128))
-    with pytest.raises(UserError, match="of the reference only statistics are known"):
+    with pytest.raises(UserError, match="the reference has only their statistics"):
         quality.measure(pipeline, tmp_path, ["kid"])
     np.savez(path, mu=np.zeros(9), sigma=np.eye(9))
-    with pytest.raises(UserError, match="features of 9 numbers and the images of 128"):
+    with pytest.raises(UserError, match="has 9 features and the images have 128"):
         quality.measure(pipeline, tmp_path, ["fid"])
     np.savez(path, arr_0=np.zeros((20, 28, 28, 3), np.uint8))
     with pytest.raises(UserError, match="classifier is of images of 1 channel, and these have 3"):
@@ -237,7 +237,7 @@ def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_
     [
         (["fdi"], 20, "no metric 'fdi'"),
         (["cas"], 5, "--num=5 is not enough"),
-        (["sfid"], 20, "of the network inception alone"),
+        (["sfid"], 20, "needs the network inception"),
         (["is"], 5, "--num=5 is not enough"),
         (["lpips"], 20, "no file .* with VGG16's weights"),
     ],

@@ -90,7 +90,7 @@ def test_too_few_reconstructions_are_warned_of_once_and_the_log_says_which_codes
     pipeline, _ = shifted
     with caplog.at_level(logging.INFO):
         reconstructions.compare_reconstructions(pipeline, NETWORK, tmp_path, ["rfid"], 4)
-    told = "There are 4 reference images and 4 reconstructions for 5 features: their covariance is"
+    told = "There are 4 reference images and 4 reconstructions for 5 features, so the covariance is"
     assert caplog.text.count("singular") == 1 and told in caplog.text
     for codes in ("y > 0.5", "drawn from B(y), seed 0"):
         assert f"Judging 4 reconstructions of codes {codes}\n" in caplog.text
@@ -108,7 +108,7 @@ def test_the_floors_of_shifted_images(shifted, tmp_path):
     for known, split in ((train, "train"), (x, "test")):
         found = floors(pipeline, NETWORK, tmp_path, known, split, 100)
         assert found == pytest.approx(expected, abs=1e-6)
-    assert "in place of samples, 245; test images" in in_words(found)
+    assert "245 for real images of the other split; " in in_words(found)
     # Of a single image there is none; of few, those that are spread evenly.
     assert not floors(pipeline, NETWORK, tmp_path, x, "test", 1)
     assert in_words({}) == ""
@@ -191,8 +191,8 @@ def test_a_classifier_near_chance_does_not_judge(tiny_experiment, accuracy, labe
     told = near_chance(tiny_experiment.evaluate, accuracy, np.array(labels))
     assert (told is None) == judges
     if accuracy == 0.55:
-        assert "right about 55.0% of 100 real images" in told
-        assert "would be about 50.0% ± 5.0%" in told
+        assert "accuracy on 100 real images is 55.0%" in told
+        assert "most frequent class, 50.0% ± 5.0%" in told
 
 
 def test_what_to_do_about_a_classifier_near_chance_names_what_is_missing(tiny_experiment, tmp_path):

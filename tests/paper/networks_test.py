@@ -213,7 +213,7 @@ def test_the_table_shows_what_was_measured():
         "Frechet distance, 64 steps": f"70.00 ± {10 * spread:.2f}",
     }
     assert "1,700 steps of training" in text and "judged by inception beside 500" in text
-    assert "real images of the other split, in place of samples, 2.5" in text
+    assert "2.5 for real images of the other split" in text
     protocol |= {"seconds": 900, "steps": None}
     assert "Parts of the network, 900 seconds of training" in networks.networks_text(content)
 
