@@ -1,4 +1,4 @@
-"""The metric `retrieval`: images drawn from captions of a workdir's images, compared with these."""
+"""The metric `retrieval`: compares images drawn from captions with the images of the captions."""
 
 import logging
 from pathlib import Path
@@ -28,7 +28,7 @@ _DRAWN = {"": "samples", "_reconstructions": "reconstructions", "_shuffled": "sh
 
 
 class _Captioned(NamedTuple):
-    """The images of a split that have captions, as far as their features are kept."""
+    """The images of a split that have captions and kept features."""
 
     split: str
     source: Source
@@ -62,25 +62,25 @@ class _Captioned(NamedTuple):
 
 
 def check(experiment: Experiment) -> None:
-    """Refuses a prior that takes no prompts."""
+    """Refuses a prior without prompts."""
     if not experiment.prior.conditioning.of_texts or not experiment.texts.encoder:
         raise UserError(
-            "The metric retrieval draws from captions, and this prior takes no prompts: leave it "
-            "out, or train one with config.texts.encoder."
+            "The metric retrieval draws images from captions, and this prior takes no prompts: "
+            "leave it out, or train a prior with config.texts.encoder."
         )
 
 
 def measure(
     pipeline: BinaryLatentDiffusion, judge: Network, workdir: Path, **drawing: Any
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """Draws an image from each of `num` captions of both splits, and ranks real images by it.
+    """Draws an image from each of `num` captions per split, and ranks real images by similarity.
 
     Args:
-      pipeline: whose prior takes prompts.
+      pipeline: with a prior of prompts.
       judge: whose features are compared.
-      workdir: in whose folder `evaluation` samples and features are kept.
-      **drawing: `num`, at most the images of a split that have captions, `seed`, `keep` and
-        `options`, as of `Samples`.
+      workdir: samples and features are kept in its folder `evaluation`.
+      **drawing: `num`, reduced to the number of images with captions, and `seed`, `keep` and
+        `options` of `Samples`.
 
     Returns:
       Shares in [0, 1] by the names in `METRIC`, and the protocol; {} in all processes but the

@@ -1,4 +1,4 @@
-"""Samples of a prior for the metrics: drawn shard by shard, with their features, resumably."""
+"""Samples of a prior, and their features, for metrics; drawn in shards, so they can be resumed."""
 
 import dataclasses
 import time
@@ -23,14 +23,14 @@ from binlatent.runtime.keys import key_for, sample_keys
 from binlatent.runtime.locks import only_process
 from binlatent.runtime.weights import digest
 
-_SHARD = 500  # samples drawn before their features are written, at most
+_SHARD = 500  # samples per shard, at most
 
-# Which labels samples have, in words, and the function of their indices.
+# A description of the labels of samples, and the function from indices to labels.
 Labelling = tuple[str, Callable[[np.ndarray], np.ndarray | None]]
 
 
 class Samples:
-    """Samples of a prior with their features, drawn shard by shard, by all processes in turn."""
+    """Samples of a prior with their features; processes draw shards in turn."""
 
     def __init__(
         self,
@@ -45,15 +45,16 @@ class Samples:
         images: bool = False,
         labels: Labelling | None = None,
     ):
-        """Draws what is not there yet, in a folder of its own below `folder`.
+        """Draws missing samples, in their own folder below `folder`.
 
         Args:
-          network: whose features are kept; None for none.
-          num: how many samples; with a larger number they are the first.
+          network: whose features are kept; None for no features.
+          num: how many samples. A larger number begins with the same samples.
           options: of the sampler, in place of `config.sample`.
-          keep: "png" for a file each in `png`, "npz" for one file as ADM's evaluator reads, "none".
-          images: whether the samples themselves are needed, not their features alone.
-          labels: of the samples; None for those of `evaluate.labels`.
+          keep: "png" for files in `png`, "npz" for one file in the format of ADM's evaluator, or
+            "none".
+          images: whether to keep the samples themselves, and not only their features.
+          labels: of the samples; None for `evaluate.labels`.
         """
         self._pipeline, self._network, self._num = pipeline, network, num
         self._options, self._keep = options or {}, keep
@@ -82,7 +83,7 @@ class Samples:
         self.folder.mkdir(parents=True, exist_ok=True)
         this, turns = jax.process_index(), jax.process_count()
         doing = f"The samples in {self.folder} are being drawn"
-        # The first process locks the folder for all that take turns; to read it needs no lock.
+        # Process 0 locks the folder for the run. Reading needs no lock.
         apart = this or all(map(self._is_whole, self._shards))
         with nullcontext() if apart else only_process(self.folder / ".lock", doing):
             with tqdm(total=self._num, unit=" samples", disable=True if this else None) as progress:
@@ -90,7 +91,7 @@ class Samples:
                     if i % turns == this and not self._is_whole(shard):
                         self._draw_shard(shard, sample_keys(key, shard.size, shard.start))
                     progress.update(shard.size)
-            # If another process fails, this one is ended.
+            # If another process fails, this one is ended from outside.
             while not this and not all(map(self._is_whole, self._shards)):
                 time.sleep(0.5)
 
@@ -111,7 +112,7 @@ class Samples:
         if self._with_images:
             with atomic(shard.images, alone=True) as unfinished, unfinished.open("wb") as file:
                 np.save(file, images)
-        weights.write_npz(shard.path, arrays)  # last: with it the shard is whole
+        weights.write_npz(shard.path, arrays)  # last: this file marks a whole shard
 
     def features(self) -> Features:
         """Returns the features of all samples."""
@@ -123,11 +124,11 @@ class Samples:
         return np.concatenate([shard.read()["labels"] for shard in self._shards])
 
     def images(self) -> "Stored":
-        """Returns the samples, which lie on disk."""
+        """Returns the samples, which stay on disk."""
         return Stored([shard.images for shard in self._shards])
 
     def write_batch(self) -> Path:
-        """Writes the samples as ADM's evaluator reads them, and returns the file."""
+        """Writes the samples in the format of ADM's evaluator; returns the file."""
         images = self.images()
         size = "x".join(map(str, images[0].shape[:2]))
         path = self.folder / f"samples_{self._num}x{size}x3.npz"
@@ -138,7 +139,7 @@ class Samples:
 
 
 class _Shard(NamedTuple):
-    """Where `size` samples from `start` on are kept: features and classes, images, pictures."""
+    """The files of `size` samples from `start` on: features and classes, images, PNGs."""
 
     folder: Path
     start: int
@@ -162,7 +163,7 @@ class _Shard(NamedTuple):
 
 
 class Stored:
-    """Images in mapped .npy files of equal numbers but for the last, by index."""
+    """Images by index, in memory-mapped .npy files of equal size; the last may be smaller."""
 
     def __init__(self, paths: Sequence[Path]):
         self.parts = [np.load(path, mmap_mode="r") for path in paths]
@@ -176,7 +177,7 @@ class Stored:
 
 
 def labelling(pipeline: BinaryLatentDiffusion, seed: int) -> Labelling:
-    """Returns the labels of `evaluate.labels`; of a prior of texts, those of training images."""
+    """Returns the labels of `evaluate.labels`; for a prior of texts, those of training images."""
     experiment, conditioning = pipeline.experiment, pipeline.experiment.prior.conditioning
     if conditioning.kind == "none":
         return "none", lambda indices: None
@@ -194,6 +195,6 @@ def labelling(pipeline: BinaryLatentDiffusion, seed: int) -> Labelling:
             return pipeline.text_features([(*captions[i], "")[0] for i in images])
         return np.stack([np.asarray(source.examples[int(i)]["label"]) for i in images])
 
-    # The fingerprint of the images does not depend on their captions.
+    # The hash of the images does not depend on their captions.
     what = f"first captions, {digest(captions)}," if by_captions else "those"
     return f"{what} of training images in a random order, {source.fingerprint}", of_images

@@ -104,7 +104,7 @@ def test_two_sets_their_statistics_and_the_protocol(capsys, sets, effnet, tmp_pa
     assert code == 0, err
     assert out.startswith("FD-EffNet ") and abs(float(out.split()[1])) < 1e-3
     code, _, err = run(capsys, *two, "--metrics=fid", "--network=inception")
-    assert code == 1 and "of the network 'efficientnet': leave --network out" in err
+    assert code == 1 and "from the network 'efficientnet': leave --network out" in err
     # Those of other weights, or that do not say what they are, are not compared with them.
     known, made_by = exchange.read_statistics(tmp_path / "real.npz")
     made_by["network"]["weights"] = "other"

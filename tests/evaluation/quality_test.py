@@ -228,7 +228,9 @@ def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_
     with pytest.raises(UserError, match="has 9 features and the images have 128"):
         quality.measure(pipeline, tmp_path, ["fid"])
     np.savez(path, arr_0=np.zeros((20, 28, 28, 3), np.uint8))
-    with pytest.raises(UserError, match="classifier is of images of 1 channel, and these have 3"):
+    with pytest.raises(
+        UserError, match="classifier takes images with 1 channel.s., and these have 3"
+    ):
         quality.measure(pipeline, tmp_path, ["fid"])
 
 

@@ -283,7 +283,9 @@ def test_samples_of_changed_captions_are_drawn_anew(
 def test_what_retrieval_cannot_measure_is_said_first(
     tiny_experiment, pipeline, network, folder, tmp_path, monkeypatch
 ):
-    with pytest.raises(UserError, match="retrieval draws from captions, and this prior takes no"):
+    with pytest.raises(
+        UserError, match="retrieval draws images from captions, and this prior takes no"
+    ):
         quality.check(tiny_experiment, ["retrieval"], 10)
     monkeypatch.setattr(pipeline, "sample", None)
     with pytest.raises(UserError, match="of 1 in the split 'train' none differs"):

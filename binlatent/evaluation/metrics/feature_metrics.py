@@ -1,4 +1,4 @@
-"""Metrics of features (n, d), by NumPy in float64; those that are not finite raise a ValueError."""
+"""Metrics of features (n, d), in NumPy and float64; features that are not finite are refused."""
 
 from typing import NamedTuple
 
@@ -9,14 +9,14 @@ from binlatent.evaluation.metrics import distances
 
 
 class Gaussian(NamedTuple):
-    """Mean (d,) and covariance (d, d), singular or not, of features."""
+    """Mean (d,) and covariance (d, d) of features; the covariance may be singular."""
 
     mean: np.ndarray
     covariance: np.ndarray
 
 
 class Statistics(NamedTuple):
-    """Mean (d,) and scatter (d, d) of `count` samples of features, which add up batch by batch.
+    """Mean (d,) and scatter (d, d) of `count` samples of features; batches can be added.
 
     The scatter is the sum over samples of (x - mean)(x - mean)^T.
     """
@@ -52,7 +52,7 @@ class Statistics(NamedTuple):
 
     @property
     def gaussian(self) -> Gaussian:
-        """With the unbiased covariance; that of a single sample is 0."""
+        """The Gaussian with the unbiased covariance, which is 0 for a single sample."""
         return Gaussian(self.mean, self.scatter / max(self.count - 1, 1))
 
 
@@ -66,8 +66,8 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     shapes = [np.shape(x) for x in (*a, *b)]
     if shapes != [(d,), (d, d)] * 2:
         raise ValueError(f"means (d,) and covariances (d, d) of one width needed, got {shapes}.")
-    # With S = R R^T, Tr sqrt(S_a S_b) is the sum of the singular values of R_a^T R_b: roots of each
-    # need no eigenvalue of a product, which rounding can make negative or complex.
+    # With S = R R^T, Tr sqrt(S_a S_b) is the sum of the singular values of R_a^T R_b. This avoids
+    # eigenvalues of a product, which rounding can make negative or complex.
     trace_of_root = np.linalg.norm(_root(a.covariance).T @ _root(b.covariance), "nuc")
     of_means = np.sum(np.square(np.subtract(a.mean, b.mean, dtype=np.float64)))
     traces = np.trace(a.covariance) + np.trace(b.covariance)
@@ -75,7 +75,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """Returns R of R R^T = covariance, by Cholesky, and for singular ones by ten times the work."""
+    """Returns R with R R^T = covariance, by Cholesky or, if singular, by eigenvectors (slower)."""
     covariance = np.asarray(covariance, np.float64)
     try:
         return np.linalg.cholesky(covariance)
@@ -85,7 +85,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """Inception score: exp of the mean KL(p(y | x) || p(y)), of `splits` consecutive parts.
+    """Inception score: exp of the mean KL(p(y | x) || p(y)), over `splits` consecutive parts.
 
     The logits, (n, k), n >= splits, are those of the FID Inception without its bias. Returns mean
     and standard deviation over the parts (Salimans et al., "Improved techniques for training
@@ -110,10 +110,10 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Kernel distance, (x.y / d + 1)^3, unbiased, over random subsets; on Inception features, KID.
 
-    The features are (n_a, d) and (n_b, d), n_a and n_b at least `subset_size`. Each subset is drawn
-    without replacement, first of a and then of b, by NumPy's RandomState, as torch-fidelity draws
-    them. Returns mean and standard deviation over the subsets (Binkowski et al., "Demystifying MMD
-    GANs", 2018).
+    The features are (n_a, d) and (n_b, d), n_a and n_b at least `subset_size`. Subsets are drawn
+    without replacement, first from a and then from b, with NumPy's RandomState, as in
+    torch-fidelity. Returns mean and standard deviation over the subsets (Binkowski et al.,
+    "Demystifying MMD GANs", 2018).
     """
     features_a, features_b = _pair(features_a, features_b, max(subset_size, 2))
     random, m, values = np.random.RandomState(seed), subset_size, []
@@ -130,23 +130,23 @@ def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     kernel = x @ y.T
     kernel /= x.shape[1]
     kernel += 1
-    return kernel * kernel * kernel  # ten times faster than the power
+    return kernel * kernel * kernel  # ten times faster than kernel**3
 
 
 def manifold_metrics(
     real: np.ndarray, generated: np.ndarray, k_pr: int = 3, k_dc: int = 5
 ) -> dict[str, float]:
-    """Precision, recall, density and coverage, of one pass over the distances.
+    """Precision, recall, density and coverage, from one pass over the distances.
 
     A manifold is the union of balls around its samples, each up to its k-th nearest neighbour:
-    `k_pr` is for precision and recall, `k_dc` for density and coverage. The numbers are those of
-    distances in float64, whatever type the features, (n, d) and (m, d), have; n, m > k.
+    `k_pr` is for precision and recall, `k_dc` for density and coverage. The features are (n, d) and
+    (m, d), with n, m > k. Distances are exact as in float64 for any type of features.
 
     Returns:
-      `precision`: share of the generated within the real manifold, in [0, 1]. `recall`: share of
-      the real within the generated manifold, in [0, 1]. `density`: how many real balls a generated
-      sample lies in, in ks, at least 0, 1 for equal distributions. `coverage`: share of real balls
-      with any generated sample, in [0, 1].
+      `precision`: share of generated samples within the real manifold, in [0, 1]. `recall`: share
+      of real samples within the generated manifold, in [0, 1]. `density`: mean number of real balls
+      around a generated sample, divided by k; at least 0, and 1 for equal distributions.
+      `coverage`: share of real balls that contain a generated sample, in [0, 1].
 
     References:
       Kynkaanniemi et al., "Improved precision and recall metric", 2019.
@@ -156,7 +156,7 @@ def manifold_metrics(
     real, generated = _pair(real, generated, k + 1)
     means = [np.mean(x, axis=0, dtype=np.float64) for x in (real, generated)]
     scale = distances.scale_of(real, generated)
-    # Each set about its own mean, and for the distances between them about the one between.
+    # Origins: within a set its mean, between the sets the midpoint of their means.
     near_real, near_generated = (
         distances.nearest(distances.Points.of(x, mean, scale), k)
         for x, mean in zip((real, generated), means, strict=True)

@@ -7,7 +7,7 @@ from scipy import special
 from skimage import metrics as skimage_metrics
 
 _MAX_PIXEL = 255.0
-_SAME = 0.99  # share of tokens in which two bits agree, from which they are called the same
+_SAME = 0.99  # two bits that agree in this share of tokens count as duplicates
 # scikit-image truncates the Gaussian of sigma 1.5 at 3.5 sigma: an 11 x 11 window.
 SSIM_WINDOW = 11
 
@@ -23,7 +23,7 @@ def psnr(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Mean structural similarity of each pair of images, uint8 (n, h, w, c): float64 (n,) up to 1.
 
-    With the usual Gaussian window of sigma 1.5, so h and w are at least 11, by the settings that
+    The window is a Gaussian of sigma 1.5, so h and w are at least 11. The settings are those that
     scikit-image documents for Wang et al., "Image quality assessment: from error visibility to
     structural similarity", 2004.
     """
@@ -42,12 +42,12 @@ def ssim(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
-    """Returns how much of their capacity binary codes, 0 and 1 of any type, (n, h, w, c), use.
+    """Returns how much of their capacity binary codes use; 0 and 1 of any type, (n, h, w, c).
 
-    `bit_rate` is h * w * c, bits per image. `mean_bit_entropy`, in [0, 1], is the mean over these
-    bits of the entropy of the bit's frequency over the images. `dead_bits` is how many bits take
-    the same value in every image. `duplicate_bits` is how many of the c bits of a token are alive
-    and, in 99 of 100 tokens or more, what one before them is, or its opposite.
+    `bit_rate`: h * w * c, bits per image. `mean_bit_entropy`, in [0, 1]: the entropy of a bit's
+    frequency over the images, averaged over bits. `dead_bits`: the number of bits that have the
+    same value in every image. `duplicate_bits`: the number of the c bits of a token that are not
+    constant and equal an earlier bit, or its opposite, in at least 99% of tokens.
     """
     codes = np.asarray(codes)
     if codes.ndim != 4 or codes.size == 0:
@@ -57,7 +57,7 @@ def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
     frequency = np.mean(codes, axis=0, dtype=np.float64)
     tokens = codes.reshape(-1, codes.shape[-1])
     signs = 2.0 * tokens[:, tokens.min(axis=0) < tokens.max(axis=0)] - 1.0
-    # The mean of a product of signs is the share of agreement less that of disagreement.
+    # The mean of a product of signs is the share of agreement minus that of disagreement.
     agreement = np.abs(signs.T @ signs) / len(signs)
     duplicate = np.any(np.triu(agreement, 1) >= 2 * _SAME - 1, axis=0)
     entropy = (special.entr(frequency) + special.entr(1.0 - frequency)) / np.log(2.0)
@@ -70,10 +70,10 @@ def code_statistics(codes: np.ndarray) -> dict[str, float | int]:
 
 
 def codebook_statistics(indices: np.ndarray, size: int) -> dict[str, float | int]:
-    """Returns how much of a codebook of `size` entries, s, indices use, int (n, h, w) in [0, s).
+    """Returns how much of a codebook is used by indices, int (n, h, w) in [0, s), s = `size`.
 
-    `bit_rate` is h * w * log2(s), bits per image; `codebook_used` the share of the entries that
-    occur, in (0, 1]; `codebook_perplexity` 2 to the entropy of their frequencies, in [1, s].
+    `bit_rate`: h * w * log2(s), bits per image. `codebook_used`: the share of entries that occur,
+    in (0, 1]. `codebook_perplexity`: 2 to the power of the entropy in bits, in [1, s].
     """
     if indices.ndim != 3 or indices.size == 0 or indices.min() < 0 or indices.max() >= size:
         raise ValueError(f"indices must be a non-empty (n, h, w) in [0, {size}).")

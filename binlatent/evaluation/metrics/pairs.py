@@ -1,4 +1,4 @@
-"""Metrics of pairs of images, an image and what was made of it (Table 4, and LPIPS)."""
+"""Metrics of pairs of images, such as an image and its reconstruction (Table 4, and LPIPS)."""
 
 import functools
 import logging
@@ -28,13 +28,13 @@ def _lpips(variables: Any, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def lpips(variables: Any, x: np.ndarray, y: np.ndarray, batch_size: int) -> np.ndarray:
-    """Returns the LPIPS of each pair, uint8 (n, h, w, 1 or 3), 16 or more a side; float32 (n,)."""
+    """Returns the LPIPS of each pair, uint8 (n, h, w, 1 or 3), h, w >= 16: float32 (n,)."""
     distance = functools.partial(_lpips, replicate(variables))
     return map_batches(distance, batch_size, to_float(x), to_float(y))
 
 
-# A row measures x and y, uint8 (n, h, w, c), as (n,); one that needs "vgg16" takes its variables
-# first, and batch_size. PSNR is in dB.
+# A metric maps x and y, uint8 (n, h, w, c), to (n,). One that needs "vgg16" takes its variables as
+# the first argument, and batch_size. PSNR is in dB.
 METRICS = {
     "psnr": Metric(image_metrics.psnr, {"psnr": "PSNR"}),
     "ssim": Metric(image_metrics.ssim, {"ssim": "SSIM"}, smallest=image_metrics.SSIM_WINDOW),
@@ -54,12 +54,17 @@ def pair_metrics(
     instead: str = ELSEWHERE,
     batch_size: int = 16,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Returns means over pairs and deviations, `NAME_std`, of metrics, and how they came about.
+    """Returns means and standard deviations (`NAME_std`) over pairs, and how they were measured.
 
-    The pairs come in parts of the images and of what was made of them, uint8 (n, h, w, c) both;
-    `vgg16` is the file of weights for LPIPS, of `batch_size` pairs at a time, and `instead` what to
-    do where there is none. PSNR is the mean over the pairs that differ, infinite and without a
-    deviation where none does.
+    PSNR is the mean over the pairs that differ. If none differs, it is infinite and has no
+    deviation.
+
+    Args:
+      pairs: parts of both sets, uint8 (n, h, w, c) each.
+      names: of metrics in `METRICS`.
+      vgg16: the file of weights for LPIPS.
+      instead: what to do without that file, for the message.
+      batch_size: of LPIPS.
     """
     measures = {name: METRICS[name].measure for name in names}
     for name in names:
@@ -68,13 +73,13 @@ def pair_metrics(
             measures[name] = functools.partial(measures[name], variables, batch_size=batch_size)
     values: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for x, y in pairs:
-        if x.shape[-1] != y.shape[-1]:  # grey is r = g = b
+        if x.shape[-1] != y.shape[-1]:  # greyscale is expanded to RGB
             x, y = (np.broadcast_to(z, (*z.shape[:-1], 3)) for z in (x, y))
         for name, measure in measures.items():
             if min(x.shape[1:3]) < (smallest := METRICS[name].smallest):
                 raise UserError(
-                    f"The metric {name} needs images of at least {smallest} pixels a side, "
-                    f"not {x.shape[1]}x{x.shape[2]}: leave it out."
+                    f"The metric {name} needs images of at least {smallest}x{smallest} pixels, not "
+                    f"{x.shape[1]}x{x.shape[2]}: leave it out."
                 )
             values[name].append(measure(x, y))
     results, settled = {}, {}
@@ -83,9 +88,9 @@ def pair_metrics(
         finite = np.isfinite(joined)
         if METRICS[name].settles:
             settled[name] = METRICS[name].settles(vgg16)
-        if not finite.all():  # PSNR's
+        if not finite.all():  # only PSNR
             count = f"{np.sum(~finite)} of {len(joined)} pairs are identical"
-            log.warning("%s: their %s is infinite, and left out of the mean.", count, name)
+            log.warning("%s: their %s is infinite and is left out of the mean.", count, name)
             settled[name] = f"{count}, and left out of the mean"
         results[name] = float(np.mean(joined[finite])) if finite.any() else math.inf
         if finite.any():

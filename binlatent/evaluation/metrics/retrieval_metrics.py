@@ -1,6 +1,6 @@
-"""How often the image drawn from a caption is nearest to the caption's own image.
+"""How often the image drawn from a caption is nearest to the image that the caption describes.
 
-As R-precision (Xu et al., "AttnGAN", 2018), with images in place of the texts that it ranks.
+It is R-precision (Xu et al., "AttnGAN", 2018) that ranks images in place of texts.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,31 +10,30 @@ import numpy as np
 
 from binlatent.runtime.errors import UserError
 
-_CANDIDATES = 100  # real images that a drawn one is compared with, its own among them
-SEED = 0  # of all choices of images, so that samples of any seed are compared with the same
+_CANDIDATES = 100  # real images that a drawn image is compared with, including its own
+SEED = 0  # of the choice of images, which is the same for all seeds of samples
 
 Captions = Sequence[tuple[str, ...]]  # of each image
 
 
 def retrieval(real: np.ndarray, drawn: np.ndarray, candidates: np.ndarray) -> tuple[float, float]:
-    """Returns how often a drawn image's own is the nearest of its candidates, or of the first five.
+    """Returns how often a drawn image's own is the nearest candidate, or among the nearest five.
 
-    Nearest is the largest cosine between features. A candidate that is as near as the own image
-    counts as nearer.
+    Nearness is the cosine between features. In a tie, the other candidate counts as nearer.
 
     Args:
       real: features of real images, (m, d).
       drawn: features of drawn images, (n, d).
-      candidates: int (n, c), in each row the real images to rank by number, its own the first.
+      candidates: int (n, c), indices of the real images to rank; the first is the own image.
 
     Returns:
-      Two shares in [0, 1]; 1 / c and 5 / c are expected of features that tell nothing.
+      Two shares in [0, 1]; uninformative features give 1 / c and 5 / c on average.
     """
     ranks = []
     for image, row in zip(_of_length_1(drawn), candidates, strict=True):
-        # A sum a row, whatever its place: equal features have equal cosines to the last bit.
+        # A separate sum per row makes cosines of equal features exactly equal.
         cosines = np.sum(_of_length_1(real[row]) * image, axis=-1)
-        ranks.append(np.sum(~(cosines[1:] < cosines[0])))  # NaN counts against it too
+        ranks.append(np.sum(~(cosines[1:] < cosines[0])))  # NaN counts as nearer too
     return float(np.mean(np.less(ranks, 1))), float(np.mean(np.less(ranks, 5)))
 
 
@@ -44,10 +43,10 @@ def _of_length_1(x: np.ndarray) -> np.ndarray:
 
 
 def different(captions: Captions, own: int, order: Iterable[int], num: int) -> list[int]:
-    """Returns the first `num` images of an order that differ from one, and from each other.
+    """Returns the first `num` images of an order that differ from `own` and from each other.
 
-    They share no caption with the image `own`, and no two have the same first caption. There may be
-    fewer.
+    They share no caption with the image `own`, and no two have the same first caption. Fewer than
+    `num` may be returned.
     """
     firsts, chosen, shared = set(), [], set(captions[own])
     for i in order:
@@ -60,17 +59,17 @@ def different(captions: Captions, own: int, order: Iterable[int], num: int) -> l
 
 
 class Choice(NamedTuple):
-    """Which images of a split are compared, by their numbers among those that have captions."""
+    """The images of a split that are compared, as indices into the images with captions."""
 
-    own: np.ndarray  # (n,), whose first captions are drawn from
+    own: np.ndarray  # (n,), images whose first captions are drawn
     candidates: np.ndarray  # (n, c), `own` first
-    shuffled: np.ndarray  # (n,), the sample that stands for each where captions are shuffled
+    shuffled: np.ndarray  # (n,), index of the sample in its place with shuffled captions
 
     @classmethod
     def of(cls, captions: Captions, num: int, split: str) -> "Choice":
-        """Chooses at random, always the same; with a larger `num` the first stay as they are.
+        """Chooses at random, with a fixed seed; a larger `num` begins with the same images.
 
-        Where an image differs from less than 99 others, all have as few candidates.
+        If an image differs from fewer than 99 others, all images have as few candidates.
         """
         own = np.random.default_rng(SEED).permutation(len(captions))[:num]
         places = {image: place for place, image in enumerate(own)}

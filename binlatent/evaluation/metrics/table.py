@@ -1,4 +1,4 @@
-"""What a row of a table of metrics says."""
+"""The rows of tables of metrics."""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -6,20 +6,20 @@ from typing import Any, NamedTuple
 
 
 class Metric(NamedTuple):
-    """A metric that can be asked for by its name, the key of its row."""
+    """A metric; users name it by the key of its row."""
 
-    measure: Callable[..., Any]  # numbers by name, of what the table is about
-    titles: dict[str, str] = {}  # of these numbers; others are shown by their names
-    needs: tuple[str, ...] = ()  # what it cannot do without, in the words of its table
+    measure: Callable[..., Any]  # returns numbers by name; the table describes the arguments
+    titles: dict[str, str] = {}  # of these numbers; default: their names
+    needs: tuple[str, ...] = ()  # requirements; the table describes them
     settles: Callable[..., str] | None = None  # how it was measured, for the protocol
-    smallest: int = 1  # side of the smallest images that it takes, in pixels
-    elsewhere: str = ""  # what it is called in the features of another network than FID's
+    smallest: int = 1  # smallest side of images, in pixels
+    elsewhere: str = ""  # its name for networks other than FID's
 
 
 Table = dict[str, Metric]
 
 
 def title(name: str, *tables: Table) -> str:
-    """Returns the name of a metric's number as people write it."""
+    """Returns the title of a number for readers."""
     titles = ChainMap(*(metric.titles for table in tables for metric in table.values()))
     return titles.get(name, name.replace("_", " "))

