@@ -226,9 +226,16 @@ def test_data_named_from_another_folder_and_moved(tiny_experiment, tmp_path, mon
     (tmp_path / "run" / "reconstructions.png").unlink()
     assert call_main(*flags, f"{advice}=pictures") == 0
     assert (tmp_path / "run" / "reconstructions.png").read_bytes() == first
-    # Where a config is needed, this says so.
-    assert call_main("--workdir=../run", "--mode=train_prior", f"{advice}=pictures") == 2
-    assert f"{advice} needs --config: a file, a name, or workdir:DIR" in capsys.readouterr().err
+    # Where a config is needed, the advice is a flag that works.
+    flags = ["--workdir=../run", "--mode=train_autoencoder"]
+    for given in ([f"{advice}=pictures"], []):
+        assert call_main(*flags, *given) == 2
+        error = capsys.readouterr().err
+        assert f"{advice if given else flags[1]} needs --config: --config=workdir:../run" in error
+    own = re.search(r"--config=workdir:\S+", error)[0]
+    assert (
+        parse_main(*flags, own, "--config.sample.steps=3") and main.FLAGS.config.sample.steps == 3
+    )
 
 
 def test_a_run_that_goes_on_says_that_its_images_have_moved(tiny_experiment, tmp_path, caplog):

@@ -1,1 +1,1 @@
-"""Sources of images (TFDS, folders, LMDB), transforms, codes on disk and the Grain pipeline."""
+"""Image datasets (TFDS, folders, LMDB), transforms, cached codes and the Grain pipeline."""

@@ -1,4 +1,4 @@
-"""The captions of images: in text files beside them, or in a table."""
+"""Reads the captions of images: from text files beside them, or from a table."""
 
 import json
 import os
@@ -12,16 +12,16 @@ from binlatent.runtime.errors import UserError
 
 
 def beside(images: Sequence[str]) -> list[tuple[str, ...]]:
-    """Returns the captions of image files: of `x.png`, the lines of `x.txt` that are not blank.
+    """Returns the captions of each image file: for `x.png`, the non-blank lines of `x.txt`.
 
-    The files are UTF-8, with or without a byte order mark. One that cannot be read counts as
-    missing; a warning names it.
+    The files are UTF-8, with or without a byte order mark. A file that cannot be read counts as
+    missing, with a warning.
     """
     captions, unreadable = [], []
     for image in images:
         file = os.path.splitext(image)[0] + ".txt"
         lines = ()
-        if os.path.isfile(file):  # reading from a pipe would not end
+        if os.path.isfile(file):  # reading from a pipe would block
             try:
                 lines = _lines(file)
             except (OSError, ValueError):
@@ -30,8 +30,8 @@ def beside(images: Sequence[str]) -> list[tuple[str, ...]]:
     if unreadable:
         shown = ", ".join(map(repr, unreadable[:5])) + (", ..." if len(unreadable) > 5 else "")
         classes.warn_once(
-            f"{len(unreadable)} files of captions cannot be read, and count as missing: {shown}. "
-            "They must be text in UTF-8"
+            f"{len(unreadable)} caption files cannot be read and count as missing: {shown}. "
+            "They must be UTF-8 text"
         )
     return captions
 
@@ -45,7 +45,7 @@ def _lines(file: str) -> tuple[str, ...]:
 
 
 def is_caption(column: Any) -> bool:
-    """Tells whether a table's column, by its name in any case, holds captions."""
+    """Returns whether a table's column holds captions, by its name in any case."""
     return isinstance(column, str) and classes.clean(column).casefold().startswith("caption")
 
 
@@ -53,17 +53,17 @@ def of_cells(cells: Sequence[tuple[Any, Any]], where: str, json_lists: bool) -> 
     """Returns the captions in a line of a table.
 
     Args:
-      cells: (column, value) of columns that `is_caption` knows; the column None has what is left of
-        a line with more cells than the header. A value is a text or a list of texts.
-      where: the line, for messages.
-      json_lists: whether a list is written as JSON, as in CSV.
+      cells: (column, value) of the columns for which `is_caption` is true. A value is a text or a
+        list of texts. The column None holds the cells beyond the header's last column.
+      where: names the line in error messages.
+      json_lists: whether a value may be a list written as JSON, as in CSV.
     """
     captions = []
     for column, value in cells:
         if column is None:
             raise UserError(
-                f"{where} has more cells than the header: put captions with a comma in double "
-                "quotes"
+                f"{where} has more cells than the header: put double quotes around captions that "
+                "contain a comma"
             )
         found = value
         if json_lists and re.match(r"\s*\[\s*[\"\]]", value):
@@ -77,19 +77,19 @@ def of_cells(cells: Sequence[tuple[Any, Any]], where: str, json_lists: bool) -> 
         if not isinstance(found, list) or not all(map(_is_text, found)):
             raise UserError(
                 f"{where} has in the column {column!r} the value {reprlib.repr(value)}, which is "
-                "no text and no list of texts: columns whose names start with 'caption' must hold "
-                "captions"
+                "neither a text nor a list of texts: columns whose names start with 'caption' must "
+                "hold captions"
             )
         captions += found
     return _given(captions)
 
 
 def _is_text(value: Any) -> bool:
-    """Tells whether a value is a string without halves of characters, which JSON can spell."""
+    """Returns whether a value is a string without lone surrogates, which JSON can contain."""
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _given(captions: Sequence[str]) -> tuple[str, ...]:
-    """Returns captions on one line each, without those that are blank."""
+    """Returns the captions that are not blank, each joined to one line."""
     joined = (" ".join(caption.split()) for caption in captions)
     return tuple(caption for caption in joined if caption)

@@ -1,9 +1,10 @@
-"""A dataset's encoder probabilities on disk, which stage 2 then learns from (`--mode=encode`).
+"""Caches a dataset's encoder probabilities on disk for stage 2 (`--mode=encode`).
 
-Probabilities, not bits: the prior draws its bits anew each time, so no noise is frozen in. They are
-rounded to 255ths, a byte each. A folder of codes holds shards in ArrayRecord, whose records are a
-label's bytes followed by its code's, and `info.json`, which is written last. Where another image
-stands in for one that could not be read, the record ends with its number, 8 bytes.
+The cache holds probabilities rather than bits, so that the prior draws new bits in every epoch. A
+probability is rounded to 255ths and takes one byte. A folder of codes holds ArrayRecord shards and
+`info.json`, which is written last. A record is the bytes of the label, then those of the code. If
+another image replaces one that could not be read, the record ends with the number of the image that
+was read, in 8 bytes.
 """
 
 import hashlib
@@ -34,19 +35,19 @@ from binlatent.runtime.strict_json import write_json
 log = logging.getLogger(__name__)
 
 _SHARD = 4_096  # records
-_KEPT_BYTES = 2**28  # codes up to this size stay in memory: a GPU may learn faster than files read
-_NUMBER = np.dtype("<i8")  # of an image, in a record
+_KEPT_BYTES = 2**28  # up to this size codes stay in memory: a GPU may be faster than the disk
+_NUMBER = np.dtype("<i8")  # type of an image's number in a record
 
 
 class Codes:
     """Random access to {"probs": uint8 (h, w, c), in 255ths, "label": ...} of each image."""
 
     def __init__(self, folder: Path, info: dict[str, Any]):
-        """Opens a complete folder, described by its `info.json`; ValueError if that is odd."""
+        """Opens a complete folder, described by its `info.json`; ValueError if it is invalid."""
         self._folder = folder
         self._shape = tuple(info["code_shape"])
         if info["label_type"] not in ("<i4", "<f4"):
-            raise ValueError(f"labels of the type {info['label_type']!r}")
+            raise ValueError(f"labels have the type {info['label_type']!r}")
         self._label_type, self._label_shape = np.dtype(info["label_type"]), info["label_shape"]
         self._label_bytes = self._label_type.itemsize * math.prod(self._label_shape)
         self._bytes = self._label_bytes + math.prod(self._shape)
@@ -61,9 +62,9 @@ class Codes:
         return self.locate(index)[1]
 
     def locate(self, index: int, position: float = 0.5) -> tuple[int, dict[str, Any]]:
-        """Returns an example, and the number of the image that it is of; all are centre crops."""
+        """Returns the number of the encoded image, and an example; `position` is ignored."""
         try:
-            # Two threads may both read a record: the same bytes, so no lock is needed.
+            # No lock: if two threads read the same record, they get the same bytes.
             record = self._kept.get(index) or self._records[index]
             if self._keep:
                 self._kept[index] = record
@@ -73,37 +74,37 @@ class Codes:
                 "probs": np.frombuffer(probs, np.uint8).reshape(self._shape),
                 "label": np.frombuffer(label, self._label_type).reshape(self._label_shape),
             }
-        except Exception as error:  # by where the damage is
+        except Exception as error:  # of many types, depending on the damage
             raise UserError(
                 f"The codes in {self._folder} are damaged ({textwrap.shorten(str(error), 200)}): "
-                "delete that folder and make them again with --mode=encode."
+                "delete that folder and create them again with --mode=encode."
             ) from error
 
 
 def _shard_names(count: int) -> list[str]:
     if not 0 <= count < 10**10:
-        raise ValueError(f"{count} codes")
+        raise ValueError(f"the number of codes is {count}")
     total = max(-(-count // _SHARD), 1)
     return [f"codes-{i:05}-of-{total:05}.array_record" for i in range(total)]
 
 
 def open_codes(folder: Path, encoder: str) -> Source:
-    """Opens a folder of `write_codes`, which must be of the encoder with this fingerprint."""
+    """Opens a folder that `write_codes` wrote with the encoder of this fingerprint."""
     try:
         info = json.loads((folder / "info.json").read_text())
         codes, known = Codes(folder, info), info["encoder"]
         classes = tuple(map(str, info["data"]["classes"]))
         fingerprint = str(info["data"]["source"])
         if len(codes) != info["count"]:
-            raise ValueError(f"{len(codes)} codes in place of {info['count']}")
-    except Exception as error:  # by where the damage is
+            raise ValueError(f"{len(codes)} codes, not {info['count']}")
+    except Exception as error:  # of many types, depending on the damage
         reason = textwrap.shorten(str(error), 200)
         raise UserError(
-            f"There are no complete codes in {folder}: make them with --mode=encode ({reason})."
+            f"There are no complete codes in {folder}: create them with --mode=encode ({reason})."
         ) from error
     if known != encoder:
         raise UserError(
-            f"The codes in {folder} are of another encoder than that of this workdir: encode "
+            f"The codes in {folder} were made by another encoder than this workdir's: encode "
             "the images again with --mode=encode."
         )
     return Source(codes, classes, fingerprint)
@@ -119,19 +120,22 @@ def write_codes(
     data: Data,
     batch_size: int,
 ) -> Path:
-    """Writes the codes of a source, shard by shard; goes on where it was interrupted.
+    """Encodes all images of a source into a folder, in shards; resumes after an interruption.
 
-    Their folder is named after the encoder's weights and the images' names, labels and classes, so
-    that no others are taken for them. Several processes take turns at the shards.
+    The folder's name depends on the encoder's weights and on the names, labels and classes of the
+    images, so that outdated codes are never used. Several processes share the shards.
 
     Args:
-      source: of the images, read as `data` says.
-      folder: of all such folders, `codes` of a workdir.
-      encoder: its fingerprint.
+      source: the images.
+      folder: the parent of the new folder: `codes` in a workdir.
+      encoder: the encoder's fingerprint.
       encode_probs: maps images, float32 in [-1, 1], to probabilities (n, h, w, c).
+      code_shape: (h, w, c).
+      data: how the images are read.
+      batch_size: images per call of `encode_probs`.
 
     Returns:
-      Their folder.
+      The folder with the codes.
     """
     count = len(source.examples)
     about = {name: getattr(data, name) for name in ("image_size", "channels", "texts")}
@@ -143,7 +147,7 @@ def write_codes(
     names = _shard_names(count)
     this, turns = jax.process_index(), jax.process_count()
     doing = f"The codes in {target} are being written"
-    # The first process locks the folder for all that take turns.
+    # Process 0 locks the folder for all processes.
     with nullcontext() if this else locks.only_process(target / ".lock", doing):
         log.info("Encoding %d images into %s", count, target)
         with tqdm(total=count, unit=" images", disable=True if this else None) as progress:
@@ -153,7 +157,7 @@ def write_codes(
                     _write_shard(source, part, encode_probs, batch_size, target / name, progress)
                 else:
                     progress.update(len(part))
-        # If another process fails, this one is ended.
+        # If another process fails, this one is ended too.
         last = ["info.json"] if this else names
         while not all((target / name).exists() for name in last):
             time.sleep(0.5)
@@ -193,7 +197,7 @@ def _write_shard(
         writer = array_record_module.ArrayRecordWriter(str(unfinished), "group_size:1")
         for batch in loader.in_order(len(part), read, batch_size):
             num = len(batch["image"])
-            # The last batch is filled up, so that one compiled program serves all.
+            # The last batch is padded, so that one compiled program serves all batches.
             images = batch["image"][np.minimum(np.arange(batch_size), num - 1)]
             codes = np.rint(255 * encode_probs(to_float(images))[:num]).astype(np.uint8)
             with _writing(path):
@@ -210,8 +214,9 @@ def _write_shard(
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # ArrayRecord's, of a full disk too
+    except RuntimeError as error:  # from ArrayRecord, for a full disk too
         raise UserError(
-            f"The codes could not be written to {path.parent}: {str(error).split(';')[0]}. The "
-            "shards before are whole; make room, or whatever it needs, and start again."
+            f"The codes could not be written to {path.parent}: {str(error).split(';')[0]}. "
+            "Shards written before are complete: make room on the disk, or remove the cause, and "
+            "run the same command again."
         ) from error

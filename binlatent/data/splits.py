@@ -1,4 +1,4 @@
-"""The data of an experiment, and the images of its two splits."""
+"""The dataset of an experiment, and its two splits."""
 
 import dataclasses
 import hashlib
@@ -11,24 +11,24 @@ from binlatent.data.decoded import DecodedImages
 from binlatent.data.sources import Source
 from binlatent.runtime.errors import UserError
 
-# Decoded datasets up to this size stay in memory: decoding competes with training for the CPU.
+# Up to this size, decoded images stay in memory: decoding competes with training for the CPU.
 _KEPT_BYTES = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Which images there are, and how they are read."""
+    """The dataset of an experiment, and how its images are read."""
 
     name: str  # "folder", "lmdb", "digits" or any other TFDS name, such as "celeb_a_hq/256"
     path: str  # of the folder of images or of LMDB; TFDS's data directory, "" for the default one
     image_size: int  # side in pixels
     channels: int  # 1 or 3
-    table: str = ""  # of a folder, a .csv or .jsonl file that says which images there are
-    texts: bool = False  # of a folder: labels are the features of texts, (e,) or (m, e)
-    crop: str = "centre"  # or "random", along the longer side, in training
-    flip: bool = False  # whether training mirrors every other image
-    max_broken: float = 0.0  # share of images that may be unreadable; others stand in for them
-    num_classes: int = -1  # -1: what the dataset has; 0: its labels are ignored
+    table: str = ""  # for a folder: a .csv or .jsonl file that lists the images
+    texts: bool = False  # for a folder: labels are features of texts, (e,) or (m, e)
+    crop: str = "centre"  # in training: "centre", or "random" along the longer side
+    flip: bool = False  # whether training mirrors images with probability 1/2
+    max_broken: float = 0.0  # share of images that may be unreadable; others replace them
+    num_classes: int = -1  # -1: as many as the dataset has; 0: labels are ignored
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -40,14 +40,13 @@ def open_split(data: Data, split: str, workdir: Path | None = None, keep: bool =
     """Opens one split of a dataset, "train" or "test".
 
     Args:
-      data: which; `folder`, `lmdb` and `tfds` say how each is split.
-      workdir: whose `bad_files.txt` names images that cannot be read; None for the log alone.
-      keep: whether to keep what was decoded, if it takes no more than 256 MiB.
+      data: the dataset; the modules `folder`, `lmdb` and `tfds` document how each is split.
+      workdir: its file `bad_files.txt` lists unreadable images; without one, only the log does.
+      keep: whether to keep decoded images in memory, if they take no more than 256 MiB.
 
     Returns:
-      Examples {'image': uint8 (image_size, image_size, channels), 'label': int}, or with the
-      features, float32, as the label. `examples.read(index, position)` crops elsewhere than in the
-      centre.
+      Examples {'image': uint8 (image_size, image_size, channels), 'label': int, or float32
+      features of a text}. `examples.read(index, position)` crops elsewhere than at the centre.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
@@ -80,15 +79,15 @@ def open_split(data: Data, split: str, workdir: Path | None = None, keep: bool =
 
 
 def spread_indices(count: int, limit: int) -> np.ndarray:
-    """Returns the indices of `limit` of `count` examples at most.
+    """Returns at most `limit` of `count` indices, evenly spread.
 
-    They are spread evenly, because a folder lists one class after the other.
+    Folders list one class after the other, so the first images would be of few classes.
     """
     return np.linspace(0, count - 1, min(limit, count)).astype(int)
 
 
 def load_images(source: Source, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns images, uint8 (n, h, w, c), and labels (n, ...), of `spread_indices`."""
+    """Returns images, uint8 (n, h, w, c), and labels (n, ...), at `spread_indices`."""
     examples = [source.examples[i] for i in spread_indices(len(source.examples), limit)]
     labels = np.array([example["label"] for example in examples])
     return np.stack([example["image"] for example in examples]), labels

@@ -1,4 +1,4 @@
-"""From any Pillow image to a square uint8 array, and between uint8 and the floats of models."""
+"""Converts Pillow images to square uint8 arrays, and uint8 to models' floats and back."""
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -9,8 +9,8 @@ def to_square(
 ) -> np.ndarray:
     """Returns an image upright, its shorter side scaled to `image_size`, cropped to a square.
 
-    An image that already has the right size and mode keeps its values. `position` is that of the
-    square along the longer side, in [0, 1], 0.5 in the centre; `channels` as of `to_channels`.
+    An image that already has the right size and mode keeps its values. `position`, in [0, 1],
+    places the square along the longer side: 0.5 is the centre. `channels` as in `to_channels`.
 
     Returns:
       uint8 (image_size, image_size, channels).
@@ -20,19 +20,19 @@ def to_square(
     if (width, height) != (image_size, image_size):
         side = min(width, height)
         left, top = int(position * (width - side)), int(position * (height - side))
-        # Resizes and crops in one, and widens the filter where it shrinks, against aliasing.
+        # Crops and resizes in one call, with antialiasing.
         box = (left, top, left + side, top + side)
         image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box)
     return np.asarray(image).reshape(image_size, image_size, channels)
 
 
 def to_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Returns an image upright, of 8 bits, of one channel (luminance) or three (RGB).
+    """Returns an image upright, with 8 bits and one channel (luminance) or three (RGB).
 
-    Transparency is composited on white, 16-bit values are scaled to 8 bits.
+    Transparency is composited on white. 16-bit values are scaled to 8 bits.
 
     Raises:
-      ValueError: for floating-point images (mode "F"), whose range is not known.
+      ValueError: for floating-point images (mode "F"), whose range is unknown.
     """
     _mark_transparent(image)
     image = ImageOps.exif_transpose(image)
@@ -41,7 +41,7 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
     if image.mode.startswith("I"):
         # Pillow would clip 16-bit values at 255.
         values = np.clip(np.asarray(image, np.float64), 0, 65535)
-        if "transparency" in image.info:  # one value, as PNG has it
+        if "transparency" in image.info:  # in PNG, one value that is transparent
             values[values == image.info["transparency"]] = 65535
         image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     elif image.has_transparency_data:
@@ -51,9 +51,9 @@ def to_channels(image: Image.Image, channels: int) -> Image.Image:
 
 
 def _mark_transparent(image: Image.Image) -> None:
-    """Makes Pillow find the transparent colour of a PNG that is not of 8 bits.
+    """Makes Pillow find the transparent colour of a PNG that does not have 8 bits.
 
-    The colour is given in the bits of the file; Pillow compares it with values scaled to 8 bits.
+    The file gives the colour at its own depth; Pillow compares it with values scaled to 8 bits.
     """
     if image.format != "PNG" or "transparency" not in image.info or not image.tile:
         return
@@ -68,14 +68,14 @@ def _mark_transparent(image: Image.Image) -> None:
         del image.info["transparency"]
 
 
-# By how a grey PNG of 2 or 4 bits is stored, what Pillow multiplies its values by.
+# Pillow's factor for the values of a greyscale PNG with 2 or 4 bits, by raw mode.
 _GREY_STEPS = {"L;2": 85, "L;4": 17}
 
 
 def _low_bytes(image: Image.Image) -> np.ndarray:
-    """Returns the lower halves of the values of a 16-bit colour PNG, of which Pillow has the upper.
+    """Returns the lower bytes of the values of a 16-bit colour PNG, uint8 (h, w, 3).
 
-    uint8 (h, w, 3). The image must not be loaded yet.
+    Pillow itself reads only the upper bytes. The image must not be loaded yet.
     """
     place = image.fp.tell()
     image.fp.seek(0)

@@ -1,4 +1,4 @@
-"""The images below a folder; a long walk is kept there."""
+"""Finds the images below a folder; the result of a long walk is kept in that folder."""
 
 import collections
 import json
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 EXTENSIONS = (
     *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".webp", ".bmp", ".gif"),
     *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".apng", ".j2k", ".j2c", ".jpx", ".jpf"),
-    *((".avif",) if "AVIF" in FORMATS else ()),  # by Pillow's version
+    *((".avif",) if "AVIF" in FORMATS else ()),  # depends on Pillow's version
 )
-# Of images too, but not read here.
+# Images that are not read here.
 _OTHER_EXTENSIONS = (
     *(() if "AVIF" in FORMATS else (".avif",)),
     *(".heic", ".heif", ".jxl", ".svg", ".psd", ".tga", ".ico", ".eps", ".exr", ".hdr"),
@@ -29,18 +29,18 @@ _OTHER_EXTENSIONS = (
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw"),
 )
 
-_NO_ENDING = ""  # among the counts of kinds
+_NO_ENDING = ""  # counts files without an ending
 
-# Folders that archives, file systems and network drives leave beside the user's.
+# Folders made by archivers, file systems and network drives.
 _JUNK = ("__macosx", "@eadir", "lost+found", "$recycle.bin", "system volume information")
 
-# A walk of so many files or more is kept in the folder; shorter ones take no time.
+# A walk that finds at least this many files is kept in the folder.
 _KEPT_FILES = 1_000
 _KEPT_NAME = ".binlatent_index.json"
 
 
 def find_images(root: str, keep: bool = False) -> list[str]:
-    """Returns all images below a folder, sorted; with `keep`, a long walk is kept there."""
+    """Returns all images below a folder, sorted; with `keep`, a long walk is saved there."""
     kept = _kept(root) if keep else None
     if kept is None:
         files, changed, others = _walk(root)
@@ -48,7 +48,7 @@ def find_images(root: str, keep: bool = False) -> list[str]:
             _keep(root, files, changed, others)
     else:
         files, others = kept
-    without = others.pop(_NO_ENDING, 0)  # often no images
+    without = others.pop(_NO_ENDING, 0)  # such files are often not images
     if without and not files:
         others["files without an ending"] = without
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(others.items()))
@@ -57,42 +57,43 @@ def find_images(root: str, keep: bool = False) -> list[str]:
         looked = ", ".join(EXTENSIONS)
         raise UserError(f"there are no images in {root!r} (looked for {looked}{found})")
     if others:
-        warn_once(f"Of {root}, {counts} are left out: convert them to PNG or JPEG to use them")
+        warn_once(f"In {root}, {counts} are left out: convert them to PNG or JPEG to use them")
     return sorted(os.path.join(root, file) for file in files)
 
 
 def is_hidden(name: str) -> bool:
-    """Tells whether a folder or file is passed over: of a dot, or none of the user's."""
+    """Returns whether a name is skipped: it starts with a dot, or is a system folder's."""
     return name.startswith(".") or name.casefold() in _JUNK
 
 
 def has_images(root: str) -> bool:
-    """Tells whether there is any image below a folder."""
+    """Returns whether there is any image below a folder."""
     return bool(_walk(root)[0])
 
 
 def _walk(root: str) -> tuple[list[str], dict[str, int], dict[str, int]]:
-    """Returns what is below root.
+    """Walks a folder, following links.
 
-    That is the images, relative to it; when each folder last changed, in ns; and how many images
-    there are of each kind that is not read.
+    Returns:
+      The images, relative to root; the time in ns of each folder's last change; the number of
+      images of each kind that is not read.
     """
     found, changed, others, seen = [], {}, collections.Counter(), set()
 
     def left_out(error: OSError) -> None:
-        changed["."] = time.time_ns()  # such a walk is not to be kept
+        changed["."] = time.time_ns()  # keeps `_keep` from saving this walk
         log.warning("The images in %s are left out: %s", error.filename, error.strerror)
 
     for directory, subfolders, names in os.walk(root, onerror=left_out, followlinks=True):
-        # Sorted, so that of two links to one folder it is the same that counts.
+        # Sorted, so that of two links to one folder always the same one is used.
         subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
         try:
             relative, status = os.path.relpath(directory, root), os.stat(directory)
-        except OSError as error:  # it has vanished meanwhile
+        except OSError as error:  # it was deleted meanwhile
             left_out(error)
             subfolders.clear()
             continue
-        if (status.st_dev, status.st_ino) in seen:  # a link back, or a second one
+        if (status.st_dev, status.st_ino) in seen:  # a link to a parent, or a second link
             subfolders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -108,19 +109,19 @@ def _walk(root: str) -> tuple[list[str], dict[str, int], dict[str, int]]:
 
 
 def _keep(root: str, found: list[str], changed: dict[str, int], others: dict[str, int]) -> None:
-    """Keeps a long walk in the folder, if that can be written."""
-    # A folder that changed just now may change again without its time telling.
+    """Saves a long walk in the folder, if the folder is writable."""
+    # A folder changed within the clock's resolution may change again at the same time stamp.
     if len(found) < _KEPT_FILES or time.time_ns() - max(changed.values()) < 2_000_000_000:
         return
     with suppress(OSError):
         content = {"files": found, "changed": changed, "others": others}
         write_json(Path(root, _KEPT_NAME), content, indent=None)
-        # The new file has changed the folder's own time.
+        # Writing the file changed the folder's time.
         os.utime(root, ns=(changed["."], changed["."]))
 
 
 def _kept(root: str) -> tuple[list[str], dict[str, int]] | None:
-    """Returns images and counts of a kept walk, None if there is none that still holds."""
+    """Returns images and counts of a saved walk, or None if there is none or it is outdated."""
     path = Path(root, _KEPT_NAME)
     if not path.is_file():
         return None
@@ -132,10 +133,10 @@ def _kept(root: str) -> tuple[list[str], dict[str, int]] | None:
             kind: int(kept["others"][kind])
             for kind in kept["others"].keys() & set(_OTHER_EXTENSIONS)
         }
-    except Exception:  # whatever is wrong with it, a walk does without
+    except Exception:  # the file is damaged; walk again
         return None
 
-    # It may come from someone else: only what a walk could have found.
+    # The file may come from another person: accept only paths that a walk could find.
     def could_be_found(file: Any) -> bool:
         inside = isinstance(file, str) and not os.path.isabs(file) and ".." not in Path(file).parts
         return inside and file.lower().endswith(EXTENSIONS)

@@ -76,7 +76,7 @@ def test_text_in_another_encoding_counts_as_missing_and_is_named(tmp_path, caplo
     else:
         (tmp_path / "02.txt").write_bytes(content)
     assert open_folder(tmp_path).captions() == [("fine",), ()]
-    assert ("02.txt'. They must be text in UTF-8" in caplog.text) == (content is not None)
+    assert ("02.txt'. They must be UTF-8 text" in caplog.text) == (content is not None)
     assert caplog.text.count("UTF-8") <= 1
 
 
@@ -139,12 +139,12 @@ def test_a_table_without_captions_takes_those_beside_the_images(tmp_path):
     "name, value, message",
     [
         ("t.jsonl", "5", r"line 1 of '.*t\.jsonl' has in the column 'caption' the value 5, which"),
-        ("t.jsonl", '["a", 5]', r"the value \['a', 5\], which is no text and no list of texts"),
-        ("t.jsonl", '{"a": "b"}', "no text and no list of texts"),
-        ("t.jsonl", r'"\ud800"', "no text and no list of texts"),
-        ("t.csv", '"[""a"", ""b"', "no text and no list of texts: columns whose names start"),
-        ("t.csv", '"[""a"", 5]"', "no text and no list of texts"),
-        ("t.csv", "a red, round apple", "line 1 .* has more cells than the header: put captions"),
+        ("t.jsonl", '["a", 5]', r"the value \['a', 5\], which is neither a text nor a list"),
+        ("t.jsonl", '{"a": "b"}', "neither a text nor a list of texts"),
+        ("t.jsonl", r'"\ud800"', "neither a text nor a list of texts"),
+        ("t.csv", '"[""a"", ""b"', "neither a text nor a list of texts: columns whose names start"),
+        ("t.csv", '"[""a"", 5]"', "neither a text nor a list of texts"),
+        ("t.csv", "a red, round apple", "line 1 .* has more cells than the header: put double"),
     ],
 )
 def test_a_damaged_caption_is_one_sentence(tmp_path, name, value, message):

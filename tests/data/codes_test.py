@@ -96,7 +96,7 @@ def test_writing_goes_on_where_it_was_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, images, interrupted)
     (folder,) = tmp_path.iterdir()
-    with pytest.raises(UserError, match="no complete codes in .*: make them with --mode=encode"):
+    with pytest.raises(UserError, match="no complete codes in .*: create them with --mode=encode"):
         codes.open_codes(folder, "e")
     assert write(tmp_path, images, interrupted) == folder
     assert len(encoded) == 5 + 3 + 2  # both shards that were missing, anew
@@ -109,7 +109,7 @@ def test_writing_goes_on_where_it_was_interrupted(tmp_path):
 
 def test_codes_of_another_encoder_or_other_images_are_not_taken(tmp_path):
     folder = write(tmp_path, Images(7))
-    with pytest.raises(UserError, match="are of another encoder than that of this workdir"):
+    with pytest.raises(UserError, match="were made by another encoder than this workdir's"):
         codes.open_codes(folder, "another")
     others = [
         write(tmp_path, Images(7), encoder="another"),
