@@ -1,1 +1,1 @@
-"""The training loop that both stages share: state, optimiser, checkpoints, log."""
+"""Training, shared by both stages: loop, state, optimiser, checkpoints, log."""

@@ -1,11 +1,14 @@
-"""Saving and restoring a stage; the only user of Orbax.
+"""Saves and restores a stage; the only module that uses Orbax.
 
-A stage's folder holds its last checkpoints, each named by its step with three parts: `state`, all
-that training needs but the EMA; `ema_params`, all that sampling needs; `meta`, JSON: the version
-of binlatent, the config, the data iterator's state, the fingerprints of the images and of the
-encoder that a prior belongs to, and the seconds trained so far; with fingerprints of all three,
-which reading compares, as Orbax and its formats see to it that a checkpoint is complete, but do not
-see each flipped bit.
+A stage's folder holds its last checkpoints, named by their steps. A checkpoint has three parts:
+
+- `state`: what training needs, without the EMA.
+- `ema_params`: what sampling needs.
+- `meta`: JSON with the version of binlatent, the config, the data iterator's state, the
+  fingerprints of the images and of a prior's encoder, and the seconds trained so far.
+
+Fingerprints of all three are stored in `meta` and checked when a part is read. Orbax ensures that a
+checkpoint is complete, but does not detect every flipped bit.
 """
 
 import errno
@@ -35,7 +38,7 @@ T = TypeVar("T")
 
 
 class Damaged(UserError):
-    """A checkpoint cannot be read, or is not what was saved."""
+    """A checkpoint cannot be read, or differs from what was saved."""
 
 
 def _fingerprint_of_json(content: dict[str, Any]) -> str:
@@ -43,12 +46,12 @@ def _fingerprint_of_json(content: dict[str, Any]) -> str:
 
 
 def exists(workdir: Path, stage: str) -> bool:
-    """Tells whether a stage has a finished checkpoint in a workdir."""
+    """Returns whether a stage has a finished checkpoint in a workdir."""
     return (workdir / stage).is_dir() and bool(ocp.utils.checkpoint_steps(workdir / stage))
 
 
 def on_first_device(like: Any) -> Any:
-    """Returns shapes and types, as `jax.eval_shape` gives them, to be restored on one device."""
+    """Adds one device's sharding to shapes and types from `jax.eval_shape`, for restoring."""
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
 
@@ -56,22 +59,22 @@ def on_first_device(like: Any) -> Any:
 class Checkpoints:
     """The checkpoints of one stage; a context manager.
 
-    Where there are several processes, all of them open, save and close together.
+    With several processes, all of them must open, save and close it together.
     """
 
     def __init__(self, directory: Path, keep: int | None = None, *, alone: bool = False):
-        """Opens, or creates, the folder.
+        """Opens the folder; creates it if it does not exist.
 
         Args:
-          directory: of the stage.
-          keep: how many of the last checkpoints stay; all if None.
-          alone: for reading only, whatever the other processes do; the folder must exist.
+          directory: the stage's folder.
+          keep: the number of checkpoints to keep, the last ones; None for all.
+          alone: for reading in this process only; the folder must exist.
         """
         this = jax.process_index()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep and ocp.checkpoint_managers.LatestN(keep),
             create=not alone,
-            # So that a kill loses one interval at most, and not what is trained while writing too.
+            # Saving asynchronously would also lose, on a kill, the steps trained during the save.
             enable_async_checkpointing=False,
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=this if alone else 0, active_processes={this} if alone else None
@@ -86,7 +89,7 @@ class Checkpoints:
         """Opens a trained stage for reading."""
         if not exists(workdir, stage):
             raise UserError(
-                f"The workdir {workdir} has no checkpoint of the {stage}: train it first, by "
+                f"The workdir {workdir} has no checkpoint of the {stage}: train it first with "
                 f"`python -m binlatent.main --config=CONFIG --workdir={shlex.quote(str(workdir))} "
                 f"--mode=train_{stage}`."
             )
@@ -99,7 +102,7 @@ class Checkpoints:
         self.close()
 
     def latest_step(self) -> int | None:
-        """Returns the step of the newest checkpoint not known to be damaged, None without one."""
+        """Returns the step of the newest checkpoint not known to be damaged, or None."""
         return max(set(self.all_steps()) - self._damaged, default=None)
 
     def all_steps(self) -> list[int]:
@@ -107,13 +110,13 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def newest(self, read: Callable[["Checkpoints"], T], set_aside: bool = False) -> T:
-        """Returns what `read` makes of the newest checkpoint that is whole.
+        """Returns the result of `read` for the newest checkpoint that is not damaged.
 
         Args:
-          read: asks this object for parts of the newest checkpoint; called again, for the one
-            before, if a part is damaged.
-          set_aside: whether to rename the damaged ones, so that training, when it comes to their
-            steps again, can save them. Their files stay.
+          read: reads parts of the newest checkpoint with this object's methods. If a part is
+            damaged, it is called again for the checkpoint before.
+          set_aside: whether to rename damaged checkpoints, so that training can save the same steps
+            again. Their files stay.
         """
         while True:
             try:
@@ -124,17 +127,17 @@ class Checkpoints:
                 self._damaged.add(self.latest_step())
                 if self.latest_step() is None:
                     raise UserError(
-                        f"None of the checkpoints in {self.directory} is whole: bring back a copy "
-                        "of one, or delete that folder and train anew."
+                        f"All checkpoints in {self.directory} are damaged: restore a copy of one, "
+                        "or delete that folder and train again."
                     ) from damage
         if self._damaged:
-            log.warning("The one before is whole: step %d.", self.latest_step())
+            log.warning("The checkpoint of step %d is used instead.", self.latest_step())
         if self._damaged and set_aside:
             self._set_aside()
         return result
 
     def _set_aside(self) -> None:
-        """Renames what is damaged; only now, as without a whole one nothing may look untrained."""
+        """Renames damaged checkpoints; call it only if another one is left."""
         if jax.process_index() == 0:
             for step in sorted(self._damaged):
                 path = self.directory / str(step)
@@ -142,19 +145,19 @@ class Checkpoints:
                 while (aside := path.with_name(f"{step}.damaged{number or ''}")).exists():
                     number += 1
                 path.rename(aside)
-                log.warning("%s is now %s; delete it when you have seen it.", path, aside.name)
+                log.warning("%s was renamed to %s: you may delete it.", path, aside.name)
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
         self._damaged.clear()
 
     def close(self) -> None:
-        """Ends Orbax's threads."""
+        """Stops Orbax's threads."""
         self._manager.close()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Saves, and returns when all is on disk."""
+        """Saves a checkpoint; returns when it is on disk."""
         meta = finite({"version": VERSION, **meta})
-        # As NumPy's arrays, of which process 0 writes each once.
+        # As NumPy arrays, so that only process 0 writes them.
         state = jax.device_get(state.replace(key=jax.random.key_data(state.key)))
         parts = {"state": state.replace(ema_params={}), "ema_params": state.ema_params}
         fingerprints = {name: fingerprint(part) for name, part in parts.items()}
@@ -164,31 +167,31 @@ class Checkpoints:
         step = int(state.step)
         try:
             self._manager.save(step, args=ocp.args.Composite(**args))
-        except jax.errors.JaxRuntimeError as error:  # of what the processes have to agree on
+        except jax.errors.JaxRuntimeError as error:  # the processes could not synchronise
             raise UserError(
                 f"Another process was lost while the checkpoint of step {step} was being saved: "
-                "start all again, and they go on from the last one."
+                "start all of them again to resume from the last checkpoint."
             ) from error
-        except Exception as error:  # by what failed: OSError, or tensorstore's ValueError
+        except Exception as error:  # such as OSError, or ValueError from tensorstore
             raise UserError(
                 f"The checkpoint of step {step} could not be written to {self.directory}: "
-                f"{_reason(error)}. Those before it are whole; make room, or whatever it needs, "
-                "and start again."
+                f"{_reason(error)}. Earlier checkpoints are intact: make room on the disk, or "
+                "remove the cause, and run the same command again."
             ) from error
 
     def _read(self, **args: Any) -> Any:
         """Returns parts of the newest checkpoint.
 
         Raises:
-          Damaged: if they cannot be read.
+          Damaged: if a part cannot be read.
         """
         step = self.latest_step()
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-            raise  # no fault of the files
-        except Exception as error:  # by where the damage is
-            raise self._damage(f"cannot be read, {_reason(error)}") from error
+            raise  # not caused by the files
+        except Exception as error:  # of many types, depending on the damage
+            raise self._damage(f"cannot be read: {_reason(error)}") from error
 
     def _damage(self, what: str) -> Damaged:
         return Damaged(f"The checkpoint {self.directory / str(self.latest_step())} {what}.")
@@ -206,26 +209,26 @@ class Checkpoints:
                 and isinstance(meta["seconds"], int | float)
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise self._damage("has lost parts of its meta/metadata") from error
+            raise self._damage("lacks parts of its meta/metadata") from error
         if not typed or _fingerprint_of_json(meta) != expected[0]:
-            raise self._damage("has another meta/metadata than was saved")
+            raise self._damage("has a meta/metadata that differs from what was saved")
         return meta, fingerprints
 
     def _restore(self, **like: Any) -> Any:
-        """Returns arrays of the newest checkpoint, by part, that are as they were saved."""
+        """Returns parts of the newest checkpoint, after checking their fingerprints."""
         _, fingerprints = self._meta_and_fingerprints()
         args = {name: ocp.args.StandardRestore(part) for name, part in like.items()}
         restored = self._read(**args)
         for name in like:
             if fingerprint(restored[name]) != fingerprints[name]:
-                raise self._damage(f"has other numbers in {name} than were saved")
+                raise self._damage(f"has numbers in {name} that differ from what was saved")
         return restored
 
     def restore(self, like: TrainState) -> TrainState:
-        """Returns the newest checkpoint's state, placed and shaped as `like`.
+        """Returns the newest checkpoint's state, with the shapes and sharding of `like`.
 
         Raises:
-          Damaged: as do all that read.
+          Damaged: if it cannot be read; the other reading methods raise it too.
         """
         key = jax.eval_shape(jax.random.key_data, like.key)
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=like.key.sharding)
@@ -240,24 +243,24 @@ class Checkpoints:
         return self._meta_and_fingerprints()[0]
 
     def check_encoder(self, fingerprint: str) -> None:
-        """Refuses a prior that was trained on the codes of another encoder."""
+        """Raises UserError if the prior was trained on codes of another encoder."""
         if self.meta()["encoder"] != fingerprint:
             raise UserError(
                 f"The prior in {self.directory} was trained for another autoencoder than the one "
-                "beside it: bring that one back, or delete the prior's folder and train it anew."
+                "beside it: restore that one, or delete the prior's folder and train it again."
             )
 
     def restore_ema(self, like: Any) -> Any:
         """Returns the newest checkpoint's EMA parameters on the first local device.
 
         Args:
-          like: their shapes and types, as `jax.eval_shape` gives them.
+          like: their shapes and types, from `jax.eval_shape`.
         """
         return self._restore(ema_params=on_first_device(like)).ema_params
 
 
 def _reason(error: Exception) -> str:
-    """Returns what went wrong in a few words: Orbax's messages are long, its causes are not."""
+    """Returns the cause of an error in a few words; Orbax's messages are long."""
     text = str(error)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
         if getattr(error, "errno", None) == number or os.strerror(number) in text:

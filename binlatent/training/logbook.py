@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+"""The log of a run: progress bar or plain lines, metrics.jsonl, TensorBoard."""
 
 import datetime
 import functools
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def _silenced_stderr() -> Iterator[None]:
-    """Hides what C++ writes to stderr: TensorFlow greets each import, whatever its log level."""
+    """Hides stderr of C++ code: importing TensorFlow prints there at every log level."""
     sys.stderr.flush()
     stderr = os.dup(2)
     with open(os.devnull, "w") as null:
@@ -36,7 +36,7 @@ def _silenced_stderr() -> Iterator[None]:
         os.close(stderr)
 
 
-@functools.cache  # says once what is missing
+@functools.cache  # prints its message once
 def _summary_writer() -> type | None:
     """Returns the class of clu's TensorBoard writer, or None where TensorFlow is not installed."""
     try:
@@ -45,16 +45,16 @@ def _summary_writer() -> type | None:
         from clu.metric_writers import SummaryWriter
     except ImportError:
         log.info(
-            "No files for TensorBoard are written, as TensorFlow or TensorBoard is not installed: "
+            "TensorBoard files are not written, as TensorFlow or TensorBoard is not installed: "
             'pip install "binlatent[tfds]"'
         )
         return None
-    tf.config.set_visible_devices([], "GPU")  # they are JAX's
+    tf.config.set_visible_devices([], "GPU")  # leaves the GPUs to JAX
     return SummaryWriter
 
 
 def write_scalars(directory: Path, metrics: dict[str, float], step: int = 0) -> None:
-    """Writes metrics to TensorBoard alone, where TensorFlow is installed."""
+    """Writes metrics to TensorBoard only, if TensorFlow is installed."""
     summary_writer = _summary_writer()
     if summary_writer is not None:
         writer = summary_writer(str(directory))
@@ -63,7 +63,7 @@ def write_scalars(directory: Path, metrics: dict[str, float], step: int = 0) -> 
 
 
 def drop_torn_line(path: Path) -> None:
-    """Ends a file at its last whole line, as a kill may have cut the next; it need not be there."""
+    """Removes an incomplete last line, which a kill may leave; the file need not exist."""
     if path.exists():
         with path.open("rb+") as file, in_turn(file):
             file.truncate(file.read().rfind(b"\n") + 1)
@@ -72,13 +72,13 @@ def drop_torn_line(path: Path) -> None:
 class Logbook:
     """Records one stage's metrics and pictures; a context manager.
 
-    Shows a tqdm bar on a terminal, and a line for each record elsewhere.
+    Shows a tqdm bar on a terminal, and otherwise a line per record.
     """
 
     def __init__(
         self, workdir: Path, stage: str, step: int, num_steps: int, *, silent: bool = False
     ):
-        """Opens the log of `stage`, which stands at `step` of `num_steps`; `silent` writes none."""
+        """Opens the log of `stage`, at `step` of `num_steps`; with `silent`, nothing is written."""
         self._stage = stage
         self._num_steps = num_steps
         self._workdir = workdir
@@ -99,7 +99,7 @@ class Logbook:
 
     @functools.cached_property
     def _writer(self):
-        """Opened with the first record: no first step waits for TensorFlow's import, seconds."""
+        """Opened with the first record: importing TensorFlow takes seconds."""
         summary_writer = None if self._events is None else _summary_writer()
         return summary_writer and summary_writer(str(self._events))
 
@@ -110,9 +110,9 @@ class Logbook:
     def __exit__(self, *exception) -> None:
         self._bar.close()
         self._redirect.__exit__(*exception)
-        with self._writing():  # of what is still to be flushed
+        with self._writing():  # closing flushes
             self._file.close()
-            writer = vars(self).get("_writer")  # if there was a record
+            writer = vars(self).get("_writer")  # there may be no record
             if writer is not None:
                 writer.close()
 
@@ -123,12 +123,12 @@ class Logbook:
     def record(
         self, step: int, metrics: dict[str, float], seconds_left: float | None = None
     ) -> None:
-        """Writes the metrics of `step`, if there are any, with the time left where it is known."""
+        """Writes the metrics of `step`, if any, and shows the time left, if known."""
         if not metrics:
             return
         entry = {"stage": self._stage, "step": step, **metrics}
         with self._writing():
-            # An evaluation may write beside a training.
+            # An evaluation and a training run may write at the same time.
             with nullcontext() if self._events is None else in_turn(self._file):
                 self._file.write(to_json(entry) + "\n")
                 self._file.flush()
@@ -141,8 +141,8 @@ class Logbook:
             left = datetime.timedelta(seconds=round(seconds_left))
             log.info("%s %d/%d: %s, %s left", self._stage, step, self._num_steps, text, left)
         else:
-            # Short, so that it fits a terminal of 80 columns; the rest is in metrics.jsonl.
-            # The loss is not there if all steps since the last record were skipped.
+            # Short, to fit into 80 columns; metrics.jsonl has the rest. There is no loss if all
+            # steps since the last record were skipped.
             loss, speed = metrics.get("loss", math.nan), metrics["images_per_second"]
             self._bar.set_postfix_str(f"loss {loss:.4g}, {speed:.0f} images/s")
 
@@ -157,7 +157,7 @@ class Logbook:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """Turns what cannot be written into one sentence, TensorFlow's own errors included."""
+        """Turns errors of writing, TensorFlow's included, into UserError."""
         try:
             yield
         except Exception as error:
@@ -166,5 +166,6 @@ class Logbook:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             raise UserError(
                 f"The log in {self._workdir} could not be written: {reason}. The checkpoints are "
-                "whole; make room, or whatever it needs, and start again."
+                "intact: make room on the disk, or remove the cause, and run the same command "
+                "again."
             ) from error

@@ -1,4 +1,4 @@
-"""How a stage is trained: batches, learning rate, Adam, EMA."""
+"""A stage's training options: batches, learning rate, Adam, EMA."""
 
 import dataclasses
 from typing import Any
@@ -17,15 +17,15 @@ class Training:
     """The `train` section of a stage.
 
     Fields:
-      batch_size: images a step, of all devices and processes together.
-      num_steps: of the whole training, where the cosine decay reaches 0.
+      batch_size: images per step, over all devices and processes.
+      num_steps: of the whole training; the cosine decay reaches 0 there.
       learning_rate: after the warm-up.
-      warmup_steps: steps of linear warm-up from 0, 0 for none.
+      warmup_steps: steps of linear warm-up from 0; 0 for none.
       decay: "constant", as in the paper, or "cosine".
-      max_grad_norm: largest global norm of a gradient.
+      max_grad_norm: gradients with a larger global norm are scaled down to it.
       ema_decay: of the averaged parameters.
-      accumulate: parts in which a device takes its share of a batch, one after the other; 0, of the
-        prior alone: as many as suit the machine.
+      accumulate: number of parts into which a device splits its share of a batch, to process one
+        after the other. 0, for the prior only, chooses a number that suits the machine.
     """
 
     batch_size: int
@@ -38,7 +38,7 @@ class Training:
     accumulate: int = 1
 
     def schedule(self) -> optax.Schedule:
-        """Returns the learning rate by the number of updates made before."""
+        """Returns the learning rate as a function of the number of updates made before."""
         if self.decay == "cosine":
             steps = max(self.num_steps - self.warmup_steps, 1)
             after = optax.cosine_decay_schedule(self.learning_rate, steps)
@@ -51,7 +51,7 @@ class Training:
         """Returns Adam with the schedule and clipping by global norm (supplement B)."""
 
         def clip(gradients: Any, _: Any) -> Any:
-            # As `optax.clip_by_global_norm`, whose division XLA would write to memory.
+            # As `optax.clip_by_global_norm`, but a scale avoids an intermediate in memory.
             scale = jnp.minimum(1, self.max_grad_norm / global_norm(gradients))
             return jax.tree.map(lambda x: (scale * x).astype(x.dtype), gradients)
 

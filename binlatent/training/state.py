@@ -1,4 +1,4 @@
-"""What both stages' steps share: the state, its update and its keys."""
+"""The training state of both stages, its update and its keys."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,16 +14,15 @@ Array = jax.Array
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that a stage's training carries from one step to the next.
+    """What a stage's training carries from one step to the next.
 
     Fields:
       step: updates made so far, int32 scalar.
-      key: the stage's base key; a step's keys are folded from it and it never changes.
+      key: the stage's base key, which never changes; a step's keys are folded from it.
       params: the network's parameters.
       ema_params: their exponential moving average.
       opt_state: of the optimiser.
-      discriminator: the second network of an adversarial loss: its `params`, `batch_stats` and
-        `opt_state`; {} without one.
+      discriminator: `params`, `batch_stats` and `opt_state` of the discriminator, {} without one.
     """
 
     step: Array
@@ -45,7 +44,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         key=key,
         params=params,
-        # A copy, never an alias: the step donates its state.
+        # A copy, not an alias, because the step donates its state.
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
         discriminator=discriminator or {},
@@ -53,15 +52,14 @@ def create_state(
 
 
 def updates_made(state: TrainState) -> int:
-    """Returns how many updates Adam has made: fewer than steps, if some were skipped."""
+    """Returns the number of Adam's updates, which skipped steps do not count in."""
     return int(optax.tree.get_all_with_path(state.opt_state, "count")[0][1])
 
 
 def global_norm(tree: Any) -> Array:
-    """Returns the 2-norm of all numbers of a tree of float arrays, in float32.
+    """Returns the 2-norm of all numbers in a tree of float arrays, in float32.
 
-    On CPUs by the eighths of large arrays, which is vectorised: XLA's own sums with Eigen's kernels
-    are not.
+    On CPUs, large arrays are split into eighths, because XLA does not vectorise their sums.
     """
     tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
     return jax.lax.platform_dependent(tree, cpu=_global_norm_on_cpu, default=optax.tree.norm)
@@ -80,16 +78,16 @@ def _global_norm_on_cpu(tree: Any) -> Array:
 
 
 def skip_nonfinite(step: Callable) -> Callable:
-    """Returns a step that changes nothing but the step's number if a metric is not finite.
+    """Returns a step that only increments the step's number if a metric is NaN or infinite.
 
-    The metrics are averages over the devices, with the norms of all gradients and of all new
-    parameters, so that the devices decide alike and nothing that is broken passes.
+    The metrics are averages over the devices, so that all devices decide alike. They include the
+    norms of gradients and of new parameters, so that no NaN or infinity enters the state.
 
     Args:
       step: (state, batch, *frozen) -> (state, metrics), the same on every device.
 
     Returns:
-      Such a step, with the metric `skipped`, 0 or 1.
+      A function like `step`, with a further metric `skipped`, 0 or 1.
     """
 
     def step_or_skip(state, batch, *frozen):
@@ -111,20 +109,20 @@ def step_key(state: TrainState) -> Array:
 
 
 def accumulate(function: Callable, carry: Any, batch: Any, num: int) -> tuple[Any, Any]:
-    """Applies a function to the parts of a batch one after the other and averages what it returns.
+    """Applies a function to parts of a batch, one after the other, and averages its results.
 
     Args:
       function: (carry, part of the batch) -> (carry, tree of float arrays).
-      carry: for the first part.
-      batch: tree of arrays of one length, which `num` divides.
-      num: of parts; memory is that of one.
+      carry: of the first part.
+      batch: tree of arrays of one length, a multiple of `num`.
+      num: the number of parts; memory is used for one part at a time.
 
     Returns:
       The last carry and the mean of the trees.
     """
     if num == 1:
         return function(carry, batch)
-    # Every num-th image, so that a part is spread over the batch as the whole is.
+    # A part has every num-th image, so that it is spread evenly over the batch.
     parts = jax.tree.map(lambda x: x.reshape(-1, num, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(carry_and_total, part):
@@ -149,7 +147,7 @@ def apply_gradients(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Averages gradients and metrics over the devices and takes one optimiser step.
 
-    The EMA starts short, min(ema_decay, (1 + step) / (10 + step)), so that it forgets the
+    The EMA's decay is min(ema_decay, (1 + step) / (10 + step)), so that the EMA forgets the
     initialisation.
 
     Returns:
@@ -160,7 +158,7 @@ def apply_gradients(
     params = optax.apply_updates(state.params, updates)
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
-    # The norm of the new parameters tells a broken state before it is saved.
+    # The norm of the new parameters shows a NaN or infinity before the state is saved.
     norms = {"grad_norm": global_norm(gradients), "param_norm": global_norm(params)}
     metrics = {**metrics, **norms}
     return state.replace(
