@@ -1,1 +1,1 @@
-"""Captions to features: text encoders in Flax, their tokenisers and their files."""
+"""Text encoders in Flax, their tokenizers, and features of captions on disk."""

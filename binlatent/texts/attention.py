@@ -16,7 +16,7 @@ class TextAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, mask: Array) -> Array:
-        """Which key a query attends to is `mask`, bool (n or 1, 1, l or 1, l)."""
+        """`mask`, bool (n or 1, 1, l or 1, l), says which keys a query attends to."""
         n, tokens, d = x.shape
         heads = (n, tokens, self.num_heads, d // self.num_heads)
         q, k, v = (nn.Dense(d, name=name)(x).reshape(heads) for name in ("query", "key", "value"))

@@ -17,7 +17,7 @@ def _norm(name: str) -> nn.LayerNorm:
 
 
 class _Layer(nn.Module):
-    """Attention and MLP, each followed by its sum with the input and a normalisation."""
+    """Attention and MLP, each with a residual connection and then a normalisation."""
 
     num_heads: int
     mlp_width: int
@@ -32,10 +32,10 @@ class _Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """Features of texts of one part each, as sentence-transformers computes them.
+    """Features of single-segment texts, as sentence-transformers computes them.
 
     Fields:
-      max_tokens: the most tokens of a text, l.
+      max_tokens: the largest number of tokens of a text, l.
       width: d, a multiple of num_heads.
     """
 
@@ -48,23 +48,24 @@ class Bert(nn.Module):
 
     @property
     def pooled_width(self) -> int:
-        """The width of a text's one vector."""
+        """The width of a text's vector."""
         return self.width
 
     @nn.compact
     def __call__(self, ids: Array, lengths: Array) -> tuple[Array, Array]:
-        """Returns a vector a text, (n, d) of length 1, and one a token, (n, l, d).
+        """Returns one vector per text, (n, d), and one per token, (n, l, d).
 
-        Those of the padding are 0. The text's vector is the mean of the others, normalised.
+        The vector of a text is the mean of its tokens' vectors, normalised to length 1. The vectors
+        of the padding are 0.
 
         Args:
-          ids: int (n, l), of tokens, special ones included, padded at the end.
+          ids: int (n, l), tokens with the special ones, padded at the end.
           lengths: int (n,), in 1..l, the number of tokens without the padding.
         """
         size = ids.shape[1]
         mask = jnp.arange(size)[None] < lengths[:, None]
         shape = (self.max_tokens, self.width)
-        # With the embedding of a text's first part, the only one here.
+        # Includes the embedding of the first segment, the only one here.
         positions = self.param("position_embeddings", nn.initializers.normal(0.02), shape)
         x = nn.Embed(self.vocab_size, self.width, name="word_embeddings")(ids)
         x = _norm("embeddings_norm")(x + positions[None, :size])

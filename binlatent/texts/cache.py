@@ -1,8 +1,8 @@
-"""Features of captions on disk, each different caption once.
+"""Caches the features of captions on disk; each distinct caption is encoded once.
 
-A folder of them holds shards, and `info.json`, which is written last. A shard is two files of
-NumPy: `rows-...`, float16 (R, d), of all its captions one after the other, memory-mapped; and
-`ends-...`, int64 (n,), where the rows of each caption end. A caption has one row, or one a token.
+A folder holds shards, and `info.json`, which is written last. A shard is two NumPy files:
+`rows-...`, float16 (R, d), the concatenated rows of its captions, memory-mapped; and `ends-...`,
+int64 (n,), where the rows of each caption end. A caption has one row, or one row per token.
 """
 
 import hashlib
@@ -27,16 +27,16 @@ from binlatent.texts.encoder import TextEncoder
 log = logging.getLogger(__name__)
 
 _FORMAT = 1
-_SHARD = 4_096  # captions, at least
+_SHARD = 4_096  # captions per shard, at least
 _MOST_SHARDS = 256  # each is an open file
-_AT_ONCE = 256  # captions that are encoded together
+_AT_ONCE = 256  # captions per call of the encoder
 
 
 class CaptionFeatures:
-    """The features of captions, by caption."""
+    """A read-only mapping from captions to their features."""
 
     def __init__(self, folder: Path, captions: Sequence[str], per_token: bool):
-        """Opens a complete folder of `write_features`, whose captions these are, in order."""
+        """Opens a complete folder of `write_features`; `captions` are its captions, in order."""
         self._folder, self._per_token = folder, per_token
         self._places = {caption: i for i, caption in enumerate(captions)}
         self._shards, self._parts = [], _parts(len(captions))
@@ -45,7 +45,7 @@ class CaptionFeatures:
             self.width = int(info["width"])
             for part, (rows, ends) in zip(self._parts, _names(len(captions)), strict=True):
                 self._shards.append(self._open(len(part), folder / rows, folder / ends))
-        except Exception as error:  # by where the damage is
+        except Exception as error:  # of many types, depending on the damage
             raise self._damaged(error) from error
 
     def _open(self, count: int, rows: Path, ends: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -54,19 +54,19 @@ class CaptionFeatures:
         if (mapped.dtype, mapped.shape, ends.shape) != expected or np.any(
             np.diff(ends, prepend=0) < 1
         ):
-            raise ValueError(f"{rows.name} is of another kind")
+            raise ValueError(f"{rows.name} has another type or shape")
         return mapped, ends
 
     def _damaged(self, error: Exception) -> UserError:
         return UserError(
             f"The features of captions in {self._folder} are damaged "
-            f"({textwrap.shorten(str(error), 200)}): delete that folder, and the same command "
-            "makes them again."
+            f"({textwrap.shorten(str(error), 200)}): delete that folder and run the same "
+            "command again."
         )
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the longest caption's features: (e,), or (m, d) of m tokens."""
+        """The shape of the longest caption's features: (e,), or (m, d) with m tokens."""
         longest = max((int(np.diff(ends, prepend=0).max()) for _, ends in self._shards), default=1)
         return (longest, self.width) if self._per_token else (self.width,)
 
@@ -74,7 +74,7 @@ class CaptionFeatures:
         return len(self._places)
 
     def __getitem__(self, caption: str) -> np.ndarray:
-        """Returns the features of a caption, float32 (e,), or (m, d) of its own m tokens."""
+        """Returns the features of a caption, float32 (e,), or (m, d) with its own m tokens."""
         number, i = divmod(self._places[caption], len(self._parts[0]))
         rows, ends = self._shards[number]
         features = rows[ends[i - 1] if i else 0 : ends[i]].astype(np.float32)
@@ -84,16 +84,16 @@ class CaptionFeatures:
 def write_features(
     captions: Sequence[tuple[str, ...]], folder: Path, encoder: TextEncoder, per_token: bool
 ) -> CaptionFeatures:
-    """Writes the features of captions, shard by shard; goes on where it was interrupted.
+    """Writes the features of captions in shards; resumes after an interruption.
 
-    Their folder is named after the encoder's weights and the captions, so that no others are taken
-    for them. Several processes take turns at the shards, as of codes.
+    The folder's name depends on the encoder's weights and on the captions, so that outdated
+    features are never used. Several processes share the shards.
 
     Args:
-      captions: of images, as `Source.captions` returns them.
-      folder: of all such folders.
-      encoder: whose `TextEncoder.features` they are, rounded to float16.
-      per_token: whether they are a vector a token, not one a text.
+      captions: of each image, from `Source.captions`.
+      folder: the parent of the new folder.
+      encoder: its `TextEncoder.features` are rounded to float16.
+      per_token: whether to write one vector per token, not one per text.
     """
     # Sorted, so that the order of the images does not matter.
     texts = sorted({caption for of_image in captions for caption in of_image})
@@ -105,7 +105,7 @@ def write_features(
     parts, names, cut = _parts(len(texts)), _names(len(texts)), []
     this, turns = jax.process_index(), jax.process_count()
     doing = f"The features of captions in {target} are being written"
-    # The first process locks the folder for all that take turns.
+    # Process 0 locks the folder for all processes.
     with nullcontext() if this else locks.only_process(target / ".lock", doing):
         log.info("Computing the features of %d captions into %s", len(texts), target)
         with tqdm(total=len(texts), unit=" captions", disable=True if this else None) as progress:
@@ -115,10 +115,10 @@ def write_features(
                     continue
                 shard = texts[part.start : part.stop]
                 values, lengths = _compute(shard, encoder, per_token, cut, progress)
-                # Whoever finds the rows finds where they end.
+                # The rows are written last: the file shows that the shard is complete.
                 _write(target / ends, np.cumsum(lengths))
                 _write(target / rows, values)
-        # If another process fails, this one is ended.
+        # If another process fails, this one is ended too.
         last = ["info.json"] if this else [rows for rows, _ in names]
         while not all((target / name).exists() for name in last):
             time.sleep(0.5)
@@ -136,7 +136,7 @@ def write_features(
 def _compute(
     texts: Sequence[str], encoder: TextEncoder, per_token: bool, cut: list[str], progress: tqdm
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows of all texts, float16 (R, d), and how many each has, (n,)."""
+    """Returns the rows of all texts, float16 (R, d), and the number of rows of each, (n,)."""
     rows, lengths = [], []
     for start in range(0, len(texts), _AT_ONCE):
         some = texts[start : start + _AT_ONCE]
@@ -144,10 +144,10 @@ def _compute(
         features = features if per_token else features[:, None]
         if not np.abs(features).max(initial=0) <= np.finfo(np.float16).max:
             raise UserError(
-                f"The text encoder {encoder.name!r} makes features that are not finite, or too "
-                "large for float16: its weights are damaged, or of another model."
+                f"The text encoder {encoder.name!r} returned a NaN, an infinity or a number too "
+                "large for float16: its weights are damaged, or those of another model."
             )
-        # In the padding, all are 0.
+        # Rows of the padding are 0.
         used = np.any(features != 0, axis=-1)
         used[:, 0] = True
         rows.append(features[used].astype(np.float16))
@@ -162,13 +162,13 @@ def _write(path: Path, array: np.ndarray) -> None:
 
 
 def _parts(count: int) -> list[range]:
-    """Returns which captions are in each shard."""
+    """Returns the range of captions in each shard."""
     size = max(_SHARD, -(-count // _MOST_SHARDS))
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _names(count: int) -> list[tuple[str, str]]:
-    """Returns the two files of each shard."""
+    """Returns the names of each shard's two files."""
     total = len(_parts(count))
     numbers = [f"{i:05}-of-{total:05}.npy" for i in range(total)]
     return [(f"rows-{number}", f"ends-{number}") for number in numbers]

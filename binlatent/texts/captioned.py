@@ -15,7 +15,7 @@ from binlatent.texts.cache import CaptionFeatures
 
 
 class CaptionedExamples:
-    """Examples of images or of codes, with the features of a caption as the label."""
+    """Examples of images or codes whose label is the features of a caption."""
 
     def __init__(
         self, examples: Any, captions: Sequence[tuple[str, ...]], features: CaptionFeatures
@@ -31,16 +31,17 @@ class CaptionedExamples:
 
     @property
     def num_unreadable(self) -> int:
-        """How many images were found that cannot be read."""
+        """The number of unreadable images found so far."""
         return getattr(self._examples, "num_unreadable", 0)
 
     def read(self, index: int, position: float = 0.5, choice: float = 0.0) -> dict[str, Any]:
-        """Returns an example, with the caption that a number in [0, 1) chooses.
+        """Returns an example with one of the image's captions.
 
         Args:
-          index: of the image. Of another that stands in for it, the captions count too.
-          position: where images are cropped, in [0, 1]; codes are of centre crops.
-          choice: 0 for the first caption; numbers drawn uniformly give each an equal share.
+          index: of the image. If another image replaces it, that image's captions are used.
+          position: of the crop, in [0, 1]; ignored for codes, which are of centre crops.
+          choice: in [0, 1), selects the caption: 0 for the first, a uniform number for each with
+            equal probability.
         """
         found, example = locate(self._examples, index, position)
         captions, label = self._captions[found], np.zeros(self._shape, np.float32)
@@ -51,12 +52,12 @@ class CaptionedExamples:
 
 
 def check_captions(source: Source, max_broken: float, report: Path | None = None) -> None:
-    """Refuses images of which too many have no caption.
+    """Raises UserError if too many images have no caption; otherwise warns of those.
 
     Args:
-      source: with `captions`.
+      source: the images.
       max_broken: share of images that may have no caption.
-      report: a file that names these, beside images that cannot be read.
+      report: a file to which images without caption are added.
     """
     captions = source.captions() if source.captions else [()] * len(source.examples)
     missing = [i for i, of_image in enumerate(captions) if not of_image]
@@ -69,22 +70,22 @@ def check_captions(source: Source, max_broken: float, report: Path | None = None
         found = f"{len(missing)} of {len(captions)} images have no caption{which}"
         if len(missing) > min(max_broken * len(captions), len(captions) - 1):
             raise UserError(
-                f"{found}, which is more than config.data.max_broken = {max_broken:g} allows: "
-                "raise that share, or write the captions of x.png into x.txt beside it, one a "
-                "line, or into a column 'caption' of a table"
+                f"{found}, more than config.data.max_broken = {max_broken:g} allows: raise that "
+                "share, or write the captions of x.png into x.txt beside it, one per line, or into "
+                "a column 'caption' of a table"
             )
-        classes.warn_once(f"{found}; they are learned as images without a text")
+        classes.warn_once(f"{found}; they are trained as images without text")
 
 
 def with_captions(source: Source, features: CaptionFeatures) -> Source:
     """Returns a source whose labels are the features of captions, float32 (e,) or (m, d).
 
-    `examples[i]` has the first caption of an image, `examples.read(i, position, choice)` one that
-    is chosen. Those of tokens are padded with zeros to the longest caption; an image without a
-    caption has zeros alone.
+    `examples[i]` has the first caption of an image, and `examples.read(i, position, choice)` the
+    selected one. Features per token are padded with zeros to the longest caption. The label of an
+    image without a caption is zeros.
 
     Args:
-      source: as `check_captions` lets pass; its examples are images or codes.
+      source: images or codes that `check_captions` has accepted.
       features: of all its captions.
     """
     examples = CaptionedExamples(source.examples, source.captions(), features)

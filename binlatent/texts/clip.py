@@ -1,6 +1,6 @@
 """The text tower of CLIP (Radford et al., ICML 2021): "clip".
 
-Dimensions: n batch, l tokens, d width, e width of the space that texts and images share.
+Dimensions: n batch, l tokens, d width, e width of the joint space of texts and images.
 """
 
 import jax
@@ -32,10 +32,10 @@ class _Layer(nn.Module):
 
 
 class ClipText(nn.Module):
-    """Features of texts that CLIP's features of images are compared with.
+    """Features of texts, comparable with CLIP's features of images.
 
     Fields:
-      max_tokens: the most tokens of a text, l.
+      max_tokens: the largest number of tokens of a text, l.
       width: d, a multiple of num_heads.
       pooled_width: e.
     """
@@ -50,13 +50,14 @@ class ClipText(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Array, lengths: Array) -> tuple[Array, Array]:
-        """Returns a vector a text, (n, e), and one a token, (n, l, d).
+        """Returns one vector per text, (n, e), and one per token, (n, l, d).
 
-        The text's vector is the last token's, projected; it is not normalised. Those of tokens
-        come after the last normalisation and before the projection; those of the padding are 0.
+        A text's vector is the projection of its last token's, without normalisation to length 1.
+        The tokens' vectors are those after the last layer norm, before the projection; 0 in the
+        padding.
 
         Args:
-          ids: int (n, l), of tokens with start and end, padded behind the end with anything.
+          ids: int (n, l), tokens with start and end, then any padding.
           lengths: int (n,), in 1..l, the number of tokens without the padding.
         """
         n, size = ids.shape
@@ -64,7 +65,7 @@ class ClipText(nn.Module):
         positions = self.param("position_embedding", nn.initializers.normal(0.01), shape)
         x = nn.Embed(self.vocab_size, self.width, name="token_embedding")(ids)
         x = x + positions[None, :size]
-        # No token attends to a later one, so none of a text sees the padding.
+        # Causal, so that no token of a text attends to the padding.
         causal = np.tril(np.ones((size, size), bool))[None, None]
         for i in range(self.num_layers):
             x = _Layer(self.num_heads, self.mlp_width, name=f"layer_{i}")(x, causal)

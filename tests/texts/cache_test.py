@@ -216,7 +216,7 @@ def test_features_beyond_float16_are_refused(tmp_path, encoder, monkeypatch):
     for value in (7e4, np.nan, np.inf):
         broken = np.full((1, 24), value, np.float32)
         monkeypatch.setattr(TextEncoder, "features", lambda *_, x=broken: x)
-        with pytest.raises(UserError, match="not finite, or too large for float16"):
+        with pytest.raises(UserError, match="a NaN, an infinity or a number too large for float16"):
             write_features(CAPTIONS, tmp_path, encoder, False)
 
 
@@ -326,7 +326,7 @@ def test_images_without_captions_are_counted_and_named(tmp_path, caplog):
 @pytest.mark.parametrize(
     "captions, max_broken, message",
     [
-        (CAPTIONS, 0.1, "1 of 6 images have no caption, the first is number 2, which is more than"),
+        (CAPTIONS, 0.1, "1 of 6 images have no caption, the first is number 2, more than"),
         (CAPTIONS[:3], 0.3, "1 of 3 .* than config.data.max_broken = 0.3 allows: raise that"),
         ([()] * 4, 1.0, "4 of 4 images have no caption"),
         (None, 1.0, "6 of 6 images have no caption"),
