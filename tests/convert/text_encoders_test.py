@@ -130,7 +130,7 @@ def test_tokenizers_that_do_not_work_are_refused(tmp_path):
     # Of tokens that it does not have, the library's Rust code panics.
     for change, message in (
         ({"post_processor": processor | {"special_tokens": {}}}, "its tokenizer is damaged"),
-        ({"post_processor": None}, "its tokenizer adds no start or end to a text"),
+        ({"post_processor": None}, "its tokenizer adds no start or end token"),
     ):
         folder = encoders.write_bert(tmp_path, tokenizer=json.dumps(whole | change))
         with pytest.raises(UserError, match=message):

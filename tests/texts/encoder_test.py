@@ -75,7 +75,7 @@ def test_texts_that_are_cut_are_named(path, caplog):
 
 def test_a_text_that_is_not_utf_8_is_refused(path):
     # As Python reads the byte ff from the command line.
-    with pytest.raises(UserError, match="A text for the text encoder is not in UTF-8"):
+    with pytest.raises(UserError, match="A text for the text encoder is not valid UTF-8"):
         TextEncoder.load(path).encode(["a", "red \udcff"])
 
 
