@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Measures the table of docs/performance.md on one GPU, with random weights and no data:
+# Measures the speed of the paper's networks on one GPU, with random weights and no data:
 #   bash launch/benchmark.sh
-# Writes performance.jsonl, a line a row, and performance.md, the table, into OUT (`benchmark` if not
-# set). Arguments go to binlatent.benchmark, for example --repeats=3. Ends after 8 minutes with exit
+# Writes performance.jsonl, one line per row, and performance.md, a table, into OUT (`benchmark` if
+# not set). Arguments go to binlatent.benchmark, for example --repeats=3. Ends after 8 minutes with exit
 # code 124 if rows are missing; run again, it measures those.
 # Not tried yet: a GPU.
 set -euo pipefail

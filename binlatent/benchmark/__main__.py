@@ -1,13 +1,13 @@
 """Speed and memory of the networks: `python -m binlatent.benchmark NAME --config=configs/X.py`.
 
-`train_autoencoder`, `train_prior`, `sample`, `decode`, `encode` and `network` (the prior's, once)
-run the compiled programs with random weights, no data and no workdir, and say how fast they are;
-see docs/performance.md. As no data is opened, a prior's number of classes must be given, as by
---config.data.num_classes=10. `paper` measures the rows of that page's table for GPUs that --out
-does not have yet. `data` reads the config's training images as training does, and says how
-many a second. `memory` compiles the autoencoder's training step and its decoder, without running
-them, and says what memory the compiled programs ask for. With --topology they are compiled for
-TPUs that need not be there (`pip install libtpu`).
+`train_autoencoder`, `train_prior`, `sample`, `decode`, `encode` and `network` (one call of the
+prior's) time the compiled programs with random weights, no data and no workdir
+(docs/performance.md). As no data is opened, give a prior's number of classes, for example
+--config.data.num_classes=10. `paper` measures the paper's sizes, without those that --out has
+already. `data` reads the config's training images as training does, and prints images per second.
+`memory` compiles the autoencoder's training step and its decoder, without running them, and prints
+the memory that they ask for. With --topology they are compiled for TPUs that need not be there
+(`pip install libtpu`).
 """
 
 from binlatent.runtime import interrupt
