@@ -20,6 +20,7 @@ from binlatent.evaluation import pictures, quality, report
 from binlatent.evaluation.results import describe, table
 from binlatent.paper import bottlenecks
 from binlatent.pipeline import BinaryLatentDiffusion
+from binlatent.pipeline.checks import check_guided
 from binlatent.priors.settings import with_options
 from binlatent.runtime import command, png, processes, usage
 from binlatent.runtime.strict_json import to_json
@@ -56,7 +57,9 @@ _FLAGS = {
     "prompts": Flag(_path, None, _DRAWN, "A text file with one prompt per line."),
     "negative_prompt": Flag(_str, None, _DRAWN, "A text that guidance leads away from."),
     "features": Flag(_path, None, _DRAWN, "A .npy file with the features of a text."),
-    "image": Flag(_path, None, ("inpaint", "vary"), "An image file. Default: test images."),
+    "image": Flag(
+        *(_path, None, ("reconstruct", "inpaint", "vary")), "An image file. Default: test images."
+    ),
     "mask": Flag(
         *(_path, None, ("inpaint",)),
         f"{', '.join(PRESETS)}, or an image file. Default: each preset in turn.",
@@ -82,6 +85,7 @@ class _Run:
         self.options = pictures.parse_options(FLAGS.option, own)
         if given is not None:  # refuses wrong options before training
             with_options(given.prior.prior, given.sample.settings, self.options)
+            check_guided(given.prior.conditioning.kind, self.options)
 
     @functools.cached_property
     def pipeline(self) -> BinaryLatentDiffusion:
@@ -99,7 +103,10 @@ def _draw(name: str) -> Callable[[_Run], None]:
     def mode(run: _Run) -> None:
         values = {field: FLAGS[field].value for field in pictures.Request._fields[1:]}
         picture = draw(run.pipeline, pictures.Request(run.options, **values))
-        png.save_png(path := Path(FLAGS.out or run.workdir / file_name), picture)
+        # Of the user's own image, beside the pictures of `all`.
+        own = f"_{Path(FLAGS.image).stem}" if FLAGS.image else ""
+        path = Path(FLAGS.out or run.workdir / f"{file_name}{own}.png")
+        png.save_png(path, picture)
         log.info("Wrote %s", path)
 
     return mode
@@ -167,6 +174,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     given = [name for name, flag in _FLAGS.items() if FLAGS[name].present and flag.modes]
     if given and FLAGS.mode == "evaluate" and FLAGS.metrics is None:
         command.bad_usage(f"--{given[0]} needs --metrics with --mode=evaluate")
+    if FLAGS.mode == "reconstruct" and FLAGS.image and FLAGS.num:
+        command.bad_usage("--num counts test images: leave it out with --image")
     if FLAGS.keep not in quality.KEEP:
         command.bad_usage(f"--keep={FLAGS.keep} is not one of {', '.join(quality.KEEP)}")
     return unparsed

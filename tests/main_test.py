@@ -112,6 +112,7 @@ REFUSED = [
     ("--config.prior.bernoulli.schedule=given", 1, "config.prior.bernoulli.keep, k_0 to k_T"),
     ("--config.prior.bernoulli.vlb_weight=-1", 1, "vlb_weight must be at least 0"),
     ("--config.prior.bernoulli.num_timesteps=8", 1, "between 1 and 8, the number of"),
+    ("--config.data.num_classes=0 --guidance=1", 1, "guidance has no effect"),
     ("--config.prior.kind=gaussian", 1, "kind must be one of bernoulli, "),
     ("--option=knwon=kept", 1, "no sampling option 'knwon' (did you mean 'known'?)"),
 ]
@@ -122,7 +123,7 @@ REFUSED_WITHOUT_DIGITS = [
     (
         "--config=configs/ffhq256.py",
         1,
-        "train without it by --config.autoencoder.loss.perceptual=0",
+        "train without it: --config.autoencoder.loss.perceptual=0",
     ),
     ("--config=configs/nothing.py", 1, "no config file configs/nothing.py"),
     ("--config=configs/nothing.py --config.seed=1", 2, "No such file or directory"),
@@ -131,7 +132,8 @@ REFUSED_WITHOUT_DIGITS = [
     ("--config={files}/null.py", 2, "the file is not valid Python: "),
     ("--config={files}/no_config.py", 2, "a file with a function get_config() is"),
     ("--config={files}/number.py", 1, "must return an ml_collections.ConfigDict"),
-    ("--mode=all", 2, "--mode=all needs --config"),
+    ("--mode=all", 2, "--mode=all needs --config: --config=digits, or a file"),
+    ("--mode=sample --workdir={files}/empty --config.sample.steps=4", 2, "has no checkpoint"),
     ("--mode=table4", 2, "--mode=table4 needs --config"),
     ("--mode=evaluate --num=5", 2, "--num needs --metrics"),
     ("--mode=evaluate --metrics=fid --label=3", 2, "--label is for --mode="),
@@ -172,6 +174,8 @@ def test_bad_usage_and_bad_input_are_refused(bad_files, tmp_path, capsys, comman
 
 
 def test_a_workdir_is_needed(capsys):
+    assert call_main("--mode=sample", "--config.sample.steps=4") == 2
+    assert "--workdir=DIR is required" in capsys.readouterr().err
     assert call_main(CONFIG) == 2
     assert "--workdir=DIR is required" in capsys.readouterr().err
 
@@ -199,7 +203,7 @@ def test_sample_writes_the_asked_number_of_digits(workdir, tmp_path):
         (("--steps=9", "--option=steps=2"), "between 1 and 8"),  # the flag of its own wins
         (("--temperature=nan",), "above 0"),
         (("--temperature=-1",), "above 0"),
-        (("--option=known",), "must be --option=NAME=VALUE"),
+        (("--option=known",), "must have the form --option=NAME=VALUE"),
         (("--option=knwon=kept",), "no sampling option 'knwon'"),
         (("--option=corrector_steps=1.5",), "corrector_steps must be like 0, not 1.5"),
     ],
@@ -218,14 +222,14 @@ def test_reconstruct_and_inpaint_write_their_pictures(workdir):
     assert picture.size == ((4 * 30 + 2) * factor, (7 * 30 + 2) * factor)
 
 
-def test_ones_own_image_is_inpainted_and_varied(workdir, tmp_path, capsys):
+def test_ones_own_image_is_inpainted_varied_and_reconstructed(workdir, tmp_path, capsys):
     image, mask = tmp_path / "image.png", tmp_path / "mask.png"
     values = np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)
     Image.fromarray(values).save(image)
     Image.fromarray(np.pad(np.full((28, 56), 255, np.uint8), ((28, 0), (0, 0)))).save(mask)
     own = (f"--workdir={workdir}", f"--image={image}", "--steps=2", "--num=3", "--label=4")
     assert call_main(*own, "--mode=inpaint", f"--mask={mask}") == 0
-    picture = np.asarray(Image.open(workdir / "inpainting.png"))
+    picture = np.asarray(Image.open(workdir / "inpainting_image.png"))
     factor = picture.shape[0] // 32
     picture = picture[::factor, ::factor]
     assert picture.shape == (32, 5 * 30 + 2)
@@ -235,7 +239,7 @@ def test_ones_own_image_is_inpainted_and_varied(workdir, tmp_path, capsys):
     assert np.all(cells[1][14:] == 128)
     assert np.any(cells[2][14:] != cells[3][14:])
     assert call_main(*own, "--mode=inpaint", f"--mask={mask}", "--option=keep_pixels=False") == 0
-    decoded = np.asarray(Image.open(workdir / "inpainting.png"))[::factor, ::factor]
+    decoded = np.asarray(Image.open(workdir / "inpainting_image.png"))[::factor, ::factor]
     assert np.any(decoded[2:16, 62:90] != cells[2][:14])
     assert call_main(*own, "--mode=vary", "--strength=0.2", f"--out={tmp_path / 'varied.png'}") == 0
     assert Image.open(tmp_path / "varied.png").size == (4 * (4 * 30 + 2), 4 * 32)
@@ -244,13 +248,25 @@ def test_ones_own_image_is_inpainted_and_varied(workdir, tmp_path, capsys):
         (("--mode=inpaint",), "--image needs --mask: a file, or one of centre"),
         (
             ("--mode=inpaint", "--mask=nothing.png"),
-            "--mask=nothing.png is no file, and none of centre, top",
+            "--mask=nothing.png is neither a file nor one of centre, top",
         ),
         (("--mode=vary", "--strength=2"), "above 0 and at most 1; got 2"),
     ):
         assert call_main(*own, *flags) == 1 and message in capsys.readouterr().err
     assert call_main(f"--workdir={workdir}", "--mode=inpaint", "--mask=middle") == 1
-    assert "none of centre" in capsys.readouterr().err
+    assert "not one of centre" in capsys.readouterr().err
+    # The picture has the image, cropped as for the model, above its reconstruction.
+    own = (f"--workdir={workdir}", "--mode=reconstruct", f"--image={image}")
+    assert call_main(*own) == 0
+    picture = np.asarray(Image.open(workdir / "reconstructions_image.png"))
+    factor = picture.shape[1] // 32
+    picture = picture[::factor, ::factor]
+    assert picture.shape == (2 * 30 + 2, 32)
+    np.testing.assert_array_equal(picture[2:30, 2:30], cells[0])
+    assert call_main(*own, "--num=2") == 2 and "--num counts test" in capsys.readouterr().err
+    # None of them is in the place of a picture of test images.
+    names = {path.stem for path in workdir.glob("*.png")}
+    assert names == {"inpainting_image", "reconstructions_image"}
 
 
 def test_evaluate_writes_the_report(workdir):

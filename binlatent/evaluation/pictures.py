@@ -1,4 +1,4 @@
-"""The pictures of a run, as uint8 arrays (height, width, channels)."""
+"""Draws the pictures of a run, as uint8 arrays (height, width, channels)."""
 
 import ast
 import contextlib
@@ -23,7 +23,7 @@ from binlatent.runtime.keys import key_for
 
 
 def class_rows(num_classes: int, columns: int = 10) -> tuple[int, np.ndarray | None]:
-    """Returns how many samples a grid with a row a class has, ten at most, and their labels."""
+    """Returns the number and the labels of samples for a row per class, ten classes at most."""
     if not num_classes:
         return 10 * columns, None
     classes = np.unique(np.linspace(0, num_classes - 1, 10).round().astype(np.int32))
@@ -31,7 +31,7 @@ def class_rows(num_classes: int, columns: int = 10) -> tuple[int, np.ndarray | N
 
 
 def as_rows(images: np.ndarray, columns: int = 10) -> list[np.ndarray]:
-    """Cuts images, float in [-1, 1], into uint8 rows of `columns`, the last filled up black."""
+    """Cuts images, float in [-1, 1], into uint8 rows of `columns`; black fills the last row."""
     images = to_uint8(images)
     columns = min(columns, len(images))
     images = np.pad(images, ((0, -len(images) % columns), (0, 0), (0, 0), (0, 0)))
@@ -46,9 +46,11 @@ def samples(
     prompts: Sequence[str] = (),
     **options: Any,
 ) -> np.ndarray:
-    """Draws samples: ten of each class in a row, or `num` of classes in turn, or of one label.
+    """Draws samples.
 
-    Of prompts each has a row of `num`, eight if None.
+    Without `num`, a row of ten for each class (at most ten classes). With `num`, so many images,
+    of the classes in turn. With a label, all of that label. With prompts, a row of `num` images, or
+    eight, for each.
     """
     if prompts:
         columns = 8 if num is None else num
@@ -68,7 +70,7 @@ def samples(
 def row_titles(
     pipeline: BinaryLatentDiffusion, labels: np.ndarray | None, columns: int = 10
 ) -> list[str] | None:
-    """Returns the classes of rows, whose images have the labels, "3 cat" each; None without any."""
+    """Returns titles of rows, such as "3 cat", from the labels of their images; None for None."""
     if labels is None:
         return None
     named = [(str(label), pipeline.class_names[label]) for label in labels[::columns]]
@@ -76,7 +78,7 @@ def row_titles(
 
 
 def reconstructions(pipeline: BinaryLatentDiffusion, images: np.ndarray) -> np.ndarray:
-    """Draws images above their reconstructions, ten a row."""
+    """Draws images above their reconstructions, ten per row."""
     pairs = zip(as_rows(images), as_rows(pipeline.reconstruct(images)), strict=True)
     return png.grid([row for pair in pairs for row in pair])
 
@@ -90,9 +92,9 @@ def inpaintings(
     num: int = 6,
     **options: Any,
 ) -> np.ndarray:
-    """Draws, a row an image: the image, the part of it that is given, and `num` completions.
+    """Draws a row for each image: the image, its known part, and `num` completions.
 
-    The images are float in [-1, 1]; `keep`, bool (n, height, width), is True for given pixels.
+    The images are float in [-1, 1]; `keep`, bool (n, height, width), is True for known pixels.
     """
     keys = [jax.random.fold_in(key, i) for i in range(num)]
     completions = [pipeline.inpaint(images, keep, k, label, **options) for k in keys]
@@ -108,7 +110,7 @@ def variations(
     num: int = 6,
     **options: Any,
 ) -> np.ndarray:
-    """Draws, a row an image: the image, float in [-1, 1], and `num` variations of it."""
+    """Draws a row for each image, float in [-1, 1]: the image and `num` variations of it."""
     keys = [jax.random.fold_in(key, i) for i in range(num)]
     return _columns(images, *(pipeline.vary(images, k, label, **options) for k in keys))
 
@@ -118,7 +120,7 @@ def _columns(*columns: np.ndarray) -> np.ndarray:
 
 
 def trajectory(pipeline: BinaryLatentDiffusion, key: jax.Array, columns: int = 9) -> np.ndarray:
-    """Draws z_t decoded along the way, from noise to sample, a row a sample."""
+    """Draws a row for each sample: z_t decoded at several times, from noise to sample."""
     num, labels = class_rows(pipeline.num_classes, columns=1)
     states = pipeline.trajectory(num, key, labels).z_t
     shown = np.unique(np.linspace(0, states.shape[1] - 1, columns).round().astype(int))
@@ -127,28 +129,28 @@ def trajectory(pipeline: BinaryLatentDiffusion, key: jax.Array, columns: int = 9
 
 
 class Request(NamedTuple):
-    """A picture that a user asks for, by flags of `binlatent.main`."""
+    """The flags of `binlatent.main` that describe a picture."""
 
-    options: dict[str, Any]  # of the sampler, in place of `config.sample`
-    num: int | None = None  # images, or results of each; None for as many as there is room for
-    seed: int = 0  # of the draw
-    label: str | int | None = None  # the class of all, by name or number
+    options: dict[str, Any]  # of the sampler; replace `config.sample`
+    num: int | None = None  # of images, or results per prompt or image; None for the default
+    seed: int = 0
+    label: str | int | None = None  # class of all images, by name or number
     prompt: Sequence[str] = ()  # texts, in place of a label
-    prompts: str | None = None  # path of a file with one a line
-    negative_prompt: str | None = None  # that guidance goes against
-    features: str | None = None  # the path of a text's features
-    image: str | None = None  # path of the user's own; None for test images
-    mask: str | None = None  # a preset or a path; None for the prior's presets in turn
+    prompts: str | None = None  # path of a file with one prompt per line
+    negative_prompt: str | None = None  # text that guidance leads away from
+    features: str | None = None  # path of a .npy file with the features of a text
+    image: str | None = None  # path of an image file; None for test images
+    mask: str | None = None  # a preset or a path; None for all presets in turn
     strength: float = 0.5  # of variations
 
 
 def parse_options(options: Sequence[str], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns sampling options from NAME=VALUE, and from flags of their own, which win if given."""
+    """Returns sampling options from NAME=VALUE and from flags; a flag, if given, wins."""
     values = {}
     for option in options:
         name, equals, value = option.partition("=")
         if not equals:
-            raise UserError(f"--option={option} must be --option=NAME=VALUE.")
+            raise UserError(f"--option={option} must have the form --option=NAME=VALUE.")
         try:
             values[name] = ast.literal_eval(value)
         except (SyntaxError, ValueError):
@@ -156,11 +158,11 @@ def parse_options(options: Sequence[str], flags: Mapping[str, Any]) -> dict[str,
     return values | {name: value for name, value in flags.items() if value is not None}
 
 
-_PROMPTS = "prompts.txt"  # of a workdir: those that `--mode=sample` draws without any
+_PROMPTS = "prompts.txt"  # in a workdir: the prompts of `--mode=sample` if none are given
 
 
 def write_prompts(workdir: Path, prompts: Sequence[str]) -> None:
-    """Writes prompts into a workdir, one a line, for samples that are asked by none."""
+    """Writes prompts into a workdir, one per line; they are used if a user gives none."""
     lines = [" ".join(prompt.split()) for prompt in prompts]
     with atomic(workdir / _PROMPTS) as unfinished:
         unfinished.write_text("".join(f"{line}\n" for line in lines if line), "utf-8")
@@ -172,9 +174,11 @@ def _read_prompts(path: Path) -> list[str]:
     except FileNotFoundError as error:
         raise UserError(f"There is no file {path} of prompts: check --prompts.") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8: it must have a prompt a line.") from error
+        raise UserError(
+            f"{path} is not text in UTF-8: it must have one prompt per line."
+        ) from error
     if not (prompts := [line.strip() for line in lines if line.strip()]):
-        raise UserError(f"{path} has no prompt: it must have one a line.")
+        raise UserError(f"{path} has no prompts: it must have one per line.")
     return prompts
 
 
@@ -187,12 +191,12 @@ def _samples(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
 
 
 def _prompts(asked: Request) -> list[str]:
-    """Returns the prompts that are asked for, by the flag and in the file."""
+    """Returns the prompts of --prompt and of the file of --prompts."""
     return [*asked.prompt, *(_read_prompts(Path(asked.prompts)) if asked.prompts else ())]
 
 
 def _options(asked: Request, prompt: bool = False) -> dict[str, Any]:
-    """Returns options of the pipeline: the sampler's, the negative prompt, and with it the one."""
+    """Returns options of the pipeline's methods: sampling options and prompts."""
     options = dict(asked.options)
     if asked.negative_prompt is not None:
         options["negative_prompt"] = asked.negative_prompt
@@ -208,7 +212,7 @@ def _trajectory(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
 
 
 def _reconstructions(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    return reconstructions(pipeline, test_images(pipeline, asked.num or 20)[0])
+    return reconstructions(pipeline, _subjects(pipeline, asked, asked.num or 20)[0])
 
 
 def _inpaintings(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
@@ -220,7 +224,7 @@ def _inpaintings(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
 
 
 def _variations(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    optional(pipeline.experiment.prior.prior, "vary")  # before any work
+    optional(pipeline.experiment.prior.prior, "vary")  # refuses a prior without it
     images, label = _subjects(pipeline, asked, 8)
     key, options = key_for(asked.seed, "vary"), _options(asked, prompt=True)
     options = {"strength": asked.strength, **options}
@@ -228,7 +232,7 @@ def _variations(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
 
 
 def _label(asked: Request) -> Any:
-    """Returns the class or the features of the text that is asked for; None without either."""
+    """Returns the class or the features of a text that were given; None without either."""
     if asked.features is None:
         return asked.label
     if asked.label is not None:
@@ -237,12 +241,12 @@ def _label(asked: Request) -> Any:
         return np.load(asked.features, allow_pickle=False)
     except OSError:
         raise
-    except Exception as error:  # by where the damage is
-        raise UserError(f"{asked.features} is no .npy file of numbers: {error}") from error
+    except Exception as error:  # its type depends on the damage
+        raise UserError(f"{asked.features} is not a .npy file of numbers: {error}") from error
 
 
 def _subjects(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> tuple[np.ndarray, Any]:
-    """Returns the images to inpaint or vary, and their labels: the user's one, or test images."""
+    """Returns the images of a picture and their labels: the user's own image, or test images."""
     if asked.image:
         data = pipeline.experiment.data
         image = read_image(asked.image, repr(asked.image), data.image_size, data.channels)
@@ -253,7 +257,7 @@ def _subjects(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> tupl
 
 
 def _presets(pipeline: BinaryLatentDiffusion) -> list[str]:
-    """Returns the presets of masks that the prior can take."""
+    """Returns the preset masks that the prior can inpaint."""
     height, width, _ = pipeline.experiment.data.image_shape
     names = []
     for name in masks.PRESETS:
@@ -275,24 +279,27 @@ def _masks(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> np.ndar
         return np.stack([masks.preset(name, height, width, seed) for name, seed in turns])
     if not asked.image:
         raise UserError(
-            f"--mask={asked.mask} is none of {', '.join(masks.PRESETS)}; a file needs --image."
+            f"--mask={asked.mask} is not one of {', '.join(masks.PRESETS)}; a mask file needs "
+            "--image."
         )
     if not os.path.exists(asked.mask):
-        raise UserError(f"--mask={asked.mask} is no file, and none of {', '.join(masks.PRESETS)}.")
+        raise UserError(
+            f"--mask={asked.mask} is neither a file nor one of {', '.join(masks.PRESETS)}."
+        )
     return masks.read_mask(asked.mask, asked.image, height)[None]
 
 
-# By mode, the file of the workdir, and what draws it.
+# By mode: the name of the picture, without its ending, and the function that draws it.
 PICTURES = {
-    "sample": ("samples.png", _samples),
-    "reconstruct": ("reconstructions.png", _reconstructions),
-    "inpaint": ("inpainting.png", _inpaintings),
-    "vary": ("variations.png", _variations),
-    "trajectory": ("trajectory.png", _trajectory),
+    "sample": ("samples", _samples),
+    "reconstruct": ("reconstructions", _reconstructions),
+    "inpaint": ("inpainting", _inpaintings),
+    "vary": ("variations", _variations),
+    "trajectory": ("trajectory", _trajectory),
 }
 
 
 def of_all(pipeline: BinaryLatentDiffusion) -> list[str]:
-    """Returns which of `PICTURES` a finished run draws; not every prior has a trajectory."""
+    """Returns which of `PICTURES` a run draws at its end; some priors have no trajectory."""
     shows_its_way = has(pipeline.experiment.prior.prior, "trajectory")
     return ["sample", "reconstruct", "inpaint"] + ["trajectory"] * shows_its_way
