@@ -1,9 +1,10 @@
 """The main command's --help, its flags, and configs by name."""
 
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from absl import flags as absl_flags
 
@@ -61,6 +62,17 @@ def with_config_paths(argv: Iterable[str]) -> list[str]:
     return arguments
 
 
+_NO_WORKDIR = "--workdir=DIR is required: the folder for checkpoints and pictures"
+
+
+def _without_config(what: str, workdir: str) -> NoReturn:
+    """Refuses a flag that needs --config, and says which one continues a workdir."""
+    own = shlex.quote(f"--config=workdir:{workdir}")
+    trained = (Path(workdir).expanduser() / "autoencoder").is_dir()
+    known = f"{own} for the config of this workdir, or" if trained else "--config=digits, or"
+    command.bad_usage(f"{what} needs --config: {known} a file or another name")
+
+
 def with_config_of_workdir(argv: Sequence[str], modes: Mapping[str, Mode]) -> list[str]:
     """Adds --config=workdir:DIR to arguments that set config keys but give no config.
 
@@ -74,11 +86,13 @@ def with_config_of_workdir(argv: Sequence[str], modes: Mapping[str, Mode]) -> li
             if names[i] == name and argument.startswith("-"):
                 _, equals, value = argument.partition("=")
                 values[name] = value if equals else "".join(argv[i + 1 : i + 2])
-    if not keys or "config" in names or not values["workdir"]:
+    if not keys or "config" in names:
         return list(argv)
+    if not values["workdir"]:
+        command.bad_usage(_NO_WORKDIR)
     mode = values["mode"] or "all"
     if mode in modes and modes[mode].needs_config:
-        command.bad_usage(f"--{keys[0]} needs --config: a file, a name, or workdir:DIR")
+        _without_config(f"--{keys[0]}", values["workdir"])
     return [argv[0], f"--config=workdir:{values['workdir']}", *argv[1:]]
 
 
@@ -121,9 +135,9 @@ def parse_flags(argv: list[str], modes: Mapping[str, Mode], flags: Mapping[str, 
     if mode not in modes:
         command.bad_usage(f"--mode={mode} is not one of {', '.join(modes)}")
     if values.workdir is None:
-        command.bad_usage("--workdir=DIR is required: the folder for checkpoints and pictures")
+        command.bad_usage(_NO_WORKDIR)
     if modes[mode].needs_config and not values["config"].present:
-        command.bad_usage(f"--mode={mode} needs --config, for example configs/digits.py")
+        _without_config(f"--mode={mode}", values.workdir)
     for name, flag in flags.items():
         if values[name].present and flag.modes and mode not in flag.modes:
             command.bad_usage(f"--{name} is for --mode={' or '.join(flag.modes)}")
