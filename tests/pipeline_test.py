@@ -104,8 +104,28 @@ def test_a_key_a_sample_gives_any_part_of_the_samples(pipeline):
     key = jax.random.key(7)
     keys = sample_keys(key, 3, first=2)
     np.testing.assert_array_equal(pipeline.sample_codes(3, keys), pipeline.sample_codes(5, key)[2:])
-    with pytest.raises(UserError, match=r"one for each of 4 samples, not \(3,\)"):
+    with pytest.raises(UserError, match=r"Give one key or 4 keys, .* of shape \(3,\)"):
         pipeline.sample_codes(4, keys)
+
+
+def test_an_integer_is_the_seed_of_a_key(pipeline, images):
+    def drawn(key):
+        codes = pipeline.encode(images, "sample", key)
+        keep = np.ones((28, 28), bool)
+        keep[14:] = False
+        return [
+            codes,
+            pipeline.sample_codes(2, key, 1),
+            pipeline.trajectory(2, key, 1).z_t,
+            pipeline.inpaint(images[:2], keep, key, 1),
+            pipeline.vary(images[:2], key, 1),
+            pipeline.code_lengths(codes[:2], key, 1),
+            *pipeline.image_metrics(codes[:2] * 0.9, np.array([1, 2]), key).values(),
+        ]
+
+    for found, expected in zip(drawn(3), drawn(jax.random.key(3)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(drawn(np.int64(3))[1], drawn(3)[1])
 
 
 def test_temperature_guidance_and_label_do_not_recompile(pipeline):
@@ -293,7 +313,7 @@ def test_inpainting_may_return_the_decoded_pixels_and_noise_the_known_bits(pipel
         (lambda p, k: p.sample(0, k, 1), "at least 1; got 0"),
         (
             lambda p, k: p.sample(1, k, 1, tau=1.0),
-            "no sampling option 'tau'; there are corrector_size",
+            "no sampling option 'tau': the options are corrector_size",
         ),
         (lambda p, k: p.sample(1, k, 1, times=[8, 9, 0]), "falls strictly from at most 8 to 0"),
         (lambda p, k: p.sample(1, k, 1, pair="plugin"), "plain_mixture.*got 'plugin'"),
@@ -319,6 +339,10 @@ def test_inpainting_may_return_the_decoded_pixels_and_noise_the_known_bits(pipel
             "at least 1; got 0",
         ),
         (lambda p, k: p.sample(1, k, 10), "between 0 and 9; got 10"),
+        (lambda p, k: p.sample(1, -1), "The seed must be between 0 and 4294967295, not -1"),
+        (lambda p, k: p.sample(1, 0.5), "A key must be a seed"),
+        (lambda p, k: p.sample(2, jax.random.PRNGKey(0)), "A key must be a seed"),
+        (lambda p, k: p.encode(np.zeros((1, 28, 28, 1)), "sample", "0"), "A key must be a seed"),
         (lambda p, k: p.sample(1, k, -1), "between 0 and 9; got -1"),
         (lambda p, k: p.sample(1, k, 1, steps=0), "between 1 and 8,.*got 0"),
         (lambda p, k: p.sample(1, k, 1, steps=9), "between 1 and 8,.*got 9"),
@@ -342,6 +366,9 @@ def test_unconditional_prior_takes_no_label(tiny_experiment):
     assert pipeline.sample(2, key).shape == (2, 28, 28, 1)
     with pytest.raises(UserError, match="unconditional"):
         pipeline.sample(2, key, 1)
+    for options in ({"guidance": 1.0}, {"guidance": 2, "steps": 2}):
+        with pytest.raises(UserError, match="unconditional, so guidance has no effect"):
+            pipeline.sample(2, key, **options)
 
 
 def test_sampling_before_the_prior_is_trained_says_so(tiny_experiment):

@@ -12,6 +12,7 @@ import numpy as np
 from binlatent.autoencoder import bottleneck, programs
 from binlatent.data.masks import known_tokens
 from binlatent.experiment import Experiment
+from binlatent.pipeline import checks
 from binlatent.pipeline.checks import check_codes, check_images, check_num, check_text_encoder
 from binlatent.pipeline.loading import load_stage
 from binlatent.priors import step
@@ -19,10 +20,10 @@ from binlatent.priors.conditions import Condition
 from binlatent.priors.prior import Known, optional
 from binlatent.priors.prompts import make_condition
 from binlatent.priors.settings import with_options
-from binlatent.runtime import paths
+from binlatent.runtime import command, paths
 from binlatent.runtime.devices import map_batches, replicate
 from binlatent.runtime.errors import UserError
-from binlatent.runtime.keys import sample_keys
+from binlatent.runtime.keys import Key, as_key, sample_keys
 from binlatent.runtime.weights import fingerprint
 from binlatent.texts.encoder import TextEncoder
 from binlatent.training.checkpoint import exists
@@ -64,6 +65,7 @@ class BinaryLatentDiffusion:
           prior: whether to load the prior.
         """
         workdir = Path(paths.expand(str(workdir), "workdir"))
+        command.prepare_jax()
         pipeline = cls(*load_stage(workdir, "autoencoder", experiment), workdir=workdir)
         if not prior or not exists(workdir, "prior"):
             return pipeline
@@ -125,7 +127,7 @@ class BinaryLatentDiffusion:
         return self._map(encode, check_images(images, self.experiment.data.image_shape))
 
     def encode(
-        self, images: np.ndarray, mode: str = "deterministic", key: Array | None = None
+        self, images: np.ndarray, mode: str = "deterministic", key: Key | None = None
     ) -> np.ndarray:
         """Returns the codes of images, as `decode` takes them.
 
@@ -133,16 +135,16 @@ class BinaryLatentDiffusion:
           images: (n, height, width, channels) in [-1, 1].
           mode: "deterministic" for y > 0.5, "sample" to draw from B(y), "soft" for y itself. The
             bottlenecks "vq" and "real" have "deterministic" only.
-          key: a typed PRNG key, for "sample".
+          key: a seed or a typed PRNG key, for "sample".
         """
         if mode not in ("deterministic", "sample", "soft"):
             raise UserError(f'mode must be "deterministic", "sample" or "soft"; got {mode!r}.')
         if mode == "sample" and key is None:
-            raise UserError('encode(mode="sample") needs a key, jax.random.key(seed).')
+            raise UserError('encode(mode="sample") needs a key: a seed, or jax.random.key(seed).')
         if mode == "deterministic":
             return self.encode_with_aux(images)[0]
         probs = self.encode_probs(images)
-        uniform = None if key is None else jax.random.uniform(key, probs.shape)
+        uniform = None if key is None else jax.random.uniform(as_key(key), probs.shape)
         return np.asarray(bottleneck.binarize(probs, mode, uniform))
 
     def encode_with_aux(self, images: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -171,6 +173,7 @@ class BinaryLatentDiffusion:
 
     def settings(self, options: dict[str, Any]) -> Any:
         """Returns the sampler's settings, with options replaced; an option of None is ignored."""
+        checks.check_guided(self.experiment.prior.conditioning.kind, options)
         return with_options(self._prior, self.experiment.sample.settings, options)
 
     @functools.cached_property
@@ -200,7 +203,7 @@ class BinaryLatentDiffusion:
     def _draw(
         self,
         method: str,
-        key: Array,
+        key: Key,
         condition: Condition | None,
         num: int,
         *arrays: Any,
@@ -226,7 +229,7 @@ class BinaryLatentDiffusion:
 
         return self._map(draw, sample_keys(key, num), *(condition or (None,) * 3), *arrays)
 
-    def sample_codes(self, num: int, key: Array, label: Any = None, **options: Any) -> np.ndarray:
+    def sample_codes(self, num: int, key: Key, label: Any = None, **options: Any) -> np.ndarray:
         """Returns `num` new codes, float32 in {0, 1}, (num, h, w, c).
 
         The same key gives the same codes for every batch size, up to rounding. With a smaller
@@ -234,7 +237,7 @@ class BinaryLatentDiffusion:
 
         Args:
           num: n, at least 1.
-          key: a typed PRNG key, `jax.random.key(seed)`, or one per sample, (num,).
+          key: a seed; or a typed PRNG key, `jax.random.key(seed)`, or one per sample, (num,).
           label: a class by number or name, or n classes. For a prior of texts: the features of a
             text, (e,) or (m, e), or of n texts. None: no condition.
           **options: `prompt`, a text or n texts in place of a label; `negative_prompt`, a text or
@@ -246,7 +249,7 @@ class BinaryLatentDiffusion:
         condition, settings = self._asked(label, num, options)
         return self._draw("sample", key, condition, num, settings=settings)
 
-    def trajectory(self, num: int, key: Array, label: Any = None, **options: Any) -> Any:
+    def trajectory(self, num: int, key: Key, label: Any = None, **options: Any) -> Any:
         """Returns the intermediate states of drawing `num` codes; arguments as in `sample_codes`.
 
         Returns:
@@ -258,12 +261,12 @@ class BinaryLatentDiffusion:
         condition, settings = self._asked(label, num, options)
         return self._draw("trajectory", key, condition, num, settings=settings)
 
-    def sample(self, num: int, key: Array, label: Any = None, **options: Any) -> np.ndarray:
+    def sample(self, num: int, key: Key, label: Any = None, **options: Any) -> np.ndarray:
         """Returns `num` new images; arguments as in `sample_codes`."""
         return self.decode(self.sample_codes(num, key, label, **options))
 
     def inpaint(
-        self, images: np.ndarray, mask: np.ndarray, key: Array, label: Any = None, **options: Any
+        self, images: np.ndarray, mask: np.ndarray, key: Key, label: Any = None, **options: Any
     ) -> np.ndarray:
         """Returns the images with the hidden pixels drawn anew (paper, Figure 8).
 
@@ -312,7 +315,7 @@ class BinaryLatentDiffusion:
     def vary(
         self,
         images: np.ndarray,
-        key: Array,
+        key: Key,
         label: Any = None,
         *,
         strength: float = 0.5,
@@ -342,7 +345,7 @@ class BinaryLatentDiffusion:
     def code_lengths(
         self,
         codes: np.ndarray,
-        key: Array,
+        key: Key,
         label: Any = None,
         *,
         num_draws: int = 1,
@@ -355,7 +358,7 @@ class BinaryLatentDiffusion:
 
         Args:
           codes: in {0, 1}, (n, h, w, c).
-          key: a typed PRNG key, for the noise that a bound averages over.
+          key: a seed or a typed PRNG key, for the noise that a bound averages over.
           label: as in `sample_codes`.
           num_draws: how many draws of that noise.
           **options: of the sampler whose bound is computed, such as `steps` or `times`. Without
@@ -375,16 +378,16 @@ class BinaryLatentDiffusion:
         )
 
     def image_metrics(
-        self, probs: np.ndarray, labels: np.ndarray | None, key: Array
+        self, probs: np.ndarray, labels: np.ndarray | None, key: Key
     ) -> dict[str, np.ndarray]:
         """Returns the prior's metrics of test images, as reported during training, (n,) each.
 
         Args:
           probs: the encoder's y, (n, h, w, c).
           labels: of the images, as returned by `Conditioning.known`.
-          key: a typed PRNG key, for codes and noise.
+          key: a seed or a typed PRNG key, for codes and noise.
         """
-        batches = itertools.count()
+        key, batches = as_key(key), itertools.count()
         return self._map(
             lambda probs, labels: step.image_metrics(
                 *(self.prior_params, probs, labels, jax.random.fold_in(key, next(batches))),

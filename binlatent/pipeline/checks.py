@@ -1,5 +1,6 @@
 """Checks of the arguments that users give to the pipeline."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,14 @@ def check_num(num: int) -> None:
     """Refuses a number of samples below 1."""
     if num < 1:
         raise UserError(f"The number of samples must be at least 1; got {num}.")
+
+
+def check_guided(condition: str, options: Mapping[str, Any]) -> None:
+    """Refuses a guidance above 0 among sampling options if the prior has no condition."""
+    if condition == "none" and options.get("guidance"):
+        raise UserError(
+            "This prior is unconditional, so guidance has no effect: leave it out, or set it to 0."
+        )
 
 
 def check_text_encoder(name: str, prepared: bool, workdir: Path | None) -> None:

@@ -1,14 +1,17 @@
 """PRNG keys: one per purpose of a seed, one per sample of a batch."""
 
 import functools
+import numbers
 import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from binlatent.runtime.errors import UserError
 
 Array = jax.Array
+Key = Array | int  # a typed PRNG key, or a seed
 
 
 MAX_SEED = 2**32 - 1
@@ -30,12 +33,26 @@ def key_for(seed: int, purpose: str) -> Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(purpose.encode()))
 
 
-def sample_keys(key: Array, num: int, first: int = 0) -> Array:
+def as_key(key: Key) -> Array:
+    """Returns a typed PRNG key, or several; an integer is the seed of one."""
+    if isinstance(key, numbers.Integral) and not isinstance(key, bool):
+        if (problem := seed_problem(key)) is not None:
+            raise UserError(f"The seed {problem}.")
+        return jax.random.key(int(key))
+    if not isinstance(key, Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise UserError(
+            "A key must be a seed, such as 0, or a typed key, such as jax.random.key(0)."
+        )
+    return key
+
+
+def sample_keys(key: Key, num: int, first: int = 0) -> Array:
     """Returns one key per sample, (num,), for the samples `first` to `first + num - 1`.
 
-    A sample's key does not depend on the batch that it is drawn in. `key` is one typed PRNG key; an
+    A sample's key does not depend on the batch that it is drawn in. An
     array of `num` keys is returned unchanged.
     """
+    key = as_key(key)
     if key.shape == (num,):
         return key
     if key.shape:
