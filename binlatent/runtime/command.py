@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import functools
 import logging
 import os
 import re
@@ -119,9 +120,8 @@ def given_config() -> ml_collections.ConfigDict | None:
 
 
 # This XLA flag selects the CPU operations that run in YNNPACK, not in XLA's own kernels or Eigen's.
-# The value selects matrix products: YNNPACK multiplies by a transposed matrix without copying it
-# (numbers in docs/performance.md). JAX 0.10 to 0.12 know the flag and the value. A version that
-# does not would end the process.
+# The value selects matrix products: YNNPACK multiplies by a transposed matrix without copying it.
+# JAX 0.10 to 0.12 know the flag and the value. A version that does not would end the process.
 _YNN_FUSIONS = "xla_cpu_experimental_ynn_fusion_type"
 _YNN_PRODUCTS = "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
 
@@ -130,14 +130,22 @@ def prepare_jax() -> None:
     """Selects faster CPU kernels and turns on JAX's persistent compilation cache.
 
     The cache is `binlatent/compiled` in XDG_CACHE_HOME or `~/.cache`, and may be deleted. XLA_FLAGS
-    and JAX settings of the user take precedence. Call this before JAX initialises its devices.
+    and JAX settings of the user take precedence. After JAX has initialised its devices it is too
+    late: then this only warns, once.
     """
     given = os.environ.get("XLA_FLAGS", "").strip()
     is_file = bool(given) and not given.startswith("-")  # XLA then reads its flags from that file
     known = (0, 10) <= jax.__version_info__ < (0, 13)
-    if known and not is_file and _YNN_FUSIONS not in given:
+    kernels = known and not is_file and _YNN_FUSIONS not in given
+    cache = jax.config.jax_compilation_cache_dir is None
+    cache = cache and jax.config.jax_enable_compilation_cache
+    if (kernels or cache) and _jax_has_started():
+        if cache or jax.default_backend() == "cpu":
+            _warn_too_late()
+        return
+    if kernels:
         os.environ["XLA_FLAGS"] = f"--{_YNN_FUSIONS}={_YNN_PRODUCTS} {given}".strip()
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+    if cache:
         folder = _cache_folder()
         if folder is None:
             return  # no writable home, as in some containers: every start compiles again
@@ -145,6 +153,26 @@ def prepare_jax() -> None:
         if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
             # Compiling the many small programs takes as long as compiling the few large ones.
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _jax_has_started() -> bool:
+    """Returns whether JAX has initialised its devices; afterwards it refuses to change this key."""
+    before = jax.config.jax_num_cpu_devices
+    try:
+        jax.config.update("jax_num_cpu_devices", max(before, 0) + 1)
+    except RuntimeError:
+        return True
+    jax.config.update("jax_num_cpu_devices", before)
+    return False
+
+
+@functools.cache
+def _warn_too_late() -> None:
+    logging.getLogger("binlatent").warning(
+        "JAX was in use before binlatent, so binlatent's faster CPU kernels and its cache of "
+        "compiled programs are off: load the workdir first, or call "
+        "binlatent.runtime.command.prepare_jax() before the first use of JAX."
+    )
 
 
 def _cache_folder() -> Path | None:

@@ -128,14 +128,18 @@ def test_another_error_is_not_taken_for_a_device_that_is_not_there():
 
 def _prepared(script, before="", **environment):
     """Runs lines after `prepare_jax`, and some before, in a process with its own environment."""
-    start = f"import jax\nfrom binlatent.runtime import command\n{before}\n"
-    script = f"{start}command.prepare_jax()\n{script}"
+    start = f"from binlatent.runtime import command\n{before}\n"
+    return _python(f"{start}command.prepare_jax()\n{script}", **environment).stdout.split()
+
+
+def _python(script, **environment):
+    """Runs lines after `import jax` in a process without the settings of the tests."""
     unset = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "XLA_FLAGS")
     kept = {name: value for name, value in os.environ.items() if name not in unset}
-    command_line = [sys.executable, "-W", "error", "-c", script]
+    command_line = [sys.executable, "-W", "error", "-c", f"import jax\n{script}"]
     result = subprocess.run(command_line, env=kept | environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    return result.stdout.split()
+    return result
 
 
 _COMPILE = "jax.jit(lambda x: x + 1)(1)"
@@ -186,6 +190,28 @@ def test_a_jax_that_may_not_know_the_flag_does_not_get_it(tmp_path, version, kno
     before = f"jax.__version_info__ = {tuple(map(int, version.split('.')))}"
     show = "import os; print('ynn_fusion' in os.environ.get('XLA_FLAGS', ''))"
     assert _prepared(show, before, XDG_CACHE_HOME=str(tmp_path)) == [str(known)]
+
+
+def test_a_script_gets_them_with_its_first_workdir(tmp_path):
+    load = """
+import os
+from binlatent import BinaryLatentDiffusion
+for _ in range(2):
+    try:
+        BinaryLatentDiffusion.from_workdir("none")
+    except ValueError as error:
+        print(str(error).count("There is no workdir none"))
+print("ynn_fusion" in os.environ.get("XLA_FLAGS", ""), jax.config.jax_compilation_cache_dir)
+"""
+    own = {"XDG_CACHE_HOME": str(tmp_path)}
+    found = _python(load, **own)
+    assert found.stdout.split() == ["1", "1", "True", f"{tmp_path}/binlatent/compiled"]
+    assert not found.stderr
+    # Too late, which is said once.
+    found = _python(f"jax.random.key(0)\n{load}", **own)
+    assert found.stdout.split() == ["1", "1", "False", "None"]
+    assert "JAX was in use before binlatent" in found.stderr
+    assert found.stderr.count("\n") == 1
 
 
 def test_without_a_cache_no_folder_is_made(tmp_path):
