@@ -1,4 +1,4 @@
-"""The one training loop of both stages."""
+"""The training loop of both stages."""
 
 import dataclasses
 import logging
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def _interruption() -> Iterator[list[int]]:
-    """Yields a list to which SIGTERM and SIGINT add their number instead of ending the process."""
+    """Collects the numbers of SIGTERM and SIGINT in a list instead of ending the process."""
     received = []
     if threading.current_thread() is not threading.main_thread():
-        yield received  # signals reach the main thread only
+        yield received  # only the main thread receives signals
         return
     signals = (signal.SIGTERM, signal.SIGINT)
     previous = [signal.signal(number, lambda got, _: received.append(got)) for number in signals]
@@ -42,10 +42,10 @@ def _interruption() -> Iterator[list[int]]:
 
 
 def _signals(stop: list[int]) -> Callable[[], int]:
-    """Returns what tells the largest signal that any process has received, 0 without one.
+    """Returns a function for the largest signal number that any process has received, or 0.
 
-    Called before a step and read after it, it makes all processes stop at the same step, and waits
-    for no more than the step before.
+    Call this before a step and the function after it: all processes then stop at the same step, and
+    wait only for the step before.
     """
     if jax.process_count() == 1:
         return lambda: max(stop, default=0)
@@ -60,12 +60,12 @@ def _means(
 
     Args:
       window: metrics of the steps up to `step`.
-      step: the last of them.
-      saved: step of the last good checkpoint.
-      finite: the last finite metrics before the window, with their `step`; {} without any.
-      skip: whether steps that are not finite were skipped; they are counted as `skipped`.
+      step: the last step of the window.
+      saved: step of the last checkpoint, or None.
+      finite: the last finite metrics before the window, with their `step`, or {}.
+      skip: whether steps with a NaN or infinity were skipped; `skipped` is then their number.
     """
-    broken, kept = None, []  # the sentence of the first step that is not finite; the others
+    broken, kept = None, []  # message of the first step that is not finite; finite steps
     for number, metrics in enumerate(jax.device_get(window), step - len(window) + 1):
         wrong = [f"{name} is {x}" for name, x in metrics.items() if not math.isfinite(x)]
         if wrong and not broken:
@@ -76,35 +76,35 @@ def _means(
             finite = {"step": number, **metrics}
             kept.append(metrics)
     if broken and not skip:
-        where = "start, nothing was saved yet" if saved is None else f"checkpoint of step {saved}"
+        where = "start (nothing was saved)" if saved is None else f"checkpoint of step {saved}"
         raise UserError(
-            f"{broken}. The last good state is the {where}. Lower the learning rate; if it fails "
-            "again at once, delete that checkpoint too."
+            f"{broken}. The last good state is the {where}. Lower the learning rate; if training "
+            "fails again at once, delete that checkpoint too."
         )
     skipped = len(window) - len(kept)
     if skipped:
         log.warning("Skipped %d of the last %d steps: %s.", skipped, len(window), broken)
-    # The newest step's: a loss that starts inside the window is the mean since then.
+    # Of the newest step: a loss that starts in the window is averaged from there on.
     names = kept[-1] if kept else ()
     means = {name: float(np.mean([m[name] for m in kept if name in m])) for name in names}
     return means | ({"skipped": skipped} if skip else {}), finite
 
 
 def _device_bytes() -> dict[str, int]:
-    """Returns what the first device's memory holds, if JAX knows it: of a CPU it does not."""
+    """Returns the bytes in use on the first device; {} if JAX does not know them, as on CPUs."""
     used = (jax.local_devices()[0].memory_stats() or {}).get("bytes_in_use")
     return {} if used is None else {"device_bytes": used}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How a run logs, saves and treats steps whose loss or gradient is not finite.
+    """How a run logs, saves, and handles a loss or gradient that is NaN or infinite.
 
     Fields:
-      log_every, preview_every, checkpoint_every: steps.
-      keep_checkpoints: how many of the last stay.
-      on_nonfinite: "stop", or "skip" such a step.
-      debug_nans: slow, but names the operation that made a NaN.
+      log_every, preview_every, checkpoint_every: in steps.
+      keep_checkpoints: the number of checkpoints to keep, the last ones.
+      on_nonfinite: "stop" at a step with a NaN or infinity, or "skip" it.
+      debug_nans: whether to name the operation that produced a NaN; slow.
     """
 
     log_every: int
@@ -116,18 +116,18 @@ class Run:
 
 
 class Stage(NamedTuple):
-    """What the loop needs of a stage.
+    """The interface between a stage and the loop.
 
     Fields:
-      name: of its folder.
-      train: its batches, steps and optimiser.
+      name: of the stage and its folder.
+      train: batches, steps and optimiser.
       state: before the first step.
       step: pmapped, (state, batch, number of the step) -> (state, metrics).
       batches: a Grain iterator.
-      meta: of its checkpoints: `config`, `source`, `encoder`, ...
-      check_resumable: refuses a checkpoint's `meta` if training cannot go on from it.
-      tell_changes: warns of what is other than a checkpoint's `meta` says, before going on.
-      check_unfinished: refuses to go on with a stage that is not at its last step.
+      meta: stored with checkpoints: `config`, `source`, `encoder`, ...
+      check_resumable: raises UserError if training cannot resume from a checkpoint's `meta`.
+      tell_changes: warns of differences from a checkpoint's `meta` before resuming.
+      check_unfinished: raises UserError if training may not resume before its last step.
       evaluate: EMA parameters -> metrics.
       preview: EMA parameters -> a picture.
       judge: EMA parameters -> metrics of samples, every `judge_every` steps, or None.
@@ -159,7 +159,7 @@ def train(stage: Stage, settings: Run, workdir: Path) -> TrainState:
         SIGTERM and 130 for Ctrl-C.
     """
     num_steps, learning_rate = stage.train.num_steps, stage.train.schedule()
-    writes = jax.process_index() == 0  # metrics and pictures; checkpoints are all processes'
+    writes = jax.process_index() == 0  # of metrics and pictures; all processes save checkpoints
     state, step, seconds = replicate(stage.state), 0, 0.0
     with Checkpoints(workdir / stage.name, settings.keep_checkpoints) as checkpoints:
         saved = checkpoints.latest_step()
@@ -179,13 +179,15 @@ def train(stage: Stage, settings: Run, workdir: Path) -> TrainState:
                 log.info("The %s is trained: %d steps in %s.", stage.name, step, workdir)
                 return state
             stage.check_unfinished()
-            log.info("The %s goes on from step %d in %s.", stage.name, step, workdir)
+            log.info("The %s resumes at step %d in %s.", stage.name, step, workdir)
             if writes:
                 stage.tell_changes(meta)
             if meta["data"] is not None:
                 stage.batches.set_state(meta["data"])
         started = time.monotonic() - seconds
-        window, window_seconds, waited, finite = [], 0.0, 0.0, {}
+        window, finite = [], {}
+        timed, window_seconds, waited = 0, 0.0, 0.0  # steps of the window, without the first of all
+        compiling = step + 1  # the step whose seconds are those of the compiler
         with (
             _interruption() as stop,
             Logbook(workdir, stage.name, step, num_steps, silent=not writes) as logbook,
@@ -195,48 +197,54 @@ def train(stage: Stage, settings: Run, workdir: Path) -> TrainState:
                 tick = time.monotonic()
                 received = _signals(stop)
                 if len(window) > 1:
-                    # One step is still queued, so that no device rests. Were it more, we would
-                    # empty the loader far ahead of the devices, and take that for its fault.
+                    # One step stays queued, so that no device is idle. More would empty the loader
+                    # far ahead of the devices, and count as waiting for data.
                     jax.block_until_ready(window[-2])
                 asked = time.monotonic()
                 batch = shard(next(stage.batches))
                 waited += time.monotonic() - asked
                 state, metrics = stage.step(state, batch, step)
                 step += 1
+                if step == compiling:
+                    jax.block_until_ready(metrics)
                 window.append(metrics)
                 logbook.tick()
-                stopping = received()  # read once: the signal may come at any line
+                stopping = received()  # read once, as a signal may arrive at any line
                 last = step == num_steps
                 save = stopping or last or step % settings.checkpoint_every == 0
                 due = save or len(window) == settings.log_every
                 if due:  # waits for the steps
                     skip = settings.on_nonfinite == "skip"
                     means, finite = _means(window, step, saved, finite, skip)
-                window_seconds += time.monotonic() - tick
-                if save:  # before all that may take a while, or fail
+                if step == compiling and not due:
+                    waited = 0.0
+                else:
+                    timed, window_seconds = timed + 1, window_seconds + time.monotonic() - tick
+                if save:  # before anything that takes long or may fail
                     seconds = time.monotonic() - started
                     meta = {"data": stage.batches.get_state(), "seconds": seconds}
                     checkpoints.save(state, stage.meta | meta)
                     saved = step
                 if due:
-                    speed = len(window) / window_seconds
+                    speed = timed / window_seconds
+                    left = None if step == compiling else (num_steps - step) / speed
                     means["learning_rate"] = float(learning_rate(max(updates_made(state) - 1, 0)))
                     means["images_per_second"] = speed * stage.train.batch_size
                     means["data_wait"] = waited / window_seconds
-                    logbook.record(step, means | _device_bytes(), (num_steps - step) / speed)
-                    window, window_seconds, waited = [], 0.0, 0.0
+                    logbook.record(step, means | _device_bytes(), left)
+                    window, timed, window_seconds, waited = [], 0, 0.0, 0.0
                 if writes and not stopping and (last or step % settings.preview_every == 0):
                     params = jax.device_get(state.ema_params)
                     logbook.record(step, stage.evaluate(params))
                     logbook.picture(step, "preview", stage.preview(params))
                 if stage.judge and not stopping and step % stage.judge_every == 0:
                     logbook.record(step, stage.judge(jax.device_get(state.ema_params)))
-                if last:  # one may have come meanwhile; and no process leaves before the others
+                if last:  # a signal may have arrived; no process may leave before the others
                     stopping = _signals(stop)()
                 if stopping:
                     log.info(
-                        "Interrupted: the %s is saved at step %d. The same command goes on from "
-                        "there.",
+                        "Interrupted: the %s is saved at step %d. Run the same command to resume "
+                        "from there.",
                         *(stage.name, step),
                     )
                     raise interrupt.Stopped(stopping)
