@@ -4,9 +4,9 @@
 #     --config=configs/churches256.py --workdir=/shared/runs/churches256 \
 #     --config.autoencoder.train.batch_size=32 --config.autoencoder.train.learning_rate=1e-3
 # A batch size is global: 32 images are two on each of these 16 GPUs, and their number must divide
-# it. The prior's is 32 by default. For k times the batch, Adam takes about sqrt(k) times the learning
-# rate (Malladi et al., NeurIPS 2022), here twice the rate for 4 times the batch; keep warmup_steps.
-# This rule was not measured here.
+# it. The prior's is 32 by default. For k times the batch, Adam takes about sqrt(k) times the rate
+# (Malladi et al., NeurIPS 2022), here twice the rate for 4 times the batch; keep warmup_steps. This
+# rule was not measured here.
 # Submit it from the checkout, with the environment active; --workdir and the data are on a file
 # system that all nodes share. Do not bind GPUs to tasks (--gpus-per-task): JAX takes that of the
 # task's local number among all of the node.
