@@ -396,13 +396,13 @@ def test_the_defaults_are_accepted():
     [
         (
             {"data.image_size": 250},
-            r"image_size is 250, which the downsampling of config.autoencoder, 16 \(patch 1, "
-            r"5 levels\), does not divide",
+            r"image_size, 250, must be a multiple of the downsampling of config.autoencoder, 16 "
+            r"\(patch 1, 5 levels\)",
         ),
         ({"autoencoder.patch": 3}, "downsampling of config.autoencoder, 48"),
         (
             {"autoencoder.attention_resolutions": (16, 20)},
-            "attention_resolutions names 20, but the levels of an image of 256 have the sides "
+            "attention_resolutions has 20, but the levels of an image of side 256 have the sides "
             "256, 128, 64, 32, 16",
         ),
         ({"autoencoder.num_bits": 0}, "autoencoder.num_bits must be at least 1, not 0"),
@@ -412,10 +412,10 @@ def test_the_defaults_are_accepted():
         ({"prior.train.accumulate": -1}, "prior.train.accumulate must be at least 0, not -1"),
         ({"autoencoder.multipliers": ()}, r"multipliers must have at least one entry"),
         ({"autoencoder.multipliers": (1, 0)}, r"each at least 1, not \(1, 0\)"),
-        ({"autoencoder.base_width": 48}, "multiples of the 32 groups of a norm, not 48"),
+        ({"autoencoder.base_width": 48}, "multiples of 32, the groups of a norm, not 48"),
         (
             {"autoencoder.norm_first": True, "autoencoder.embedding_width": 40},
-            "embedding_width if norm_first, must be multiples of the 32 groups of a norm, not 40",
+            "embedding_width with norm_first, must be multiples of 32, .* not 40",
         ),
         ({"autoencoder.num_blocks": 0}, "attention_resolutions needs num_blocks of at least 1"),
         ({"autoencoder.num_blocks": -1}, "num_blocks must be between 0 and 100, not -1"),
@@ -442,7 +442,7 @@ def test_the_defaults_are_accepted():
                 "autoencoder.multipliers": (1,),
                 "autoencoder.loss.perceptual": 0.0,
             },
-            "An image of 16 is too small for config.autoencoder.discriminator.num_layers = 3",
+            "An image of side 16 is too small for config.autoencoder.discriminator.num_layers = 3",
         ),
         (
             {
@@ -451,7 +451,7 @@ def test_the_defaults_are_accepted():
                 "autoencoder.attention_resolutions": (),
                 "autoencoder.loss.adversarial": 0.0,
             },
-            "loss.perceptual needs images of at least 16 pixels a side, not 12",
+            "loss.perceptual needs images of side 16 or more, not 12",
         ),
         ({"seed": -1}, "config.seed must be between 0 and 4294967295, not -1"),
         ({"seed": 2**32}, "config.seed must be between 0 and 4294967295"),
@@ -499,11 +499,11 @@ def test_the_defaults_are_accepted():
                 "prior.bernoulli.evidence": False,
                 "sample.pair": "balanced_plugin",
             },
-            'A prior with the target "z_s" samples with "plain_mixture" alone',
+            'A prior with the target "z_s" needs sample.pair "plain_mixture"',
         ),
         ({"sample.steps": 65}, "sampling steps must be between 1 and 64, .*; got 65"),
         ({"sample.temperature": 0.0}, "temperature must be above 0 and finite; got 0"),
-        ({"sample.guidance": -1.0}, "guidance must not be negative nor infinite; got -1"),
+        ({"sample.guidance": -1.0}, "guidance must not be negative or infinite; got -1"),
         ({"sample.guidance_interval": (0.5, 0.2)}, "0 <= low <= high <= 1"),
         ({"sample.corrector_steps": -1}, "corrector_steps must be at least 0"),
         ({"sample.known": "frozen"}, 'known must be "kept" or "noised"; got \'frozen\''),
@@ -573,7 +573,7 @@ def test_the_perceptual_loss_asks_for_its_file_before_any_work(tiny_experiment, 
 def test_a_prior_is_over_bits(tiny_experiment, tmp_path, name):
     experiment = tiny_experiment.change({"autoencoder.bottleneck": name})
     for refuse in (stages.setup_prior, stages.write_codes):
-        with pytest.raises(UserError, match=f"The prior is over bits.*not '{name}'"):
+        with pytest.raises(UserError, match=f"A prior needs bits.*not '{name}'"):
             refuse(experiment, tmp_path)
 
 

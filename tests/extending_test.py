@@ -185,7 +185,7 @@ def test_what_it_cannot_do_is_refused_in_a_sentence(flags, workdir, capsys, monk
 
     monkeypatch.delattr(pictures, "test_images")  # no image is read
     assert "kind IndependentBits has no vary" in refused("--mode=vary")
-    assert "no sampling option 'steps'; there are keep_pixels, temp" in refused("--steps=3")
+    assert "no sampling option 'steps': the options are keep_pixels, temp" in refused("--steps=3")
     assert "config.prior.independent.penalty must be between 0 and 1, not 2.0" in refused(
         "--config.prior.independent.penalty=2.0"
     )

@@ -1,4 +1,4 @@
-"""Attention, activations and dense layers, each as its device computes them fastest.
+"""Attention, activations and dense layers, each with the fastest implementation for its device.
 
 Dimensions: n batch, l tokens, d width.
 """
@@ -24,14 +24,14 @@ def attend(
     num_keys: Array | None,
     causal: bool = False,
 ) -> Array:
-    """Returns rows (n tokens, d) of attention.
+    """Returns the output of attention, rows (n tokens, d).
 
     Args:
       q, k, v: rows (n tokens, d) each.
       n: images.
       num_heads: d is a multiple of it.
-      num_keys: int (n,), attend to the first so many; None for all.
-      causal: attend to no later token.
+      num_keys: int (n,), how many of the first tokens to attend to; None for all.
+      causal: whether to attend to earlier tokens only.
     """
     heads = (n, -1, num_heads, q.shape[-1] // num_heads)
     q, k, v = (y.reshape(heads) for y in (q, k, v))
@@ -39,7 +39,7 @@ def attend(
     return y.reshape(-1, heads[2] * heads[3])
 
 
-# Compiled with what calls it, but traced once for all blocks: it takes longer than the rest of one.
+# jit, so that it is traced once for all blocks: tracing it takes longer than the rest of a block.
 @functools.partial(jax.jit, static_argnames=("causal", "cudnn"))
 def _attend_by_heads(
     q: Array, k: Array, v: Array, num_keys: Array | None, causal: bool, cudnn: bool
@@ -57,8 +57,8 @@ def _attend_by_heads(
         if causal:
             earlier = jnp.tri(q.shape[1], k.shape[1], dtype=bool)[None, None]
             mask = earlier if mask is None else mask & earlier
-        # A head or a few at a time: their weights fit into the caches, and parts go side by side.
-        # With few tokens there is less to win, and each part takes time to start.
+        # A few heads at a time: their weights fit into the caches, and parts run in parallel. With
+        # few tokens there are fewer parts, because each part takes time to start.
         num_parts = math.gcd(k.shape[2], 8 if k.shape[1] >= 128 else 4)
         parts = zip(*(jnp.split(y, num_parts, axis=2) for y in qkv), strict=True)
         return jnp.concatenate([_attend_on_cpu(*part, mask=mask) for part in parts], axis=2)
@@ -67,10 +67,10 @@ def _attend_by_heads(
 
 
 class HeadNorm(nn.Module):
-    """Divides each head's part of rows (m, d) by its root mean square, in float32; has a scale.
+    """RMS norm of each head's part of rows (m, d), in float32, with a learned scale.
 
-    Of queries and keys, it bounds the scores, which otherwise may grow in training (Dehghani et
-    al., Scaling Vision Transformers to 22 Billion Parameters, 2023, with the layer norm there).
+    For queries and keys it bounds the attention scores, which can grow in training (Dehghani et
+    al., Scaling Vision Transformers to 22 Billion Parameters, 2023, who use layer norm).
     """
 
     num_heads: int
@@ -88,8 +88,8 @@ class HeadNorm(nn.Module):
 def rotary_angles(height: int, width: int, num_features: int) -> np.ndarray:
     """Returns the angles of a grid's tokens in row-major order: (l, num_features / 2), float32.
 
-    The first half of the angles grows with the row, the second with the column, by frequencies
-    from 1 down to nearly 1/100 (Heo et al., Rotary Position Embedding for Vision Transformer,
+    The first half of the angles grows with the row, the second half with the column. Frequencies
+    fall from 1 to nearly 1/100 (Heo et al., Rotary Position Embedding for Vision Transformer,
     2024).
 
     Args:
@@ -103,15 +103,15 @@ def rotary_angles(height: int, width: int, num_features: int) -> np.ndarray:
 
 
 def rotate(x: Array, angles: np.ndarray, num_heads: int) -> Array:
-    """Rotates queries or keys by their places, so that scores depend on the places' differences.
+    """Rotates queries or keys by their positions, so that scores depend on relative positions.
 
-    Number i of a head's first half and number i of its second are the two coordinates of a point,
+    Entry i of a head's first half and entry i of its second half are the coordinates of a point,
     which is rotated by angle i (Su et al., RoFormer, 2021).
 
     Args:
       x: rows (n l, d), of all tokens of n images.
-      angles: of each token, (l, D / 2), D being the width of a head.
-      num_heads: of d.
+      angles: of each token, (l, D / 2), where D is the width of a head.
+      num_heads: heads in d.
     """
     a, b = jnp.split(x.reshape(-1, len(angles), num_heads, 2 * angles.shape[1]), 2, axis=-1)
     cos, sin = (f(angles)[None, :, None] for f in (np.cos, np.sin))
@@ -120,28 +120,27 @@ def rotate(x: Array, angles: np.ndarray, num_heads: int) -> Array:
 
 
 def _cudnn_attends(k: Array) -> bool:
-    """Tells whether cuDNN shall attend to keys (n, keys, heads, width of a head).
+    """Returns whether cuDNN computes the attention to keys (n, keys, heads, width of a head).
 
-    It never writes a head's l x l weights to memory, which is half of all that a training step
-    moves with XLA's attention, and more with many tokens. It wants one of NVIDIA's GPUs since
-    Ampere, numbers of 16 bits and narrow heads; to few keys there is nothing to win.
+    cuDNN does not write a head's l x l weights to memory. With XLA's attention they are half of the
+    memory traffic of a training step, and more with many tokens. cuDNN needs an NVIDIA GPU since
+    Ampere, 16-bit types and narrow heads. With few keys it is no faster.
     """
     if jax.default_backend() != "gpu" or k.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     major = str(jax.local_devices()[0].compute_capability).split(".")[0]
-    if not major.isdigit() or int(major) < 8:  # AMD's are named otherwise
+    if not major.isdigit() or int(major) < 8:  # AMD GPUs have other names
         return False
     return k.shape[1] >= 64 and k.shape[-1] % 8 == 0 and k.shape[-1] <= 128
 
 
 def _attend_by_cudnn(q: Array, k: Array, v: Array, num_keys: Array | None, causal: bool) -> Array:
-    """As `jax.nn.dot_product_attention`, with even numbers of tokens.
+    """Computes `jax.nn.dot_product_attention` by cuDNN, padded to even numbers of tokens.
 
-    JAX 0.10 refuses odd ones where a gradient follows. Nothing here knows whether one does, so
-    that sampling pads too.
+    JAX 0.10 refuses odd numbers if a gradient is taken. That is unknown here, so sampling pads too.
     """
     queries, keys = q.shape[1], k.shape[1]
-    # Lengths that come from the batch: others JAX cannot vmap, and may deal out wrongly.
+    # The lengths depend on the batch, because JAX cannot vmap or shard constants correctly.
     zeros = 0 * k[:, 0, 0, 0].astype(jnp.int32)
     q, k, v = (jnp.pad(y, ((0, 0), (0, y.shape[1] % 2), (0, 0), (0, 0))) for y in (q, k, v))
     y = jax.nn.dot_product_attention(
@@ -157,11 +156,14 @@ def _attend_by_cudnn(q: Array, k: Array, v: Array, num_keys: Array | None, causa
 
 
 def _attend_on_cpu(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """As `jax.nn.dot_product_attention`, whose forward pass takes XLA twice as long on CPUs.
+    """Computes `jax.nn.dot_product_attention` on CPUs, in half the time of XLA's forward pass.
 
-    Here the heads come before the tokens in all products, as they have to; the sum of the weights
-    divides what they average, l numbers a head and not l^2; and rows are summed by a product and
-    compared by halves: XLA's own reductions along them are not vectorised. Sums are in float32.
+    - Heads come before tokens in all products, as matrix products need it.
+    - The sum of the weights divides the averages, which have l rows per head, not the l^2 weights.
+    - Rows are summed by a product, and their maximum is found by halves, because XLA's reductions
+      along rows are not vectorised.
+
+    Sums are in float32.
     """
     product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
     dtype = v.dtype
@@ -177,32 +179,32 @@ def _attend_on_cpu(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 
 def _largest(x: Array) -> Array:
-    """Returns the largest of the last axis, which stays, as 1."""
+    """Returns the maximum over the last axis, with keepdims."""
     while x.shape[-1] > 8:
         half = -(-x.shape[-1] // 2)
         x = jnp.maximum(x[..., :half], x[..., -half:])
     return x.max(-1, keepdims=True)
 
 
-@jax.checkpoint  # training keeps x alone, not the three arrays between
+@jax.checkpoint  # training stores x only, not the three intermediate arrays
 def gelu(x: Array) -> Array:
-    """The exact GELU as PyTorch has it, by erf in float32: erfc, JAX's choice, costs twice that."""
+    """The exact GELU, by erf in float32 as in PyTorch; JAX's erfc takes twice as long."""
     y = x.astype(jnp.float32)
     return (y * (0.5 + 0.5 * jax.lax.erf(y * np.float32(0.5**0.5)))).astype(x.dtype)
 
 
-@jax.checkpoint  # as of gelu
+@jax.checkpoint  # as in gelu
 def swiglu(x: Array) -> Array:
-    """Returns silu(a) b of rows of a and b side by side, (m, 2 f) -> (m, f), in float32 within."""
+    """Returns silu(a) b for rows (a, b): (m, 2 f) -> (m, f), computed in float32."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return (nn.silu(a) * b).astype(x.dtype)
 
 
 def _dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any) -> Array:
-    """As `jax.lax.dot_general`, on CPUs with sums in float32.
+    """Computes `jax.lax.dot_general`; on CPUs sums are in float32.
 
-    Numbers of 16 bits then go to the processor's own products of these, if it has them: XLA's
-    kernels do not round the sums. The products of the gradient are of float32.
+    With float32 sums, 16-bit products use the processor's own instructions if it has them. Products
+    of the gradient are in float32.
     """
     product = functools.partial(
         jax.lax.dot_general, dimension_numbers=dimensions, precision=precision
@@ -211,7 +213,7 @@ def _dot_general(x: Array, kernel: Array, dimensions: Any, precision: Any) -> Ar
     def with_float32_sums(x: Array, kernel: Array) -> Array:
         return product(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
 
-    if x.dtype == jnp.float32:  # no other product anywhere, and soon traced
+    if x.dtype == jnp.float32:  # the same product on all devices
         return product(x, kernel)
     return jax.lax.platform_dependent(x, kernel, cpu=with_float32_sums, default=product)
 

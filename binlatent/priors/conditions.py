@@ -1,4 +1,4 @@
-"""What a prior can be asked for: a class, the features of a text, or nothing."""
+"""What a prior is conditioned on: a class, the features of a text, or nothing."""
 
 import dataclasses
 import difflib
@@ -15,21 +15,22 @@ from binlatent.runtime.errors import UserError
 
 Array = jax.Array
 
-# Dimensions of one label, by the value of config.prior.condition: a class; a text's vector, that
-# becomes one token; a text's tokens, that are attended to.
+# Number of dimensions of one label, by the value of config.prior.condition: a class; the vector of
+# a text, which becomes one token; the tokens of a text, for cross-attention.
 CONDITIONS = {"class": 0, "text_token": 1, "text_cross": 2}
 
 
 class Condition(NamedTuple):
-    """The labels of a batch, as networks and priors take them.
+    """The labels of a batch, for networks and priors.
 
-    Of texts (n, m, e), rows of zeros at the end are padding. A text of zeros alone is no text: its
+    In texts (n, m, e), rows of zeros at the end are padding. A text of zeros only means that the
     image has no label.
 
     Fields:
-      label: int (n,) of classes, (n, e) or (n, m, e) of texts.
-      given: bool (n,), which images have their label; None for all.
-      against: labels like `label`, of any m, that guidance goes against; None for no label.
+      label: int (n,) for classes, (n, e) or (n, m, e) for texts.
+      given: bool (n,), which images have a label; None for all.
+      against: labels like `label`, of any m, that guidance leads away from; None: guidance leads
+        away from no label.
     """
 
     label: Array
@@ -40,31 +41,31 @@ class Condition(NamedTuple):
 def padded(texts: Any) -> np.ndarray:
     """Returns features of texts, an array or a list of arrays (m, e) of any m, as one array.
 
-    Shorter texts get rows of zeros at the end. What is no such list is as of `np.asarray`.
+    Shorter texts get rows of zeros at the end. Anything else is passed to `np.asarray`.
     """
     try:
         if isinstance(texts, list | tuple) and {np.ndim(text) for text in texts} == {2}:
             m = max(len(text) for text in texts)
             texts = [np.pad(text, ((0, m - len(text)), (0, 0))) for text in texts]
         return np.asarray(texts)
-    except ValueError:  # of several shapes
-        raise UserError("The features of texts must be arrays of one width.") from None
+    except ValueError:  # arrays of different shapes
+        raise UserError("The features of texts must be arrays of the same width.") from None
 
 
 def label_and_given(condition: Condition | None) -> tuple[Array | None, Array | None]:
-    """Returns the two fields that networks take, None both without a condition."""
+    """Returns `label` and `given`, which networks take; both None without a condition."""
     return (None, None) if condition is None else (condition.label, condition.given)
 
 
 def negative(condition: Condition | None) -> Condition | None:
-    """Returns the condition that guidance goes against, None for no label."""
+    """Returns the condition that guidance leads away from; None for no label."""
     if condition is None or condition.against is None:
         return None
     return Condition(condition.against)
 
 
 def side_by_side(condition: Condition) -> Condition:
-    """Returns 2 n labels: each one of n, followed by what guidance goes against."""
+    """Returns 2 n labels: each of the n labels, followed by the one guidance leads away from."""
     label, given, against = condition
     n = len(label)
     given = jnp.ones(n, bool) if given is None else given
@@ -80,25 +81,25 @@ def side_by_side(condition: Condition) -> Condition:
 
 
 def has_text(label: Array) -> Array:
-    """Returns which labels are given at all, bool (n,): texts but those of zeros, all classes."""
+    """Returns which images have a label, bool (n,): all with classes, and texts that are not 0."""
     if jnp.issubdtype(label.dtype, jnp.integer):
         return jnp.ones(len(label), bool)
     return jnp.any(label != 0, axis=tuple(range(1, label.ndim)))
 
 
 def given_labels(label: Array, given: Array | None) -> Array | None:
-    """Returns `given`, bool (n,) or None for all, without the images whose text is none."""
+    """Returns `given`, bool (n,) or None for all, without images whose text is all zeros."""
     if jnp.issubdtype(label.dtype, jnp.integer):
         return given
     return has_text(label) if given is None else given & has_text(label)
 
 
 def count_tokens(text: Array, given: Array | None) -> Array:
-    """Returns the tokens of each text without its padding, int (n,); 0 where there is no text.
+    """Returns the number of tokens of each text without padding, int (n,); 0 without a text.
 
     Args:
       text: (n, m, e).
-      given: bool (n,), where False there is no text; None for all.
+      given: bool (n,), False where there is no text; None for all.
     """
     places = jnp.arange(1, text.shape[1] + 1)
     last = jnp.max(jnp.where(jnp.any(text != 0, axis=-1), places[None], 0), axis=1)
@@ -107,13 +108,13 @@ def count_tokens(text: Array, given: Array | None) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
-    """What a prior is asked by.
+    """What a prior is conditioned on.
 
     Fields:
-      kind: of `CONDITIONS`, or "none".
-      num_classes: of "class"; -1 as long as no data was opened that could tell.
-      text_width: e, of the features of texts; 0 as long as nothing was opened that could tell.
-      names: of the classes, by number; () if they are not known.
+      kind: a key of `CONDITIONS`, or "none".
+      num_classes: for "class"; -1 until the data was opened.
+      text_width: e, of the features of texts; 0 until data or an encoder was opened.
+      names: of the classes, by number; () if unknown.
     """
 
     kind: str = "none"
@@ -125,7 +126,7 @@ class Conditioning:
     def of_config(
         cls, condition: str, num_classes: int, text_width: int, names: tuple[str, ...] = ()
     ) -> "Conditioning":
-        """Returns the conditioning of a config; data without classes has none of "class"."""
+        """Returns the conditioning of a config; without classes, "class" becomes "none"."""
         if condition not in CONDITIONS:
             raise UserError(
                 f"config.prior.condition must be one of {', '.join(CONDITIONS)}; got {condition!r}."
@@ -146,19 +147,19 @@ class Conditioning:
             return None
         if self.of_texts and not self.text_width:
             raise UserError(
-                "config.prior.text_width is 0, the width of the texts' features in the data, which "
-                "are not open here: set it."
+                "config.prior.text_width is 0, so it would be taken from the data, which are not "
+                "open here: set it to the width of the text features."
             )
         shape = {"class": (), "text_token": (self.text_width,), "text_cross": (1, self.text_width)}
         dtype = jnp.int32 if self.kind == "class" else jnp.float32
         return jax.ShapeDtypeStruct((n, *shape[self.kind]), dtype)
 
     def labels(self, label: Any, num: int) -> np.ndarray | None:
-        """Returns the labels of `num` samples as the network takes them; None stays None.
+        """Returns the labels of `num` samples for the network; None stays None.
 
         Args:
-          label: a class, by name or number, or `num` of them; the features of one text, or of
-            `num`, an array or a list; texts of several tokens, in a list, may differ in length.
+          label: a class by name or number, or `num` classes; or the features of one text or of
+            `num` texts, in an array or a list. In a list, texts may differ in length.
           num: n.
         """
         if label is None:
@@ -174,7 +175,7 @@ class Conditioning:
         if given.shape not in ((), (num,)) or not whole:
             shown = label if given.ndim == 0 else f"an array of {given.dtype} {given.shape}"
             raise UserError(
-                f"This prior is asked for by classes: one name or integer, or {num} of them, not "
+                f"This prior takes classes as labels: one name or integer, or {num} of them, not "
                 f"{shown}."
             )
         labels = np.broadcast_to(np.asarray(label, np.int32), num)
@@ -187,11 +188,11 @@ class Conditioning:
         return labels
 
     def _number(self, label: str) -> int:
-        """Returns the number of a class by its name, or by itself where no name is a number."""
+        """Returns the number of a class from its name, or from a number if no name is a number."""
         name = classes.clean(label)
         if name in self.names:
             return self.names.index(name)
-        # Where names are numbers, other numbers are not theirs.
+        # If names are numbers, a number that is not a name is refused.
         if re.fullmatch(r"[+-]?[0-9]{1,9}", name) and not classes.are_numbers(self.names):
             return int(name)
         near = difflib.get_close_matches(name, self.names, n=1)
@@ -213,8 +214,8 @@ class Conditioning:
         ):
             shape = f"({width},)" if ndim == 1 else f"(tokens, {width})"
             raise UserError(
-                f"This prior is asked for by the features {shape} of a text, or {num} of them, not "
-                f"by an array of {features.dtype} {features.shape}."
+                f"This prior takes the features {shape} of a text as a label, or {num} of them, "
+                f"not an array of {features.dtype} {features.shape}."
             )
         with np.errstate(over="ignore"):
             features = features.astype(np.float32)
@@ -223,11 +224,11 @@ class Conditioning:
         return np.broadcast_to(features, (num, *features.shape[-ndim:]))
 
     def known(self, source: Source, labels: np.ndarray) -> np.ndarray | None:
-        """Returns labels of images as the prior takes them; None if the images have none for it.
+        """Returns the labels of images for the prior; None if the images have no such labels.
 
         Args:
-          source: that the images are from.
-          labels: of some of its images.
+          source: of the images.
+          labels: of some images of the source.
         """
         if self.kind == "none":
             return None
@@ -236,7 +237,7 @@ class Conditioning:
             if self.num_classes != -1 and source.num_classes not in (0, self.num_classes):
                 raise UserError(
                     f"The prior has {self.num_classes} classes, but the images have "
-                    f"{source.num_classes}: give those that it was trained on."
+                    f"{source.num_classes}: give the images that it was trained on."
                 )
             return labels if source.num_classes else None
         if labels.dtype.kind != "f":
@@ -246,7 +247,7 @@ class Conditioning:
             tokens = "" if self.kind == "text_token" else "tokens, "
             expected = f"({tokens}{width}{'' if tokens else ','})"
             raise UserError(
-                f"The features of texts beside the images have the shape {labels.shape[1:]}, but "
-                f"the prior, with config.prior.condition = {self.kind!r}, takes {expected}."
+                f"The features of a text in the data have the shape {labels.shape[1:]}, but the "
+                f"prior, with config.prior.condition = {self.kind!r}, takes {expected}."
             )
         return labels

@@ -1,7 +1,7 @@
-"""The network "dit": that of the released weights, with what diffusion transformers have since.
+"""The network "dit": that of the released weights, with parts of newer diffusion transformers.
 
-Each difference is a field. With all of them off it is `transformer.Transformer`, parameter by
-parameter.
+Each part is a field. With all of them off, the network and its parameters are those of
+`transformer.Transformer`.
 
 Dimensions: n batch, h w latent grid, c bits, d width, e width of a text's features.
 """
@@ -29,23 +29,23 @@ Array = jax.Array
 
 POSITIONS = ("rotary", "learned")
 
-# Vectors of labels are added to that of the time, and as far apart as those of two times.
+# Label vectors are added to the time vector. At this scale they differ as much as two times do.
 _LABEL_INIT = nn.initializers.normal(0.3)
 
 
 def swiglu_width(width: int) -> int:
-    """Returns f, of which three matrices d x f have as many numbers as the two d x 4 d of an MLP.
+    """Returns f such that three matrices d x f have as many parameters as two of d x 4 d.
 
-    8 d / 3, rounded to a multiple of 8, which matrix units take (Shazeer, GLU Variants Improve
+    That is 8 d / 3, rounded to a multiple of 8 for matrix units (Shazeer, GLU Variants Improve
     Transformer, 2020).
     """
     return 8 * round(width / 3)
 
 
 def modulation(condition: Array, num: int, dtype: Any) -> list[Array]:
-    """Returns vectors of shift, scale or gate, `num` of (n, 1, d) in float32, of conditions (n, d).
+    """Returns `num` vectors of shift, scale or gate, float32 (n, 1, d), from conditions (n, d).
 
-    Zero at initialisation. To be called by a module, of which the layer `modulation` is a part.
+    They are zero at initialisation. The calling module owns the layer `modulation`.
     """
     width, zeros = num * condition.shape[-1], nn.initializers.zeros
     layer = nn.Dense(width, dtype=dtype, kernel_init=zeros, name="modulation")
@@ -65,12 +65,12 @@ def modulated_norm(x: Array, shift: Array, scale: Array) -> Array:
 
 
 class DiTBlock(nn.Module):
-    """Attention, also to a text if it has a width, and MLP, each added to its input.
+    """Self-attention, cross-attention if `text_width` is set, and an MLP, all residual branches.
 
-    With a condition, adaLN-Zero: it gives the shift and scale of the norms before attention and
-    MLP, and the gate of what each adds. All gates, and that of the attention to a text, are 0 at
-    initialisation, so that the block is then the identity (Peebles and Xie, Scalable Diffusion
-    Models with Transformers, 2023). Without, the block is `transformer.Block`.
+    With a condition the block is adaLN-Zero: the condition gives shift and scale of the norms
+    before self-attention and MLP, and a gate for each branch. All gates are 0 at initialisation,
+    also that of cross-attention, so the block is the identity (Peebles and Xie, Scalable Diffusion
+    Models with Transformers, 2023). Without a condition the block is `transformer.Block`.
     """
 
     num_heads: int
@@ -92,13 +92,13 @@ class DiTBlock(nn.Module):
     ) -> Array:
         """Maps rows (n tokens, d) to the same shape; the condition is (n, d) or None.
 
-        The others are as of `SelfAttention` and `CrossAttention`.
+        Other arguments are those of `SelfAttention` and `CrossAttention`.
         """
         d, dtype = x.shape[-1], self.dtype
         vectors, start = (), nn.initializers.ones
         if condition is not None:
             vectors = modulation(condition, 6, dtype)
-            start = nn.initializers.zeros  # of the attention to a text
+            start = nn.initializers.zeros  # of the gate of cross-attention
 
         def added(x, branch, name, vectors):
             if not vectors:
@@ -124,20 +124,19 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """Predicts, a bit, the log-odds that the noise flipped it; as `transformer.Transformer`.
+    """Predicts for each bit the log-odds that the noise flipped it, like `transformer.Transformer`.
 
     Fields:
-      width, num_layers, num_heads, condition, num_classes, text_width: as of `Transformer`; with
-        rotary positions, heads are a multiple of 4 wide.
-      adaln: whether the time, and the class or the text's vector, modulate the blocks, in place of
-        tokens for them. An image without a label then has a learned vector in the label's place.
-        The tokens of a text are attended to, with it or without.
+      width, num_layers, num_heads, condition, num_classes, text_width: as in `Transformer`. With
+        rotary positions, the width of a head must be a multiple of 4.
+      adaln: whether the time, and the class or the text's vector, modulate the blocks instead of
+        being tokens. An image without a label then has a learned vector in place of the label's.
+        The tokens of a text are always used by cross-attention.
       qk_norm: whether queries and keys have an RMS norm.
-      swiglu: whether the MLP is a SwiGLU of as many parameters.
-      positions: of `POSITIONS`. A learned vector is added to each token. If "rotary", attention
-        rotates queries and keys as well; by that alone equal tokens would have equal outputs,
-        wherever they are.
-      self_conditioning: whether it also takes an earlier estimate of the code.
+      swiglu: whether the MLPs are SwiGLUs, with as many parameters.
+      positions: one of `POSITIONS`. Both add a learned vector to each token. "rotary" also rotates
+        queries and keys. Rotation alone would give equal tokens equal outputs at all places.
+      self_conditioning: whether the network also takes an earlier estimate of the code.
     """
 
     width: int
@@ -164,7 +163,7 @@ class DiT(nn.Module):
         """Applies the network.
 
         Args:
-          z_t, time, label, given, estimate: as of `transformer.Transformer`.
+          z_t, time, label, given, estimate: as in `transformer.Transformer`.
 
         Returns:
           (n, h, w, c), float32. Zero at initialisation.
@@ -179,7 +178,7 @@ class DiT(nn.Module):
         given: Array | None = None,
         estimate: Array | None = None,
     ) -> Array:
-        """Returns what the head takes, (n, h, w, d), float32; arguments as of the call."""
+        """Returns the input of the head, (n, h, w, d), float32; arguments as in `__call__`."""
         return self._apply(z_t, time, label, given, estimate, head=False)
 
     @nn.compact
@@ -208,7 +207,9 @@ class DiT(nn.Module):
         angles = None
         if self.positions == "rotary":
             angles = rotary_angles(h, w, d // self.num_heads)
-            angles = np.pad(angles, ((0, x.shape[1] - h * w), (0, 0)))  # others stay as they are
+            angles = np.pad(
+                angles, ((0, x.shape[1] - h * w), (0, 0))
+            )  # other tokens are not rotated
 
         x = x.reshape(-1, d)
         text_width = self.text_width if self.condition == "text_cross" else 0
@@ -222,7 +223,7 @@ class DiT(nn.Module):
         else:
             x = layer_norm(jnp.float32, "ln_f")(x)
         if head:
-            zeros = nn.initializers.zeros  # as of `Transformer`
+            zeros = nn.initializers.zeros  # as in `Transformer`
             x = nn.Dense(c, dtype=jnp.float32, kernel_init=zeros, name="head")(x)
         return x.reshape(n, h, w, -1)
 
@@ -236,7 +237,7 @@ class DiT(nn.Module):
         return nn.Embed(self.num_classes, self.width, **fields)(label)
 
     def _with_label(self, time: Array, own: Array | None, given: Array | None) -> Array:
-        """Returns the sum of the time's vector and the label's, or a learned one for none."""
+        """Returns the time vector plus the label vector, or a learned vector without a label."""
         if self.condition not in ("class", "text_token"):
             return time
         null = self.param("null_emb", _LABEL_INIT, (1, self.width)).astype(self.dtype)

@@ -14,7 +14,7 @@ Noise = Callable[[Array], Array]
 
 
 def noise_from_keys(keys: Array, shape: tuple[int, ...]) -> Noise:
-    """Returns the noise of n samples from a key each, whoever else is in their batch.
+    """Returns the noise of n samples; it depends on a sample's key, not on its batch.
 
     Args:
       keys: (n,) typed PRNG keys.
@@ -30,7 +30,7 @@ def noise_from_keys(keys: Array, shape: tuple[int, ...]) -> Noise:
 def check_guidance(guidance: float, interval: tuple[float, float]) -> None:
     """Refuses a guidance below 0, or an interval outside [0, 1]."""
     if not 0 <= guidance < np.inf:
-        raise UserError(f"The guidance must not be negative nor infinite; got {guidance}.")
+        raise UserError(f"The guidance must not be negative or infinite; got {guidance}.")
     if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
         raise UserError(
             f"the guidance's interval must be 0 <= low <= high <= 1; got {tuple(interval)}."
@@ -45,10 +45,10 @@ def guidance_weights(
     """Returns w at each step of a sampler: (S,), float32.
 
     Args:
-      guidance: w >= 0 (supplement C); one for all steps, or (S,).
+      guidance: w >= 0 (supplement C), for all steps or (S,).
       times: t/T at each step's start and at the end, (S + 1,), from at most 1 to 0.
-      interval: (low, high) in t/T, both included; w is 0 outside, where a step then costs one
-        network call and not two.
+      interval: (low, high) in t/T, both included. Outside, w is 0, and a step costs one network
+        call instead of two.
 
     References:
       Kynkaanniemi et al., Applying Guidance in a Limited Interval, 2024.
@@ -61,12 +61,12 @@ def guidance_weights(
 def guide(conditional: Callable, unconditional: Callable) -> Callable:
     """Returns the guided network (1 + w) T(z_t, t, c) - w T(z_t, t) (supplement C).
 
-    The unconditional half is computed only where w is not 0, in the same compiled program, so
-    that changing the guidance never compiles anew.
+    The unconditional half is computed only if w is not 0. This is decided within the compiled
+    program, so changing the guidance does not compile again.
 
     Args:
-      conditional, unconditional: (z_t, t, *others) -> logits; in place of the second, T(z_t, t, c')
-        guides away from a label c'.
+      conditional, unconditional: (z_t, t, *others) -> logits. To guide away from a label c', the
+        second is T(z_t, t, c').
 
     Returns:
       (z_t, t, w, *others) -> logits.

@@ -1,4 +1,4 @@
-"""The kinds of prior by the value of config.prior.kind; a user's own is added to this table."""
+"""The kinds of prior, by the value of config.prior.kind; users add their own to this table."""
 
 from binlatent.priors.absorbing.prior import AbsorbingPrior
 from binlatent.priors.autoregressive.prior import AutoregressivePrior

@@ -1,8 +1,8 @@
-"""The seam of the priors: what training, sampling and evaluation know of a kind of prior.
+"""The interface of priors, which training, sampling and evaluation use.
 
-A kind is a frozen dataclass of what its config fixes; parameters come with each call. To add one:
-a folder with a subclass of `Prior`, a row in `kinds.KINDS`, a section of the config. The fields of
-the subclass, beside those here, are the keys of that section (docs/extending.md).
+A kind of prior is a frozen dataclass of its config; parameters are passed to each call. To add a
+kind, write a subclass of `Prior`, a row in `kinds.KINDS` and a section of the config. The fields
+that the subclass adds are the keys of that section (docs/extending.md).
 
 Dimensions: n batch, h w latent grid, c bits.
 """
@@ -28,7 +28,7 @@ NETWORKS = ("released", "dit")
 
 
 class Known(NamedTuple):
-    """Bits that are given (inpainting), both (n, h, w, c); of `bits` those under the mask count."""
+    """Known bits (inpainting), both fields (n, h, w, c); `bits` matter only where `mask` is 1."""
 
     bits: Array
     mask: Array  # 1 where a bit is known, 0 where it is to be drawn
@@ -36,10 +36,10 @@ class Known(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How to sample: the keys of `config.sample` that a kind takes; a kind adds fields of its own.
+    """How to sample: the keys of `config.sample` that a kind uses; each kind adds its own fields.
 
     Fields:
-      keep_pixels: whether inpainting's known pixels come back as they were, or decoded.
+      keep_pixels: whether inpainting returns known pixels unchanged, or decoded.
     """
 
     keep_pixels: bool = True
@@ -52,18 +52,17 @@ class Prior:
     Class attributes:
       Settings: the options of its sampler, a frozen dataclass.
       exact: whether `code_lengths` is exact; otherwise it is an upper bound.
-      trained: its fields that fix what trained parameters mean.
-      ranges: the least and the most that its fields may be, of those that are numbers.
-      lacks: options of other kinds' samplers that it has none of, each with the sentence that says
-        why.
+      trained: the fields on which trained parameters depend.
+      ranges: smallest and largest values of numeric fields.
+      lacks: options of other kinds' samplers that this kind lacks, each with an error message.
 
     Fields:
       code_shape: (h, w, c).
-      network: of `config.prior.network`, for those that use it.
+      network: of `config.prior.network`; None if the kind uses none.
 
-    Optional methods, which not every kind has; see `optional`:
+    Optional methods, see `optional`:
       trajectory(params, keys, condition, settings) -> an object with `z_t`, bool
-        (n, S + 1, h, w, c), the codes on the way, the last one the sample.
+        (n, S + 1, h, w, c): the states of the sampler, of which the last is the sample.
       vary(params, keys, condition, settings, bits, strength) -> bits near the given ones, (n, h, w,
         c); the strength is in (0, 1].
     """
@@ -87,21 +86,21 @@ class Prior:
         dit: Mapping[str, Any] | None = None,
         **fields: Any,
     ) -> nn.Module:
-        """Returns the network of such a prior.
+        """Returns the network of the prior.
 
         Args:
           code_shape: (h, w, c).
-          section: the kind's own of the config.
-          name: of `NETWORKS`.
-          dit: fields that "dit" has beside those of "released"; None for its defaults.
-          **fields: the others of `config.prior.network`, with the condition and the dtype.
+          section: the kind's section of the config.
+          name: one of `NETWORKS`.
+          dit: fields of "dit" only; None for its defaults.
+          **fields: other keys of `config.prior.network`, the condition and the dtype.
         """
         del code_shape, section
         return DiT(**(dit or {}), **fields) if name == "dit" else Transformer(**fields)
 
     @property
     def max_steps(self) -> int | None:
-        """Most sampling steps that can be asked for, None for any number."""
+        """The largest number of sampling steps; None for no limit."""
         return None
 
     def init(self, key: Array, label: jax.ShapeDtypeStruct | None) -> Any:
@@ -115,14 +114,14 @@ class Prior:
         return self.network.lazy_init(key, code, jax.ShapeDtypeStruct((1,), jnp.float32), label)
 
     def draw_noise(self, keys: Array, n: int) -> Any:
-        """Draws all that the loss of a batch draws.
+        """Draws all random numbers of the loss of a batch.
 
         Args:
           keys: (2,) typed PRNG keys.
           n: images of the batch.
 
         Returns:
-          A tree of arrays whose first axis is n, so that a batch can be taken in parts.
+          A tree of arrays with first axis n, so that a batch can be split into parts.
         """
         del keys, n
         return ()
@@ -130,22 +129,22 @@ class Prior:
     def loss(
         self, params: Any, bits: Array, condition: Condition | None, noise: Any
     ) -> tuple[Array, dict[str, Array]]:
-        """Returns the loss of a batch of codes and its metrics, scalars, among them `loss`."""
+        """Returns the loss of a batch of codes and scalar metrics, including `loss`."""
         raise NotImplementedError
 
     def image_metrics(
         self, params: Any, bits: Array, condition: Condition | None, noise: Any
     ) -> dict[str, Array]:
-        """Returns what is reported of test images while a prior is trained, (n,) each."""
+        """Returns metrics of test images, (n,) each, for reports during training."""
         del params, bits, condition, noise
         return {}
 
     def check_settings(self, settings: Any) -> Any:
-        """Returns settings as they are used; refuses what does not fit this prior."""
+        """Returns the settings to use; refuses settings that do not fit this prior."""
         return settings
 
     def check_known(self, mask: np.ndarray) -> None:
-        """Refuses known bits that `sample` cannot take; the mask is as of `Known`."""
+        """Refuses masks of known bits that `sample` does not support; see `Known`."""
         del mask
 
     def sample(
@@ -160,10 +159,10 @@ class Prior:
 
         Args:
           params: parameters.
-          keys: (n,) typed PRNG keys, one a sample; the same key gives the same code.
+          keys: (n,) typed PRNG keys, one per sample; the same key gives the same code.
           condition: of all samples; None for none.
-          settings: of `Settings`.
-          known: bits that are given, which `check_known` lets pass.
+          settings: a `Settings` object.
+          known: known bits, or None; the mask must pass `check_known`.
         """
         raise NotImplementedError
 
@@ -179,26 +178,26 @@ class Prior:
         """Returns -log2 p(code), or an upper bound on it, in bits per image, (n,).
 
         Args:
-          params, keys, condition: as of `sample`.
+          params, keys, condition: as in `sample`.
           bits: codes in {0, 1}, (n, h, w, c).
-          settings: of the sampler that the bound is about; None for the tightest bound.
-          num_draws: of noise, where the bound averages over any.
+          settings: of the sampler whose bound is computed; None for the tightest bound.
+          num_draws: how many draws of noise a bound averages over.
         """
         raise NotImplementedError
 
     def network_calls(self, settings: Any, labelled: bool) -> tuple[int, int]:
-        """Returns how often a sample calls the network with its label, and without."""
-        raise UserError(f"A {name_of(self)} does not tell how often it calls a network.")
+        """Returns the number of network calls per sample with the label, and without it."""
+        raise UserError(f"A {name_of(self)} does not count its network calls.")
 
 
 def check_temperature(temperature: float) -> None:
-    """Refuses a temperature tau that is not above 0 and finite."""
+    """Refuses a temperature tau that is not positive and finite."""
     if not 0 < temperature < math.inf:
         raise UserError(f"The temperature must be above 0 and finite; got {temperature}.")
 
 
 def name_of(prior: Prior) -> str:
-    """Returns what a kind of prior is called in messages."""
+    """Returns the name of a kind of prior for messages."""
     return f"prior of the kind {type(prior).__name__}"
 
 

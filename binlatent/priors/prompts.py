@@ -1,4 +1,4 @@
-"""What samples are asked for, by labels or by prompts."""
+"""The condition of samples, from labels or prompts."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,24 +17,27 @@ def make_condition(
     prompt: str | Sequence[str] | None = None,
     negative_prompt: str | Sequence[str] | None = None,
 ) -> Condition | None:
-    """Returns the condition of `num` samples, None for none; a prompt that is blank is no text.
+    """Returns the condition of `num` samples, None for none; a blank prompt means no text.
 
     Args:
       conditioning: of the prior.
-      features: of texts, as the prior takes them, (n, ...).
+      features: maps texts to features for the prior, (n, ...).
       num: n.
-      label: as of `Conditioning.labels`.
-      prompt: in place of a label, a text or n of them.
-      negative_prompt: that guidance goes against, one or n; None for no text.
+      label: as in `Conditioning.labels`.
+      prompt: a text or n texts, in place of a label.
+      negative_prompt: a text or n texts that guidance leads away from; None for no text.
     """
     if label is not None and prompt is not None:
-        raise UserError("Give a label, features of a text or a prompt: one of them.")
+        raise UserError("Give only one of a label, the features of a text, and a prompt.")
     given = {"prompt": prompt, "negative prompt": negative_prompt}
     texts = {name: _texts(x, num, name) for name, x in given.items() if x is not None}
     if texts and not conditioning.of_texts:
-        asked = "classes: give --label" if conditioning.kind == "class" else "nothing: leave it out"
-        raise UserError(f"A {[*texts][0]} is for a prior of texts; this one is asked by {asked}.")
-    # All at once, so that those of several tokens are padded to one length.
+        if conditioning.kind == "class":
+            own = "takes classes: give --label"
+        else:
+            own = "is unconditional: leave it out"
+        raise UserError(f"A {[*texts][0]} is for a prior of texts; this prior {own}.")
+    # All at once, so that texts of several tokens are padded to one length.
     found = features([text for of_name in texts.values() for text in of_name]) if texts else ()
     if prompt is not None:
         label = found[: len(texts["prompt"])]
@@ -53,5 +56,5 @@ def _texts(texts: str | Sequence[str], num: int, name: str) -> list[str]:
     """Returns one text or `num` of them as a list."""
     texts = [texts] if np.ndim(texts) == 0 else list(texts)
     if len(texts) not in (1, num) or not all(isinstance(text, str) for text in texts):
-        raise UserError(f"Give one {name}, a string, or {num} of them, one a sample.")
+        raise UserError(f"Give one {name}, a string, or {num}, one per sample.")
     return texts

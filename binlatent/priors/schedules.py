@@ -1,9 +1,9 @@
-"""Noise schedules: k_t, the share of a bit of z_0 that survives in z_t (paper, Section 4, (5)).
+"""Noise schedules: k_t, the share of z_0 that survives in z_t (paper, Section 4, (5)).
 
 An absorbing diffusion keeps a bit with probability k_t and hides it otherwise.
 
-Time is continuous underneath: u = t / T runs from 0 to 1, k(0) = 1, and k falls with u. A process
-of T steps looks at k on the grid u = t / T. Of a Bernoulli diffusion b_t is (1 - k_t) / 2.
+Time is continuous: u = t / T runs from 0 to 1, k(0) = 1, and k falls with u. A process of T steps
+uses k on the grid u = t / T. In a Bernoulli diffusion b_t is (1 - k_t) / 2.
 """
 
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ from binlatent.runtime.errors import UserError
 
 Array = jax.Array
 
-# A name, or k_0, ..., k_T at equally spaced times, with straight lines between them.
+# A name, or k_0, ..., k_T at equally spaced times, interpolated linearly.
 Schedule = str | tuple[float, ...]
 
 NAMES = ("linear", "cos", "sigmoid")
-_SIGMOID_END = 3.75  # from 0 to 3 at a temperature of 0.8, as in the authors' code
+_SIGMOID_END = 3.75  # 3 / 0.8: from 0 to 3 at a temperature of 0.8, as in the authors' code
 
 
 def check_schedule(schedule: Schedule) -> None:
-    """Refuses a schedule that no process has."""
+    """Refuses an invalid schedule."""
     if isinstance(schedule, str):
         if schedule not in NAMES:
             raise UserError(f"schedule must be one of {', '.join(NAMES)}; got {schedule!r}.")
         return
     keep = np.asarray(schedule, np.float64)
     if keep.ndim != 1 or len(keep) < 2 or not np.all(np.isfinite(keep)):
-        raise UserError("a schedule of one's own must be two or more numbers, k_0 to k_T.")
+        raise UserError("a given schedule must be two or more numbers, k_0 to k_T.")
     if keep[0] != 1:
         raise UserError(f"a schedule must start at k_0 = 1, not {keep[0]:g}.")
     if keep[-1] < 0:
@@ -46,17 +46,17 @@ def check_schedule(schedule: Schedule) -> None:
 
 
 def named_or_given(section: str, schedule: str, keep: Sequence[float]) -> Schedule:
-    """Returns the schedule of a kind's section of the config: a name, or `keep` for "given".
+    """Returns the schedule in a kind's section of the config: a name, or `keep` for "given".
 
     Args:
-      section: of the config, for messages.
+      section: name of the section, for messages.
       schedule: of `NAMES`, or "given".
       keep: k_0, ..., k_T of the schedule "given", else empty.
     """
     if (schedule == "given") != bool(keep):
         raise UserError(
-            f'config.{section}.keep, k_0 to k_T, goes with config.{section}.schedule "given", '
-            "and only so."
+            f"config.{section}.keep, k_0 to k_T, must be set if config.{section}.schedule is "
+            '"given", and only then.'
         )
     return tuple(keep) or schedule
 
@@ -67,7 +67,7 @@ def keep_at(schedule: Schedule, u: Array | np.ndarray) -> Array | np.ndarray:
     Args:
       schedule: "linear", k = 1 - u; "cos", k = (1 + cos(pi u)) / 2; "sigmoid", a logistic curve
         from 0 to -3.75 scaled to fall from 1 to 0; or k_0, ..., k_T.
-      u: t / T in [0, 1], any shape; JAX's for float32, NumPy's for float64.
+      u: t / T in [0, 1], any shape: a JAX array for float32, a NumPy array for float64.
 
     References:
       Wang et al., Binary Latent Diffusion, CVPR 2023, (5) and supplement A.
@@ -76,7 +76,7 @@ def keep_at(schedule: Schedule, u: Array | np.ndarray) -> Array | np.ndarray:
     if schedule == "linear":
         return 1 - u
     if schedule == "cos":
-        return xp.cos(np.pi / 2 * u) ** 2  # the same, without cancellation near u = 1
+        return xp.cos(np.pi / 2 * u) ** 2  # equal to the above, without cancellation near u = 1
     if schedule == "sigmoid":
         start, end = 0.5, 1 / (1 + np.exp(_SIGMOID_END))
         return xp.clip((1 / (1 + xp.exp(_SIGMOID_END * u)) - end) / (start - end), 0, 1)
@@ -136,7 +136,7 @@ def visited_times(num_steps: int, num_timesteps: int, *, continuous: bool = Fals
     Args:
       num_steps: reverse steps, at least 1.
       num_timesteps: T of the training schedule.
-      continuous: whether the network knows all times in (0, T] and not only 1, ..., T.
+      continuous: whether the network was trained on all times in (0, T] instead of 1, ..., T.
 
     Returns:
       float32, (num_steps + 1,), strictly decreasing, first T and last 0; whole numbers unless
@@ -144,17 +144,17 @@ def visited_times(num_steps: int, num_timesteps: int, *, continuous: bool = Fals
     """
     if num_steps < 1 or (num_steps > num_timesteps and not continuous):
         most = "at least 1" if continuous else f"between 1 and {num_timesteps}"
-        reason = "" if continuous else ", the number of timesteps that the prior was trained with"
+        reason = "" if continuous else ", the number of timesteps in the prior's training"
         raise UserError(f"the number of sampling steps must be {most}{reason}; got {num_steps}.")
     times = np.linspace(num_timesteps, 0, num_steps + 1)
     return (times if continuous else np.rint(times)).astype(np.float32)
 
 
 def check_times(times: Sequence[float], num_timesteps: int) -> np.ndarray:
-    """Returns a grid of times of one's own for a sampler, float32.
+    """Returns given times for a sampler, checked, float32.
 
     Args:
-      times: two or more, strictly decreasing, in [0, T], the last 0; whole or not.
+      times: two or more numbers in [0, T], strictly decreasing to 0; integers or not.
       num_timesteps: T of the training schedule.
     """
     try:

@@ -1,4 +1,4 @@
-"""From `config.sample` and a caller's options to the settings of a prior's sampler."""
+"""Makes the settings of a prior's sampler from `config.sample` and a caller's options."""
 
 import dataclasses
 import difflib
@@ -13,7 +13,7 @@ from binlatent.runtime.errors import UserError
 
 
 def make_settings(prior: Prior, section: Mapping[str, Any]) -> Any:
-    """Returns the settings of a prior's sampler from those keys of `config.sample` that it has."""
+    """Returns the settings of a prior's sampler from the keys of `config.sample` that it uses."""
     names = [field.name for field in dataclasses.fields(prior.Settings)]
     values = {name: section[name] for name in names if name in section}
     return prior.check_settings(prior.Settings(**values))
@@ -23,9 +23,9 @@ def with_options(prior: Prior, settings: Any, options: Mapping[str, Any]) -> Any
     """Returns settings with some values replaced, all checked.
 
     Args:
-      prior: whose sampler it is.
+      prior: the prior of the sampler.
       settings: to start from.
-      options: values by name; None leaves what there is.
+      options: values by name; None changes nothing.
     """
     names = {field.name for field in dataclasses.fields(settings)}
     changes = {}
@@ -38,7 +38,9 @@ def with_options(prior: Prior, settings: Any, options: Mapping[str, Any]) -> Any
             near = difflib.get_close_matches(name, names, 1, cutoff=0.75)
             meant = f" (did you mean {near[0]!r}?)" if near else ""
             known = ", ".join(sorted(names))
-            raise UserError(f"There is no sampling option {name!r}{meant}; there are {known}.")
+            raise UserError(
+                f"There is no sampling option {name!r}{meant}: the options are {known}."
+            )
         example = getattr(settings, name)
         if not _fits(value, example):
             raise UserError(f"The sampling option {name} must be like {example!r}, not {value!r}.")
@@ -47,7 +49,7 @@ def with_options(prior: Prior, settings: Any, options: Mapping[str, Any]) -> Any
 
 
 def _fits(value: Any, example: Any) -> bool:
-    """Returns whether a value is of an example's kind; an integer is a float, a list a tuple."""
+    """Returns whether a value has an example's type; integers pass as floats, lists as tuples."""
     if example is None:
         return True
     if isinstance(example, tuple):

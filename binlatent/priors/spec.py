@@ -1,4 +1,4 @@
-"""Stage 2 as its config describes it: a kind of prior, what it is asked by, and its training."""
+"""Stage 2 as the config describes it: a kind of prior, its conditioning and its training."""
 
 import dataclasses
 import functools
@@ -17,16 +17,16 @@ from binlatent.training.state import TrainState, create_state
 
 @dataclasses.dataclass(frozen=True)
 class PriorSpec:
-    """Everything that the config fixes about stage 2.
+    """Stage 2, as fixed by the config.
 
     Fields:
-      kind: of `kinds.KINDS`.
+      kind: a key of `kinds.KINDS`.
       prior: the object of that kind.
-      conditioning: what it can be asked for.
+      conditioning: what the prior is conditioned on.
       train: batches, optimiser, EMA.
       label_dropout: share of labels dropped in training, for guidance.
       cache_codes: encode the training set once, into the workdir.
-      codes: a folder of codes that lies elsewhere, to learn from; "" for none.
+      codes: a folder of codes to train on; "" for none.
     """
 
     kind: str
@@ -51,8 +51,8 @@ class PriorSpec:
 
         Args:
           encode: the frozen encoder, (parameters, images) -> y.
-          debug_nans: take each batch whole: inside a loop JAX cannot name the operation that made
-            a NaN.
+          debug_nans: take each batch whole, because in a loop JAX cannot name the operation that
+            made a NaN.
         """
         return functools.partial(
             train_step,

@@ -24,14 +24,14 @@ def draw_batch(
     label: Array | None,
     label_dropout: float = 0.0,
 ) -> tuple[Array, Condition | None, Any]:
-    """Draws what a batch needs: its codes, who keeps its label, the noise of the loss.
+    """Draws the random numbers of a batch: codes, dropped labels, and the noise of the loss.
 
     Args:
       prior: the kind.
-      key: a typed PRNG key, used up.
+      key: a typed PRNG key.
       probs: the encoder's y, (n, h, w, c) in [0, 1].
-      label: of n images, None without a condition.
-      label_dropout: share of labels dropped, one image at a time, for guidance (supplement C).
+      label: of n images; None without a condition.
+      label_dropout: probability of dropping an image's label, for guidance (supplement C).
 
     Returns:
       Bits, float32 (n, h, w, c), drawn from B(y); the condition; the noise of `prior.loss`.
@@ -47,15 +47,14 @@ def draw_batch(
 
 
 def parts_for_caches(images: int, tokens: int) -> int:
-    """Returns in how many parts this machine takes a batch; the update is the same up to rounding.
+    """Returns the number of parts of a batch on this machine; the update is equal up to rounding.
 
-    On a CPU as many as leave each core 256 tokens: what fewer leave behind for the gradient comes
-    back from the caches, but adding up the gradients of more parts takes longer than that saves.
-    Elsewhere one.
+    On a CPU, parts have 256 tokens per core: the activations of smaller parts fit into the caches,
+    but more parts take longer to add up their gradients. On other devices there is one part.
 
     Args:
-      images: of the batch.
-      tokens: of an image.
+      images: number of images in the batch.
+      tokens: number of tokens per image.
     """
     if jax.default_backend() != "cpu":
         return 1
@@ -75,15 +74,15 @@ def update(
     ema_decay: float,
     accumulate: int = 1,
 ) -> tuple[state_lib.TrainState, dict[str, Array]]:
-    """Takes one step on a device's share of a batch with all noise given; under pmap.
+    """Takes one step on a device's share of a batch, with all noise given; runs under pmap.
 
     Args:
       state: replicated.
-      bits, condition, noise: of `draw_batch`.
+      bits, condition, noise: from `draw_batch`.
       prior: the kind.
       optimizer, ema_decay: of `state.apply_gradients`.
-      accumulate: in how many parts the share is taken, one after the other, which divides n; 0
-        for those of `parts_for_caches`.
+      accumulate: number of sequential parts of the share; it must divide n. 0 for
+        `parts_for_caches`.
     """
     n, h, w, _ = bits.shape
     gradients_of = jax.grad(prior.loss, has_aux=True)
@@ -109,16 +108,16 @@ def train_step(
     label_dropout: float,
     **statics: Any,
 ) -> tuple[state_lib.TrainState, dict[str, Array]]:
-    """Encodes the batch if need be, draws what the step needs and takes it; under pmap.
+    """Encodes the batch if needed, draws its random numbers and takes a step; runs under pmap.
 
     Args:
       state: replicated.
-      batch: {"label": (n,)} with "probs", (n, h, w, c), the encoder's y from the cache, uint8 in
-        255ths, or "image".
+      batch: {"label": (n,)} and either "probs", (n, h, w, c), the encoder's y from the cache, as
+        uint8 in units of 1/255, or "image".
       encoder_params: of the frozen encoder, replicated; None with cached codes.
       encode: the frozen encoder, (encoder_params, image) -> y.
       prior: the kind.
-      conditional: whether it gets the labels.
+      conditional: whether the prior gets the labels.
       label_dropout: of `draw_batch`.
       **statics: of `update`.
     """

@@ -1,14 +1,14 @@
 """The prior's network: a plain transformer over the tokens of a code (paper, 5.1; supplement B.1).
 
-It is the network of the authors' released weights, named as they are, so that these load without a
-table of names.
+It is the network of the authors' released weights. Its parameters have the same names, so that the
+weights load without a table of names.
 
 Dimensions: n batch, h w latent grid, l = h w tokens, c bits, d width, m tokens of a text, e width
 of a text's features.
 
-A condition is one of `conditions.CONDITIONS`: a class or a text vector becomes a token that is
-appended to the others; the tokens of a text are attended to in every block. Without its label an
-image has no such token, or attends to a learned one in place of the text's.
+The condition is one of `conditions.CONDITIONS`. A class or the vector of a text becomes an
+additional token. The tokens of a text are used by cross-attention in every block. An image without
+a label has no additional token, or attends to a learned token instead of the text.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ def sine_features(x: Array, frequencies: np.ndarray) -> Array:
 
 def time_features(time: Array, num_features: int) -> Array:
     """Returns the features of times, (t - 1) / T: (n,) -> (n, num_features)."""
-    # In float32 all along, as the authors: at 4,000 periods the last digit of a frequency counts.
+    # All in float32, as in the authors' code: after 4,000 periods, rounding of frequencies matters.
     steps = np.arange(num_features // 2, dtype=np.float32)
     exponents = steps * np.float32(-np.log(10_000) / (num_features // 2 - 1))
     return sine_features(4000 * time, np.exp(exponents))
@@ -52,15 +52,16 @@ def sine_positions_2d(height: int, width: int, num_features: int) -> Array:
 
 
 def layer_norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
-    """Returns PyTorch's layer norm; `name` as of Flax's modules."""
+    """Returns a layer norm with PyTorch's epsilon; `name` is the name of the Flax module."""
     return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
 
 
 def rounded(params: Any, dtype: Any) -> Any:
-    """Returns a network's parameters with the large matrices in `dtype`, which multiplies them.
+    """Returns a network's parameters with the large matrices in `dtype`, in which they are used.
 
-    The output is the same. A program that applies the network in a loop then reads half as much at
-    every turn, and rounds them once: XLA leaves that in the loop. The layer `head` is in float32.
+    The output is the same. A program that applies the network in a loop then rounds the matrices
+    once and reads half as much in each iteration; XLA would keep the rounding in the loop. The
+    layer `head` stays in float32.
     """
 
     def of_leaf(path: Any, x: Array) -> Array:
@@ -72,13 +73,14 @@ def rounded(params: Any, dtype: Any) -> Any:
 
 
 def embed_estimate(z_t: Array, estimate: Array | None, width: int, dtype: Any) -> Array:
-    """Returns what an estimate of z_0 adds to the tokens' embeddings, rows (n l, width).
+    """Returns the embedding of an estimate of z_0, rows (n l, width), to add to the tokens.
 
-    Self-conditioning (Chen et al., Analog Bits, 2023). Zero at initialisation, and where the
-    estimate is 1/2. To be called by the network, of which the layer `estimate_emb` is a part.
+    This is self-conditioning (Chen et al., Analog Bits, 2023). The embedding is zero at
+    initialisation and where the estimate is 1/2. The calling network owns the layer
+    `estimate_emb`.
 
     Args:
-      z_t: (n, h, w, c), for its shape.
+      z_t: (n, h, w, c); only its shape is used.
       estimate: the same shape, in [0, 1]; None for none.
       width, dtype: of the embeddings.
     """
@@ -89,7 +91,7 @@ def embed_estimate(z_t: Array, estimate: Array | None, width: int, dtype: Any) -
 
 
 class TimeEmbedding(nn.Module):
-    """Times to tokens: (n,) -> (n, width)."""
+    """Maps times to tokens: (n,) -> (n, width)."""
 
     width: int
     dtype: Any = jnp.float32
@@ -101,12 +103,13 @@ class TimeEmbedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention within each of n images: rows (n tokens, d) to the same shape.
+    """Self-attention within each of n images: rows (n tokens, d) to the same shape.
 
     With `qk_norm`, queries and keys have an RMS norm.
 
-    With a collection `cache` of `keys` and `values`, (n, l, d) each, it takes one token an image,
-    the last of the first num_keys, puts its key and value there, and attends to the cache.
+    With a collection `cache` of `keys` and `values`, (n, l, d) each, the input is one token per
+    image, at the place num_keys - 1. Its key and value are stored in the cache, and it attends to
+    the first num_keys places.
     """
 
     num_heads: int
@@ -118,9 +121,9 @@ class SelfAttention(nn.Module):
     def __call__(
         self, x: Array, n: int, num_keys: Array | None, angles: np.ndarray | None = None
     ) -> Array:
-        """To the first num_keys tokens, int (n,), None for all; if causal, to no later one.
+        """Attends to the first num_keys tokens, int (n,), None for all; if causal, to earlier ones.
 
-        With the angles of the tokens, queries and keys are rotated; see `attention.rotate`.
+        If angles of the tokens are given, queries and keys are rotated; see `attention.rotate`.
         """
         d = x.shape[-1]
         qkv = dense(3 * d, dtype=self.dtype, name="qkv")(x)
@@ -137,7 +140,7 @@ class SelfAttention(nn.Module):
         return dense(d, dtype=self.dtype, name="proj")(y)
 
     def _kept(self, name: str, y: Array, num_keys: Array) -> Array:
-        """Puts rows (n, d) into the cache; returns all of it as rows (n l, d)."""
+        """Stores rows (n, d) in the cache; returns the whole cache as rows (n l, d)."""
         kept = self.get_variable("cache", name)
         kept = jax.lax.dynamic_update_slice(kept, y[:, None], (0, num_keys[0] - 1, 0))
         self.put_variable("cache", name, kept)
@@ -145,11 +148,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of each of n images to its text: rows (n tokens, d) to the same shape.
+    """Cross-attention of each of n images to its text: rows (n tokens, d) to the same shape.
 
-    Without a text it is to a learned token. The text's keys and values go into the collection
-    `cache`, where that is kept, and are taken from there. With `qk_norm`, queries and keys have an
-    RMS norm.
+    Without a text, images attend to a learned token. If the collection `cache` is mutable, the keys
+    and values of the text are stored there; if they are stored, they are not computed again. With
+    `qk_norm`, queries and keys have an RMS norm.
     """
 
     num_heads: int
@@ -159,7 +162,7 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, n: int, text: Array | None, text_tokens: Array | None) -> Array:
-        """To the first text_tokens, int (n,), of each text (n, m, e); 0 where there is none."""
+        """Attends to the first text_tokens, int (n,), of each text (n, m, e); 0 without a text."""
         d = x.shape[-1]
         q = dense(d, dtype=self.dtype, name="query")(x)
         if self.qk_norm:
@@ -177,7 +180,7 @@ class CrossAttention(nn.Module):
     def _keys_and_values(
         self, n: int, d: int, text: Array | None, text_tokens: Array | None
     ) -> Array:
-        """Returns rows (n m, 2 d)."""
+        """Returns keys and values of the text, rows (n m, 2 d)."""
         null = self.param("null_emb", nn.initializers.normal(0.01), (1, self.text_width))
         if text is None:
             text = jnp.broadcast_to(null, (n, 1, self.text_width))
@@ -191,10 +194,10 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention, also to a text if it has a width, and MLP, each scaled by a vector.
+    """Pre-norm self-attention, cross-attention if `text_width` is set, and MLP, scaled by vectors.
 
-    Tokens come as rows, (n tokens, d): XLA's CPU backend is slower on matrix products of three
-    dimensions. Elsewhere it is all the same.
+    Tokens are rows, (n tokens, d), because XLA's CPU backend is slower on matrix products of three
+    dimensions. On other devices it makes no difference.
     """
 
     num_heads: int
@@ -211,7 +214,7 @@ class Block(nn.Module):
         text: Array | None,
         text_tokens: Array | None,
     ) -> Array:
-        """Maps (n tokens, d) to the same shape; the others as of the two kinds of attention."""
+        """Maps (n tokens, d) to the same shape; other arguments are those of the attentions."""
         d, dtype = x.shape[-1], self.dtype
 
         def scaled(name: str, y: Array) -> Array:
@@ -230,15 +233,15 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Predicts, a bit, the log-odds that the noise flipped it.
+    """Predicts for each bit the log-odds that the noise flipped it.
 
     Fields:
       width: d, a multiple of 4 and of num_heads.
       num_layers, num_heads: of the blocks.
-      condition: of `conditions.CONDITIONS`, or "none".
-      num_classes: of the condition "class".
-      text_width: e, of a text condition.
-      self_conditioning: whether an earlier estimate of z_0 is a second input.
+      condition: a key of `conditions.CONDITIONS`, or "none".
+      num_classes: for the condition "class".
+      text_width: e, for a condition on texts.
+      self_conditioning: whether the network also takes an earlier estimate of z_0.
     """
 
     width: int
@@ -262,13 +265,13 @@ class Transformer(nn.Module):
 
         Args:
           z_t: (n, h, w, c) in {0, 1}.
-          time: (n,), (t - 1) / T in (-1 / T, 1), T being that of training whatever the sampler
-            visits.
-          label: int (n,) in 0..num_classes - 1 for a class, (n, e) or (n, m, e) for a text, zeros
-            as of `conditions.Condition`; None where no image has one. Ignored without a condition.
-          given: bool (n,), which images have their label, None for all.
-          estimate: (n, h, w, c) in [0, 1], an earlier estimate of P(z_0 = 1), of which 1/2 says
-            nothing; None for none, and without `self_conditioning`.
+          time: (n,), (t - 1) / T in (-1 / T, 1), where T is that of training.
+          label: int (n,) in 0..num_classes - 1 for a class, (n, e) or (n, m, e) for a text, with
+            zeros as in `conditions.Condition`; None if no image has one. Ignored without a
+            condition.
+          given: bool (n,), which images have a label; None for all.
+          estimate: (n, h, w, c) in [0, 1], an earlier estimate of P(z_0 = 1), 1/2 if unknown; None
+            for no estimate, and without `self_conditioning`.
 
         Returns:
           (n, h, w, c), float32. Zero at initialisation.
@@ -283,7 +286,7 @@ class Transformer(nn.Module):
         given: Array | None = None,
         estimate: Array | None = None,
     ) -> Array:
-        """Returns what the last layer takes, float32 (n, h, w, width), of the same arguments."""
+        """Returns the input of the last layer, float32 (n, h, w, d); arguments as in `__call__`."""
         return self._apply(z_t, time, label, given, estimate, head=False)
 
     @nn.compact
@@ -323,8 +326,8 @@ class Transformer(nn.Module):
         x = layer_norm(jnp.float32, "ln_f")(x)
         if not head:
             return x.reshape(n, h, w, self.width)
-        # Zero: with the evidence form the untrained network is then right about every bit's own
-        # evidence, and otherwise says "one half".
+        # Zero: the untrained network then predicts a probability of 1/2 or, with `evidence`, the
+        # flip probability b_t of a bit alone.
         x = nn.Dense(c, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head")(x)
         return x.reshape(n, h, w, c)
 

@@ -113,12 +113,12 @@ def test_a_converted_prior_samples_inpaints_and_measures(converted, name):
     [
         ("prior_uncond", 1, "unconditional"),
         ("prior_class", 10, "between 0 and 9"),
-        ("prior_class", np.zeros(768), r"asked for by classes: one .* not an array .* \(768,\)"),
+        ("prior_class", np.zeros(768), r"takes classes as labels: one .* not an array .* \(768,\)"),
         ("prior_class", 0.5, "one name or integer, or 2 of them, not 0.5"),
-        ("prior_text_token", 3, r"by the features \(768,\) of a text, .* not by .* int64 \(\)"),
-        ("prior_text_token", np.zeros(5), r"\(768,\) of a text, or 2 of them, not .* \(5,\)"),
-        ("prior_text_token", np.zeros((3, 768)), "or 2 of them, not by an array of float64"),
-        ("prior_text_token", "a lion", "not by an array of <U6"),
+        ("prior_text_token", 3, r"the features \(768,\) of a text .* not an .* int64 \(\)"),
+        ("prior_text_token", np.zeros(5), r"\(768,\) of a text .*, or 2 of them, not .* \(5,\)"),
+        ("prior_text_token", np.zeros((3, 768)), "or 2 of them, not an array of float64"),
+        ("prior_text_token", "a lion", "not an array of <U6"),
         ("prior_text_cross", np.zeros((2, 32, 31)), r"\(tokens, 32\) of a text"),
         ("prior_text_cross", np.zeros((0, 32)), r"\(tokens, 32\) of a text"),
         ("prior_text_cross", np.full((1, 32), np.nan), "must be finite"),
@@ -187,7 +187,7 @@ def test_an_autoencoder_is_not_what_a_flag_says_against_its_weights(autoencoder,
     state = reference.state("ae_c16")
     with pytest.raises(UserError, match="--norm_first: the checkpoint has norm"):
         convert_autoencoder(state, tmp_path, image_size=32, norm_first=False)
-    with pytest.raises(UserError, match="image_size is 34, which the downsampling"):
+    with pytest.raises(UserError, match="image_size, 34, must be a multiple of the downsampling"):
         convert_autoencoder(state, tmp_path, image_size=34)
     with pytest.raises(UserError, match="There is a checkpoint of the autoencoder in"):
         convert_autoencoder(state, autoencoder, image_size=32)

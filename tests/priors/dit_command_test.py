@@ -46,7 +46,7 @@ def test_each_key_is_a_field_of_the_network():
     [
         ({"prior.network.name": "unet"}, 'name must be "released" or "dit", not \'unet\''),
         ({**DIT, KEYS + "positions": "sines"}, 'positions must be "rotary" or "learned", not'),
-        ({**DIT, "prior.kind": "autoregressive"}, 'has a network of its own: .*name to "released"'),
+        ({**DIT, "prior.kind": "autoregressive"}, 'has its own network: .*name to "released"'),
         (
             {**DIT, "prior.network.width": 24, "prior.network.num_heads": 4},
             'multiple of 4: change config.prior.network.num_heads, or set .* to "learned"',

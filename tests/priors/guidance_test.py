@@ -35,9 +35,9 @@ def test_guidance_is_constant_within_its_interval_ends_included():
 @pytest.mark.parametrize(
     "guidance, interval, message",
     [
-        (-0.1, (0, 1), "must not be negative nor infinite; got -0.1"),
-        (np.inf, (0, 1), "must not be negative nor infinite; got inf"),
-        (np.nan, (0, 1), "must not be negative nor infinite; got nan"),
+        (-0.1, (0, 1), "must not be negative or infinite; got -0.1"),
+        (np.inf, (0, 1), "must not be negative or infinite; got inf"),
+        (np.nan, (0, 1), "must not be negative or infinite; got nan"),
         (1.0, (0.5, 0.2), "0 <= low <= high <= 1"),
         (1.0, (0.5, 1.2), "0 <= low <= high <= 1"),
         (1.0, (-0.1, 1), "0 <= low <= high <= 1"),

@@ -1,1 +1,1 @@
-"""The absorbing diffusion: a prior that reveals hidden bits, a few at each network call."""
+"""The absorbing diffusion: a prior that reveals hidden bits over several network calls."""

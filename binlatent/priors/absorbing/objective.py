@@ -17,14 +17,14 @@ TIME_WEIGHTS = ("bound", "falling")
 
 
 class Noise(NamedTuple):
-    """What the loss of a batch draws: n images, units (n, h, w, c / g)."""
+    """The random numbers of the loss of a batch: n images, units (n, h, w, c / g)."""
 
-    order: Array  # (n, h, w, c / g) uniform in [0, 1): the lowest are hidden
+    order: Array  # (n, h, w, c / g) uniform in [0, 1); the lowest are hidden
     u: Array  # (n,) uniform in (0, 1], t / T
 
 
 def draw_noise(keys: Array, n: int, units: tuple[int, int, int]) -> Noise:
-    """Draws a batch's noise from two keys; its times are spread evenly, from a single offset.
+    """Draws a batch's noise from two keys; times are spread evenly from one random offset.
 
     Each time is still uniform, but their mean varies less (Kingma et al., Variational Diffusion
     Models, 2021).
@@ -36,15 +36,15 @@ def draw_noise(keys: Array, n: int, units: tuple[int, int, int]) -> Noise:
 def logits(
     network: nn.Module, params: Any, z: Array, hidden: Array, condition: Condition | None
 ) -> Array:
-    """Returns the log-odds of each bit of z_0, given those that are not hidden: (n, h, w, c).
+    """Returns the log-odds of each bit of z_0, given the bits that are not hidden: (n, h, w, c).
 
-    The network takes 1/2 for a hidden bit, which it embeds as 0, between -1 and 1; and the share of
-    hidden bits as its time.
+    Hidden bits are 1/2, which the network embeds as 0, between -1 and 1. The time is the share of
+    hidden bits.
 
     Args:
-      network: as `Transformer`.
+      network: such as `Transformer`.
       params: its parameters.
-      z: codes in {0, 1}, (n, h, w, c), of which the hidden bits are not looked at.
+      z: codes in {0, 1}, (n, h, w, c); hidden bits are ignored.
       hidden: bool, the same shape.
       condition: of the batch.
     """
@@ -62,9 +62,9 @@ def hidden_nats(logit: Array, z_0: Array, hidden: Array) -> Array:
 class Terms(NamedTuple):
     """The loss of each image, (n,)."""
 
-    bound: Array  # nats per bit; its mean over noise is the bound
-    falling: Array  # nats per bit, with the weight 1 - t / T in place of the bound's
-    accuracy: Array  # share of hidden bits whose likelier value is right
+    bound: Array  # nats per bit; the mean over noise is the bound
+    falling: Array  # nats per bit, with the weight 1 - t / T
+    accuracy: Array  # share of hidden bits whose likelier value is correct
 
 
 def image_terms(
@@ -78,10 +78,10 @@ def image_terms(
     """Hides units, applies the network and returns each image's terms.
 
     Args:
-      network, params, condition: as of `logits`.
+      network, params, condition: as in `logits`.
       z_0: codes in {0, 1}, (n, h, w, c).
       noise: of the batch.
-      times: of `process.times_of_counts`.
+      times: from `process.times_of_counts`.
     """
     m = 1 + jnp.searchsorted(jnp.asarray(times[1:-1], jnp.float32), noise.u)
     g = z_0.shape[-1] // noise.order.shape[-1]

@@ -1,4 +1,4 @@
-"""The absorbing diffusion as a kind of prior: `config.prior.kind = "absorbing"`."""
+"""The kind of prior "absorbing": `config.prior.kind = "absorbing"`."""
 
 import dataclasses
 import math
@@ -17,7 +17,7 @@ from binlatent.runtime.errors import UserError
 
 Array = jax.Array
 
-_MOST_CALLS = 64  # of the tightest bound, an image and draw
+_MOST_CALLS = 64  # of the tightest bound, per image and draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +26,14 @@ class AbsorbingSettings(prior_lib.Settings):
 
     Fields:
       steps: network calls, 1 to the number of units.
-      temperature: tau > 0, divides the log-odds.
+      temperature: tau > 0; divides the log-odds.
       guidance: w >= 0 (supplement C).
       guidance_interval: in t/T; no guidance outside.
-      guidance_schedule: "constant", or "rising", linearly from 0 at the first call.
-      order: "random", or "confidence": which units a call keeps.
-      score: of the order "confidence", of `sampling.SCORES`.
-      order_temperature: of its Gumbel noise at the first call; it falls to 0.
-      revise: whether, in that order, the least sure units that were kept are hidden again.
+      guidance_schedule: "constant", or "rising" linearly from 0 at the first call.
+      order: "random" or "confidence": which units a call keeps.
+      score: one of `sampling.SCORES`, for the order "confidence".
+      order_temperature: of the Gumbel noise in that order at the first call; it falls to 0.
+      revise: whether, in that order, the least certain kept units are hidden again.
     """
 
     steps: int = 16
@@ -64,7 +64,9 @@ class AbsorbingSettings(prior_lib.Settings):
                     f'{name} must be "{one}" or "{other}"; got {getattr(self, name)!r}.'
                 )
         if self.revise and self.order != "confidence":
-            raise UserError('revise needs the order "confidence": it hides what is least sure.')
+            raise UserError(
+                'revise needs the order "confidence": it hides the least certain units.'
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,19 +74,19 @@ class AbsorbingPrior(prior_lib.Prior):
     """An absorbing diffusion; its code lengths are upper bounds.
 
     Fields:
-      unit: bits that are hidden together: "token", "bit", or a number that divides c.
-      schedule: of `schedules.NAMES`, or "given": 1 - k is the share of hidden units.
-      keep: k_0..k_T of the schedule "given", else (); it ends at 0.
-      time_weight: "bound" for the loss whose mean is the bound, or "falling" for 1 - t/T
-        (Bond-Taylor et al., Unleashing Transformers, 2022).
+      unit: the bits that are hidden together: "token", "bit", or a number that divides c.
+      schedule: one of `schedules.NAMES` or "given"; 1 - k is the share of hidden units.
+      keep: k_0..k_T for the schedule "given", ending at 0; else ().
+      time_weight: "bound": the mean loss is the bound. "falling": weights of 1 - t/T (Bond-Taylor
+        et al., Unleashing Transformers, 2022).
     """
 
     Settings = AbsorbingSettings
     trained = ("unit",)
     lacks: ClassVar[dict[str, str]] = {
-        "renoise": "An absorbing prior has no renoise: revise, with the order confidence, draws "
-        "bits again.",
-        "ddim": "An absorbing prior keeps every bit that is known: leave out ddim.",
+        "renoise": "An absorbing prior has no renoise: use revise, with the order confidence, to "
+        "draw bits again.",
+        "ddim": "An absorbing prior never changes a bit that is known: leave out ddim.",
     }
 
     unit: str | int = "token"
@@ -93,7 +95,7 @@ class AbsorbingPrior(prior_lib.Prior):
     time_weight: str = "bound"
 
     def __post_init__(self):
-        process.bits_of_unit(self.unit, self.code_shape[-1])  # refuses what is none
+        process.bits_of_unit(self.unit, self.code_shape[-1])  # refuses invalid units
         if self.time_weight not in objective.TIME_WEIGHTS:
             raise UserError(
                 "config.prior.absorbing.time_weight must be one of "
@@ -102,8 +104,8 @@ class AbsorbingPrior(prior_lib.Prior):
         schedules.check_schedule(self.curve)
         if self.keep and self.keep[-1] != 0:
             raise UserError(
-                "config.prior.absorbing.keep must end at 0, where all is hidden; its last k is "
-                f"{self.keep[-1]:g}."
+                "config.prior.absorbing.keep must end at 0, where all units are hidden; its last k "
+                f"is {self.keep[-1]:g}."
             )
 
     @property
@@ -118,20 +120,21 @@ class AbsorbingPrior(prior_lib.Prior):
 
     @property
     def max_steps(self) -> int:
-        """U, the units of a code."""
+        """U, the number of units of a code."""
         return math.prod(self.code_shape) // self.g
 
     def check_settings(self, settings: AbsorbingSettings) -> AbsorbingSettings:
         """Refuses more calls than there are units."""
         if not 1 <= settings.steps <= self.max_steps:
             raise UserError(
-                f"the number of sampling steps must be between 1 and {self.max_steps}, the units "
-                f"of a code, of which each reveals one or more; got {settings.steps}."
+                f"the number of sampling steps must be between 1 and {self.max_steps}, the number "
+                "of units of a code, because each step reveals at least one; got "
+                f"{settings.steps}."
             )
         return settings
 
     def draw_noise(self, keys: Array, n: int) -> objective.Noise:
-        """Draws times, and which units are hidden first."""
+        """Draws times, and the order in which units are hidden."""
         h, w, c = self.code_shape
         return objective.draw_noise(keys, n, (h, w, c // self.g))
 
@@ -146,7 +149,7 @@ class AbsorbingPrior(prior_lib.Prior):
     ) -> tuple[Array, dict[str, Array]]:
         """Returns the weighted cross-entropy of hidden bits, in nats per bit of the code.
 
-        The metrics are `loss`, and `accuracy`, how often a hidden bit's likelier value is right.
+        Metrics: `loss`, and `accuracy`, the share of hidden bits that are predicted correctly.
         """
         terms = self._terms(params, bits, condition, noise)
         loss = getattr(terms, self.time_weight).mean()
@@ -155,7 +158,7 @@ class AbsorbingPrior(prior_lib.Prior):
     def image_metrics(
         self, params: Any, bits: Array, condition: Condition | None, noise: objective.Noise
     ) -> dict[str, Array]:
-        """Returns `bce`, in nats per bit, whose mean is the tightest bound on a code's length."""
+        """Returns `bce`, in nats per bit; its mean is the tightest bound on a code's length."""
         return {"bce": self._terms(params, bits, condition, noise).bound}
 
     def _draw(
@@ -186,7 +189,7 @@ class AbsorbingPrior(prior_lib.Prior):
         )
 
     def _guidance(self, settings: AbsorbingSettings, steps: int, labelled: bool) -> np.ndarray:
-        """Returns w at each call; without a label there is nothing to guide by."""
+        """Returns w at each call; 0 without a label."""
         w = settings.guidance if labelled else 0.0
         if settings.guidance_schedule == "rising" and steps > 1:
             w = w * np.arange(steps) / (steps - 1)
@@ -200,13 +203,13 @@ class AbsorbingPrior(prior_lib.Prior):
         settings: AbsorbingSettings,
         known: Known | None = None,
     ) -> Array:
-        """Draws codes; known bits are never hidden, which conditions on them as the model does."""
+        """Draws codes; known bits are never hidden, so samples are conditioned on them."""
         return self._draw(params, keys, condition, settings, known=known)[0]
 
     def trajectory(
         self, params: Any, keys: Array, condition: Condition | None, settings: AbsorbingSettings
     ) -> sampling.Trajectory:
-        """Returns what the sampler passes through: `z_t` and `hidden`, their first axis n."""
+        """Returns the states of the sampler: `z_t` and `hidden`, with first axis n."""
         _, passed = self._draw(params, keys, condition, settings, return_trajectory=True)
         return jax.tree.map(lambda x: x.swapaxes(0, 1), passed)
 
@@ -219,7 +222,7 @@ class AbsorbingPrior(prior_lib.Prior):
         bits: Array,
         strength: float,
     ) -> Array:
-        """Returns codes of which a random share `strength` of the units is hidden and drawn."""
+        """Hides a random share `strength` of the units, and draws them again."""
         count = math.ceil(strength * self.max_steps)
         known = programs.hide_anew(keys, bits, count=count, g=self.g)
         return self._draw(params, keys, condition, settings, known=known, units=count)[0]
@@ -235,8 +238,8 @@ class AbsorbingPrior(prior_lib.Prior):
     ) -> Array:
         """Returns the bound of a sampler of the settings' steps in random order, at temperature 1.
 
-        Without settings it is the bound of one unit a call, the tightest, of which an estimate
-        takes 64 calls or fewer.
+        Without settings it is the tightest bound, of one unit per call; the estimate takes at most
+        64 calls.
         """
         units = self.max_steps
         if settings is None:
@@ -252,7 +255,7 @@ class AbsorbingPrior(prior_lib.Prior):
         )
 
     def network_calls(self, settings: AbsorbingSettings, labelled: bool) -> tuple[int, int]:
-        """Returns the calls with the label and without; a guided call takes both."""
+        """Returns the calls with the label and without it; a guided call takes both."""
         steps = settings.steps
         if not labelled:
             return 0, steps

@@ -1,4 +1,4 @@
-"""The compiled programs of a trained absorbing diffusion: sampling, and the bound."""
+"""The compiled programs of an absorbing diffusion: sampling, and the likelihood bound."""
 
 import functools
 from typing import Any
@@ -33,17 +33,19 @@ def unmask_codes(
     shape: tuple[int, int, int],
     **statics: Any,
 ) -> tuple[Array, sampling.Trajectory | None]:
-    """Draws codes; one compiled program for each number of calls.
+    """Draws codes; each number of calls compiles a program.
 
     Args:
       params: of the network.
-      keys: (n,) typed PRNG keys, one a sample.
-      condition: of all samples; None for none, and then no guidance.
-      known: bits that are given; None for none.
-      counts, guidance, temperature, order_temperature: as of `sampling.unmask`.
+      keys: (n,) typed PRNG keys, one per sample.
+      condition: of all samples; None for no condition and no guidance.
+      known: known bits, or None.
+      counts, guidance, temperature, order_temperature: as in `sampling.unmask`.
       network, shape: static; the shape of a code.
-      **statics: `g`, `order`, `score`, `revise` and `return_trajectory` of `sampling.unmask`, which
-        says what is returned.
+      **statics: `g`, `order`, `score`, `revise` and `return_trajectory` of `sampling.unmask`.
+
+    Returns:
+      As `sampling.unmask`.
     """
     params = network.round_weights(params)
     predict = functools.partial(logits, network, params)
@@ -95,8 +97,8 @@ def unmask_code_lengths(
 
 @functools.partial(jax.jit, static_argnames=("count", "g"))
 def hide_anew(keys: Array, bits: Array, *, count: int, g: int) -> Known:
-    """Returns codes, (n, h, w, c), with `count` units of each, drawn at random, not known."""
-    # A sampler numbers its draws from 0, so the last number is free.
+    """Returns codes, (n, h, w, c), as known bits, except for `count` random units of each."""
+    # Samplers number their draws from 0, so they never use the last number.
     order = noise_from_keys(keys, bits.shape[1:])(jnp.uint32(2**32 - 1))
     hidden = process.lowest(order[..., : bits.shape[-1] // g], count)
     return Known(bits, 1.0 - process.by_bits(hidden, g))

@@ -1,4 +1,4 @@
-"""From hidden bits to a code in S network calls, one compiled loop; and the bound on its length."""
+"""Reveals a code in S network calls, in one compiled loop; and the bound on its length."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from binlatent.priors.guidance import Noise
 
 Array = jax.Array
 
-# (z, hidden, w) -> log-odds of the bits, float32: both (n, h, w, c), w the guidance of the call.
+# (z, hidden, w) -> log-odds of the bits, float32; z and hidden are (n, h, w, c), w is the guidance.
 Predict = Callable[[Array, Array, Array], Array]
 
 ORDERS = ("random", "confidence")
@@ -21,18 +21,18 @@ SCORES = ("certainty", "likelihood")
 
 
 class Trajectory(NamedTuple):
-    """What the sampler passed through, S calls of n codes, all bool (S + 1, n, h, w, c)."""
+    """The states of the sampler over S calls for n codes, bool (S + 1, n, h, w, c)."""
 
-    z_t: Array  # hidden bits are what the last call drew for them, 0 before the first
+    z_t: Array  # hidden bits have the values of the last call, 0 before the first
     hidden: Array
 
 
 def confidence(score: str, logit: Array, drawn: Array, hidden: Array, g: int) -> Array:
-    """Returns how sure the network is of the hidden bits of each unit: (n, h, w, c / g).
+    """Returns the network's confidence in the hidden bits of each unit: (n, h, w, c / g).
 
     Args:
-      score: "certainty", the mean of |2 p - 1|, which does not look at what was drawn (BiGR); or
-        "likelihood", log p of what was drawn (Chang et al., MaskGIT, 2022).
+      score: "certainty", the mean of |2 p - 1|, which does not depend on the drawn bits (BiGR); or
+        "likelihood", log p of the drawn bits (Chang et al., MaskGIT, 2022).
       logit, drawn, hidden: of the bits, (n, h, w, c).
       g: bits of a unit.
     """
@@ -48,7 +48,7 @@ def confidence(score: str, logit: Array, drawn: Array, hidden: Array, g: int) ->
 
 
 def gumbel(uniform: Array) -> Array:
-    """Returns Gumbel noise of uniform noise in [0, 1)."""
+    """Returns Gumbel noise from uniform noise in [0, 1)."""
     return -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(uniform.dtype).tiny)))
 
 
@@ -70,27 +70,27 @@ def unmask(
 ) -> tuple[Array, Trajectory | None]:
     """Draws the free bits of codes.
 
-    Each call draws all hidden bits, each from its own probability, and keeps those of some units:
-    a share 1 - c_{j+1} / c_j of the hidden ones, rounded up, where c are the counts. Of an image
-    with known bits, fewer units are hidden than c_j; where c falls by one, one at most is kept.
+    Each call draws all hidden bits independently and keeps those of some units: a share
+    1 - c_{j+1} / c_j of the hidden units, rounded up, where c are the counts. An image with known
+    bits has fewer than c_j hidden units. Where c falls by one, at most one unit is kept.
 
     Args:
       predict: the network, guidance included.
-      noise: uniforms of the codes' shape; call j takes draws 2 j and 2 j + 1.
-      z: codes, (n, h, w, c); only bits that are not free are looked at.
-      free: bool (n, h, w, c), the bits to be drawn, whole units or not.
+      noise: uniforms of the codes' shape; call j uses draws 2 j and 2 j + 1.
+      z: codes, (n, h, w, c); free bits are ignored.
+      free: bool (n, h, w, c), the bits to draw; they need not be whole units.
       g: bits of a unit.
-      counts: int (S + 1,), of `process.hidden_counts`.
+      counts: int (S + 1,), from `process.hidden_counts`.
       guidance: (S,), w at each call.
-      temperature: tau > 0, divides the log-odds.
-      order: of `ORDERS`. "random": a random set of units is kept, so that codes follow the model.
-        "confidence": the units with the highest score.
-      score: of `SCORES`.
-      order_temperature: of the Gumbel noise that is added to the score; times 1 - j / S at call
-        j = 1, ..., S.
-      revise: whether units that were kept may be hidden again: those with the lowest score as of
-        the call that drew them are hidden (Ghazvininejad et al., Mask-Predict, 2019).
-      return_trajectory: whether to keep what is passed through.
+      temperature: tau > 0; divides the log-odds.
+      order: one of `ORDERS`. "random" keeps random units, so that codes follow the model.
+        "confidence" keeps the units with the highest score.
+      score: one of `SCORES`.
+      order_temperature: factor of the Gumbel noise that is added to the score; multiplied by
+        1 - j / S at call j = 1, ..., S.
+      revise: whether to hide the lowest scores among all units, where a kept unit has the score of
+        the call that drew it (Ghazvininejad et al., Mask-Predict, 2019).
+      return_trajectory: whether to return the states.
 
     Returns:
       The codes, float32 in {0, 1}, and the trajectory, or None.
@@ -114,7 +114,7 @@ def unmask(
             rank = sure + order_temperature * (1 - (j + 1) / steps) * gumbel(uniform)
         rank = jnp.where(drawable if revise else hidden, rank, jnp.inf)
         left = jnp.sum(hidden, axis=(1, 2, 3))
-        # In float32, as a product of counts may exceed an int32; the last term is its rounding.
+        # In float32: a product of counts can overflow an int32. The last term covers rounding.
         after = jnp.floor(left * (count_after / count) + left * 2.0**-22).astype(left.dtype)
         left = jnp.maximum(after, left - (count - count_after))
         hidden = process.lowest(rank, left)
@@ -144,19 +144,19 @@ def likelihood_bound(
 ) -> Array:
     """Returns an unbiased estimate of a bound on -log2 p(z_0), in bits per image: (n,).
 
-    The sampler in random order that keeps r units of m hidden ones at a call has, by Jensen's
-    inequality, at most the mean over calls and sets of r / m times the cross-entropy of the hidden
-    bits. With `any_order` the bound is that of one unit a call, U calls, the tightest; of each run
-    of calls between two counts one is taken, at random, for all of the run.
+    For a sampler in random order that keeps r of m hidden units in a call, Jensen's inequality
+    gives the bound: the sum over calls of the mean over hidden sets of r / m times the
+    cross-entropy of the hidden bits. With `any_order` the bound is the tightest, of one unit per
+    call in U calls; one random call stands for all calls between two counts.
 
     Args:
       predict: the network, (z, hidden) -> log-odds.
-      noise: uniforms of the codes' shape; two draws for each call and draw.
+      noise: uniforms of the codes' shape; two for each call and draw.
       z_0: codes, (n, h, w, c).
       g: bits of a unit.
       counts: int (S + 1,), falling from U to 0.
-      any_order: see above; otherwise the bound is that of S calls.
-      num_draws: of hidden sets for each call, at least 1.
+      any_order: see above; if False, the bound is that of S calls.
+      num_draws: of hidden sets per call, at least 1.
     """
 
     def add_call(total, step):

@@ -1,6 +1,6 @@
 """Heads: the distribution of a token's bits, given the transformer's output at that token.
 
-A head sees a token's bits as G groups, one drawn after the other, and gives K numbers for each.
+A head splits a token's bits into G groups, which are drawn in order, and gives K numbers for each.
 
 Dimensions: c bits of a token, g bits of a group, d width, m tokens of all images together.
 """
@@ -21,7 +21,7 @@ Array = jax.Array
 
 
 class IndependentHead(nn.Module):
-    """All bits of a token at once, as c Bernoullis: one group, and a log-odds for each bit."""
+    """All bits of a token at once, as c independent Bernoullis: one group, one log-odds per bit."""
 
     num_bits: int
     dtype: Any = jnp.float32
@@ -30,12 +30,12 @@ class IndependentHead(nn.Module):
 
     @property
     def group_size(self) -> int:
-        """Bits of a group, g."""
+        """g, the bits of a group."""
         return self.num_bits
 
     @nn.compact
     def __call__(self, hidden: Array, tokens: Array, groups: Array) -> Array:
-        """Returns logits, float32 (m, 1, c); arguments as of `JointHead`."""
+        """Returns logits, float32 (m, 1, c); arguments as in `JointHead`."""
         del tokens, groups
         zeros = nn.initializers.zeros
         logits = nn.Dense(self.num_bits, dtype=jnp.float32, kernel_init=zeros, name="head")(hidden)
@@ -51,17 +51,17 @@ class IndependentHead(nn.Module):
         return (uniform < jax.nn.sigmoid(logits)).astype(jnp.float32)
 
     def products(self, width: int) -> int:
-        """Returns the multiplications of matrix products for a token."""
+        """Returns the number of multiplications in matrix products per token."""
         return width * self.num_bits
 
 
 class JointHead(nn.Module):
-    """The bits of a token g at a time, each group a softmax over its 2^g values.
+    """The bits of a token in groups of g; each group is a softmax over its 2^g values.
 
-    By the chain rule over the groups this can be any distribution of the token. The network of a
-    group is an MLP of the transformer's output and the bits of the groups before; only its last
-    layer is another for each group. If g does not divide c, the last group is smaller: its other
-    values have the probability 0.
+    By the chain rule over the groups this can be any distribution of the token. The network is an
+    MLP of the transformer's output and the bits of the groups before. All groups share it except
+    for its last layer. If g does not divide c, the last group is smaller, and impossible values
+    have probability 0.
     """
 
     num_bits: int
@@ -70,7 +70,7 @@ class JointHead(nn.Module):
 
     @property
     def num_groups(self) -> int:
-        """G, with the smaller one."""
+        """G, including a smaller last group."""
         return -(-self.num_bits // self.group_size)
 
     @nn.compact
@@ -79,8 +79,8 @@ class JointHead(nn.Module):
 
         Args:
           hidden: float32 (m, d), the transformer's output.
-          tokens: (m, c) in {0, 1}; only bits of the groups before one count for it.
-          groups: int (k,), which, from 0.
+          tokens: (m, c) in {0, 1}; a group sees only the bits of the groups before it.
+          groups: int (k,), indices of the groups, from 0.
 
         Returns:
           float32, (m, k, 2^g). Zero at initialisation.
@@ -109,12 +109,12 @@ class JointHead(nn.Module):
         return jnp.sum(jnp.take_along_axis(log_probs, values[..., None], axis=-1), axis=(-2, -1))
 
     def draw(self, logits: Array, uniform: Array, group: Array) -> Array:
-        """Draws the bits of a group, each given the ones before: a uniform a bit, whatever g.
+        """Draws the bits of a group, each given the bits before, with one uniform per bit.
 
         Args:
           logits: (m, 2^g) of the group.
           uniform: (m, g) in [0, 1).
-          group: scalar, which; of a smaller one the last bits are 0.
+          group: scalar, index of the group; a smaller group ends with bits of 0.
         """
         probs = jax.nn.softmax(self._possible(logits[:, None], group[None])[:, 0])
         bits = []
@@ -126,7 +126,7 @@ class JointHead(nn.Module):
         return jnp.stack(bits, axis=-1).astype(jnp.float32)
 
     def _possible(self, logits: Array, groups: Array) -> Array:
-        """Returns logits (..., k, 2^g) with -inf for values that a smaller group does not have."""
+        """Returns logits (..., k, 2^g), -inf for values that are impossible in a smaller group."""
         sizes = jnp.minimum(self.group_size, self.num_bits - self.group_size * jnp.asarray(groups))
         values = np.arange(2**self.group_size)
         possible = values[None] < (1 << sizes)[:, None]
@@ -134,13 +134,13 @@ class JointHead(nn.Module):
         return jnp.where(possible.reshape(*leading, *possible.shape), logits, -jnp.inf)
 
     def products(self, width: int) -> int:
-        """Returns the multiplications of matrix products for a token."""
+        """Returns the number of multiplications in matrix products per token."""
         a_group = width * (self.num_bits + 4 * width + 2**self.group_size)
         return self.num_groups * a_group
 
 
 def make_head(name: str, num_bits: int, group: int, dtype: Any) -> IndependentHead | JointHead:
-    """Returns the head of a config, `group` bits at a time if it is "joint"."""
+    """Returns the head of a config; "joint" draws `group` bits at a time."""
     if name == "independent":
         return IndependentHead(num_bits, dtype)
     if name == "joint":

@@ -1,7 +1,7 @@
 """The network of the autoregressive prior: a causal transformer over tokens, and a head.
 
 Dimensions: n batch, h w latent grid, l = h w tokens in raster order, c bits, d width, e width of a
-text's features. G groups of bits and K numbers for each are the head's.
+text's features; of the head: G groups of bits, K numbers for each.
 """
 
 from typing import Any
@@ -25,13 +25,14 @@ Array = jax.Array
 class CausalTransformer(nn.Module):
     """Gives the logits of every token from the tokens before it.
 
-    Its input is shifted by one: at the place of a token stands the embedding of the one before. At
-    the first place stands the class or the text's vector, or without either a learned token. A text
-    of tokens is attended to in every block. Blocks are those of `transformer.Transformer`.
+    The input is shifted by one: each place has the embedding of the token before it. The first
+    place has the class or the text's vector, or a learned token if there is neither. The tokens of
+    a text are used by cross-attention in every block. Blocks are those of
+    `transformer.Transformer`.
 
     Fields:
       code_shape: (h, w, c).
-      head: of `heads`.
+      head: one of the classes in `heads`.
       width, num_layers, num_heads, condition, num_classes, text_width: as of
         `transformer.Transformer`.
     """
@@ -70,12 +71,12 @@ class CausalTransformer(nn.Module):
         label: Array | None = None,
         given: Array | None = None,
     ) -> Array:
-        """Returns the logits of all tokens of codes that are known (teacher forcing).
+        """Returns the logits of all tokens of known codes (teacher forcing).
 
         Args:
           bits: (n, h, w, c) in {0, 1}.
-          time: ignored; other kinds of prior have networks with a time.
-          label, given: as of `transformer.Transformer`.
+          time: ignored; networks of other kinds have a time.
+          label, given: as in `transformer.Transformer`.
 
         Returns:
           float32, (n, l, G, K). Zero at initialisation.
@@ -94,12 +95,12 @@ class CausalTransformer(nn.Module):
     def advance(
         self, before: Array, place: Array, label: Array | None, given: Array | None
     ) -> Array:
-        """Returns what the head needs for one token, with the collection `cache` of those before.
+        """Returns the head's input for one token, given the collection `cache` of those before.
 
         Args:
-          before: the token before, (n, c); whatever at the first place.
-          place: scalar, of the token in raster order; the cache has all places before it.
-          label, given: as of the call.
+          before: the token before, (n, c); ignored at the first place.
+          place: scalar, index of the token in raster order; the cache has all places before it.
+          label, given: as in `__call__`.
 
         Returns:
           float32, (n, d).
@@ -110,11 +111,11 @@ class CausalTransformer(nn.Module):
         return self._apply_blocks(x, n, jnp.full(n, place + 1), label, given)
 
     def group_logits(self, hidden: Array, tokens: Array, group: Array) -> Array:
-        """Returns the logits (n, K) of a group of one token; arguments as of the head."""
+        """Returns the logits (n, K) of a group of one token; arguments are those of the head."""
         return self.head(hidden, tokens, group[None])[:, 0]
 
     def _first(self, n: int, label: Array | None, given: Array | None) -> Array:
-        """Returns what stands at the first token's place, (n, d)."""
+        """Returns the input at the first place, (n, d)."""
         start = jnp.broadcast_to(self.start.astype(self.dtype), (n, self.width))
         if self.condition not in ("class", "text_token") or label is None:
             return start
@@ -133,9 +134,9 @@ class CausalTransformer(nn.Module):
     def empty_cache(
         self, params: Any, n: int, label: Array | None, given: Array | None
     ) -> dict[str, Any]:
-        """Returns the collection `cache` of n images without tokens; of a text all is in it.
+        """Returns the collection `cache` of n images without tokens, but with all of a text.
 
-        Unlike the methods above it takes the parameters, as `apply` does.
+        Unlike the methods above it takes the parameters, like `apply`.
         """
         h, w, _ = self.code_shape
         zeros = jnp.zeros((n, h * w, self.width), self.dtype)

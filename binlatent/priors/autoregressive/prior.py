@@ -1,4 +1,4 @@
-"""Autoregression over tokens as a kind of prior: `config.prior.kind = "autoregressive"`."""
+"""The kind of prior "autoregressive", over tokens: `config.prior.kind = "autoregressive"`."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ class AutoregressiveSettings(prior_lib.Settings):
     """How to sample.
 
     Fields:
-      temperature: tau > 0, divides the logits of each bit or, of the head "joint", of each value
+      temperature: tau > 0; divides the logits of each bit or, with the head "joint", of the values
         of a group of bits.
       guidance: w >= 0 (supplement C).
     """
@@ -42,12 +42,12 @@ class AutoregressiveSettings(prior_lib.Settings):
 
 @dataclasses.dataclass(frozen=True)
 class AutoregressivePrior(Prior):
-    """p(code) as a product over tokens in raster order, each given all before; exact.
+    """p(code) as a product over tokens in raster order, each given all tokens before; exact.
 
-    Fields, beside those of `Prior`:
-      head: "independent", a token's bits are c Bernoullis given the tokens before; or "joint", any
-        distribution of the token, a group of bits after the other.
-      group: bits of a group of "joint"; the last may be smaller.
+    Fields, in addition to those of `Prior`:
+      head: "independent": a token's bits are c Bernoullis given the tokens before. "joint": any
+        distribution of the token, drawn in groups of bits.
+      group: bits of a group of "joint"; the last group may be smaller.
     """
 
     Settings = AutoregressiveSettings
@@ -55,8 +55,7 @@ class AutoregressivePrior(Prior):
     trained = ("head", "group")
     ranges: ClassVar[dict[str, tuple[float, float]]] = {"group": (1, 16)}
     lacks: ClassVar[dict[str, str]] = {
-        "steps": "An autoregressive prior has no number of steps: a sample takes one for each "
-        "token, so leave out steps.",
+        "steps": "An autoregressive prior always takes one step per token: leave out steps.",
         "renoise": "An autoregressive prior draws every bit once: leave out renoise.",
         "ddim": "An autoregressive prior draws every bit once: leave out ddim.",
     }
@@ -71,8 +70,8 @@ class AutoregressivePrior(Prior):
         """Returns a causal transformer with the head of the kind's section."""
         if fields.pop("name", "released") != "released":
             raise UserError(
-                "An autoregressive prior has a network of its own: set config.prior.network.name "
-                'to "released", or take the kind bernoulli or absorbing.'
+                "An autoregressive prior has its own network: set config.prior.network.name to "
+                '"released", or choose the kind bernoulli or absorbing.'
             )
         fields.pop("dit", None)
         head = make_head(section["head"], code_shape[-1], section["group"], fields["dtype"])
@@ -86,26 +85,26 @@ class AutoregressivePrior(Prior):
     def loss(
         self, params: Any, bits: Array, condition: Condition | None, noise: Any
     ) -> tuple[Array, dict[str, Array]]:
-        """Returns -log p(code) in nats per bit, and as the one metric."""
+        """Returns -log p(code) in nats per bit, also as the only metric."""
         loss = jnp.mean(self._bit_losses(params, bits, condition))
         return loss, {"loss": loss}
 
     def image_metrics(
         self, params: Any, bits: Array, condition: Condition | None, noise: Any
     ) -> dict[str, Array]:
-        """Returns `bce`, here -log p(code) in nats per bit."""
+        """Returns `bce`, which is -log p(code) in nats per bit."""
         return {"bce": self._bit_losses(params, bits, condition)}
 
     def check_known(self, mask: np.ndarray) -> None:
-        """Refuses a mask of anything but a raster prefix of whole tokens."""
+        """Refuses masks that are not a raster prefix of whole tokens."""
         tokens = np.asarray(mask).reshape(len(mask), -1, self.code_shape[-1]) > 0
         whole = tokens.all(axis=-1)
         in_order = np.all(whole[:, :-1] >= whole[:, 1:])
         if not in_order or np.any(tokens.any(axis=-1) != whole):
             raise UserError(
-                "An autoregressive prior can only complete an image of which the first tokens in "
-                "raster order are kept: take a mask that hides the lower part, as --mask=bottom, "
-                "or another kind of prior."
+                "An autoregressive prior can only complete an image whose first tokens in raster "
+                "order are kept: use a mask that hides the lower part, such as --mask=bottom, or "
+                "another kind of prior."
             )
 
     def sample(
@@ -116,7 +115,7 @@ class AutoregressivePrior(Prior):
         settings: AutoregressiveSettings,
         known: Known | None = None,
     ) -> Array:
-        """Draws codes, or completes those of which a raster prefix is known; both exactly."""
+        """Draws codes, or completes codes with a known raster prefix; both are exact."""
         if known is not None:
             self.check_known(known.mask)
         return programs.sample_codes(
@@ -140,12 +139,12 @@ class AutoregressivePrior(Prior):
         settings: AutoregressiveSettings | None,
         num_draws: int,
     ) -> Array:
-        """Returns -log2 p(code), exact, at temperature 1 and without guidance."""
+        """Returns the exact -log2 p(code), at temperature 1 and without guidance."""
         del keys, settings, num_draws
         return programs.code_lengths(params, condition, bits, network=self.network)
 
     def network_calls(self, settings: AutoregressiveSettings, labelled: bool) -> tuple[int, int]:
-        """Returns the passes over all tokens, one token at a time, with the label and without."""
+        """Returns the passes over all tokens with the label and without it; a token at a time."""
         if not labelled:
             return 0, 1
         return 1, int(self._guided(settings, labelled))

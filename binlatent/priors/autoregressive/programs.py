@@ -1,6 +1,6 @@
-"""What is computed with an autoregressive prior: the length of codes, and new codes.
+"""The compiled programs of an autoregressive prior: code lengths and sampling.
 
-Dimensions as of `network`.
+Dimensions as in `network`.
 """
 
 import functools
@@ -47,20 +47,20 @@ def sample_codes(
     network: CausalTransformer,
     guided: bool,
 ) -> Array:
-    """Draws codes, float32 (n, h, w, c), one token after the other in a single loop.
+    """Draws codes, float32 (n, h, w, c), token by token in a single loop.
 
-    Keys and values of all tokens are kept, so that the loop has the FLOPs of one pass.
+    Keys and values of all tokens are cached, so the loop has the FLOPs of one pass.
 
     Args:
       params: of the network.
-      keys: (n,) typed PRNG keys, one a sample.
+      keys: (n,) typed PRNG keys, one per sample.
       condition: of all samples; None for none.
-      known: a raster prefix of whole tokens, which may be another for each sample.
-      temperature: tau > 0, divides the logits of a bit or of a group's values.
-      guidance: w; logits are (1 + w) conditional - w unconditional, or of what guidance goes
-        against (supplement C).
+      known: a raster prefix of whole tokens, which may differ between samples.
+      temperature: tau > 0; divides the logits of a bit, or of the values of a group.
+      guidance: w; logits are (1 + w) conditional - w unconditional (supplement C). In place of the
+        unconditional ones, those of the label that guidance leads away from.
       network: static.
-      guided: static; without it only the conditional network is called, and w is not used.
+      guided: static; if False, only the conditional network is called, and w is ignored.
     """
     params, n, (h, w, c) = network.round_weights(params), len(keys), network.code_shape
     label, given = label_and_given(side_by_side(condition) if guided else condition)

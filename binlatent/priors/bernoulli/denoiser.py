@@ -1,4 +1,4 @@
-"""A network together with the process that it denoises: from its output to flip log-odds."""
+"""`Denoiser`: a network and its diffusion process; turns network outputs into flip log-odds."""
 
 import dataclasses
 from typing import Any
@@ -17,24 +17,25 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Denoiser(Prior):
-    """The statics of a Bernoulli diffusion (paper, Section 4); `config.prior.bernoulli`.
+    """A Bernoulli diffusion (paper, Section 4), with the keys of `config.prior.bernoulli`.
 
     Fields:
       num_timesteps: T.
-      continuous: whether it is trained on all times in (0, T], not on 1..T alone.
-      schedule: of `schedules.NAMES`, or "given".
-      keep: k_0..k_T of the schedule "given", else ().
-      target: what the network's output is the log-odds of, of `targets.TARGETS` (Table 7).
-      pair: of `losses.PAIRS`, that it is trained for.
-      evidence: whether the output leaves out a bit's own evidence, log(b_t / (1 - b_t)), which is
-        known and added.
-      vlb_weight: lambda >= 0 of (13); 0 costs nothing. The target z_s has L_vlb alone, unweighted.
-      time_weight: of `losses.TIME_WEIGHTS`.
-      stratified: whether a batch's times are spread evenly.
-      self_conditioning: whether the network also gets an estimate of P(z_0 = 1) that an earlier
-        call made (Chen et al., Analog Bits, 2023).
-      groups: G, which divides c: in how many groups a step draws the bits of a token, each given
-        those before; see `joint`. With 1 all are independent given z_t.
+      continuous: whether to train on all times in (0, T] instead of 1..T.
+      schedule: one of `schedules.NAMES`, or "given".
+      keep: k_0..k_T for the schedule "given", else ().
+      target: the variable whose log-odds the network predicts; one of `targets.TARGETS` (Table 7).
+      pair: the pair of loss and posterior to train for; one of `losses.PAIRS`.
+      evidence: whether the known log-odds log(b_t / (1 - b_t)) are added to the network's output,
+        so that the network models only what the other bits imply.
+      vlb_weight: lambda >= 0 of (13); with 0, L_vlb is not computed. The target z_s uses only
+        L_vlb, with weight 1.
+      time_weight: one of `losses.TIME_WEIGHTS`.
+      stratified: whether the times of a batch are spread evenly.
+      self_conditioning: whether the network also gets the estimate of P(z_0 = 1) of an earlier call
+        (Chen et al., Analog Bits, 2023).
+      groups: G, which divides c. A step draws the bits of a token in G groups, each given the
+        groups before; see `joint`. With 1, all bits are independent given z_t.
     """
 
     num_timesteps: int
@@ -82,7 +83,7 @@ class Denoiser(Prior):
                 f"config.prior.bernoulli.groups is {self.groups}, which does not divide the "
                 f"{self.code_shape[2]} bits of a token."
             )
-        schedules.keep_schedule(self.curve, self.num_timesteps)  # refuses what is none
+        schedules.keep_schedule(self.curve, self.num_timesteps)  # refuses invalid schedules
 
     @property
     def curve(self) -> schedules.Schedule:
@@ -90,7 +91,7 @@ class Denoiser(Prior):
         return schedules.named_or_given("prior.bernoulli", self.schedule, self.keep)
 
     def keep_at(self, t: Array) -> Array:
-        """Returns k_t in float32 for times in [0, T], whole or not, of any shape."""
+        """Returns k_t in float32 for times in [0, T], integers or not, of any shape."""
         return schedules.keep_at(self.curve, jnp.asarray(t, jnp.float32) / self.num_timesteps)
 
     def _inputs(
@@ -116,10 +117,10 @@ class Denoiser(Prior):
           z_t: (n, h, w, c) in {0, 1}.
           t: (n,) in (0, T].
           condition: of the batch.
-          estimate: P(z_0 = 1) by an earlier call, (n, h, w, c), 1/2 where there was none; None for
-            none at all, and without `self_conditioning`.
-          z_s: (n, h, w, c) in {0, 1}, of which each group of bits sees those before; None for z_t
-            alone.
+          estimate: P(z_0 = 1) from an earlier call, (n, h, w, c), 1/2 where there was none; None if
+            there was none for any, and without `self_conditioning`.
+          z_s: (n, h, w, c) in {0, 1}; each group of bits sees the groups before it. None: groups
+            see z_t only.
           s: (n,) in [0, t], with z_s.
         """
         drawn = {} if z_s is None else {"z_s": z_s, "time_s": (s - 1) / self.num_timesteps}
@@ -133,16 +134,16 @@ class Denoiser(Prior):
         condition: Condition | None = None,
         estimate: Array | None = None,
     ) -> Array:
-        """Returns what the network's last layer takes, float32, (n, h, w, d); as of `output`."""
+        """Returns the input of the network's last layer, float32, (n, h, w, d); see `output`."""
         inputs = self._inputs(z_t, t, condition, estimate)
         return self.network.apply(params, *inputs, method="features")
 
     def first_estimate(
         self, params: Any, z_t: Array, t: Array, condition: Condition | None = None
     ) -> Array | None:
-        """Returns P(z_0 = 1) by a call that gets no estimate, or None without `self_conditioning`.
+        """Returns P(z_0 = 1) from a call without an estimate; None without `self_conditioning`.
 
-        A function of z_t alone. No gradient passes through it. Arguments as of `output`.
+        It is a function of z_t only, and no gradient passes through it. Arguments as in `output`.
         """
         if not self.self_conditioning:
             return None
@@ -157,16 +158,17 @@ class Denoiser(Prior):
         pair: str = "plain_mixture",
         temperature: float | Array = 1.0,
     ) -> Array:
-        """Returns the log-odds of a flip that a pair's posterior takes, from the network's output.
+        """Returns the flip log-odds for the posterior of a pair, from the network's output.
 
-        "plain_mixture" wants the bit's own evidence in them, "balanced_plugin" does not; whatever
-        the network was trained for, the difference is known (Bayes' rule). The temperature
-        divides them, and with the target z_s, as in the paper, the log-odds of z_s.
+        Those for "plain_mixture" include the bit's own log-odds `flip_evidence`, those for
+        "balanced_plugin" do not (Bayes' rule); the term is added or removed if the network was
+        trained for the other pair. The temperature divides the flip log-odds or, with the target
+        z_s as in the paper, the log-odds of z_s.
 
         Args:
-          output: of `output`, with guidance or without.
-          z_t, t: that it was made from; t is (n,).
-          pair: whose posterior it is for.
+          output: from `output`, with guidance or without.
+          z_t, t: the inputs of that call; t is (n,).
+          pair: of the posterior, one of `losses.PAIRS`.
           temperature: tau > 0.
         """
         k_t = by_image(self.keep_at(t))

@@ -1,15 +1,16 @@
-"""Bits of a token in G groups, each drawn given those before: `config.prior.bernoulli.groups`.
+"""Draws the bits of a token in G groups, each given those before: `prior.bernoulli.groups`.
 
-A step from t to s draws all bits independently given z_t, which is why few steps are worse than
+An ordinary step from t to s draws all bits independently given z_t, so few steps are worse than
 many. Here the bits of a token are drawn in G groups, in order:
 
     p(z_s | z_t) = prod_g p(z_s^g | z_s^{<g}, z_t)
 
-The bits of a group are independent, each by the mixture (8) of its flip log-odds given z_t and the
-z_s^{<g} of its token. With G = c that is exact for one token, in a step of any length.
+The bits of a group are independent given z_t and the z_s^{<g} of their token. Each is drawn from
+the mixture (8) with its flip log-odds. With G = c this is exact for one token, for steps of any
+length.
 
 Given z_s, the head returns the log-odds of all groups at once, each given the groups before it.
-With s = t and z_s = z_t nothing but z_t is known: that is the network's P(z_0 = 1 | z_t).
+With s = t and z_s = z_t, this is the network's P(z_0 = 1 | z_t), because only z_t is known.
 
 Dimensions: n batch, h w latent grid, c bits of a token, G groups of k bits, m = n h w tokens, d
 width.
@@ -32,7 +33,7 @@ Array = jax.Array
 
 
 def split_groups(x: Array, groups: int) -> Array:
-    """Returns the bits of tokens by groups: (..., c) -> (G, ..., k)."""
+    """Splits the bits of tokens into groups: (..., c) -> (G, ..., k)."""
     return jnp.moveaxis(x.reshape(*x.shape[:-1], groups, -1), -2, 0)
 
 
@@ -43,17 +44,17 @@ def merge_groups(x: Array) -> Array:
 
 
 class Begun(NamedTuple):
-    """What the head needs of tokens whose first groups are drawn."""
+    """The state of the head for tokens whose first groups are drawn."""
 
-    linear: Array  # float32 (m, G, k), the part of the log-odds that no bit changes
-    hidden: Array  # (m, d), of the features, the time s, and the bits drawn so far
+    linear: Array  # float32 (m, G, k), the part of the log-odds that does not depend on bits
+    hidden: Array  # (m, d), from the features, the time s, and the bits drawn so far
 
 
 class JointHead(nn.Module):
     """Log-odds of the bits of tokens in groups, each given the bits of the groups before.
 
-    A neural autoregressive distribution estimator (Larochelle and Murray, NADE, 2011): a hidden
-    layer, to which each group that is drawn adds its part, and a linear layer of the features.
+    It is a neural autoregressive distribution estimator (Larochelle and Murray, NADE, 2011): each
+    drawn group adds its part to a hidden layer. A linear layer of the features is added.
     """
 
     num_bits: int
@@ -74,11 +75,11 @@ class JointHead(nn.Module):
         self.last = self.param("last", zeros, (groups, d, k))
 
     def begin(self, features: Array, time: Array) -> Begun:
-        """Returns what is known before the first group.
+        """Returns the state before the first group.
 
         Args:
-          features: float32 (n, h, w, d), of the trunk.
-          time: (n,), (s - 1) / T, of the bits to be drawn.
+          features: float32 (n, h, w, d), from the trunk.
+          time: (n,), (s - 1) / T of the bits to draw.
         """
         n, h, w, d = features.shape
         rows = features.reshape(-1, d)
@@ -87,22 +88,22 @@ class JointHead(nn.Module):
         return Begun(linear, self.from_features(rows) + of_time)
 
     def add(self, begun: Begun, bits: Array, group: Array) -> Begun:
-        """Returns what is known after a group: its bits (m, k) in {0, 1}; `group` is a scalar."""
+        """Returns the state after a group with bits (m, k) in {0, 1}; `group` is its index."""
         added = (2 * bits - 1).astype(self.dtype) @ self.bit_emb[group].astype(self.dtype)
         return begun._replace(hidden=begun.hidden + added)
 
     def group_logits(self, begun: Begun, group: Array) -> Array:
-        """Returns the log-odds of a group, given those before, float32 (m, k)."""
+        """Returns the log-odds of a group, given the groups before, float32 (m, k)."""
         y = gelu(begun.hidden + self.group_emb[group].astype(self.dtype)[None])
         last = self.last[group].astype(self.dtype)
         return begun.linear[:, group] + jnp.matmul(y, last, preferred_element_type=jnp.float32)
 
     def __call__(self, features: Array, time: Array, bits: Array) -> Array:
-        """Returns the log-odds of all groups, given those before, float32 (n, h, w, c).
+        """Returns the log-odds of all groups, each given those before, float32 (n, h, w, c).
 
         Args:
-          features, time: as of `begin`.
-          bits: z_s, (n, h, w, c) in {0, 1}. Each group sees those of the groups before alone.
+          features, time: as in `begin`.
+          bits: z_s, (n, h, w, c) in {0, 1}; a group sees only the groups before it.
         """
         begun = self.begin(features, time)
         signs = split_groups(2 * bits.reshape(-1, self.num_bits) - 1, self.groups)
@@ -120,7 +121,8 @@ class JointNetwork(nn.Module):
     """A network whose last layer is a `JointHead`.
 
     Fields:
-      trunk: with a method `features`, such as `transformer.Transformer`; its last layer is unused.
+      trunk: a network with a method `features`, such as `transformer.Transformer`, whose last layer
+        is not used.
       num_bits: c.
       groups: G, which divides c.
     """
@@ -135,12 +137,12 @@ class JointNetwork(nn.Module):
 
     @property
     def width(self) -> int:
-        """Of the trunk."""
+        """The width of the trunk."""
         return self.trunk.width
 
     @property
     def num_layers(self) -> int:
-        """Of the trunk."""
+        """The number of layers of the trunk."""
         return self.trunk.num_layers
 
     def __call__(
@@ -156,8 +158,8 @@ class JointNetwork(nn.Module):
         """Applies the network.
 
         Args:
-          z_t, time, label, given, estimate: as of the trunk.
-          z_s: (n, h, w, c) in {0, 1}, of which each group sees those before; None for z_t.
+          z_t, time, label, given, estimate: as for the trunk.
+          z_s: (n, h, w, c) in {0, 1}; a group sees the groups before it. None for z_t.
           time_s: (n,), (s - 1) / T; None for `time`.
 
         Returns:
@@ -169,7 +171,7 @@ class JointNetwork(nn.Module):
         return self.joint(features, time_s, z_s)
 
     def features(self, *inputs: Array | None) -> Array:
-        """Returns the trunk's, float32 (n, h, w, d), of its arguments."""
+        """Returns the features of the trunk, float32 (n, h, w, d); same arguments."""
         return self.trunk.features(*inputs)
 
     def logits(self, features: Array, time: Array, bits: Array) -> Array:
@@ -211,17 +213,17 @@ def draw_in_groups(
     pair: str,
     temperature: Array,
 ) -> tuple[Array, Array]:
-    """Draws z_s by one call of the trunk, two if it is guided, and G of the head.
+    """Draws z_s with one call of the trunk, or two with guidance, and G calls of the head.
 
-    Guidance combines the log-odds of each group, both given the same bits.
+    Guidance combines two log-odds of each group that are given the same bits.
 
     Args:
       z_t: bits, (n, h, w, c).
       t, s, w: scalars, times and the guidance.
       estimate: of self-conditioning, or None.
-      others: a tree of arrays (n, h, w, c) that `draw` takes a group of.
+      others: a tree of arrays (n, h, w, c); `draw` gets the entries of its group.
       draw: (flip log-odds, z_t, others) of a group, (n, h, w, k) each -> its z_s.
-      denoiser, params, condition, pair, temperature: as of `programs.sample_codes`.
+      denoiser, params, condition, pair, temperature: as in `programs.sample_codes`.
 
     Returns:
       z_s, and the flip log-odds given z_t alone, (n, h, w, c) both.

@@ -23,24 +23,24 @@ def likelihood_bound(
 ) -> Array:
     """Returns an unbiased estimate of the bound on -log2 p(z_0), in bits per image: (n,).
 
-    L_T plus, for each step of the grid from t to s, KL(q(z_s | z_t, z_0) || p(z_s | z_t)) in
-    closed form, averaged over draws of z_t. At the last step, s = 0, that is -log p(z_0 | z_t).
-    Divide by the number of bits for bits per dimension. Fewer times give a looser bound: p is then
-    the sampler that visits these times alone.
+    The bound is L_T plus, for each step of the grid from t to s, KL(q(z_s | z_t, z_0) ||
+    p(z_s | z_t)) in closed form, averaged over draws of z_t. At the last step, s = 0, this is
+    -log p(z_0 | z_t). Divide by the number of bits for bits per dimension. Fewer times give a
+    looser bound, because p is then a sampler that visits only these times.
 
-    Where a step draws bits in groups, KL(q || p) is by the chain rule the mean over z_s of q of
-    the sum over the groups, each in closed form given the z_s of those before.
+    If a step draws bits in groups, the chain rule gives KL(q || p) as the mean over z_s ~ q of the
+    sum over groups, each in closed form given the z_s of the groups before.
 
     Args:
-      denoise: `denoise(z_t, t)` -> flip logits, the bit's own evidence included; t is a scalar. In
+      denoise: `denoise(z_t, t)` -> flip logits, including the bit's own evidence; t is a scalar. In
         groups `denoise(z_t, t, z_s, s)`, each given the bits of z_s in the groups before.
-      noise: uniforms of the codes' shape; draws 0 to S num_draws - 1 are taken, in groups as many
-        more.
+      noise: uniforms of the codes' shape; uses draws 0 to S num_draws - 1, and as many more with
+        groups.
       z_0: codes, (n, h, w, c).
       times: (S + 1,), decreasing to 0.
       keep: (S + 1,), k at those times.
-      num_draws: of z_t a step, at least 1.
-      in_groups: see above; z_s is drawn with each z_t.
+      num_draws: draws of z_t per step, at least 1.
+      in_groups: see above; a z_s is drawn for each z_t.
     """
     axes = tuple(range(1, z_0.ndim))
 

@@ -13,13 +13,15 @@ Array = jax.Array
 
 
 class Noise(NamedTuple):
-    """What the loss of a batch draws: n images, codes (n, h, w, c)."""
+    """The random numbers of the loss of a batch: n images, codes (n, h, w, c)."""
 
     z_t: Array  # (n, h, w, c) uniform in [0, 1), for the forward process
     t: Array  # (n,) float32: 1..T, or in (0, T] if continuous
-    estimated: Array | None = None  # bool (n,), of self-conditioning: which get an estimate
-    z_s: Array | None = None  # (n, h, w, c) uniform in [0, 1), for bits in groups
-    s: Array | None = None  # (n,) uniform in [0, 1), for their times
+    estimated: Array | None = (
+        None  # bool (n,), with self-conditioning: which images get an estimate
+    )
+    z_s: Array | None = None  # (n, h, w, c) uniform in [0, 1), with groups of bits
+    s: Array | None = None  # (n,) uniform in [0, 1), with groups: for the times of z_s
 
 
 def draw_times(
@@ -32,8 +34,8 @@ def draw_times(
       n: how many.
       num_timesteps: T.
       continuous: see above.
-      stratified: one in each nth of the range, from a single offset (Kingma et al., Variational
-        Diffusion Models, 2021): each is still uniform, but their mean varies less.
+      stratified: one time in each nth of the range, from one random offset (Kingma et al.,
+        Variational Diffusion Models, 2021): each is uniform, but their mean varies less.
     """
     if stratified:
         u = (jax.random.uniform(key) + jnp.arange(n) / n) % 1.0
@@ -45,7 +47,7 @@ def draw_times(
 
 
 def draw_noise(denoiser: Denoiser, keys: Array, n: int) -> Noise:
-    """Draws a batch's noise from two keys; of self-conditioning the first half gets estimates."""
+    """Draws a batch's noise from two keys; with self-conditioning, half of it gets estimates."""
     t = draw_times(
         *(keys[1], n, denoiser.num_timesteps),
         continuous=denoiser.continuous,
@@ -53,7 +55,7 @@ def draw_noise(denoiser: Denoiser, keys: Array, n: int) -> Noise:
     )
     estimated = None
     if denoiser.self_conditioning:
-        t = jnp.concatenate([t[::2], t[1::2]])  # stratified times are spread over either half
+        t = jnp.concatenate([t[::2], t[1::2]])  # each half gets evenly spread times
         estimated = jnp.arange(n) < (n + 1) // 2
     noise = Noise(jax.random.uniform(keys[0], (n, *denoiser.code_shape)), t, estimated)
     if denoiser.groups == 1:
@@ -65,10 +67,10 @@ def draw_noise(denoiser: Denoiser, keys: Array, n: int) -> Noise:
 
 
 def earlier_times(denoiser: Denoiser, noise: Noise) -> Array:
-    """Returns the times s that steps from t lead to, (n,): t - 1, or 0 if that is below.
+    """Returns the times s at the end of steps from t, (n,): max(t - 1, 0).
 
-    Of bits in groups any in [0, t], as what the groups before say depends on s, and a sampler may
-    take steps of any length; t itself is for what z_t says alone.
+    With groups of bits, s is random in [0, t], because samplers take steps of any length and the
+    information in the groups before depends on s. s = t trains the prediction from z_t alone.
     """
     if noise.s is None:
         return jnp.maximum(noise.t - 1, 0)
@@ -82,10 +84,10 @@ class Prediction(NamedTuple):
 
     z_0: Array  # (n, h, w, c)
     z_t: Array  # (n, h, w, c)
-    output: Array  # (n, h, w, c), the network's
+    output: Array  # (n, h, w, c), of the network
     flip_logit: Array  # (n, h, w, c), the log-odds of a flip
     k_t: Array  # (n, 1, 1, 1)
-    k_s: Array  # (n, 1, 1, 1), at the s of `earlier_times`
+    k_s: Array  # (n, 1, 1, 1), at the times of `earlier_times`
 
 
 def _estimate_half(
@@ -96,14 +98,14 @@ def _estimate_half(
     condition: Condition | None,
     estimated: Array,
 ) -> Array:
-    """Returns `first_estimate` of the images that get one, and 1/2, (n, h, w, c).
+    """Returns `first_estimate` for the images that get one and 1/2 for others, (n, h, w, c).
 
     Args:
-      denoiser, params, z_t, t, condition: as of `Denoiser.first_estimate`.
-      estimated: bool (n,), at most half of them, rounded up; `train.state.accumulate` deals those
-        of `draw_noise` out evenly.
+      denoiser, params, z_t, t, condition: as in `Denoiser.first_estimate`.
+      estimated: bool (n,), True for at most half of them, rounded up. `train.state.accumulate`
+        distributes the images of `draw_noise` evenly.
     """
-    # Not a call of all images, of which half would be for nothing.
+    # Only these images, because estimates of the others are not used.
     first = jnp.argsort(~estimated)[: (len(z_t) + 1) // 2]
     inputs = jax.tree.map(lambda x: x[first], (z_t, t, condition))
     estimate = denoiser.first_estimate(params, *inputs)
@@ -114,10 +116,10 @@ def _estimate_half(
 def predict(
     denoiser: Denoiser, params: Any, z_0: Array, condition: Condition | None, noise: Noise
 ) -> Prediction:
-    """Noises codes and applies the network (supplement, Algorithm 1, 6 to 8).
+    """Adds noise to codes and applies the network (supplement, Algorithm 1, 6 to 8).
 
-    With self-conditioning it also gets an estimate of each image, where the noise does not say
-    which images get one. Of bits in groups the output is given those of z_s in the groups before.
+    With self-conditioning, the images in `noise.estimated` get an estimate, or all if it is None.
+    With groups of bits, the output of a group is given z_s in the groups before.
     """
     s = earlier_times(denoiser, noise)
     k_t, k_s = (by_image(denoiser.keep_at(x)) for x in (noise.t, s))
@@ -135,11 +137,11 @@ def predict(
 
 
 def bit_losses(denoiser: Denoiser, prediction: Prediction) -> dict[str, Array]:
-    """Returns the terms of (13) per bit, in nats: `residual`, `vlb`, or the one that is needed."""
+    """Returns the terms of (13) that are needed, in nats per bit: `residual` and `vlb`."""
     z_0, z_t, output, flip_logit, k_t, k_s = prediction
     terms = {}
     if denoiser.target != "z_s":
-        # z_0 or the flip, from one formula: bits and their log-odds change sign together.
+        # One formula for z_0 and the flip: bits and their log-odds change sign together.
         logit = flip_logit if denoiser.pair == "plain_mixture" else output
         loss = losses.bce if denoiser.pair == "plain_mixture" else losses.balanced_bce
         terms["residual"] = loss(logit, process.flip_target(z_t, z_0))
@@ -156,8 +158,8 @@ def loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Returns the loss of a batch (paper, (13)) and its metrics: scalars.
 
-    The metrics are `loss`, its terms, unweighted, and `flip_accuracy`, how often the predicted
-    flip, rounded, is right.
+    The metrics are `loss`, its unweighted terms, and `flip_accuracy`, the share of flips that are
+    predicted correctly.
     """
     prediction = predict(denoiser, params, z_0, condition, noise)
     terms = bit_losses(denoiser, prediction)
@@ -176,10 +178,10 @@ def loss(
 def flip_bce(
     denoiser: Denoiser, params: Any, z_0: Array, condition: Condition | None, noise: Noise
 ) -> Array:
-    """Returns each image's flip BCE in nats per bit, (n,), whatever the network's target is.
+    """Returns each image's flip BCE in nats per bit, (n,), for any target of the network.
 
-    With self-conditioning each image has an estimate, as in sampling all steps but the first. Of
-    bits in groups it is that of the prediction given z_t alone.
+    With self-conditioning each image has an estimate, as in all sampling steps except the first.
+    With groups of bits, predictions are given z_t only.
     """
     noise = noise._replace(estimated=None, z_s=None, s=None)
     prediction = predict(denoiser, params, z_0, condition, noise)

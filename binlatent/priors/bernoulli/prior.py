@@ -1,4 +1,4 @@
-"""The Bernoulli diffusion as a kind of prior: `config.prior.kind = "bernoulli"`."""
+"""The kind of prior "bernoulli", that of the paper: `config.prior.kind = "bernoulli"`."""
 
 import dataclasses
 import math
@@ -27,17 +27,17 @@ class BernoulliSettings(prior_lib.Settings):
 
     Fields:
       steps: evenly spaced reverse steps from T, 1 to T.
-      times: in place of `steps`, a list that falls to 0, whole times or not.
+      times: a list that falls to 0, integers or not, in place of `steps`.
       temperature: tau > 0 (paper, Section 4.3).
       guidance: w >= 0 (supplement C).
       guidance_interval: in t/T; no guidance outside.
-      pair: of `losses.PAIRS`, what the temperature acts on; "trained" for the prior's own.
+      pair: what the temperature acts on: one of `losses.PAIRS`, or "trained" for that of training.
       threshold_last: whether the last step rounds the prediction instead of drawing it.
-      corrector_steps: after each step, each a network call.
+      corrector_steps: number after each step; each is one network call.
       corrector_size: share of bits that a corrector step draws anew.
       renoise: in [0, 1), share of bits that each step draws anew from its prediction.
-      ddim: in [0, 1], from ancestral sampling to multinomial DDIM; one of the two is 0.
-      known: "kept" or "noised": inpainting's known bits on the way.
+      ddim: in [0, 1], from ancestral sampling to multinomial DDIM. One of renoise and ddim is 0.
+      known: "kept" or "noised": the known bits of inpainting at t > 0.
     """
 
     steps: int = 64
@@ -69,7 +69,7 @@ class BernoulliSettings(prior_lib.Settings):
             raise UserError(f"The sampling option ddim must be between 0 and 1; got {self.ddim}.")
         if self.renoise and self.ddim:
             raise UserError(
-                "Set renoise or ddim to 0: one makes a step more random, the other less; "
+                "Set renoise or ddim to 0: renoise makes a step more random, ddim less; "
                 f"got {self.renoise} and {self.ddim}."
             )
         if self.known not in ("kept", "noised"):
@@ -83,7 +83,7 @@ class BernoulliSettings(prior_lib.Settings):
 
 @dataclasses.dataclass(frozen=True)
 class BernoulliPrior(Denoiser):
-    """The paper's prior; fields as of `Denoiser`. Its code lengths are upper bounds (7)."""
+    """The paper's prior, with the fields of `Denoiser`. Its code lengths are upper bounds (7)."""
 
     Settings = BernoulliSettings
     trained = (
@@ -100,7 +100,7 @@ class BernoulliPrior(Denoiser):
     def make_network(
         cls, code_shape: tuple[int, int, int], section: Mapping[str, Any], **fields: Any
     ) -> nn.Module:
-        """Returns the network, with a second input of self-conditioning or a head for groups."""
+        """Returns the network; self-conditioning adds an input, groups replace the last layer."""
         fields["self_conditioning"] = section["self_conditioning"]
         network = super().make_network(code_shape, section, **fields)
         if section["groups"] == 1:
@@ -109,15 +109,15 @@ class BernoulliPrior(Denoiser):
 
     @property
     def max_steps(self) -> int | None:
-        """T, unless it is trained on all times between."""
+        """T; None if the prior was trained on continuous times."""
         return None if self.continuous else self.num_timesteps
 
     def check_settings(self, settings: BernoulliSettings) -> BernoulliSettings:
-        """Returns settings with the pair that is meant."""
+        """Replaces the pair "trained" by the pair of training; refuses settings that do not fit."""
         if settings.pair == "trained":
             settings = dataclasses.replace(settings, pair=self.pair)
         if settings.pair != "plain_mixture" and self.target == "z_s":
-            raise UserError('A prior with the target "z_s" samples with "plain_mixture" alone.')
+            raise UserError('A prior with the target "z_s" needs sample.pair "plain_mixture".')
         if self.groups > 1 and (settings.renoise or settings.ddim):
             raise UserError(
                 "renoise and ddim do not work with config.prior.bernoulli.groups above 1: set them "
@@ -130,8 +130,8 @@ class BernoulliPrior(Denoiser):
         """Returns the times to visit, from `start` T to 0, float32 (S + 1,).
 
         Args:
-          settings: with the times, or how many steps; None for all T.
-          start: in (0, 1]; given times start where they do, whatever it is.
+          settings: with `times` or `steps`; None for all T steps.
+          start: in (0, 1]; ignored if `times` are given.
         """
         T, continuous = self.num_timesteps, self.continuous
         if settings is not None and settings.times is not None:
@@ -144,7 +144,7 @@ class BernoulliPrior(Denoiser):
         return np.concatenate([[first], even[even < first]]).astype(np.float32)
 
     def draw_noise(self, keys: Array, n: int) -> objective.Noise:
-        """Draws times and the noise of the forward process."""
+        """Draws the times and the noise of the forward process."""
         return objective.draw_noise(self, keys, n)
 
     def loss(
@@ -156,7 +156,7 @@ class BernoulliPrior(Denoiser):
     def image_metrics(
         self, params: Any, bits: Array, condition: Condition | None, noise: objective.Noise
     ) -> dict[str, Array]:
-        """Returns `bce`, of flips, in nats per bit."""
+        """Returns `bce`, the cross-entropy of flips in nats per bit."""
         return {"bce": objective.flip_bce(self, params, bits, condition, noise)}
 
     def _draw(
@@ -191,7 +191,7 @@ class BernoulliPrior(Denoiser):
     def _guidance(
         self, settings: BernoulliSettings, times: np.ndarray, labelled: bool
     ) -> np.ndarray:
-        """Returns w at each step; without a label (1 + w) a - w a is a, for half the cost."""
+        """Returns w at each step; 0 without a label, where guidance changes nothing."""
         w = settings.guidance if labelled else 0.0
         return guidance_weights(w, times / self.num_timesteps, settings.guidance_interval)
 
@@ -203,13 +203,13 @@ class BernoulliPrior(Denoiser):
         settings: BernoulliSettings,
         known: Known | None = None,
     ) -> Array:
-        """Draws codes by ancestral sampling (Algorithm 2), but for `renoise` and `ddim`."""
+        """Draws codes by ancestral sampling (Algorithm 2), or with `renoise` or `ddim`."""
         return self._draw(params, keys, condition, settings, known=known)[0]
 
     def trajectory(
         self, params: Any, keys: Array, condition: Condition | None, settings: BernoulliSettings
     ) -> sampling.Trajectory:
-        """Returns what the sampler passes through: `z_t` and `p_0`, their first axis n."""
+        """Returns the states of the sampler: `z_t` and `p_0`, with first axis n."""
         _, passed = self._draw(params, keys, condition, settings, return_trajectory=True)
         return jax.tree.map(lambda x: x.swapaxes(0, 1), passed)
 
@@ -222,7 +222,7 @@ class BernoulliPrior(Denoiser):
         bits: Array,
         strength: float,
     ) -> Array:
-        """Returns codes noised to t = strength T, and denoised."""
+        """Adds noise to codes up to t = strength T, and denoises them."""
         return self._draw(params, keys, condition, settings, bits=bits, strength=strength)[0]
 
     def code_lengths(
@@ -234,11 +234,11 @@ class BernoulliPrior(Denoiser):
         settings: BernoulliSettings | None,
         num_draws: int,
     ) -> Array:
-        """Returns the variational bound (7), of ancestral sampling at the settings' times.
+        """Returns the variational bound (7) of ancestral sampling at the settings' times.
 
-        Of the settings nothing else counts. With self-conditioning each term takes two calls of
-        the network, and the bound is that of a sampler that takes them too: the estimate is a
-        function of z_t alone, from a first call.
+        Other settings are ignored. With self-conditioning each term takes two network calls: the
+        estimate comes from a first call and is a function of z_t only. The bound is that of a
+        sampler with two calls per step.
         """
         times = self.times(settings)
         return programs.bound_code_lengths(
@@ -246,10 +246,10 @@ class BernoulliPrior(Denoiser):
         )
 
     def network_calls(self, settings: BernoulliSettings, labelled: bool) -> tuple[int, int]:
-        """Returns the calls with the label and without; a guided step takes both.
+        """Returns the calls with the label and without it; a guided step takes both.
 
-        Self-conditioning adds none: its estimates are of the calls before. Nor do groups of bits,
-        which take calls of the head alone.
+        Self-conditioning adds no calls, because its estimates come from earlier calls. Groups of
+        bits add only calls of the head.
         """
         times = self.times(settings)
         calls = np.full(len(times) - 1, 1)

@@ -1,4 +1,4 @@
-"""The compiled programs of a trained Bernoulli diffusion: sampling, and the bound."""
+"""The compiled programs of a Bernoulli diffusion: sampling, and the likelihood bound."""
 
 import functools
 from typing import Any
@@ -36,21 +36,22 @@ def sample_codes(
     corrector_steps: int,
     return_trajectory: bool,
 ) -> tuple[Array, sampling.Trajectory | None]:
-    """Draws codes; one compiled program for each number of steps.
+    """Draws codes; each number of steps compiles a program.
 
     Args:
       params: of the network.
-      keys: (n,) typed PRNG keys, one a sample.
-      condition: of all samples; None for none, and then no guidance.
-      bits: (n, h, w, c), codes that are noised to the first time to start from; None to start from
-        coin flips.
+      keys: (n,) typed PRNG keys, one per sample.
+      condition: of all samples; None for no condition and no guidance.
+      bits: (n, h, w, c), codes to start from, with noise up to the first time; None to start from
+        fair coin flips.
       known: of inpainting.
-      times: (S + 1,), to 0.
+      times: (S + 1,), decreasing to 0.
       guidance: (S,), w at each step.
       temperature, corrector_size: scalars.
       renoise, ddim: scalars, or None for a program without them.
       denoiser, pair, threshold_last, corrector_steps, return_trajectory: static.
-      The last ones as of `sampling.reverse_process`, which says what is returned.
+
+    Arguments from `known` on are described in `sampling.reverse_process`, and so is the result.
     """
     params, shape = denoiser.network.round_weights(params), denoiser.code_shape
 
@@ -118,7 +119,7 @@ def bound_code_lengths(
         if drawn:
             drawn = drawn[0], jnp.full(len(z_t), drawn[1])
         inputs = (params, z_t, jnp.full(len(z_t), t), condition)
-        # Of this z_t: that of another step knows another z_t, and the sum would be no bound.
+        # From this z_t: with the estimate of another step's z_t, the sum would not be a bound.
         estimate = denoiser.first_estimate(*inputs)
         return denoiser.flip_logit(denoiser.output(*inputs, estimate, *drawn), *inputs[1:3])
 

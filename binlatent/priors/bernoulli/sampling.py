@@ -1,4 +1,4 @@
-"""The reverse process: from random bits to a code, one compiled loop (paper, Algorithm 2)."""
+"""The reverse process, from random bits to a code, in one compiled loop (paper, Algorithm 2)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,20 +11,19 @@ from binlatent.priors.guidance import Noise
 
 Array = jax.Array
 
-# (z_t, t, w) -> the flip logits of the pair, float32, the shape of z_t: t a scalar in (0, T], w
-# the guidance at t; with self-conditioning (z_t, t, w, estimate). Temperature is the denoiser's
-# affair.
+# (z_t, t, w) -> the flip logits for the pair, with temperature, float32, the shape of z_t. t is a
+# scalar in (0, T], w the guidance at t. With self-conditioning (z_t, t, w, estimate).
 Denoise = Callable[..., Array]
 
 
 class Known(NamedTuple):
-    """Bits of z_0 that are given (inpainting).
+    """Known bits of z_0 (inpainting).
 
     Fields:
       z_0: codes; only the bits under the mask are used.
-      mask: 1 where a bit is known, 0 where it is to be drawn; same shape.
-      noised: whether z_t has them drawn from q(z_t | z_0), as noisy as the others, instead of as
-        they are, which is how the authors' code has it.
+      mask: 1 where a bit is known, 0 where it is drawn; same shape.
+      noised: whether the known bits of z_t are drawn from q(z_t | z_0), as noisy as the others. If
+        False, they are those of z_0, as in the authors' code.
     """
 
     z_0: Array
@@ -33,10 +32,10 @@ class Known(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """What the sampler passed through, S steps of n codes."""
+    """The states of the sampler over S steps for n codes."""
 
-    z_t: Array  # bool, (S + 1, n, h, w, c), at each of its times, the last 0
-    p_0: Array  # float32, (S, n, h, w, c), P(z_0 = 1 | z_t) at all but the last
+    z_t: Array  # bool, (S + 1, n, h, w, c), at all times
+    p_0: Array  # float32, (S, n, h, w, c), P(z_0 = 1 | z_t) at all times except the last
 
 
 def reverse_process(
@@ -60,32 +59,31 @@ def reverse_process(
 ) -> tuple[Array, Trajectory | None]:
     """Draws codes by ancestral sampling (paper, (8); Algorithm 2).
 
-    Any times will do: a step from t to s uses q(z_t | z_s) with k_{t|s} = k_t / k_s.
+    Times are arbitrary: a step from t to s uses q(z_t | z_s) with k_{t|s} = k_t / k_s.
 
     Args:
-      denoise: gives the flip logits that the pair's posterior takes.
-      noise: uniforms; draw 0 makes the first z_t, each step then takes one, and one for each of
-        its corrector steps.
-      start_probs: P(z_t = 1) at the first time, codes' shape (n, h, w, c): 1/2 at T.
+      denoise: returns the flip logits for the posterior of the pair.
+      noise: uniforms; draw 0 is for the first z_t. Each step uses one, and one for each of its
+        corrector steps.
+      start_probs: P(z_t = 1) at the first time, (n, h, w, c); 1/2 at T.
       times: (S + 1,), decreasing to 0.
       keep: (S + 1,), k at those times.
       guidance: (S,), w at the start of each step.
-      pair: "plain_mixture", or "balanced_plugin": the posterior of `bernoulli` to use.
-      known: bits that are given, or None.
-      threshold_last: whether the step to t = 0 rounds what `denoise` says of z_0, as the authors'
-        code does, instead of drawing z_0, which is exact. Under "balanced_plugin" that leaves
-        out what the bit's own noisy value says.
-      corrector_steps: after each step but the last, so many draws that leave q(z_s) as it is to
-        first order in their size, and so make up for errors; each costs a network call.
-      corrector_size: in [0, 1], the share of bits that each of them draws anew.
-      renoise: of `process.renoised_probs`, in [0, 1); None for 0.
-      ddim: of `process.ddim_probs`, in [0, 1]; None for 0.
-      self_conditioning: whether each call gets the P(z_0 = 1 | z_t) of the call before, be it of a
-        step or of a corrector step: as the bits are drawn from it, with guidance and temperature.
-        1/2 at the first.
-      draw_in_groups: `joint.draw_in_groups` with its keywords, to draw bits in groups, each given
-        those before; corrector steps see z_t alone. None for one group.
-      return_trajectory: whether to keep what is passed through.
+      pair: "plain_mixture" or "balanced_plugin", the posterior to use.
+      known: known bits, or None.
+      threshold_last: whether the step to t = 0 rounds the prediction of z_0, as in the authors'
+        code, instead of drawing z_0, which is exact. Under "balanced_plugin" the rounded prediction
+        lacks the evidence of the bit's own noisy value.
+      corrector_steps: number of corrector steps after each step except the last. They preserve
+        q(z_s) to first order in their size, and so correct errors. Each costs one network call.
+      corrector_size: in [0, 1], share of bits that a corrector step draws anew.
+      renoise: see `process.renoised_probs`, in [0, 1); None for 0.
+      ddim: see `process.ddim_probs`, in [0, 1]; None for 0.
+      self_conditioning: whether each call gets the P(z_0 = 1 | z_t) of the call before, of a step
+        or a corrector step, with guidance and temperature as in drawing; 1/2 for the first call.
+      draw_in_groups: `joint.draw_in_groups` with its keyword arguments, to draw bits in groups;
+        corrector steps see z_t only. None for one group.
+      return_trajectory: whether to return the states.
 
     Returns:
       The codes z_0, float32 in {0, 1}, and the trajectory, or None.
@@ -96,13 +94,13 @@ def reverse_process(
     def put_known(z_t, k_t, uniform, given=given):
         if given is None:
             return z_t
-        # Draws from q(z_t | z_0); at k = 1, as they are.
+        # Draws from q(z_t | z_0); k = 1 leaves the bits unchanged.
         k_t, (z_0, mask) = jnp.where(known.noised, k_t, 1.0), given
         noised = process.draw(uniform, process.forward_probs(z_0, k_t))
         return jnp.where(mask > 0, noised, z_t)
 
     def evidence(k_t):
-        # What a flip logit has more than a balanced one.
+        # The difference of a flip logit and a balanced one.
         return process.flip_evidence(k_t) if pair == "plain_mixture" else 0.0
 
     posterior = {
@@ -165,7 +163,7 @@ def reverse_process(
     uniform = noise(jnp.zeros((), jnp.int32))
     z_T = put_known(process.draw(uniform, start_probs), keep[0], uniform)
     indices = 1 + jnp.arange(len(times) - 1) * (1 + corrector_steps)
-    guidance_after = jnp.append(guidance[1:], 0.0)  # none is needed at t = 0
+    guidance_after = jnp.append(guidance[1:], 0.0)  # not used at t = 0
     steps = (indices, times[:-1], times[1:], keep[:-1], keep[1:], guidance, guidance_after)
     state = z_T, jnp.full_like(z_T, 0.5) if self_conditioning else None
     (z_0, _), passed = jax.lax.scan(reverse_step, state, steps)

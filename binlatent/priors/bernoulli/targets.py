@@ -1,6 +1,6 @@
-"""What a network's output is the log-odds of, and how one target becomes another (paper, Table 7).
+"""The targets whose log-odds a network predicts, and conversions between them (paper, Table 7).
 
-The flip, z_t xor z_0, is the target that samplers and bounds read; z_0 and z_s are turned into it.
+Samplers and bounds use the flip, z_t xor z_0; the targets z_0 and z_s are converted to it.
 """
 
 import jax
@@ -12,7 +12,7 @@ Array = jax.Array
 
 TARGETS = ("flip", "z_0", "z_s")
 
-_LEAST_PROB = 1e-7  # of a flip; in float32 the largest probability below 1 is 6e-8 away
+_LEAST_PROB = 1e-7  # of a flip; in float32 the largest number below 1 is 1 - 6e-8
 
 
 def z_0_probs(flip_logit: Array, z_t: Array) -> Array:
@@ -21,7 +21,7 @@ def z_0_probs(flip_logit: Array, z_t: Array) -> Array:
 
 
 def flip_from_z_0(logit: Array, z_t: Array) -> Array:
-    """Returns the log-odds of a flip from those of z_0, and back: it is its own inverse."""
+    """Returns the log-odds of a flip from those of z_0; the function is its own inverse."""
     return logit * (1 - 2 * process.at_least_float32(z_t))
 
 
@@ -44,8 +44,8 @@ def z_s_from_flip(flip_logit: Array, z_t: Array, k_t: Array, k_s: Array) -> Arra
 def flip_from_z_s(logit: Array, z_t: Array, k_t: Array, k_s: Array) -> Array:
     """Returns the log-odds of a flip from those of z_s = 1: the inverse of `z_s_from_flip`.
 
-    A p(z_s | z_t) outside what (8) can give, between q(z_s | z_t, z_0) for the two values of z_0,
-    becomes the nearer end.
+    The mixture (8) lies between q(z_s | z_t, z_0) of the two values of z_0. A p(z_s | z_t) outside
+    this range is clipped.
 
     Args:
       logit: of z_s = 1.
@@ -54,7 +54,7 @@ def flip_from_z_s(logit: Array, z_t: Array, k_t: Array, k_s: Array) -> Array:
     """
     agree, disagree = process.leave_probs(k_t, k_s)
     leave = jax.nn.sigmoid(flip_from_z_0(logit, z_t))
-    # Above 0, if only just where the step says next to nothing of z_0.
+    # Positive, even where z_s has almost no information about z_0.
     range_ = jnp.maximum(disagree - agree, jnp.finfo(agree.dtype).tiny)
     flip = (leave - agree) / range_
     flip = jnp.clip(flip, _LEAST_PROB, 1 - _LEAST_PROB)

@@ -16,7 +16,7 @@ from binlatent.paper import figures
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime.errors import UserError
 
-NO_STEPS = "An autoregressive prior has no number of steps"
+NO_STEPS = "An autoregressive prior always takes one step per token"
 
 
 @pytest.fixture(scope="module")

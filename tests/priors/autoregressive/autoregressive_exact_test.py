@@ -232,7 +232,7 @@ def test_a_mask_that_is_no_prefix_is_refused(tokens):
     prior = true_prior((1, 3, 2), "joint", 2)
     mask = np.repeat(np.array(tokens, np.float32), 2).reshape(1, 1, 3, 2)
     known = Known(jnp.zeros_like(mask), jnp.asarray(mask))
-    with pytest.raises(UserError, match="first tokens in raster order are kept: take a mask"):
+    with pytest.raises(UserError, match="first tokens in raster order are kept: use a mask"):
         sample(prior, known=known, n=1)
     mask[:] = [1, 0]  # a half of each token
     with pytest.raises(UserError, match="first tokens in raster order"):
