@@ -60,7 +60,10 @@ setup(
             *_TEXTS,
             *_TFDS,
             "hypothesis",
+            "ipykernel",  # it, nbclient and nbformat run the notebooks of colabs/
             "lmdb",
+            "nbclient",
+            "nbformat",
             "pytest",
             "pytest-xdist",
             "ruff>=0.17,<0.18",
