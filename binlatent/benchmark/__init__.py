@@ -1,1 +1,1 @@
-"""What the programs cost and how fast they are."""
+"""Measures the speed, FLOPs and memory of the programs."""

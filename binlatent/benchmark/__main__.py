@@ -1,13 +1,14 @@
 """Speed and memory of the networks: `python -m binlatent.benchmark NAME --config=configs/X.py`.
 
-`train_autoencoder`, `train_prior`, `sample`, `decode`, `encode` and `network` (one call of the
-prior's) time the compiled programs with random weights, no data and no workdir
-(docs/performance.md). As no data is opened, give a prior's number of classes, for example
---config.data.num_classes=10. `paper` measures the paper's sizes, without those that --out has
-already. `data` reads the config's training images as training does, and prints images per second.
-`memory` compiles the autoencoder's training step and its decoder, without running them, and prints
-the memory that they ask for. With --topology they are compiled for TPUs that need not be there
-(`pip install libtpu`).
+NAME is one of
+- `train_autoencoder`, `train_prior`, `sample`, `decode`, `encode`, `network` (one call of the
+  prior's network): times the compiled program, with random weights and without data or a workdir
+  (docs/performance.md). For a prior give the number of classes, as --config.data.num_classes=10.
+- `paper`: measures the sizes of the paper, except for rows that --out already has.
+- `data`: reads the training images as training does, and prints images per second.
+- `memory`: compiles the autoencoder's training step and its decoder without running them, and
+  prints the memory they need. With --topology it compiles for TPUs that are not present
+  (`pip install libtpu`).
 """
 
 from binlatent.runtime import interrupt
@@ -41,7 +42,7 @@ log = logging.getLogger("binlatent.benchmark")  # also as __main__
 def measure_speeds(
     name: str, experiment: Experiment, batch_sizes: list[int], steps: list[int], **options: Any
 ) -> Iterator[Row]:
-    """Yields a row for each batch size and number of steps, of `sample`; first checks all."""
+    """Checks all variants, then yields a row for each batch size and number of sampling steps."""
     for num in steps:
         with_options(experiment.prior.prior, experiment.sample.settings, {"steps": num})
     variants = [experiment.change({"sample.steps": num}) for num in steps] or [experiment]
@@ -52,38 +53,38 @@ def measure_speeds(
 
 
 def define_flags() -> None:
-    """Defines the command's flags; not on import, as `binlatent.main` has a --config too."""
-    about = "Config file; its keys are flags, as --config.dtype and --config.sample.guidance."
+    """Defines the command's flags; not on import, because `binlatent.main` has a --config too."""
+    about = "Config file; its keys are flags, such as --config.dtype=bfloat16."
     config_flags.DEFINE_config_file("config", None, about, lock_config=True)
-    flags.DEFINE_multi_integer("batch_size", [1], "Images a device; may be repeated.")
-    flags.DEFINE_multi_integer("steps", [], "Sampling steps of sample; may be repeated.")
-    about = "Measurements of a program, of which the median counts; not of data and memory."
+    flags.DEFINE_multi_integer("batch_size", [1], "Images per device; may be repeated.")
+    flags.DEFINE_multi_integer("steps", [], "Sampling steps, for sample; may be repeated.")
+    about = "Measurements per program, of which the median is shown; not for data and memory."
     flags.DEFINE_integer("repeats", 10, about)
-    about = "What the device can reach, in place of what is known of it."
+    about = "Peak TFLOP/s of the device, in place of the data sheet's."
     flags.DEFINE_float("peak_tflops", None, about)
-    about = "TPUs to compile for, such as v5p:2x2x1; JAX's own device if not given."
+    about = "For memory: TPUs to compile for, such as v5p:2x2x1. Default: JAX's own device."
     flags.DEFINE_string("topology", None, about)
-    flags.DEFINE_bool("json", False, "One line of JSON a row in place of a table.")
+    flags.DEFINE_bool("json", False, "Print a line of JSON per row in place of a table.")
     command.define_path("out", None, "File to append the lines of JSON to.")
 
 
 def main(argv: list[str]) -> None:
-    """Prints a table, each row as it is measured; a user's error is one sentence, exit code 1."""
+    """Prints a table row by row; an error that the user caused prints one line, exit code 1."""
     command.prepare_jax()
     with command.reporting():
         *names, last = ["memory", "data", "paper", *workloads.PROGRAMS]
         if len(argv) != 2 or argv[1] not in (*names, last):
             which = f"{', '.join(names)} or {last}, not {' '.join(argv[1:])!r}"
-            raise UserError(f"Name what to measure: {which}.")
+            raise UserError(f"Give what to measure: {which}.")
         name, config = argv[1], command.given_config()
         if name == "paper" and config is not None:
-            raise UserError("The word paper has configs of its own: leave out --config.")
+            raise UserError("paper has its own configs: leave out --config.")
         if name != "paper" and config is None:
-            raise UserError("Name a config, for example --config=configs/churches256.py.")
+            raise UserError("Give a config, for example --config=configs/churches256.py.")
         experiment = None if config is None else experiments.resolve(config)
         _check_numbers(name, experiment)
         if FLAGS.out:
-            _append(FLAGS.out, "")  # not to find out after the measurement
+            _append(FLAGS.out, "")  # fails before the measurement if the file cannot be written
         columns = {"data": loading.COLUMNS, "memory": memory.COLUMNS}.get(name, speed.COLUMNS)
         for number, row in enumerate(_measured(name, experiment)):
             if not FLAGS.json and not number:
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> None:
 
 
 def _measured(name: str, experiment: Experiment | None) -> Iterable[Row]:
-    """Returns the rows of a command; those that are new also go into --out."""
+    """Returns the rows of a command; new rows are also appended to --out."""
     sizes = FLAGS.batch_size
     if name == "data":
         data, seed = experiment.data, experiment.seed
@@ -100,7 +101,7 @@ def _measured(name: str, experiment: Experiment | None) -> Iterable[Row]:
     if name == "memory":
         device = memory.device_to_compile_for(FLAGS.topology)
         return _kept(memory.measure_memory(experiment, sizes, device))
-    # What was compiled by an earlier run would not say how long it takes.
+    # Programs from the cache would not show the time of compilation.
     jax.config.update("jax_enable_compilation_cache", False)
     options = {"repeats": FLAGS.repeats, "peak": FLAGS.peak_tflops and 1e12 * FLAGS.peak_tflops}
     if name != "paper":
@@ -108,7 +109,7 @@ def _measured(name: str, experiment: Experiment | None) -> Iterable[Row]:
     subjects = paper_sizes.paper_subjects()
     there = paper_sizes.known_rows(FLAGS.out, subjects) if FLAGS.out else {}
     if there:
-        log.info("%d of %d rows are there already", len(there), len(subjects))
+        log.info("--out already has %d of %d rows", len(there), len(subjects))
     left = [subject for number, subject in enumerate(subjects) if number not in there]
     new = paper_sizes.measure_subjects(left, **options)
     return itertools.chain(there.values(), _kept(new))
@@ -127,12 +128,12 @@ def _append(path: str, text: str) -> None:
             file.write(text)
     except OSError as error:
         raise UserError(
-            f"Cannot write --out={path} ({error.strerror}): name a file in a folder that is there."
+            f"Cannot write --out={path} ({error.strerror}): give a file in an existing folder."
         ) from error
 
 
 def _check_numbers(name: str, experiment: Experiment | None) -> None:
-    """Refuses numbers on the command line that cannot be, before anything is compiled."""
+    """Refuses invalid numbers on the command line, before anything is compiled."""
     timed = [*workloads.PROGRAMS, "paper"]
     programs_of = {
         "steps": ["sample"],
@@ -143,7 +144,7 @@ def _check_numbers(name: str, experiment: Experiment | None) -> None:
     }
     for flag, programs in programs_of.items():
         if FLAGS[flag].present and name not in programs:
-            raise UserError(f"--{flag} is not for {name} but for {', '.join(programs)}.")
+            raise UserError(f"--{flag} is for {', '.join(programs)}, not for {name}.")
     stages = {"memory": "autoencoder", "train_autoencoder": "autoencoder", "train_prior": "prior"}
     stage = stages.get(name)
     parts = max(getattr(experiment, stage).train.accumulate, 1) if stage else 1

@@ -1,9 +1,9 @@
-"""FLOPs of the networks for one image, by formula: two for a multiplication and an addition.
+"""FLOPs of the networks for one image, by formula; a multiplication and an addition count as two.
 
-Matrix products and convolutions alone, as is usual for a share of a device's peak: no norms,
-activations or softmax. A convolution's taps that lie on its padding are not counted. Training is
-three times the forward pass, whatever `remat` computes again: each product has a gradient with
-respect to both of its factors.
+Only matrix products and convolutions are counted, as is usual for shares of a device's peak: no
+norms, activations or softmax, and no taps of convolutions on padding. Training is three times the
+forward pass, because each product has a gradient with respect to both factors; what `remat`
+computes again is not counted.
 
 Dimensions: c bits of a token, d width, m tokens of a text, e width of a text's features.
 """
@@ -38,25 +38,25 @@ def conv(
     stride: int = 1,
     padding: tuple[int, int] = (1, 1),
 ) -> int:
-    """Returns the FLOPs of a square convolution of a square grid, padded alike on both axes."""
+    """Returns the FLOPs of a square convolution on a square grid, padded alike on both axes."""
     first = np.arange(-padding[0], side + padding[1] - kernel + 1, stride)
     taps = int(np.sum(np.minimum(first + kernel, side) - np.maximum(first, 0)))
     return matmul(taps**2, width_in, width_out)
 
 
 def _attention(queries: int, keys: int, width: int) -> int:
-    """Returns the FLOPs of the scores and of the weighted sum, whatever the number of heads."""
+    """Returns the FLOPs of the scores and the weighted sum, for any number of heads."""
     return 2 * matmul(queries, keys, width)
 
 
 def count_transformer(
     network: Transformer, code_shape: Shape, labelled: bool, text_tokens: int = 1
 ) -> int:
-    """Returns the FLOPs of a forward pass; `text_tokens` is m, of "text_cross" alone."""
+    """Returns the FLOPs of a forward pass; `text_tokens` is m, for "text_cross" only."""
     h, w, c = code_shape
     d = network.width
     appended = labelled and network.condition in ("class", "text_token")
-    n = h * w + 1 + appended  # with the time's token and the label's
+    n = h * w + 1 + appended  # including the tokens of time and label
     ends = (2 + network.self_conditioning) * matmul(h * w, c, d) + 2 * matmul(1, d, d)
     return _blocks_and_label(network, n, labelled, text_tokens) + ends
 
@@ -79,7 +79,7 @@ def count_causal_transformer(
 ) -> int:
     """Returns the FLOPs of a forward pass, or of one sample with a cache; as above.
 
-    Scores of later tokens are counted: most kernels compute them and mask them.
+    Scores of later tokens are counted, because most kernels compute and then mask them.
     """
     h, w, c = code_shape
     n, d = h * w, network.width
@@ -90,7 +90,7 @@ def count_causal_transformer(
 def count_joint_network(
     network: JointNetwork, code_shape: Shape, labelled: bool, text_tokens: int = 1
 ) -> int:
-    """Returns the FLOPs of a forward pass, or of a step whose groups are drawn in turn; as above.
+    """Returns the FLOPs of a forward pass, or of a step that draws the groups in order; as above.
 
     The head has a linear layer, as the trunk without it.
     """
@@ -106,9 +106,9 @@ def _blocks_and_label(
     text_tokens: int,
     mlp: int | None = None,
 ) -> int:
-    """Returns the FLOPs of the blocks with n tokens, and of a text's embedding.
+    """Returns the FLOPs of the blocks with n tokens, and of the embedding of a text.
 
-    An MLP has d times `mlp` weights, 8 d if not given.
+    An MLP has d * `mlp` weights; by default `mlp` is 8 d.
     """
     d, e = network.width, network.text_width
     block = matmul(n, d, (3 + 1) * d + (mlp or 8 * d)) + _attention(n, n, d)
@@ -131,18 +131,18 @@ _OF_NETWORKS = {
 def count_network(
     network: nn.Module, code_shape: Shape, labelled: bool, text_tokens: int = 1
 ) -> int:
-    """Returns the FLOPs of a forward pass of a prior's network, of the types that are known."""
+    """Returns the FLOPs of a forward pass of a prior's network; refuses unknown types."""
     if type(network) not in _OF_NETWORKS:
-        raise UserError(f"The FLOPs of a {type(network).__name__} are not known.")
+        raise UserError(f"The FLOPs of a {type(network).__name__} are unknown.")
     return _OF_NETWORKS[type(network)](network, code_shape, labelled, text_tokens)
 
 
 def count_prior_step(prior: Prior, text_tokens: int = 1) -> int:
-    """Returns the FLOPs of a training step of a prior, an image, whose label is given."""
+    """Returns the FLOPs of a training step of a prior per image, with a label."""
     forward = count_network(prior.network, prior.code_shape, True, text_tokens)
     total = 3 * forward
     if getattr(prior, "self_conditioning", False):
-        total += forward // 2  # half of the batch is passed forward once more
+        total += forward // 2  # one more forward pass for half of the batch
     return total
 
 
@@ -237,11 +237,12 @@ def count_vgg16(image_shape: Shape) -> int:
 def count_autoencoder_step(
     networks: Networks, image_shape: Shape, code_shape: Shape, r1: bool = False
 ) -> int:
-    """Returns the FLOPs of a training step, an image.
+    """Returns the FLOPs of a training step per image.
 
-    LPIPS passes forward on both images and back to one; the discriminator forward and back to the
-    reconstruction for the generator, then forward and back on both images; R1, if any, takes the
-    gradient of an image and differentiates that.
+    LPIPS has a forward pass on both images and a backward pass to one. The discriminator has a
+    forward and a backward pass to the reconstruction for the generator, then forward and backward
+    passes on both images. R1, if used, takes the gradient with respect to an image and
+    differentiates it.
     """
     model = networks.autoencoder
     total = 3 * (count_encoding(model, image_shape, code_shape) + count_decoding(model, code_shape))

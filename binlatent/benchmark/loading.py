@@ -1,4 +1,4 @@
-"""How many images per second training's loader delivers."""
+"""Measures the images per second of the training loader."""
 
 import logging
 import statistics
@@ -15,12 +15,14 @@ log = logging.getLogger("binlatent.benchmark")
 
 
 def measure_loading(data: Data, seed: int, batch_size: int, seconds: float = 20.0) -> Row:
-    """Returns how many training images per second the loader delivers, and what that depends on.
+    """Returns the images per second of the training loader, and what that depends on.
 
-    `images_per_second` is the median of up to ten parts of the `seconds`, which begin when what was
-    prepared ahead has been taken. JAX's devices are left alone.
+    `images_per_second` is the median over up to ten parts of the `seconds`. Time starts after the
+    prefetched batches. JAX's devices are not used.
     """
-    source = splits.open_split(data, "train", keep=False)  # each is decoded, as of large data
+    source = splits.open_split(
+        data, "train", keep=False
+    )  # keep=False: each is decoded, as for large data
     augment = {"random_crop": data.crop == "random", "random_flip": data.flip}
     batches = loader.train_batches(source, batch_size, seed, **augment)
     log.info("Measuring %s at batch size %d", data.name, batch_size)
@@ -30,7 +32,7 @@ def measure_loading(data: Data, seed: int, batch_size: int, seconds: float = 20.
     while times[-1] - times[0] < seconds:
         next(batches)
         times.append(time.perf_counter())
-    # Several batches may come at once; their mean is what keeps a step fed.
+    # Several batches can arrive at once, so times are averaged over parts.
     tenths = np.array_split(np.diff(times), min(10, len(times) - 1))
     speeds = [batch_size / float(np.mean(part)) for part in tenths]
     return {

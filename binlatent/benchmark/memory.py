@@ -1,4 +1,4 @@
-"""What memory the compiled programs of stage 1 ask for; nothing is run for it."""
+"""Measures the memory that the compiled programs of stage 1 need, without running them."""
 
 import functools
 import logging
@@ -19,26 +19,26 @@ log = logging.getLogger("binlatent.benchmark")
 
 
 def device_to_compile_for(topology: str | None) -> Any:
-    """Returns JAX's first device, or one of TPUs that need not be there."""
+    """Returns JAX's first device, or a device of a TPU topology that need not be present."""
     if not topology:
         return jax.devices()[0]
     from jax.experimental import topologies
 
     try:
         return topologies.get_topology_desc(topology, platform="tpu").devices[0]
-    except Exception as error:  # of JAX's runtime, of several types
+    except Exception as error:  # the runtime raises several types
         raise UserError(
-            f"Cannot compile for {topology!r} ({str(error).splitlines()[0]}): name one as "
-            "v5p:2x2x1, and `pip install libtpu` in the version that this JAX asks for."
+            f"Cannot compile for {topology!r} ({str(error).splitlines()[0]}): give a topology such "
+            "as v5p:2x2x1, and `pip install libtpu` in the version that this JAX needs."
         ) from error
 
 
 def train_step_memory(spec: AutoencoderSpec, batch_size: int, device: Any) -> Row:
-    """Returns what the autoencoder's training step asks for on one device, in bytes.
+    """Returns the memory of the autoencoder's training step on one device, in bytes.
 
-    `arguments`: state, images and frozen weights. `temporary`: what the step needs beside them.
-    `total`, the sum, as the new state takes the place of the old one. `flops`, as the compiler
-    counts them, None if it does not.
+    `arguments`: state, images and frozen weights. `temporary`: what the step needs in addition.
+    `total`: the sum, because the new state replaces the old one. `flops`: as the compiler counts
+    them, None if it does not.
     """
     step = parallel_on(device, spec.step(spec.networks))
     state = jax.eval_shape(functools.partial(spec.init_state, 0))
@@ -48,7 +48,7 @@ def train_step_memory(spec: AutoencoderSpec, batch_size: int, device: Any) -> Ro
 
 
 def decode_memory(spec: AutoencoderSpec, batch_size: int, device: Any) -> Row:
-    """Returns what decoding asks for, in bytes; arguments and result as of `train_step_memory`."""
+    """Returns the memory of decoding, in bytes; arguments and result as in `train_step_memory`."""
     params = jax.eval_shape(spec.init, jax.random.key(0))
     code = jax.ShapeDtypeStruct((batch_size, *spec.code_shape), jnp.float32)
     decode = jax.jit(functools.partial(spec.networks.autoencoder.apply, method="decode"))
@@ -56,7 +56,7 @@ def decode_memory(spec: AutoencoderSpec, batch_size: int, device: Any) -> Row:
 
 
 def _memory(function: Any, device: Any, *arguments: Any, times: int = 1) -> Row:
-    """Returns the row; `times` is how often the loop that is nearly all of it goes round."""
+    """Returns the row; `times` is the number of iterations of the program's main loop."""
     sharding = jax.sharding.SingleDeviceSharding(device)
     on_device = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     arguments = jax.tree.map(lambda x: on_device(x.shape, x.dtype), arguments)

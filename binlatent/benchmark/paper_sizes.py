@@ -1,4 +1,4 @@
-"""The paper's networks, most wanted first: the rows of `python -m binlatent.benchmark paper`."""
+"""The paper's networks, most important first: the rows of `python -m binlatent.benchmark paper`."""
 
 import gc
 import json
@@ -18,7 +18,7 @@ log = logging.getLogger("binlatent.benchmark")
 
 
 class Subject(NamedTuple):
-    """What is to be measured, as `speed.measure_speed` takes it."""
+    """What to measure; the arguments of `speed.measure_speed`."""
 
     name: str
     experiment: Experiment
@@ -26,10 +26,10 @@ class Subject(NamedTuple):
 
 
 def paper_subjects() -> list[Subject]:
-    """Returns all: 24 x 512 without classes and 24 x 768 with them, 256 and 1,024 tokens, bfloat16.
+    """Returns all rows: 24 x 512 without and 24 x 768 with classes, 256 or 1,024 tokens, bfloat16.
 
-    A training step of 24 x 768 at 1,024 tokens, which the paper has not, is left out: it takes a
-    minute to compile.
+    A training step of 24 x 768 at 1,024 tokens is left out: the paper does not have it, and it
+    takes a minute to compile.
     """
 
     def at_16_steps(module, **changes):
@@ -64,9 +64,9 @@ def paper_subjects() -> list[Subject]:
 
 
 def known_rows(path: str | Path, subjects: list[Subject]) -> dict[int, Row]:
-    """Returns what a file has of the subjects, measured on these devices with this JAX and driver.
+    """Returns the rows of a file that measure the subjects with these devices, JAX and driver.
 
-    Rows by the number of the subject, each the last line about it. There need be no such file.
+    Rows are keyed by the index of the subject; the last line counts. The file may be missing.
     """
     lines = []
     texts = Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []
@@ -75,8 +75,8 @@ def known_rows(path: str | Path, subjects: list[Subject]) -> dict[int, Row]:
             lines += [dict(json.loads(text))] if text.strip() else []
         except (ValueError, TypeError) as error:
             raise UserError(
-                f"{path}, line {number}, is no row of the benchmark: delete that line, or have the "
-                "rows written elsewhere."
+                f"{path}, line {number}, is not a row of the benchmark: delete that line, or give "
+                "another --out."
             ) from error
     found = {}
     for number, subject in enumerate(subjects):
@@ -87,21 +87,21 @@ def known_rows(path: str | Path, subjects: list[Subject]) -> dict[int, Row]:
 
 
 def measure_subjects(subjects: list[Subject], **options: Any) -> Iterator[Row]:
-    """Yields a row of `speed.measure_speed(..., **options)` for each; what fails costs no other."""
+    """Yields a row of `speed.measure_speed(..., **options)` for each; goes on after failures."""
     failed = 0
     for number, subject in enumerate(subjects, 1):
         log.info("%d of %d: %s", number, len(subjects), speed.caption(*subject))
         try:
             measured = speed.measure_speed(*subject, **options)
-        except Exception as error:  # of memory, of a compiler, of cuDNN: the next may fare better
+        except Exception as error:  # such as too little memory, or an error of cuDNN
             what = (str(error).strip() or type(error).__name__).splitlines()[0]
-            log.error("That failed: %s", what)
+            log.error("This row failed: %s", what)
             measured, failed = None, failed + 1
         if measured:
             yield measured
         else:
-            gc.collect()  # what it held must not make the next one fail
+            gc.collect()  # frees its memory for the next row
     if failed:
         raise UserError(
-            f"{failed} of {len(subjects)} rows failed; with --out a second run tries these alone."
+            f"{failed} of {len(subjects)} rows failed; with --out a second run tries only these."
         )

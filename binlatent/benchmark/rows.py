@@ -1,4 +1,4 @@
-"""What all rows of the benchmark have: where they were measured, and their table in Markdown."""
+"""The common parts of rows of the benchmark: where they were measured, and Markdown tables."""
 
 import functools
 import shutil
@@ -11,11 +11,11 @@ import jax
 from binlatent.runtime import machine
 
 Row = dict[str, Any]
-Columns = dict[str, Callable[[Row], Any]]  # the text of a cell by the column's name
+Columns = dict[str, Callable[[Row], Any]]  # name of a column -> text of its cell
 
 
 def place(device: Any = None, devices: int = 1) -> Row:
-    """Returns where a row is measured; without one of JAX's devices, they are left alone."""
+    """Returns where a row is measured; without a device, JAX's devices are not touched."""
     platform = "cpu" if device is None else device.platform
     cpu = f"cpu ({machine.processor()}, {machine.cores()} cores)"
     return {
@@ -28,7 +28,7 @@ def place(device: Any = None, devices: int = 1) -> Row:
 
 @functools.cache
 def _driver() -> str | None:
-    """Returns the version of the NVIDIA driver, None where there is none."""
+    """Returns the version of the NVIDIA driver, or None."""
     if not shutil.which("nvidia-smi"):
         return None
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -37,7 +37,7 @@ def _driver() -> str | None:
 
 
 def table_head(columns: Columns, row: Row) -> str:
-    """Returns the lines before a table's first row: where that was measured, and the names."""
+    """Returns the lines before a table's first row: where it was measured, and column names."""
     driver = f", driver {row['driver']}" if row["driver"] else ""
     where = f"{row['devices']} x {row['device']}, JAX {row['jax']}{driver}"
     return f"{where}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
@@ -49,15 +49,15 @@ def table_line(columns: Columns, row: Row) -> str:
 
 
 def or_dash(value: Any, shown: Callable[[Any], str] = str) -> str:
-    """Returns a number as it is shown, "-" for None."""
+    """Returns a formatted number, "-" for None."""
     return "-" if value is None else shown(value)
 
 
 def show_range(row: Row, name: str, shown: Callable[[float], str]) -> str:
-    """Returns a median with the least and the most, which end in `_min` and `_max`."""
+    """Returns a median with minimum and maximum, from the names that end in `_min` and `_max`."""
     return f"{shown(row[name])} ({shown(row[f'{name}_min'])} to {shown(row[f'{name}_max'])})"
 
 
 def significant(x: float) -> str:
-    """Returns a number with four digits or all before the point."""
+    """Returns a number with four significant digits, or all digits before the point."""
     return f"{x:,.0f}" if x >= 1000 else f"{x:.4g}"

@@ -1,6 +1,6 @@
-"""How fast the compiled programs run, beside what the device could do.
+"""Measures how fast the compiled programs run, relative to the peak of the device.
 
-A program runs on all devices that JAX sees; a batch is that of one of them.
+A program runs on all devices that JAX sees; batch sizes are per device.
 """
 
 import hashlib
@@ -17,9 +17,8 @@ from binlatent.benchmark import rows, workloads
 from binlatent.benchmark.rows import Row, or_dash, show_range, significant
 from binlatent.experiment import Experiment
 
-# Dense FLOP/s by JAX's `device_kind`: of bfloat16; of float32 as JAX multiplies it there unless
-# told otherwise, in TF32 on GPUs and in bfloat16 on TPUs; of float32 proper, None where the device
-# has none. From the makers' data sheets.
+# Dense FLOP/s by JAX's `device_kind`, from data sheets: bfloat16; float32 at JAX's default
+# precision (TF32 on GPUs, bfloat16 on TPUs); exact float32, None if the device has none.
 _PEAKS = {
     "NVIDIA H100 80GB HBM3": (989e12, 494.7e12, 66.9e12),  # SXM
     "NVIDIA H200": (989e12, 494.7e12, 66.9e12),
@@ -37,9 +36,9 @@ _PEAKS = {
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """Returns the FLOP/s that a known device can reach at most, None for an unknown one.
+    """Returns the peak FLOP/s of a device, None for an unknown one.
 
-    Of dtype "float32" `jax_default_matmul_precision` says how exact.
+    For "float32", `jax_default_matmul_precision` selects the precision.
     """
     bfloat16, default, exact = _PEAKS.get(device_kind, (None, None, None))
     if dtype == "bfloat16":
@@ -49,10 +48,10 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
 
 def seconds_a_call(call: Callable[[], Any], repeats: int) -> list[float]:
-    """Returns how long a call takes, one number a repeat.
+    """Returns the seconds of a call, one number per repeat.
 
-    Two calls come before, which do not count. A repeat is of as many calls as fit into a tenth of
-    a second, 1 to 30, and waits for the last.
+    Two calls for warm-up are not counted. A repeat has as many calls as fit into a tenth of a
+    second, 1 to 30, and waits for the last.
     """
     jax.block_until_ready(call())
 
@@ -63,18 +62,18 @@ def seconds_a_call(call: Callable[[], Any], repeats: int) -> list[float]:
         jax.block_until_ready(result)
         return (time.perf_counter() - start) / num
 
-    # JAX's fake devices can wait for one another for ever where more than 32 calls are queued.
+    # With more than 32 queued calls, JAX's fake devices can deadlock.
     num = min(max(round(0.1 / mean(1)), 1), 30)
     return [mean(num) for _ in range(repeats)]
 
 
 def _peak_bytes() -> int | None:
-    """Returns the most that the first device's memory has held so far, if JAX knows it."""
+    """Returns the peak memory of the first device so far, if JAX knows it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def subject(name: str, experiment: Experiment, batch_size: int) -> Row:
-    """Returns the part of a row that says what is measured, and on what; see `measure_speed`."""
+    """Returns the part of a row that describes what is measured, and where; see `measure_speed`."""
     content = json.dumps(experiment.without_paths, sort_keys=True)
     settings = experiment.sample.settings if name == "sample" else None
     return {
@@ -90,7 +89,7 @@ def subject(name: str, experiment: Experiment, batch_size: int) -> Row:
 
 
 def caption(name: str, experiment: Experiment, batch_size: int) -> str:
-    """Returns what `measure_speed` measures, for people."""
+    """Returns a description of what `measure_speed` measures."""
     about = subject(name, experiment, batch_size)
     steps = f", {about['steps']} steps" if about["steps"] else ""
     return f"{name} of {about['size']} at batch size {batch_size}{steps}"
@@ -102,19 +101,21 @@ def measure_speed(
     batch_size: int,  # on each device
     *,
     repeats: int = 10,
-    peak: float | None = None,  # FLOP/s of the device, in place of what is known of it
+    peak: float | None = None,  # FLOP/s of the device, in place of the data sheet's
 ) -> Row:
-    """Returns how fast one of `workloads.PROGRAMS` runs, and what it depends on.
+    """Returns the speed of one of `workloads.PROGRAMS`, and what it depends on.
 
-    The experiment is one that `workloads.check_measurable` lets pass.
+    The experiment must pass `workloads.check_measurable`.
 
     Returns:
-      What `subject` does, and among others: `seconds`, the median of the repeats, `seconds_min` and
-      `seconds_max`, of a step or a batch; `compile_seconds`, of tracing and compiling; `flops` of
-      one device by `benchmark.flops`, `xla_flops` as XLA counts them in the compiled program, None
-      where it cannot; `mfu`, of `flops`, None if there is no `peak_flops`; `memory_bytes`, of the
-      device, or if its peak is of an earlier row or not known, as asked for by the program, None
-      if neither tells (`memory_from`).
+      The entries of `subject`, and among others:
+      `seconds`, `seconds_min`, `seconds_max`: of a step or a batch; median and range over repeats.
+      `compile_seconds`: of tracing and compiling.
+      `flops`: of one device, by `benchmark.flops`. `xla_flops`: as XLA counts them in the compiled
+        program, None if it cannot.
+      `mfu`: `flops` per second relative to `peak_flops`; None without a peak.
+      `memory_bytes`: peak of the device or, if that is unknown or of an earlier row, the memory
+        that the program requests; None if both are unknown. `memory_from` names the source.
     """
     device, devices = jax.devices()[0], jax.local_device_count()
     about = subject(name, experiment, batch_size)

@@ -1,7 +1,7 @@
 """The programs whose speed is measured, with random weights, and their FLOPs.
 
-Weights are drawn here: to initialise a network JAX compiles dozens of small programs, which takes
-as long as the measurement.
+Random weights are made here without Flax's initialisation, which compiles dozens of small programs
+and takes as long as the measurement.
 """
 
 import functools
@@ -28,71 +28,73 @@ from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import sample_keys
 from binlatent.training.state import TrainState
 
-TEXT_TOKENS = 77  # of a text to attend to, as of CLIP
+TEXT_TOKENS = 77  # of a text for cross-attention, as in CLIP
 
 
 class Program(NamedTuple):
     """A compiled program."""
 
-    compiled: jax.stages.Compiled  # takes the arguments that are not static
-    seconds: float  # that tracing and compiling took
+    compiled: jax.stages.Compiled  # called with the arguments that are not static
+    seconds: float  # of tracing and compiling
 
     @property
     def flops(self) -> float | None:
-        """The FLOPs on one device as XLA counts them, the body of a loop once.
+        """The FLOPs on one device as XLA counts them; the body of a loop is counted once.
 
-        None where it does not count: JAX promises no analysis on any platform.
+        None if XLA does not count them: JAX guarantees no analysis.
         """
         return (self.compiled.cost_analysis() or {}).get("flops")
 
     @property
     def memory(self) -> int | None:
-        """The bytes that it asks for on one device, None where XLA does not tell."""
+        """The bytes that the program needs on one device, None if XLA does not report them."""
         stats = self.compiled.memory_analysis()
         if stats is None:
             return None
-        own = stats.output_size_in_bytes - stats.alias_size_in_bytes  # not in an argument's place
+        own = (
+            stats.output_size_in_bytes - stats.alias_size_in_bytes
+        )  # outputs that do not reuse arguments
         return stats.argument_size_in_bytes + stats.temp_size_in_bytes + own
 
 
 def compile_program(function: Any, *arguments: Any, **statics: Any) -> Program:
-    """Traces and compiles a jitted function for arguments such as these."""
+    """Traces and compiles a jitted function for arguments of these shapes."""
     start = time.perf_counter()
     compiled = function.lower(*arguments, **statics).compile()
     return Program(compiled, time.perf_counter() - start)
 
 
 def counted_flops(*calls: tuple[int, Program]) -> float | None:
-    """Returns the FLOPs of programs that are called so many times each, None if XLA cannot tell."""
+    """Returns the FLOPs of (number of calls, program) pairs, None if XLA does not count them."""
     if any(program.flops is None for _, program in calls):
         return None
     return sum(times * program.flops for times, program in calls)
 
 
 class Work(NamedTuple):
-    """What is measured."""
+    """A call to measure."""
 
     call: Callable[[], Any]  # runs one step, or one batch, and returns the arrays to wait for
-    programs: list[Program]  # that it runs
+    programs: list[Program]  # run by the call
     flops: int  # of a call on one device, by `benchmark.flops`
-    xla_flops: float | None  # as XLA counts them, None where it cannot tell
+    xla_flops: float | None  # as XLA counts them, None if it cannot
 
 
 def check_measurable(name: str, experiment: Experiment) -> None:
-    """Refuses an experiment that lacks what one of `PROGRAMS` needs."""
+    """Refuses an experiment that lacks something that one of `PROGRAMS` needs."""
     if name not in ("train_prior", "sample", "network"):
         return
     experiment.autoencoder.check_bits()
     conditioning = experiment.prior.conditioning
     if conditioning.kind == "class" and conditioning.num_classes == -1:
         raise UserError(
-            "Say how many classes there are, as in --config.data.num_classes=10, 0 for none: to "
-            "measure a prior, no data is opened that could tell."
+            "Give the number of classes, such as --config.data.num_classes=10, or 0 for none: the "
+            "benchmark opens no data to count them."
         )
 
 
 def describe_size(name: str, experiment: Experiment) -> str:
-    """Returns the size of what one of `PROGRAMS` runs, for people."""
+    """Returns a description of the size of one of `PROGRAMS`."""
     if name in ("train_autoencoder", "decode", "encode"):
         height, width, _ = experiment.autoencoder.image_shape
         return f"{height}x{width}"
@@ -125,7 +127,7 @@ def _labels(conditioning: Conditioning, num: int) -> np.ndarray | None:
 
 
 def _drawn(shapes: Any) -> Any:
-    """Returns small random weights of such shapes: the same million again and again."""
+    """Returns small random weights of the given shapes, repeating the same million numbers."""
     million = 0.02 * np.random.default_rng(0).standard_normal(2**20, np.float32)
     return jax.tree.map(lambda x: jnp.array(np.resize(million[: x.size], x.shape)), shapes)
 
@@ -142,7 +144,7 @@ def lpips_shapes(networks: Networks) -> dict[str, Any]:
 
 
 def _state(init_state: Callable) -> TrainState:
-    """Returns a state such as that of `init_state(seed)`, with Adam's moments and the EMA at 0."""
+    """Returns a state like that of `init_state(seed)`, with Adam's moments and the EMA at 0."""
     shapes = jax.eval_shape(functools.partial(init_state, 0))
     zeros = shapes.replace(key=None)
     zeros = jax.tree.map(lambda like: jnp.array(np.zeros(like.shape, like.dtype)), zeros)
@@ -152,7 +154,7 @@ def _state(init_state: Callable) -> TrainState:
 
 
 def _compile_step(state: TrainState, batch: dict, frozen: Any, step: Callable) -> tuple:
-    """Returns what takes a step from where the last one ended, and its program."""
+    """Returns a function that takes the next step, and its program."""
     state, batch, frozen = replicate(state), shard(batch), replicate(frozen)
     program = compile_program(parallel(step, num_frozen=1), state, batch, frozen)
 
@@ -167,7 +169,7 @@ def _compile_step(state: TrainState, batch: dict, frozen: Any, step: Callable) -
 def _forward_work(
     function: Any, init: Callable, flops_a_call: int, *batch: Any, **statics: Any
 ) -> Work:
-    """Returns the work of a program without a loop, of weights and a batch on the devices."""
+    """Returns the work of a program without a loop; weights and batch are on the devices."""
     arguments = (_weights(init), *spread(batch))
     program = compile_program(function, *arguments, **statics)
     call = functools.partial(program.compiled, *arguments)
@@ -175,7 +177,7 @@ def _forward_work(
 
 
 def train_autoencoder_work(experiment: Experiment, num: int, on_device: int) -> Work:
-    """Training's step of stage 1 with its discriminator, whenever that starts."""
+    """The training step of stage 1 with its discriminator, even if that starts later."""
     spec = experiment.autoencoder
     state, frozen = _state(spec.init_state), _drawn(lpips_shapes(spec.networks))
     batch = {"image": _images(spec, num)}
@@ -188,7 +190,7 @@ def train_autoencoder_work(experiment: Experiment, num: int, on_device: int) -> 
 
 
 def train_prior_work(experiment: Experiment, num: int, on_device: int) -> Work:
-    """Training's step of stage 2, with the encoder unless the config caches codes."""
+    """The training step of stage 2, with the encoder unless the config caches codes."""
     spec, autoencoder = experiment.prior, experiment.autoencoder
     model, debug = autoencoder.networks.autoencoder, experiment.run.debug_nans
     labels = _labels(spec.conditioning, num)
@@ -206,13 +208,13 @@ def train_prior_work(experiment: Experiment, num: int, on_device: int) -> Work:
     call, program = _compile_step(_state(spec.init_state), batch, frozen, step)
     h, w, _ = code_shape
     parts = 1 if debug else spec.train.accumulate or parts_for_caches(on_device, h * w)
-    # XLA counts a loop once; the encoder, before the parts, is not in it.
+    # XLA counts a loop once, and the encoder is outside of the loop.
     xla_flops = None if parts > 1 and "image" in batch else counted_flops((parts, program))
     return Work(call, [program], on_device * per_image, xla_flops)
 
 
 def decode_work(experiment: Experiment, num: int, on_device: int) -> Work:
-    """Codes to images, both in the device's memory."""
+    """Decodes codes to images, both in the device's memory."""
     spec = experiment.autoencoder
     model = spec.networks.autoencoder
     total = on_device * flops.count_decoding(model, spec.code_shape)
@@ -220,7 +222,7 @@ def decode_work(experiment: Experiment, num: int, on_device: int) -> Work:
 
 
 def encode_work(experiment: Experiment, num: int, on_device: int) -> Work:
-    """Images to deterministic codes, both in the device's memory."""
+    """Encodes images to deterministic codes, both in the device's memory."""
     spec = experiment.autoencoder
     model = spec.networks.autoencoder
     total = on_device * flops.count_encoding(model, spec.image_shape, spec.code_shape)
@@ -228,7 +230,7 @@ def encode_work(experiment: Experiment, num: int, on_device: int) -> Work:
 
 
 def network_work(experiment: Experiment, num: int, on_device: int) -> Work:
-    """The prior's network once, with labels if it knows any."""
+    """One call of the prior's network, with labels if it takes any."""
     spec = experiment.prior
     network = spec.prior.network
     per_image = flops.count_network(network, spec.prior.code_shape, True, TEXT_TOKENS)
@@ -238,7 +240,7 @@ def network_work(experiment: Experiment, num: int, on_device: int) -> Work:
 
 
 def sample_work(experiment: Experiment, num: int, on_device: int) -> Work:
-    """The two programs of sampling, from the key to images in the host's memory."""
+    """Both programs of sampling, from the key to images in the host's memory."""
     spec, prior = experiment.prior, experiment.prior.prior
     settings, model = experiment.sample.settings, experiment.autoencoder.networks.autoencoder
     labels = _labels(spec.conditioning, num)
@@ -266,15 +268,15 @@ def sample_work(experiment: Experiment, num: int, on_device: int) -> Work:
     for times, labelled in zip(calls, (True, False), strict=True):
         cost = flops.count_network(prior.network, prior.code_shape, labelled, TEXT_TOKENS)
         per_image += times * cost
-    # XLA counts the loop over the steps once, and of a condition the dearer branch, whichever is
-    # taken: only where all steps are alike is the count that of a step, that many times.
+    # XLA counts the loop over the steps once, and the more expensive branch of a condition. So the
+    # count is multiplied by the number of steps, which is correct only if all steps are equal.
     steps = getattr(settings, "steps", None)
     alike = calls == (steps, steps) if labels is not None else sum(calls) == steps
     xla_flops = counted_flops((steps, sampler), (1, decoder)) if alike else None
     return Work(call, [sampler, decoder], on_device * per_image, xla_flops)
 
 
-# Each takes the experiment, the images of all devices together and those of one.
+# Arguments: the experiment, the number of images over all devices, and that on one device.
 PROGRAMS = {
     "train_autoencoder": train_autoencoder_work,
     "train_prior": train_prior_work,

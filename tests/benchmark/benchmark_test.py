@@ -77,7 +77,7 @@ def test_the_command_prints_a_table():
     result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
     assert result.returncode == 1
     assert "autoencoder.train.accumulate must be at least 1" in result.stderr
-    for flags, message in (([], "Name a config"), (["--config=no.py"], "no config file no.py")):
+    for flags, message in (([], "Give a config"), (["--config=no.py"], "no config file no.py")):
         result = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300)
         assert result.returncode == 1 and message in result.stderr
 
@@ -166,7 +166,7 @@ def test_each_batch_size_and_number_of_steps_is_a_row(tiny, monkeypatch):
 @pytest.mark.parametrize("name", ["train_prior", "sample", "network"])
 def test_a_prior_is_asked_for_its_classes_before_it_is_measured(tiny_config, caplog, name):
     caplog.set_level(logging.INFO, "binlatent")
-    with pytest.raises(UserError, match="as in --config.data.num_classes=10"):
+    with pytest.raises(UserError, match="such as --config.data.num_classes=10"):
         next(benchmark.measure_speeds(name, resolve(tiny_config), [1], []))
     assert not caplog.messages
 
@@ -304,10 +304,10 @@ def test_the_papers_table_goes_on_where_it_was(all_there):
     out, there = all_there
     result = subprocess.run([*command, f"--out={out}"], capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == table(there) and "18 of 18 rows are there" in result.stderr
+    assert result.stdout == table(there) and "already has 18 of 18 rows" in result.stderr
     assert len(out.read_text().splitlines()) == 18  # which were there before
     for flag, message in (
-        ("--config=configs/digits.py", "paper has configs of its own: leave out --config"),
+        ("--config=configs/digits.py", "paper has its own configs: leave out --config"),
         ("--batch_size=2", "--batch_size is not for paper"),
         (f"--out={out.parent}", "Cannot write --out="),
     ):

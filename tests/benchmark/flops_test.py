@@ -113,7 +113,7 @@ def test_the_causal_transformer_within_two_percent(condition, label, head):
 
 
 def test_a_network_that_is_not_known_is_not_counted():
-    with pytest.raises(UserError, match="The FLOPs of a Dense are not known"):
+    with pytest.raises(UserError, match="The FLOPs of a Dense are unknown"):
         flops.count_network(nn.Dense(3), (6, 6, 20), True)
 
 
