@@ -261,8 +261,8 @@ def test_a_row_that_fails_costs_no_other(tiny, monkeypatch, caplog):
         assert next(new)["batch_size"] == 1 and next(new)["batch_size"] == 4
         with pytest.raises(UserError, match="2 of 4 rows failed"):
             next(new)
-    assert "That failed: cuDNN is not detected." in caplog.text
-    assert "That failed: MemoryError" in caplog.text
+    assert "This row failed: cuDNN is not detected." in caplog.text
+    assert "This row failed: MemoryError" in caplog.text
 
 
 def test_rows_are_known_of_this_machine_alone(tiny, tmp_path):
@@ -276,7 +276,7 @@ def test_rows_are_known_of_this_machine_alone(tiny, tmp_path):
     out.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert paper_sizes.known_rows(out, subjects) == {1: lines[1]}
     out.write_text("\n7\n")
-    with pytest.raises(UserError, match="rows.jsonl, line 2, is no row of the benchmark"):
+    with pytest.raises(UserError, match="rows.jsonl, line 2, is not a row of the benchmark"):
         paper_sizes.known_rows(out, subjects)
 
 
@@ -308,7 +308,7 @@ def test_the_papers_table_goes_on_where_it_was(all_there):
     assert len(out.read_text().splitlines()) == 18  # which were there before
     for flag, message in (
         ("--config=configs/digits.py", "paper has its own configs: leave out --config"),
-        ("--batch_size=2", "--batch_size is not for paper"),
+        ("--batch_size=2", ", not for paper"),
         (f"--out={out.parent}", "Cannot write --out="),
     ):
         result = subprocess.run([*command, flag], capture_output=True, text=True, timeout=100)
@@ -332,7 +332,7 @@ def table(measured):
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--steps=4", "--steps is not for decode but for sample."),
+        ("--steps=4", "--steps is for sample, not for decode."),
         ("--topology=v5p:2x2x1", "--topology is not for decode but for memory."),
         ("--batch_size=0", "--batch_size must be at least 1, not 0"),
         ("--repeats=0", "--repeats must be at least 1, not 0"),
