@@ -1,4 +1,4 @@
-"""The adversarial losses, and what the discriminator's images go through before it sees them."""
+"""Adversarial losses, and the augmentation of the discriminator's images."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ Array = jax.Array
 
 POLICIES = ("colour", "translation")
 
-# Brightness, saturation, contrast: the amounts are uniform between these.
+# Brightness, saturation, contrast: the bounds of their uniform distributions.
 _COLOUR_LOW = (-0.5, 0.0, 0.5)
 _COLOUR_HIGH = (0.5, 2.0, 1.5)
 
@@ -19,16 +19,16 @@ _COLOUR_HIGH = (0.5, 2.0, 1.5)
 
 
 def hinge_discriminator_loss(real_logits: Array, fake_logits: Array) -> Array:
-    """Returns half of mean(max(0, 1 - real)) + mean(max(0, 1 + fake)) (VQGAN's code).
+    """Returns (mean(max(0, 1 - real)) + mean(max(0, 1 + fake))) / 2 (VQGAN's code).
 
     Args:
-      real_logits, fake_logits: any shape; large is real.
+      real_logits, fake_logits: any shape; large means real.
     """
     return 0.5 * (jnp.mean(jax.nn.relu(1 - real_logits)) + jnp.mean(jax.nn.relu(1 + fake_logits)))
 
 
 def generator_loss(fake_logits: Array) -> Array:
-    """Returns -mean of the logits of generated images, any shape (the hinge loss's partner)."""
+    """Returns minus the mean of the logits of generated images, any shape."""
     return -jnp.mean(fake_logits)
 
 
@@ -38,12 +38,12 @@ def adaptive_weight(
     """Returns the adversarial weight |g_rec| / (|g_gen| + 1e-4) (VQGAN, Esser et al., 2021, (7)).
 
     Args:
-      reconstruction_gradient, generator_gradient: of the two losses at the decoder's last kernel;
-        of the whole batch, so under pmap averaged over the devices before.
+      reconstruction_gradient, generator_gradient: gradients of the two losses with respect to the
+        decoder's last kernel, for the whole batch: under pmap, average them over devices first.
       maximum: the largest weight.
 
     Returns:
-      A scalar in [0, maximum] that passes no gradient on.
+      A scalar in [0, maximum], without gradient.
     """
     # 1e-4 is from their code, the paper has 1e-6.
     ratio = optax.tree.norm(reconstruction_gradient) / (optax.tree.norm(generator_gradient) + 1e-4)
@@ -53,8 +53,8 @@ def adaptive_weight(
 def r1_penalty(logits_of: Callable[[Array], Array], images: Array) -> Array:
     """Returns half of the mean squared gradient norm at real images (Mescheder et al., 2018, (9)).
 
-    An image's gradient is that of the sum over images of the mean over an image's logits. It can be
-    differentiated with respect to the parameters in `logits_of`.
+    For each image, the gradient is that of its mean logit. The penalty can be differentiated with
+    respect to the parameters in `logits_of`.
 
     Args:
       logits_of: (n, height, width, channels) -> (n, ...).
@@ -70,16 +70,16 @@ def r1_penalty(logits_of: Callable[[Array], Array], images: Array) -> Array:
 def draw_augmentation(
     key: Array, n: int, height: int, width: int, policy: tuple[str, ...]
 ) -> dict[str, Array]:
-    """Returns the noise of `augment` for n images.
+    """Draws the noise of `augment` for n images.
 
     Args:
-      key: used up.
+      key: PRNG key.
       n, height, width: of the images.
       policy: some of `POLICIES`.
 
     Returns:
-      By policy: the (n, 3) amounts of `colour`, the (n, 2) int shifts of `translate`, which are
-      uniform over all within an eighth of the side each way.
+      By policy: the (n, 3) amounts of `colour`; the (n, 2) int shifts of `translate`, uniform up to
+      an eighth of the side in each direction.
     """
     _check(policy)
     noise = {}
@@ -94,14 +94,12 @@ def draw_augmentation(
 
 
 def augment(images: Array, noise: dict[str, Array], policy: tuple[str, ...]) -> Array:
-    """Changes real and generated images alike, so that the discriminator has more to learn from.
-
-    Differentiable in `images`.
+    """Augments images for the discriminator; differentiable in `images`.
 
     Args:
-      images: (n, height, width, channels).
-      noise: of `draw_augmentation`, for at least this policy.
-      policy: some of `POLICIES`, applied in this order; none for the images as they are.
+      images: (n, height, width, channels), real or generated.
+      noise: from `draw_augmentation`, for at least this policy.
+      policy: some of `POLICIES`, applied in this order; () returns the images unchanged.
     """
     _check(policy)
     for name in policy:
@@ -114,8 +112,8 @@ def colour(images: Array, amounts: Array) -> Array:
 
     Args:
       images: (n, height, width, channels).
-      amounts: (n, 3): what is added to all; by how much each pixel's channels keep away from their
-        mean, 0 for grey; by how much all of an image keeps away from its mean.
+      amounts: (n, 3): a number added to all values; the factor of a pixel's differences from its
+        mean over channels, 0 for greyscale; the factor of differences from the image's mean.
     """
     brightness, saturation, contrast = (amount.reshape(-1, 1, 1, 1) for amount in amounts.T)
     images = images + brightness
@@ -126,11 +124,11 @@ def colour(images: Array, amounts: Array) -> Array:
 
 
 def translate(images: Array, shifts: Array) -> Array:
-    """Moves images and fills with zeros.
+    """Shifts images; zeros fill the border.
 
     Args:
       images: (n, height, width, channels).
-      shifts: (n, 2) int, down and to the right in pixels, at most an eighth of the side, rounded.
+      shifts: (n, 2) int, pixels down and to the right, at most an eighth of the side (rounded).
     """
     down, right = (_largest_shift(side) for side in images.shape[1:3])
     padded = jnp.pad(images, ((0, 0), (down, down), (right, right), (0, 0)))

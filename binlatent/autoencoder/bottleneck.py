@@ -1,13 +1,15 @@
-"""What lies between encoder and decoder: bits (paper, Section 3, (1)), or what Table 4 compares.
+"""Bottlenecks between encoder and decoder: bits (paper, Section 3, (1)), and those of Table 4.
 
-Each bottleneck is a module of two methods, `encode`: features to a code and what training needs to
-know of it, and `features`: a code to the features that the decoder takes. The noise of `encode`
-is given, uniform in [0, 1) of the code's shape; without it the code is deterministic.
+A bottleneck is a module with these methods and properties:
 
-Beside these, each has `loss`, the loss of the code itself and what to log about it, from what
-`encode` told and the weights of the losses (under pmap); for tables a `title`, the `code_width` c,
-the `size` of a token as Table 4 writes it (codebook size, bits or channels) and the `bits` that a
-token counts for there; and the `products` that `encode` takes for a token.
+- `encode(features, uniform)`: the code, and auxiliary outputs for `loss`. `uniform` is noise in
+  [0, 1) of the code's shape; without it the code is deterministic.
+- `features(code)`: the decoder's input.
+- `loss(aux, weights)`: the loss of the code and metrics to log, from the auxiliary outputs and the
+  weights of the losses; under pmap.
+- `title`, for tables; `code_width`, c; `size`, of a token as in Table 4: codebook size, bits or
+  channels; `bits` per token in Table 4.
+- `products`: multiplications of `encode` per token.
 
 Dimensions: n batch, h w grid, e embedding width, c bits or channels of a code, s codebook size.
 """
@@ -28,24 +30,24 @@ def straight_through(soft: Array, hard: Array) -> Array:
     """Returns `hard` with the gradient of `soft`: stop(z) + y - stop(y) (paper, (1)).
 
     Args:
-      soft: y, what can be differentiated; for bits sigmoid(logits).
-      hard: z, what is passed on, of the same shape; for bits in {0, 1}.
+      soft: y, with a gradient; for bits sigmoid(logits).
+      hard: z, the value, of the same shape; for bits in {0, 1}.
     """
-    # y - stop(y) first: it is exactly 0, whereas (z + y) - y can round away from {0, 1}.
+    # y - stop(y) first, which is exactly 0: (z + y) - y can round to other values than 0 and 1.
     return jax.lax.stop_gradient(hard) + (soft - jax.lax.stop_gradient(soft))
 
 
 def binarize(probs: Array, mode: str, uniform: Array | None = None) -> Array:
-    """Maps Bernoulli parameters to a code, differentiable with respect to them.
+    """Maps Bernoulli parameters to a code; differentiable in `probs`.
 
     Args:
       probs: y, in [0, 1], any shape.
       mode: "sample" draws z ~ B(y), "deterministic" takes y > 0.5, both with the straight-through
-        gradient; "soft" returns y itself.
+        gradient; "soft" returns y.
       uniform: noise in [0, 1) of the shape of `probs`, for "sample".
 
     Returns:
-      The code, the shape and type of `probs`.
+      The code, of the shape and type of `probs`.
     """
     if mode == "sample":
         return straight_through(probs, (uniform < probs).astype(probs.dtype))
@@ -57,10 +59,10 @@ def binarize(probs: Array, mode: str, uniform: Array | None = None) -> Array:
 
 
 def entropy_penalty(probs: Array, mean_probs: Array) -> Array:
-    """Mean entropy of a bit given its image, less that of a bit's frequency over the batch.
+    """Returns the mean entropy of a bit given the image, minus that of its batch frequency.
 
-    Least, -1, where every bit is sure of each image and on in half of them. It is the factorised
-    form of the entropy loss of lookup-free quantization (Yu et al., 2024, (5)).
+    The minimum, -1, is reached if each bit is certain given the image and is 1 in half of the
+    batch. This is the factorised entropy loss of lookup-free quantization (Yu et al., 2024, (5)).
 
     Args:
       probs: y, (n, h, w, c) in [0, 1].
@@ -74,20 +76,20 @@ def entropy_penalty(probs: Array, mean_probs: Array) -> Array:
 
 def bit_entropy(probs: Array) -> Array:
     """Returns the entropy of each Bernoulli variable, in bits."""
-    # Held off 0 and 1, where its gradient is infinite.
+    # Clipped, because the gradient is infinite at 0 and 1.
     p = jnp.clip(probs, 1e-6, 1 - 1e-6)
     return -(p * jnp.log2(p) + (1 - p) * jnp.log2(1 - p))
 
 
 class Binary(nn.Module):
-    """Bits, each embedded by a learned vector; their sum is the token's features.
+    """Bits; a token's features are the sum of its bits' learned vectors.
 
     Fields:
       num_bits: c.
       embedding_width: e.
-      deterministic: never draw the bits, always take y > 0.5; then y only carries the gradient.
-      signed: embed -1 and 1 in place of 0 and 1, with y = (1 + tanh(x)) / 2; the code keeps its
-        0 and 1.
+      deterministic: whether bits are always y > 0.5 and never drawn; y only carries the gradient.
+      signed: whether to embed -1 and 1 in place of 0 and 1, with y = (1 + tanh(x)) / 2; the code
+        still has 0 and 1.
     """
 
     num_bits: int
@@ -105,7 +107,7 @@ class Binary(nn.Module):
         self.embed = self.param("embed", nn.initializers.lecun_normal(), shape)
 
     def encode(self, features: Array, uniform: Array | None) -> tuple[Array, dict[str, Array]]:
-        """(n, h, w, e) -> the code, (n, h, w, c) in {0, 1}; `probs`, y, of the same shape."""
+        """(n, h, w, e) -> code (n, h, w, c) in {0, 1}; auxiliary: `probs`, y, of its shape."""
         logits = self.proj(features)
         # (1 + tanh(x)) / 2 is sigmoid(2 x).
         probs = jax.nn.sigmoid(2 * logits if self.signed else logits)
@@ -119,9 +121,10 @@ class Binary(nn.Module):
 
     @nn.nowrap
     def loss(self, aux: dict[str, Array], weights: Any) -> tuple[Array, dict[str, Array]]:
-        """Returns the entropy regulariser; `bit_entropy` is that of a bit given its image.
+        """Returns the entropy regulariser, and metrics.
 
-        It is a mean, in bits: 0 when the encoder is sure, 1 when its codes are coin flips.
+        The metric `bit_entropy` is the mean entropy of a bit given the image, in bits: 0 if the
+        encoder is certain, 1 if the bits are coin flips.
         """
         probs = aux["probs"]
         metrics = {"bit_entropy": jnp.mean(bit_entropy(probs))}
@@ -135,12 +138,12 @@ class Binary(nn.Module):
 class VectorQuantized(nn.Module):
     """The nearest of s learned vectors (van den Oord et al., 2017), of few dimensions.
 
-    In few dimensions more of the vectors come to be used (Yu et al., "Vector-quantized image
-    modeling with improved VQGAN", 2022); in all e, a few took every token.
+    In few dimensions, more of the codebook is used (Yu et al., "Vector-quantized image modeling
+    with improved VQGAN", 2022). With e dimensions, a few vectors got all tokens.
 
     Fields:
       codebook_size: s.
-      codebook_width: c, of a vector.
+      codebook_width: c, the dimension of a vector.
       embedding_width: e.
     """
 
@@ -163,10 +166,10 @@ class VectorQuantized(nn.Module):
         self.embed = nn.Dense(self.embedding_width)
 
     def encode(self, features: Array, uniform: Array | None) -> tuple[Array, dict[str, Array]]:
-        """(n, h, w, e) -> the code, the nearest vectors, (n, h, w, c).
+        """(n, h, w, e) -> the code: the nearest vectors, (n, h, w, c).
 
-        Told of it: `indices`, (n, h, w) int32 in [0, s); `codebook` and `commitment`, scalars, the
-        mean squared distances that move the vectors to the features and the features to the
+        Auxiliary outputs: `indices`, (n, h, w) int32 in [0, s); `codebook` and `commitment`, mean
+        squared distances whose gradients move the vectors to the features, and the features to the
         vectors.
         """
         del uniform  # nothing is drawn
@@ -187,18 +190,18 @@ class VectorQuantized(nn.Module):
 
     @nn.nowrap
     def loss(self, aux: dict[str, Array], weights: Any) -> tuple[Array, dict[str, Array]]:
-        """Returns the distances that move vectors and features to each other."""
+        """Returns the weighted codebook and commitment losses."""
         loss = aux["codebook"] + weights.commitment * aux["commitment"]
         return loss, {"commitment": aux["commitment"]}
 
 
 class Real(nn.Module):
-    """Real-valued channels, drawn from a Gaussian that is held near N(0, 1) (Rombach et al., 2022).
+    """Real-valued channels, from a Gaussian with a KL loss to N(0, 1) (Rombach et al., 2022).
 
     Fields:
       num_channels: c.
       embedding_width: e.
-      variational: whether the channels are drawn; otherwise they are the mean.
+      variational: whether the channels are drawn; otherwise they are the mean, without a KL loss.
     """
 
     num_channels: int
@@ -219,8 +222,8 @@ class Real(nn.Module):
     def encode(self, features: Array, uniform: Array | None) -> tuple[Array, dict[str, Array]]:
         """(n, h, w, e) -> the code, (n, h, w, c), real.
 
-        Told of it, if variational: `kl`, a scalar, the divergence of a channel's Gaussian from
-        N(0, 1), in nats, mean over channels.
+        Auxiliary output, if variational: `kl`, a scalar, the divergence of a channel's Gaussian
+        from N(0, 1), in nats, the mean over channels.
         """
         mean = self.proj(features)
         if not self.variational:
@@ -239,7 +242,7 @@ class Real(nn.Module):
 
     @nn.nowrap
     def loss(self, aux: dict[str, Array], weights: Any) -> tuple[Array, dict[str, Array]]:
-        """Returns the divergence from N(0, 1), 0 where nothing is drawn."""
+        """Returns the weighted divergence from N(0, 1), or 0 if not variational."""
         if not self.variational:
             return jnp.zeros(()), {}
         return weights.kl * aux["kl"], {"kl": aux["kl"]}
@@ -247,5 +250,5 @@ class Real(nn.Module):
 
 Bottleneck = Binary | VectorQuantized | Real
 
-# By the value of config.autoencoder.bottleneck; their other keys there are the fields' names.
+# Keys are values of config.autoencoder.bottleneck; fields are keys of config.autoencoder.
 BOTTLENECKS = {"binary": Binary, "vq": VectorQuantized, "real": Real}

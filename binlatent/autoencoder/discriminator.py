@@ -1,7 +1,7 @@
-"""The discriminator of patches (PatchGAN: Isola et al., CVPR 2017), as in the authors' code.
+"""The patch discriminator (PatchGAN: Isola et al., CVPR 2017), as in the authors' code.
 
-Dimensions: n batch, h w grid of the layer at hand, d its width. Layers are numbered as in the
-released weights.
+Dimensions: n batch, h w grid of a layer, d its width. Layers are numbered as in the released
+weights.
 """
 
 import math
@@ -17,11 +17,11 @@ Array = jax.Array
 
 NORMS = ("batch", "group")
 
-_MOMENTUM = 0.1  # of a batch in the running statistics
+_MOMENTUM = 0.1  # weight of a batch in the running statistics
 
 
 def logits_side(image_side: int, num_layers: int) -> int:
-    """Returns the side of the grid of logits, less than 1 for images that are too small.
+    """Returns the side of the grid of logits; less than 1 means that the image is too small.
 
     Args:
       image_side: height or width, in pixels.
@@ -31,11 +31,11 @@ def logits_side(image_side: int, num_layers: int) -> int:
 
 
 def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]:
-    """Returns the mean and the variance of each channel over a batch, divided by the count.
+    """Returns each channel's mean and (biased) variance over a batch.
 
     Args:
       x: (n, h, w, d), float32.
-      axis_name: of a pmapped axis, for those of all its devices' batches together.
+      axis_name: a pmapped axis, for the moments of all its devices' batches together.
 
     Returns:
       (d,) each, the same on every device of the axis.
@@ -45,7 +45,7 @@ def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]
         local = jnp.mean(x, axis=(0, 1, 2), keepdims=True)
         return mean_over_devices(local, axis_name) if axis_name else local
 
-    # Twice over the batch, as the mean of squares less the square of the mean cancels.
+    # Two passes, because E[x^2] - E[x]^2 loses digits.
     center = mean(x)
     return center.reshape(-1), mean(jnp.square(x - center)).reshape(-1)
 
@@ -53,12 +53,12 @@ def batch_moments(x: Array, axis_name: str | None = None) -> tuple[Array, Array]
 class BatchNorm(nn.Module):
     """Batch normalisation (Ioffe and Szegedy, 2015) with PyTorch's running statistics.
 
-    These are those of Flax but for the variance, which is the unbiased one.
+    Unlike Flax's, the running variance is the unbiased one.
 
     Fields:
-      axis_name: of the pmapped axis over whose devices statistics are synchronised: all of them
-        normalise by the whole batch, and keep the same running statistics. Not used by `init`.
-      dtype: of the output; all else is float32.
+      axis_name: a pmapped axis over which statistics are synchronised: all devices normalise by the
+        whole batch and have the same running statistics. `init` ignores it.
+      dtype: of the output; the computation is in float32.
     """
 
     axis_name: str | None = None
@@ -70,8 +70,8 @@ class BatchNorm(nn.Module):
 
         Args:
           x: features.
-          train: by the batch's statistics, which the collection "batch_stats" then has to be
-            mutable for, or by the running ones.
+          train: whether to use the batch's statistics, with the collection "batch_stats" mutable,
+            or the running ones.
         """
         d = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (d,))
@@ -96,12 +96,12 @@ class BatchNorm(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Says of each patch of an image how real it looks.
+    """Classifies each patch of an image as real or generated.
 
     Fields:
       width: of the first layer; layer i has `width` * min(2^i, 8).
-      num_layers: how often the side halves, at least 1.
-      norm: "batch", as in the paper, or "group", which treats the images of a batch apart.
+      num_layers: the number of times that the side halves, at least 1.
+      norm: "batch", as in the paper, or "group", which treats each image by itself.
       axis_name: of `BatchNorm`.
       dtype: of all but the logits and the statistics.
     """
@@ -118,16 +118,16 @@ class Discriminator(nn.Module):
 
         Args:
           image: (n, height, width, channels) in [-1, 1].
-          train: of `BatchNorm`; nothing to group norm.
+          train: as in `BatchNorm`; group norm ignores it.
 
         Returns:
-          Logits, (n, h', w', 1), float32, with the sides of `logits_side`; large is real.
+          Logits, (n, h', w', 1), float32, with the sides of `logits_side`; large means real.
         """
         x = nn.leaky_relu(self._conv(0, self.width, stride=2)(image), 0.2)
         for i in range(1, self.num_layers + 1):
             stride = 2 if i < self.num_layers else 1
             width = self.width * min(2**i, 8)
-            # No bias, as the norm would take it away again.
+            # No bias: the norm would subtract it.
             x = self._conv(3 * i - 1, width, stride, use_bias=False)(x)
             x = nn.leaky_relu(self._normalise(3 * i, x, train), 0.2)
         return self._conv(3 * self.num_layers + 2, 1, dtype=jnp.float32)(x)
@@ -151,7 +151,7 @@ class Discriminator(nn.Module):
         if self.norm == "batch":
             return BatchNorm(self.axis_name, self.dtype, name=name)(x, train)
         if self.norm == "group":
-            # For widths that 32 does not divide, the largest power of two that does.
+            # 32 groups, or the largest power of two that divides the width.
             groups = math.gcd(32, x.shape[-1])
             return nn.GroupNorm(groups, epsilon=1e-6, dtype=self.dtype, name=name)(x)
         raise ValueError(f"norm must be 'batch' or 'group', got {self.norm!r}")

@@ -1,7 +1,7 @@
 """The perceptual distance LPIPS, version 0.1, on VGG16 (Zhang et al., CVPR 2018).
 
-Dimensions: n batch, h w image grid, c features of a layer. Parameters are VGG16's alone, without
-its classifier; `read_vgg16` reads the trained ones.
+Dimensions: n batch, h w image grid, c features of a layer. The parameters are those of VGG16
+without its classifier; `read_vgg16` reads trained ones.
 """
 
 import functools
@@ -22,7 +22,7 @@ Array = jax.Array
 
 MIN_SIZE = 16  # the smallest h and w: four poolings leave one pixel
 
-ELSEWHERE = "name the file by --config.autoencoder.loss.vgg16=FILE"
+ELSEWHERE = "set --config.autoencoder.loss.vgg16=FILE"
 
 _WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 # ImageNet's mean and standard deviation, for images in [-1, 1].
@@ -40,7 +40,7 @@ class VGG16(nn.Module):
         """Returns relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3, in `dtype`.
 
         Args:
-          x: (n, h, w, 3), of mean 0 and variance 1 over ImageNet; h and w at least MIN_SIZE.
+          x: (n, h, w, 3), with mean 0 and variance 1 over ImageNet; h and w at least MIN_SIZE.
         """
         taps = []
         for i, widths in enumerate(_WIDTHS, start=1):
@@ -54,12 +54,12 @@ class VGG16(nn.Module):
 
 
 class LPIPS(nn.Module):
-    """How different two images look; the parameters are those of VGG16, under the same names.
+    """The perceptual distance of two images; its gradient is finite everywhere.
 
-    The gradient is finite everywhere.
+    The parameters are those of `VGG16`, under the same names.
 
     Fields:
-      dtype: of the convolutions; all else is float32.
+      dtype: of the convolutions; the rest is computed in float32.
     """
 
     dtype: Any = jnp.float32
@@ -72,13 +72,14 @@ class LPIPS(nn.Module):
         """Returns the distance of each pair, (n,), float32, at least 0.
 
         Args:
-          x, y: (n, h, w, 1 or 3) in [-1, 1]; h and w at least MIN_SIZE. Grey counts as r = g = b.
+          x, y: (n, h, w, 1 or 3) in [-1, 1]; h and w at least MIN_SIZE. Greyscale is expanded to
+            RGB.
         """
         return jnp.sum(self.layers(x, y), axis=0)
 
     def layers(self, x: Array, y: Array) -> Array:
-        """Returns the share of each tap of VGG16 in the distance, (5, n), float32."""
-        # One after the other, not as one batch: most often only one of them needs a gradient.
+        """Returns the contribution of each tap of VGG16 to the distance, (5, n), float32."""
+        # Not joined to one batch, because usually only one of the images needs a gradient.
         pairs = zip(self._features(x), self._features(y), _linear(), strict=True)
         return jnp.stack(
             [jnp.mean(jnp.sum(w * (a - b) ** 2, axis=-1), axis=(1, 2)) for a, b, w in pairs]
@@ -91,15 +92,15 @@ class LPIPS(nn.Module):
 
 
 def unit_length(x: Array) -> Array:
-    """Scales each pixel's features (n, h, w, c) to length 1; where all are 0, they stay 0."""
+    """Scales each pixel's features, (n, h, w, c), to length 1; zeros stay zeros."""
     square = jnp.sum(x**2, axis=-1, keepdims=True)
-    # The original adds 1e-10 to the root, whose gradient at 0 is not finite.
+    # The original adds 1e-10 to the root, whose gradient at 0 is infinite.
     return x / jnp.sqrt(jnp.maximum(square, 1e-20))
 
 
 @functools.cache
 def _linear() -> list[np.ndarray]:
-    """Returns what a feature's squared difference counts, five of (1, 1, 1, c), non-negative."""
+    """Returns the weights of the features' squared differences, five of (1, 1, 1, c), >= 0."""
     with np.load(Path(__file__).with_name("lpips_linear.npz"), allow_pickle=False) as file:
         return [file[f"lin{i}"].reshape(1, 1, 1, -1) for i in range(len(_WIDTHS))]
 
@@ -113,7 +114,7 @@ def vgg16_shapes() -> dict[str, jax.ShapeDtypeStruct]:
 def read_vgg16(path: str | Path, instead: str = ELSEWHERE) -> dict[str, Any]:
     """Returns the variables {"params": ...} of `VGG16` and of `LPIPS`, NumPy arrays, float32.
 
-    `instead` is what else can be done where there is no file, for the message.
+    `instead` ends the error message for a missing file, with an alternative.
     """
     if not Path(path).is_file():
         raise UserError(

@@ -1,15 +1,15 @@
 """The encoder and decoder of the binary autoencoder (paper, Section 3; supplement B.1).
 
-Those of VQGAN (Esser et al., 2021), as the authors of the paper released them. Both are plain lists
-of blocks, numbered as in the released weights, so that these load without a table of names.
+They are those of VQGAN (Esser et al., 2021), as the authors of the paper released them. Both are
+lists of blocks, numbered as in the released weights, so that no table of names is needed.
 
-Dimensions: n batch, h w grid of the level at hand, d its width, e embedding width, c bits of a
-code, k downsampling: patch * 2^(levels - 1).
+Dimensions: n batch, h w grid of a level, d its width, e embedding width, c bits per token, k
+downsampling: patch * 2^(levels - 1).
 
-Level i has residual blocks of width base_width * multipliers[i], each followed by attention where
-the side of the level's grid is one of `attention_resolutions`; between levels the side halves.
-`patch` pixels a side become channels before the first level (1 for none): not in the paper, but
-with it all of a 28x28 digit's convolutions run on a 4x4 grid.
+Level i has residual blocks of width base_width * multipliers[i]. Attention follows each block if
+the side of the level's grid is one of `attention_resolutions`. The side halves between levels.
+Before the first level, patches of `patch` x `patch` pixels become channels (1 for none). This is
+not in the paper; with it, all convolutions for a 28x28 digit run on a 4x4 grid.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ def depth_to_space(x: Array, factor: int) -> Array:
 
 
 def _norm(dtype: Any, name: str | None = None) -> nn.GroupNorm:
-    # The fast variance, E[x^2] - E[x]^2, loses digits: after all blocks, 1e-5 of an image.
+    # The fast variance, E[x^2] - E[x]^2, loses digits: an error of 1e-5 in the image.
     return nn.GroupNorm(
         num_groups=32, epsilon=1e-6, dtype=dtype, name=name, use_fast_variance=False
     )
@@ -52,7 +52,7 @@ def _conv(width: int, dtype: Any, name: str | None = None, kernel: int = 3) -> n
 
 
 class ResidualBlock(nn.Module):
-    """Two normalised 3x3 convolutions beside a shortcut: (n, h, w, ·) -> (n, h, w, width)."""
+    """Two normalised 3x3 convolutions with a shortcut: (n, h, w, ·) -> (n, h, w, width)."""
 
     width: int
     dtype: Any = jnp.float32
@@ -67,7 +67,7 @@ class ResidualBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention of one head over the grid: (n, h, w, d) -> (n, h, w, d)."""
+    """Self-attention with one head over the grid: (n, h, w, d) -> (n, h, w, d)."""
 
     dtype: Any = jnp.float32
 
@@ -87,8 +87,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        # One more row and column after the last, none before the first: the output is exactly
-        # half of the input, as in VQGAN.
+        # Padded after the last row and column only, as in VQGAN, so that the side halves exactly.
         padding = ((0, 1), (0, 1))
         conv = nn.Conv(
             x.shape[-1], (3, 3), strides=(2, 2), padding=padding, dtype=self.dtype, name="conv"
@@ -97,7 +96,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Each pixel four times, then a convolution: (n, h, w, d) -> (n, 2 h, 2 w, d)."""
+    """Nearest-neighbour upsampling and a convolution: (n, h, w, d) -> (n, 2 h, 2 w, d)."""
 
     dtype: Any = jnp.float32
 
@@ -109,11 +108,11 @@ class Upsample(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Levels:
-    """What the encoder and the decoder share: see the top of this file.
+    """The options that encoder and decoder share: see the module's docstring.
 
     Attributes:
-      remat: forget what is inside a block and compute it again for the gradient: less memory, and
-        about a third more time.
+      remat: whether to recompute a block's activations for the gradient: less memory, about a third
+        more time.
     """
 
     base_width: int
@@ -128,11 +127,11 @@ class Levels:
         return self.base_width * self.multipliers[level]
 
     def block(self, module: type[nn.Module]) -> type[nn.Module]:
-        """Returns a block's class as it is to be used."""
+        """Returns a block's class, with rematerialisation if `remat`."""
         return nn.remat(module) if self.remat else module
 
     def apply(self, level: int, x: Array, num_blocks: int, names: Iterator[str]) -> Array:
-        """Applies the residual blocks of a level, each with attention where asked."""
+        """Applies the residual blocks of a level, with attention at `attention_resolutions`."""
         for _ in range(num_blocks):
             x = self.block(ResidualBlock)(self.width(level), self.dtype, name=next(names))(x)
             if x.shape[1] in self.attention_resolutions:
@@ -154,7 +153,7 @@ class Encoder(nn.Module):
     """Images to features.
 
     Fields:
-      num_blocks: residual blocks a level.
+      num_blocks: residual blocks per level.
       embedding_width: e.
     """
 
@@ -178,14 +177,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features to images; the encoder's levels from the inside out.
+    """Features to images; the encoder's levels in reverse order.
 
     Fields:
-      num_blocks: residual blocks a level.
+      num_blocks: residual blocks per level.
       num_channels: of the image.
-      refine_width: channels of two last convolutions, whose grid is that of the pixels; 0 for none.
-        Without them the pixels of a patch come from one token of the last grid, each by a kernel of
-        its own, which shows as a pattern on plain areas.
+      refine_width: channels of two final convolutions on the grid of pixels; 0 for none. Without
+        them, each pixel of a patch has its own kernel, which shows as a pattern on plain areas.
       norm_first: whether to normalise the features first, as in the released weights.
     """
 
@@ -217,7 +215,7 @@ class Decoder(nn.Module):
 
 
 def last_kernel(params: Any) -> Array:
-    """Returns the kernel of the decoder's last convolution, out of an autoencoder's tree."""
+    """Returns the kernel of the decoder's last convolution from an autoencoder's variables."""
     blocks = params["params"]["decoder"]
     return blocks[f"blocks_{len(blocks) - 1}"]["kernel"]
 
@@ -226,7 +224,7 @@ class Autoencoder(nn.Module):
     """Encoder, bottleneck and decoder in one tree of parameters.
 
     Fields:
-      bottleneck: see `binlatent.models.bottleneck`.
+      bottleneck: see `binlatent.autoencoder.bottleneck`.
     """
 
     encoder: Encoder
@@ -234,7 +232,7 @@ class Autoencoder(nn.Module):
     decoder: Decoder
 
     def encode(self, image: Array, uniform: Array | None = None) -> tuple[Array, dict[str, Array]]:
-        """Returns the code and what the bottleneck tells of it.
+        """Returns the code and the bottleneck's auxiliary outputs.
 
         Args:
           image: (n, h k, w k, channels) in [-1, 1].
@@ -245,7 +243,7 @@ class Autoencoder(nn.Module):
     def probs(self, image: Array) -> Array:
         """Returns the probability that each bit of an image's code is 1, (n, h, w, c).
 
-        It is y, or the bit itself where the bottleneck never draws bits. Of bits only.
+        That is y, or the bit itself if the bottleneck never draws bits. For `Binary` only.
         """
         code, aux = self.encode(image)
         return code if self.bottleneck.deterministic else aux["probs"]
@@ -257,6 +255,6 @@ class Autoencoder(nn.Module):
     def __call__(
         self, image: Array, uniform: Array | None = None
     ) -> tuple[Array, dict[str, Array]]:
-        """Returns the reconstruction and what the bottleneck tells; arguments as of `encode`."""
+        """Returns the reconstruction and the auxiliary outputs; arguments as in `encode`."""
         code, aux = self.encode(image, uniform)
         return self.decode(code), aux

@@ -1,4 +1,4 @@
-"""The compiled programs of a trained autoencoder."""
+"""Compiled functions of a trained autoencoder."""
 
 import functools
 from typing import Any
@@ -21,7 +21,7 @@ def encode_probs(params: Any, images: Array, *, model: Autoencoder) -> Array:
 def encode_codes(
     params: Any, images: Array, *, model: Autoencoder
 ) -> tuple[Array, dict[str, Array]]:
-    """Returns the images' deterministic codes, and what the bottleneck tells about each."""
+    """Returns the images' deterministic codes, and the auxiliary outputs of each image."""
     code, aux = model.apply(params, images, method="encode")
     return code, {name: value for name, value in aux.items() if value.ndim}
 

@@ -1,4 +1,4 @@
-"""Stage 1 as its config describes it: networks, losses and training, checked when it is built."""
+"""Builds stage 1 from its config, with checks: networks, losses and training."""
 
 import dataclasses
 import functools
@@ -22,14 +22,14 @@ from binlatent.training.state import TrainState, create_state
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderSpec:
-    """Everything that the config fixes about stage 1.
+    """The part of the config that defines stage 1.
 
     Fields:
-      networks: all modules, None for those that no loss needs.
+      networks: the modules; None for those that no loss needs.
       objective: the weights of the losses.
       train: batches, optimiser, EMA.
-      start_step: of the adversarial loss and its discriminator.
-      discriminator_rate: the discriminator's learning rate over the autoencoder's.
+      start_step: the step at which the adversarial loss and the discriminator start.
+      discriminator_rate: the discriminator's learning rate relative to the autoencoder's.
       vgg16: path of the weights for the perceptual loss.
       image_shape: (height, width, channels).
     """
@@ -49,17 +49,17 @@ class AutoencoderSpec:
 
     @property
     def code_shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of a code; of "vq", c is the width of a vector."""
+        """(h, w, c) of a code; for "vq", c is the width of a vector."""
         side = self.image_shape[0] // downsampling(self.networks.autoencoder.encoder.levels)
         return side, side, self.bottleneck.code_width
 
     def check_bits(self) -> None:
-        """Refuses an autoencoder without bits, which the prior is over."""
+        """Raises UserError if the bottleneck has no bits, which priors need."""
         if not isinstance(self.bottleneck, Binary):
             name = next(key for key, x in BOTTLENECKS.items() if isinstance(self.bottleneck, x))
             raise UserError(
-                'The prior is over bits: config.autoencoder.bottleneck must be "binary", not '
-                f"{name!r}; any is trained by --mode=train_autoencoder of binlatent.main alone."
+                'A prior needs bits: config.autoencoder.bottleneck must be "binary", not '
+                f"{name!r}. Others can only be trained with --mode=train_autoencoder."
             )
 
     def init(self, key: jax.Array) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class AutoencoderSpec:
         """Returns the training step, (state, batch, LPIPS's parameters) -> (state, metrics).
 
         Args:
-          networks: those of this object; without the discriminator, the step before it starts.
+          networks: of this object; without the discriminator for steps before `start_step`.
         """
         return functools.partial(
             step.train_step,
@@ -97,7 +97,7 @@ class AutoencoderSpec:
 
 
 def downsampling(levels: Levels) -> int:
-    """Returns k, pixels a side of a token."""
+    """Returns k, the side of a token in pixels."""
     return levels.patch * 2 ** (len(levels.multipliers) - 1)
 
 
@@ -111,15 +111,15 @@ def build_autoencoder(
     refine_width: int,
     norm_first: bool,
 ) -> Autoencoder:
-    """Returns the autoencoder if its levels fit together and divide the image.
+    """Builds an autoencoder; raises UserError if its sizes do not fit the image.
 
     Args:
-      bottleneck, levels: as built.
+      bottleneck, levels: parts of the autoencoder.
       image_shape: (height, width, channels).
-      num_blocks: of a level of the encoder; the decoder has int(num_blocks * decoder_depth).
-      decoder_depth: see above.
+      num_blocks: residual blocks per level of the encoder.
+      decoder_depth: the decoder has int(num_blocks * decoder_depth) blocks per level.
       refine_width: of the decoder's two convolutions on pixels, 0 for none.
-      norm_first: whether the decoder normalises what it gets.
+      norm_first: whether the decoder normalises its input.
     """
     multipliers = levels.multipliers
     if min(multipliers, default=0) < 1:
@@ -130,14 +130,14 @@ def build_autoencoder(
     side, k = image_shape[0], downsampling(levels)
     if side % k:
         raise UserError(
-            f"config.data.image_size is {side}, which the downsampling of config.autoencoder, "
-            f"{k} (patch {levels.patch}, {len(multipliers)} levels), does not divide."
+            f"config.data.image_size, {side}, must be a multiple of the downsampling of "
+            f"config.autoencoder, {k} (patch {levels.patch}, {len(multipliers)} levels)."
         )
     sides = [side // levels.patch // 2**level for level in range(len(multipliers))]
     if absent := sorted(set(levels.attention_resolutions) - set(sides)):
         raise UserError(
-            f"config.autoencoder.attention_resolutions names {absent[0]}, but the levels of an "
-            f"image of {side} have the sides {', '.join(map(str, sides))}."
+            f"config.autoencoder.attention_resolutions has {absent[0]}, but the levels of an "
+            f"image of side {side} have the sides {', '.join(map(str, sides))}."
         )
     if levels.attention_resolutions and not num_blocks:
         raise UserError(
@@ -149,8 +149,8 @@ def build_autoencoder(
     widths += [levels.base_width] + [embedding_width] * norm_first
     if bad := [width for width in widths if width % 32]:
         raise UserError(
-            "config.autoencoder.base_width times each multiplier, and embedding_width if "
-            f"norm_first, must be multiples of the 32 groups of a norm, not {bad[0]}."
+            "config.autoencoder.base_width times each multiplier, and embedding_width with "
+            f"norm_first, must be multiples of 32, the groups of a norm, not {bad[0]}."
         )
     return Autoencoder(
         Encoder(levels, num_blocks, embedding_width),
@@ -169,10 +169,10 @@ def build_networks(
     num_layers: int,
     norm: str,
 ) -> Networks:
-    """Returns all modules that the losses need.
+    """Builds the modules that the losses need.
 
     Args:
-      autoencoder, objective: as built.
+      autoencoder, objective: of the stage.
       side: of an image, in pixels.
       dtype: of the computation.
       width, num_layers, norm: of the discriminator, see `Discriminator`.
@@ -180,14 +180,14 @@ def build_networks(
     perceptual = critic = None
     if not (objective.mse or objective.l1 or objective.perceptual):
         raise UserError(
-            "config.autoencoder.loss: one of mse, l1 and perceptual must be above 0, or nothing "
-            "compares the reconstruction with the image."
+            "config.autoencoder.loss: at least one of mse, l1 and perceptual must be above 0, to "
+            "compare the reconstruction with the image."
         )
     if objective.perceptual:
         if side < lpips.MIN_SIZE:
             raise UserError(
-                f"config.autoencoder.loss.perceptual needs images of at least {lpips.MIN_SIZE} "
-                f"pixels a side, not {side}: set it to 0."
+                f"config.autoencoder.loss.perceptual needs images of side {lpips.MIN_SIZE} or "
+                f"more, not {side}: set it to 0."
             )
         perceptual = lpips.LPIPS(dtype)
     if objective.adversarial:
@@ -202,8 +202,8 @@ def build_networks(
             )
         if logits_side(side, num_layers) < 1:
             raise UserError(
-                f"An image of {side} is too small for config.autoencoder.discriminator.num_layers "
-                f"= {num_layers}: have fewer layers, or set loss.adversarial to 0."
+                f"An image of side {side} is too small for config.autoencoder.discriminator."
+                f"num_layers = {num_layers}: use fewer layers, or set loss.adversarial to 0."
             )
         critic = Discriminator(width, num_layers, norm, AXIS, dtype)
     return Networks(autoencoder, critic, perceptual)

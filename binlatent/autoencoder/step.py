@@ -1,4 +1,4 @@
-"""Stage 1: the autoencoder and its losses (paper, Section 3, (2); supplement B)."""
+"""The losses and the training step of stage 1 (paper, Section 3, (2); supplement B)."""
 
 import functools
 from collections.abc import Callable
@@ -21,18 +21,18 @@ Metrics = dict[str, Array]
 
 
 class Objective(NamedTuple):
-    """The weights of the losses; those of weight 0 are not computed.
+    """The weights of the losses; a loss of weight 0 is not computed.
 
     Fields:
-      mse, l1: mean squared and absolute error of a channel of a pixel.
+      mse, l1: mean squared and absolute error per pixel and channel.
       perceptual: LPIPS.
       adversarial: the weight of -mean D(reconstruction).
-      adaptive: whether that weight follows |grad reconstruction| / |grad adversarial| at the
-        decoder's last kernel, and `adversarial` is the most it may be (Esser et al., 2021, (7)).
+      adaptive: whether that weight is |grad reconstruction| / |grad adversarial| at the decoder's
+        last kernel, with `adversarial` as its maximum (Esser et al., 2021, (7)).
       r1: the discriminator's gradient penalty.
-      entropy: of bits, `bottleneck.entropy_penalty`.
+      entropy: of `bottleneck.entropy_penalty`, for bits.
       commitment, kl: of the bottlenecks "vq" and "real".
-      augment: policies of `adversarial.augment` for all that the discriminator sees.
+      augment: policies of `adversarial.augment` for the discriminator's images.
     """
 
     mse: float
@@ -48,7 +48,7 @@ class Objective(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """The modules of the stage, None where no loss needs one."""
+    """The modules of the stage; None for those that no loss needs."""
 
     autoencoder: Autoencoder
     discriminator: Discriminator | None
@@ -56,11 +56,11 @@ class Networks(NamedTuple):
 
 
 class Noise(NamedTuple):
-    """All that is random in a step; of an image each.
+    """The random numbers of a step, along the batch.
 
     Fields:
-      uniform: of the bottleneck's draw, of the code's shape.
-      real, fake: what `adversarial.augment` takes.
+      uniform: for the bottleneck, of the code's shape.
+      real, fake: for `adversarial.augment` of real and generated images.
     """
 
     uniform: Array
@@ -71,7 +71,7 @@ class Noise(NamedTuple):
 def draw_noise(
     key: Array, image_shape: tuple[int, ...], code_shape: tuple[int, ...], policy: tuple[str, ...]
 ) -> Noise:
-    """Draws the noise of a step; both shapes begin with n."""
+    """Draws the noise of a step; both shapes start with n."""
     uniform_key, real_key, fake_key = jax.random.split(key, 3)
     draw = functools.partial(adversarial.draw_augmentation, policy=policy)
     return Noise(
@@ -84,15 +84,15 @@ def draw_noise(
 def reconstruction_loss(
     reconstruction: Array, image: Array, objective: Objective, perceptual: Callable | None
 ) -> tuple[Array, Metrics]:
-    """Returns the weighted sum of the terms that compare an image with its original (paper, (2)).
+    """Returns the weighted sum of the reconstruction losses (paper, (2)).
 
     Args:
       reconstruction, image: (n, height, width, channels), about [-1, 1].
-      objective: its weights `mse`, `l1` and `perceptual`.
-      perceptual: (image, image) -> (n,), or None where its weight is 0.
+      objective: with the weights `mse`, `l1` and `perceptual`.
+      perceptual: (image, image) -> (n,), or None if its weight is 0.
 
     Returns:
-      The sum, and each term before its weight.
+      The sum, and each term without its weight.
     """
     terms = {}
     if objective.mse:
@@ -113,7 +113,7 @@ def discriminator_loss(
     discriminator: Discriminator,
     objective: Objective,
 ) -> tuple[Array, tuple[Any, Metrics]]:
-    """Returns the hinge loss with its gradient penalty, the new statistics and what to log."""
+    """Returns the hinge loss with the gradient penalty, the new statistics and metrics."""
 
     def logits_of(images, batch_stats):
         logits, new = discriminator.apply(
@@ -137,10 +137,10 @@ def discriminator_loss(
 
 
 class Gradients(NamedTuple):
-    """Of the autoencoder's and the discriminator's parameters, and what to log."""
+    """Gradients of the autoencoder's and the discriminator's parameters, and metrics."""
 
     params: Any
-    discriminator: Any  # {} while the discriminator rests
+    discriminator: Any  # {} while the discriminator is not trained
     metrics: Metrics
 
 
@@ -156,8 +156,8 @@ def gradients(
 ) -> tuple[Any, Gradients]:
     """Returns the discriminator's new statistics, and the gradients of both networks' losses.
 
-    Both are taken at the same parameters and the same reconstruction; under pmap. Without
-    `networks.discriminator` there is no adversarial term.
+    Both gradients are at the same parameters and the same reconstruction. Call this under pmap.
+    Without `networks.discriminator` there is no adversarial loss.
 
     Args:
       state: before the step.
@@ -174,7 +174,7 @@ def gradients(
         loss, metrics = model.bottleneck.loss(aux, objective)
         return (reconstruction, loss), metrics
 
-    # Back to the image first, then through the autoencoder once for all terms together.
+    # Gradients with respect to the image first; one pass back through the autoencoder for all.
     (reconstruction, of_code), pull_back, metrics = jax.vjp(autoencode, state.params, has_aux=True)
     perceptual = lpips and functools.partial(lpips.apply, lpips_params)
     (loss, terms), to_image = jax.value_and_grad(reconstruction_loss, has_aux=True)(
@@ -193,7 +193,7 @@ def gradients(
         generator, to_image_adversarial = jax.value_and_grad(generator_loss)(reconstruction)
         weight = objective.adversarial
         if objective.adaptive:
-            # Of all that is pulled back, the compiler keeps only what the last kernel needs.
+            # The compiler removes all of this gradient except for the last kernel's.
             at_last_kernel = [
                 devices.mean_over_devices(last_kernel(pull_back((x, jnp.zeros(())))[0]))
                 for x in (to_image, to_image_adversarial)
@@ -222,7 +222,7 @@ def create_discriminator_state(
     image_shape: tuple[int, ...],
     optimizer: optax.GradientTransformation,
 ) -> dict[str, Any]:
-    """Returns the `discriminator` of a `TrainState` before its first step."""
+    """Returns `TrainState.discriminator` before the first step."""
     variables = discriminator.lazy_init(key, jax.ShapeDtypeStruct((1, *image_shape), jnp.float32))
     return {
         "params": variables["params"],
@@ -244,19 +244,19 @@ def update(
     discriminator_rate: float = 1.0,
     accumulate: int = 1,
 ) -> tuple[state_lib.TrainState, Metrics]:
-    """Takes one step of both networks on a device's share of a batch; under pmap.
+    """Takes one step of both networks on a device's share of a batch; call under pmap.
 
     Args:
       state: replicated.
       batch: {"image": (n, h k, w k, channels) in [-1, 1]}.
       noise: of `draw_noise`.
       lpips_params: frozen; {} without LPIPS.
-      networks: without a discriminator, that of `state` rests.
-      objective: of the losses.
-      optimizer: of both networks, each with its own state.
-      ema_decay: of the autoencoder's average.
-      discriminator_rate: the discriminator's learning rate over that of the optimizer.
-      accumulate: in how many parts the share is taken, one after the other, which divides n.
+      networks: without a discriminator, that of `state` does not change.
+      objective: weights of the losses.
+      optimizer: for both networks, each with its own state.
+      ema_decay: of the autoencoder's parameters.
+      discriminator_rate: the discriminator's learning rate relative to the optimizer's.
+      accumulate: number of parts, a divisor of n, to process one after the other.
     """
     part = functools.partial(gradients, state, networks=networks, objective=objective)
     batch_stats, (of_params, of_discriminator, metrics) = state_lib.accumulate(
@@ -266,7 +266,7 @@ def update(
         accumulate,
     )
     if networks.discriminator:
-        # Statistics are of all devices' images already.
+        # The statistics are synchronised over the devices already.
         state, logged = _update_discriminator(
             state, of_discriminator, batch_stats, optimizer, discriminator_rate
         )
@@ -305,12 +305,12 @@ def train_step(
     objective: Objective,
     **statics: Any,
 ) -> tuple[state_lib.TrainState, Metrics]:
-    """Draws the step's noise and takes the step; under pmap.
+    """Draws the step's noise and takes the step; call under pmap.
 
     Args:
-      state, batch, lpips_params: of `update`.
+      state, batch, lpips_params: as in `update`.
       code_shape: (h, w, c).
-      objective, **statics: of `update`.
+      objective, **statics: as in `update`.
     """
     shape = batch["image"].shape
     noise = draw_noise(state_lib.step_key(state), shape, (shape[0], *code_shape), objective.augment)
