@@ -477,8 +477,8 @@ def test_the_defaults_are_accepted():
         ({"prior.bernoulli.pair": "plugin"}, "pair must be one of plain_mixture, .*got 'plugin'"),
         ({"prior.bernoulli.time_weight": "rising"}, "time_weight must be one of mean, falling"),
         ({"prior.bernoulli.schedule": "sin"}, "schedule must be one of linear, .*got 'sin'"),
-        ({"prior.bernoulli.schedule": "given"}, "keep, k_0 to k_T, goes with"),
-        ({"prior.bernoulli.keep": (1.0, 0.0)}, "keep, k_0 to k_T, goes with"),
+        ({"prior.bernoulli.schedule": "given"}, "keep, k_0 to k_T, must be set if"),
+        ({"prior.bernoulli.keep": (1.0, 0.0)}, "keep, k_0 to k_T, must be set if"),
         (
             {"prior.bernoulli.schedule": "given", "prior.bernoulli.keep": (1.0, 0.0)},
             "64 timesteps need 65 values",

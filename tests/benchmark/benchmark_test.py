@@ -333,7 +333,7 @@ def table(measured):
     "flag, message",
     [
         ("--steps=4", "--steps is for sample, not for decode."),
-        ("--topology=v5p:2x2x1", "--topology is not for decode but for memory."),
+        ("--topology=v5p:2x2x1", "--topology is for memory, not for decode."),
         ("--batch_size=0", "--batch_size must be at least 1, not 0"),
         ("--repeats=0", "--repeats must be at least 1, not 0"),
         ("--peak_tflops=0", "--peak_tflops must be above 0 and finite, not 0"),

@@ -131,14 +131,14 @@ def test_cut_batch(tmp_path):
     with pytest.raises(UserError, match="ends after"):
         list(exchange.open_set(tmp_path / "x.npz").batches(8))
     (tmp_path / "y.npz").write_bytes(content[:3000])
-    with pytest.raises(UserError, match=r"y\.npz is no \.npz file"):
+    with pytest.raises(UserError, match=r"y\.npz is not a valid \.npz file"):
         exchange.open_set(tmp_path / "y.npz")
 
 
 def test_several_sizes(tmp_path):
     save(tmp_path, pictures(0))
     Image.fromarray(pictures(1, 1, (9, 9))[0]).save(tmp_path / "zoo.png")
-    with pytest.raises(UserError, match=r"000\.png is 16x12, zoo\.png 9x9\. Bring all to one"):
+    with pytest.raises(UserError, match=r"000\.png is 16x12, zoo\.png 9x9\. Resize them to one size"):
         list(exchange.open_set(tmp_path).batches(2))
     assert joined(exchange.open_set(tmp_path, 8), 4).shape == (6, 8, 8, 3)
 

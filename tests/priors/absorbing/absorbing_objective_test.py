@@ -214,7 +214,7 @@ def test_gradients_are_finite_in_bfloat16():
     [
         ({"unit": 5}, "divides the 6 bits of a token; got 5"),
         ({"schedule": "sin"}, "schedule must be one of linear, .*got 'sin'"),
-        ({"schedule": "given"}, "config.prior.absorbing.keep, k_0 to k_T, goes with"),
+        ({"schedule": "given"}, "config.prior.absorbing.keep, k_0 to k_T, must be set if"),
         ({"schedule": "given", "keep": (1.0, 0.5)}, "must end at 0, .* its last k is 0.5"),
         ({"time_weight": "mean"}, "time_weight must be one of bound, falling; got 'mean'"),
     ],
