@@ -102,7 +102,7 @@ def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, no_tensorfl
         # JAX's words, or ours if it was saving.
         died = "This most likely indicates that another task died", "Another process was lost"
         assert any(words in output for words in died), output
-        assert saved == 0 or f"goes on from step {saved}" in pair.output(0)
+        assert saved == 0 or f"resumes at step {saved}" in pair.output(0)
         with Checkpoints(folder, alone=True) as checkpoints:
             saved = checkpoints.latest_step()
     # SIGTERM to one of them stops both at the same step.
@@ -110,7 +110,7 @@ def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, no_tensorfl
         pair.wait_for(folder / f"{saved + 20}")
         pair.processes[1].send_signal(signal.SIGTERM)
         assert pair.wait() == [143, 143], pair.output(0) + pair.output(1)
-    assert f"goes on from step {saved}" in pair.output(0)
+    assert f"resumes at step {saved}" in pair.output(0)
     with Checkpoints(folder, alone=True) as checkpoints:
         assert f"is saved at step {checkpoints.latest_step()}" in pair.output(0)
 

@@ -122,7 +122,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(
         process.send_signal(signal.SIGKILL)
         process.wait()
         assert process.returncode == -signal.SIGKILL, "it ended before the kill: more steps"
-        resumed = re.search(r"goes on from step (\d+)", (killed / "output.txt").read_text())
+        resumed = re.search(r"resumes at step (\d+)", (killed / "output.txt").read_text())
         if i and resumed:
             # From the newest that was finished when it was killed.
             assert int(resumed[1]) == report[-1]["newest"]

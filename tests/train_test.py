@@ -163,7 +163,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     process = start(tmp_path, digits_dir, env=no_tensorflow)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    assert re.search("^The prior goes on from step [24] in", output, re.MULTILINE), output
+    assert re.search("^The prior resumes at step [24] in", output, re.MULTILINE), output
     whole, whole_data = restored(trained[0], "prior", tiny_experiment)
     resumed, resumed_data = restored(tmp_path, "prior", tiny_experiment)
     assert int(resumed.step) == 6

@@ -102,7 +102,7 @@ def test_a_killed_command_goes_on_and_a_finished_row_is_read(workdir, monkeypatc
 
     killed_after(Checkpoints, "save", 1)
     killed_after(Judge, "sample_quality", 1)
-    assert "The prior goes on from step 1" in capsys.readouterr().err
+    assert "The prior resumes at step 1" in capsys.readouterr().err
     (path,) = folder.glob("results_*.jsonl")
     before = path.read_text()
     _, content = command(workdir, "--rows=groups", *flags)
