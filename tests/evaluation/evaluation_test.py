@@ -126,7 +126,7 @@ def test_two_sets_their_statistics_and_the_protocol(capsys, sets, effnet, tmp_pa
         (("--reference={real}", "--images={real}", "--metrics=fdi"), "There is no metric 'fdi'"),
         (("--reference={real}", "--images={real}", "--out=x.txt"), "'x.txt' must end in .json"),
         (("--reference={real}", "--images={batch}", "--metrics=psnr", "--size=8"), "--size is for"),
-        (("--reference={cut}", "--images={real}", "--metrics=psnr"), "cut.npz is not a valid .npz file"),
+        (("--reference={cut}", "--images={real}", "--metrics=psnr"), "cut.npz is not a valid .npz"),
     ],
 )
 def test_errors_are_a_sentence(capsys, sets, tmp_path, flags, text):

@@ -157,7 +157,9 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
     stored = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
     assert stored == [{"metrics": values, "protocol": json.loads(json.dumps(protocol))}]
     assert list(protocol["metrics"]) == ["kid", "is", "pr", "dc", "floors"]
-    assert protocol["metrics"]["floors"] == "of 30 images at most, codes drawn from B(y), seed 0"
+    assert protocol["metrics"]["floors"] == (
+        "real: 30 images; reconstructions: 30 images, codes: drawn from B(y), seed 0"
+    )
     # Its floors: of 30 test images in place of the samples, and of these and reconstructions.
     test_images, _ = load_images(open_split(pipeline.experiment.data, "test"), 30)
     c = Statistics.of(network.apply(test_images, 500)["pool"]).gaussian
@@ -227,6 +229,9 @@ def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_
     np.savez(path, mu=np.zeros(9), sigma=np.eye(9))
     with pytest.raises(UserError, match="has 9 features and the images have 128"):
         quality.measure(pipeline, tmp_path, ["fid"])
+    np.savez(path, arr_0=np.zeros((20, 32, 32, 1), np.uint8))
+    with pytest.raises(UserError, match="are 32x32, but the model's are 28x28: set config.eval"):
+        quality.measure(pipeline, tmp_path, ["fid"])
     np.savez(path, arr_0=np.zeros((20, 28, 28, 3), np.uint8))
     with pytest.raises(
         UserError, match="classifier takes images with 1 channel.s., and these have 3"
@@ -241,7 +246,7 @@ def test_references_that_do_not_do_are_refused_before_any_drawing(pipeline, tmp_
         (["cas"], 5, "--num=5 is not enough"),
         (["sfid"], 20, "needs the network inception"),
         (["is"], 5, "--num=5 is not enough"),
-        (["lpips"], 20, "no file .* with VGG16's weights"),
+        (["lpips"], 20, "no file .* with VGG16's weights for LPIPS: download (?!.* train).*vgg16="),
     ],
 )
 def test_what_cannot_be_measured_is_said_first(pipeline, tmp_path, names, num, text):
@@ -283,6 +288,31 @@ def test_a_broken_link_among_the_reference_is_counted(tmp_path, tiny_experiment,
     if reference_of == "train":
         test = report.HeldOut.read(SimpleNamespace(experiment=experiment))
         assert len(test.images) == 2 and test.source.examples.num_unreadable == 0
+
+
+def test_a_folder_is_brought_to_the_size_of_the_model(tiny_experiment, tmp_path):
+    folder, seen = tmp_path / "images", []
+    folder.mkdir()
+    for i, size in enumerate([(40, 60, 3), (64, 30, 3), (28, 28, 3)] * 2):
+        image = np.random.default_rng(i).integers(0, 256, size, np.uint8)
+        Image.fromarray(image).save(folder / f"{i}.png")
+
+    def apply(images, _):
+        seen.extend(images)
+        return {"pool": np.random.default_rng(0).normal(size=(len(images), 4))}
+
+    values = {"data.name": "folder", "data.path": str(folder), "evaluate.reference": str(folder)}
+    experiment = tiny_experiment.change(values | {"data.num_classes": 0})
+    network = Network("efficientnet", 4, apply, {"name": "x"})
+    _, protocol = reference.reference(experiment, network, tmp_path)
+    assert (protocol["count"], protocol["size"]) == (6, "28x28")
+    assert protocol["transform"].startswith("centre square")
+    # The same images as of a split of that folder, with the model's one channel.
+    split = open_split(experiment.data, "train"), open_split(experiment.data, "test")
+    known = [source.examples[i]["image"] for source in split for i in range(len(source.examples))]
+    assert seen[0].shape == (28, 28, 1)
+    for image in known:
+        assert any(np.array_equal(image, other) for other in seen)
 
 
 def test_an_interrupted_reference_goes_on(tiny_experiment, tmp_path, monkeypatch):

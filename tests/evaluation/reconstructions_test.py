@@ -11,7 +11,7 @@ from PIL import Image
 
 from binlatent.data.splits import load_images, open_split
 from binlatent.data.transforms import to_float, to_uint8
-from binlatent.evaluation import quality, reconstructions
+from binlatent.evaluation import quality, reconstructions, report
 from binlatent.evaluation.floors import floors, in_words
 from binlatent.evaluation.judge import near_chance
 from binlatent.evaluation.metrics.feature_metrics import (
@@ -84,6 +84,17 @@ def test_identical_images_have_no_distance_and_brighter_ones_that_of_the_means(
     assert settings["rkid"].startswith("1 subsets of 12")
 
 
+@pytest.mark.parametrize("bottleneck", ["vq", "real"])
+def test_codes_without_bits_are_not_described_by_y(shifted, tmp_path, bottleneck):
+    pipeline, _ = shifted
+    pipeline.experiment = pipeline.experiment.change({"autoencoder.bottleneck": bottleneck})
+    values, protocol, _ = reconstructions.compare_reconstructions(
+        pipeline, NETWORK, tmp_path, ["rfid"]
+    )
+    assert set(values) == {"rfid"} and protocol["codes"] == "deterministic"
+    assert report.HeldOut.read(pipeline).protocol["codes"] == "deterministic"
+
+
 def test_too_few_reconstructions_are_warned_of_once_and_the_log_says_which_codes(
     shifted, tmp_path, caplog
 ):
@@ -106,15 +117,17 @@ def test_the_floors_of_shifted_images(shifted, tmp_path):
     y = Statistics.of(to_uint8(bits + 10 / 255)[:, 14, :WIDTH, 0].astype(float)).gaussian
     expected = {"real": WIDTH * 49, "reconstructions": frechet_distance(x, y)}
     for known, split in ((train, "train"), (x, "test")):
-        found = floors(pipeline, NETWORK, tmp_path, known, split, 100)
+        found, counts = floors(pipeline, NETWORK, tmp_path, known, split, 100)
+        assert counts == {"real": 12, "reconstructions": 12}  # all that there are
         assert found == pytest.approx(expected, abs=1e-6)
     assert "245 for real images of the other split; " in in_words(found)
     # Of a single image there is none; of few, those that are spread evenly.
-    assert not floors(pipeline, NETWORK, tmp_path, x, "test", 1)
+    assert floors(pipeline, NETWORK, tmp_path, x, "test", 1) == ({}, {})
     assert in_words({}) == ""
     few = Statistics.of(images[[0, 5, 11], 14, :WIDTH].astype(float)).gaussian
-    found = floors(pipeline, NETWORK, tmp_path, train, "train", 3)["real"]
-    assert found == pytest.approx(frechet_distance(train, few), rel=1e-6)
+    found, counts = floors(pipeline, NETWORK, tmp_path, train, "train", 3)
+    assert counts == {"real": 3, "reconstructions": 3}
+    assert found["real"] == pytest.approx(frechet_distance(train, few), rel=1e-6)
 
 
 def test_reconstructions_go_on_where_they_stopped(shifted, tmp_path, monkeypatch):
