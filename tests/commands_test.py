@@ -222,7 +222,7 @@ def test_data_named_from_another_folder_and_moved(tiny_experiment, tmp_path, mon
     (tmp_path / "a" / "photos").rename(tmp_path / "b" / "pictures")
     capsys.readouterr()
     assert call_main(*flags) == 1
-    (advice,) = re.findall(r"give (--config\S+)=DIR", capsys.readouterr().err)
+    (advice,) = re.findall(r"set (--config\S+)=DIR", capsys.readouterr().err)
     (tmp_path / "run" / "reconstructions.png").unlink()
     assert call_main(*flags, f"{advice}=pictures") == 0
     assert (tmp_path / "run" / "reconstructions.png").read_bytes() == first

@@ -130,7 +130,7 @@ REFUSED_WITHOUT_DIGITS = [
     ("--config=README.md", 2, "README.md, line "),
     ("--config={files}/json.py", 2, "json.py, line 1: NameError: name 'true'"),
     ("--config={files}/null.py", 2, "the file is not valid Python: "),
-    ("--config={files}/no_config.py", 2, "a file with a function get_config() is"),
+    ("--config={files}/no_config.py", 2, "it must define a function get_config()"),
     ("--config={files}/number.py", 1, "must return an ml_collections.ConfigDict"),
     ("--mode=all", 2, "--mode=all needs --config: --config=digits, or a file"),
     ("--mode=sample --workdir={files}/empty --config.sample.steps=4", 2, "has no checkpoint"),
