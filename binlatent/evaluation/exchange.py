@@ -53,14 +53,16 @@ def open_set(
     *,
     max_broken: float | None = None,
     key: str = "--max_broken",
+    channels: int = 3,
 ) -> ImageSet:
     """Opens an .npz file of images, or a folder, resized to squares of `image_size` if given.
 
+    Images that are resized get `channels`, 1 or 3; those of a folder at their own size have 3.
     `batches` refuses images of different sizes and unreadable images. In a folder a share of up to
     `max_broken` unreadable images is replaced by others; `key` names that setting in the message.
     """
     if path.is_dir():
-        return _open_folder(path, image_size, max_broken, key)
+        return _open_folder(path, image_size, max_broken, key, channels)
     if not path.is_file():
         raise UserError(f"There is no folder or .npz file {str(path)!r}.")
     if image_size is not None:
@@ -77,7 +79,7 @@ def _protocol(path: Path, count: int, size: tuple[int, ...], transform: str) -> 
 
 
 def _open_folder(
-    path: Path, image_size: int | None, max_broken: float | None, key: str
+    path: Path, image_size: int | None, max_broken: float | None, key: str, channels: int
 ) -> ImageSet:
     files = walk.find_images(str(path))
     count, size, transform = len(files), (image_size, image_size), CENTRE_SQUARE
@@ -101,7 +103,7 @@ def _open_folder(
 
     def decode(index: int) -> np.ndarray:
         if image_size is not None:
-            return read_image(files[index], repr(files[index]), image_size, 3)
+            return read_image(files[index], repr(files[index]), image_size, channels)
         file, image = whole(index)
         if image.shape[:2] != size:
             raise UserError(

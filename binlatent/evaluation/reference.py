@@ -67,15 +67,36 @@ def classifier(experiment: Experiment, workdir: Path) -> Network:
 def reference(
     experiment: Experiment, network: Network, workdir: Path
 ) -> tuple[Features, dict[str, Any]]:
-    """Returns the features of the images of `evaluate.reference`, and a description of these."""
-    name = experiment.evaluate.reference
+    """Returns the features of the images of `evaluate.reference`, and a description of these.
+
+    Images in a folder are cropped and resized as those that the model is trained on. Images in a
+    file must have the model's size.
+    """
+    name, data = experiment.evaluate.reference, experiment.data
     if name in ("train", "test"):
         return features_of_split(experiment, network, workdir, name)
-    tolerance = {"max_broken": experiment.data.max_broken, "key": "config.data.max_broken"}
+    path, size = Path(name), None
+    if path.is_dir():
+        size = data.image_size
+    elif exchange.holds_images(path):
+        _check_size(exchange.open_set(path).protocol["size"], data.image_size, path)
+    how = {"max_broken": data.max_broken, "key": "config.data.max_broken"}
+    how |= {"channels": data.channels}
     batch_size = experiment.sample.batch_size
-    known, protocol = comparison.load_features(Path(name), network, batch_size, **tolerance)
+    known, protocol = comparison.load_features(path, network, batch_size, size, **how)
     protocol.pop("network", None)
     return known, protocol
+
+
+def _check_size(found: str, image_size: int, path: Path) -> None:
+    """Refuses images in a file whose size is not that of the model's images."""
+    expected = f"{image_size}x{image_size}"
+    if found != expected:
+        raise UserError(
+            f"The images in {path} are {found}, but the model's are {expected}: set "
+            "config.evaluate.reference to a folder, whose images are cropped and resized, or to a "
+            "file of images of that size."
+        )
 
 
 def choose(
