@@ -1,4 +1,4 @@
-"""The paper's figures and tables, a file each: `python -m binlatent.paper FIGURE --workdir=DIR`."""
+"""Draws the paper's figures and tables: `python -m binlatent.paper FIGURE --workdir=DIR`."""
 
 from binlatent.runtime import interrupt
 
@@ -27,11 +27,11 @@ class Item(NamedTuple):
     """A figure or a table.
 
     Fields:
-      make: of a pipeline, its workdir and flags: a figure; or a figure or the text of a table, and
-        the content of a JSON file beside it.
-      flags: that it takes beside --workdir and --out.
+      make: maps a pipeline, its workdir and flags to a figure; or to a figure or the text of a
+        table, and the content of a JSON file beside it.
+      flags: the flags that it takes, in addition to --workdir and --out.
       reads: the last stage whose checkpoint it needs, "" for none.
-      suffixes: of its file.
+      suffixes: allowed suffixes of the file.
     """
 
     make: Callable[..., plt.Figure | tuple[plt.Figure | str, Any]]
@@ -67,7 +67,7 @@ ITEMS = {
 
 def _whole_number(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
 
 
@@ -84,7 +84,7 @@ def _whole_numbers(text: str) -> list[int]:
 def _seeds(text: str) -> list[int]:
     seeds = list(map(_seed, text.split(",")))
     if len(set(seeds)) < len(seeds):
-        raise argparse.ArgumentTypeError(f"{text!r} are not different seeds")
+        raise argparse.ArgumentTypeError(f"{text!r} has equal seeds")
     return seeds
 
 
@@ -92,7 +92,7 @@ def _some_of(known: Iterable[str]) -> Callable[[str], list[str]]:
     def names_in(text: str) -> list[str]:
         names = list(dict.fromkeys(text.split(",")))
         if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(known)}")
         return names
 
     return names_in
@@ -102,7 +102,7 @@ _FOR_ALL = ("figure", "workdir", "out", "keys")
 
 
 def _joined_keys(argv: list[str]) -> list[str]:
-    """Returns arguments with --config.KEY=NAME=VALUE for --config.NAME=VALUE, as argparse needs."""
+    """Replaces --config.NAME=VALUE by --config.KEY=NAME=VALUE, which argparse can parse."""
     joined = []
     for argument in argv:
         name, equals, value = argument.removeprefix("--config.").partition("=")
@@ -120,8 +120,8 @@ def _write(
         if moved:
             pipeline.experiment = pipeline.experiment.change(moved)
     if item.reads == "prior":
-        _ = pipeline.prior_params  # an error without one, before any work
-    out.parent.mkdir(parents=True, exist_ok=True)  # before the work, if it fails
+        _ = pipeline.prior_params  # raises without a prior, before any work
+    out.parent.mkdir(parents=True, exist_ok=True)  # before the work, in case it fails
     made = item.make(pipeline, workdir, **options)
     if isinstance(made, tuple):
         made, content = made
@@ -134,28 +134,28 @@ def _write(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Draws one figure or writes one table; a user's error is one sentence and exit code 1."""
+    """Runs the command; an error that the user caused prints one line, and the exit code is 1."""
     parser = argparse.ArgumentParser("binlatent.paper", description=__doc__)
     flag, path = parser.add_argument, command.path_argument
     flag("figure", choices=ITEMS)
-    flag("--workdir", type=path, help="of a trained prior; not for schedules")
-    flag("--out", type=path, help="PNG, PDF or SVG file, .md of a table; default in WORKDIR")
-    flag("--seed", type=_seed, help="of the samples; default 0")
-    about = "of samples; neighbours shows 8, table6 times 100, table5 and networks judge "
-    about += "evaluate.num_samples"
+    flag("--workdir", type=path, help="workdir of a trained prior; not needed for schedules")
+    flag("--out", type=path, help="PNG, PDF or SVG file, or .md for a table. Default: in WORKDIR")
+    flag("--seed", type=_seed, help="seed of the samples. Default: 0")
+    about = "number of samples. Default: 8 shown for neighbours, 100 timed for table6, "
+    about += "evaluate.num_samples judged for table5 and networks"
     flag("--num", type=_whole_number, help=about)
-    flag("--by", choices=neighbours.BY, help="what neighbours are nearest by; default features")
-    flag("--steps", type=_whole_numbers, help="of the sampler, for table6; default 16,64")
+    flag("--by", choices=neighbours.BY, help="distance of neighbours. Default: features")
+    flag("--steps", type=_whole_numbers, help="sampling steps, for table6. Default: 16,64")
     for option, figure, known in (
         ("--kinds", "table5", table5.VARIANTS),
         ("--rows", "networks", networks.ROWS),
     ):
-        flag(option, type=_some_of(known), help=f"of {figure}, some of {','.join(known)}")
-    flag("--seeds", type=_seeds, help="of the priors of table5 and networks; default 0")
-    about = "of training, a prior of networks, in place of prior.train.num_steps"
+        flag(option, type=_some_of(known), help=f"for {figure}, some of {','.join(known)}")
+    flag("--seeds", type=_seeds, help="seeds of the priors of table5 and networks. Default: 0")
+    about = "seconds of training per prior of networks, in place of prior.train.num_steps"
     flag("--seconds", type=_whole_number, help=about)
-    about = "a path of the workdir's config that has moved, as --config.data.path=DIR; for table5 "
-    about += "and networks any key, as --config.prior.train.num_steps=500"
+    about = "replaces a path in the workdir's config, such as --config.data.path=DIR; for table5 "
+    about += "and networks any key, such as --config.prior.train.num_steps=500"
     flag("--config.KEY", dest="keys", metavar="VALUE", action="append", default=[], help=about)
     flags = parser.parse_args(_joined_keys(sys.argv[1:] if argv is None else argv))
     name, item = flags.figure, ITEMS[flags.figure]

@@ -1,9 +1,9 @@
-"""What each choice of the prior is worth on digits: tables as in docs/results.md.
+"""Measures choices of the prior on digits; writes tables such as those of docs/results.md.
 
 python -m binlatent.paper.ablations --workdir=runs/ablations
 
-One autoencoder, and a prior for each variant and seed, in folders of their own; what is trained
-or measured already is not done again.
+Trains one autoencoder, and a prior for each variant and seed, in separate folders. Priors that are
+trained and numbers that are measured are kept, so the command can be repeated.
 """
 
 from binlatent.runtime import interrupt
@@ -42,7 +42,7 @@ log = logging.getLogger("binlatent.paper.ablations")  # also as __main__
 _EVIDENCE = {"target": "flip", "evidence": True, "vlb_weight": 0.1}
 _FLIP = {**_EVIDENCE, "evidence": False}
 
-# A variant's name and what it sets in `config.prior.bernoulli`; "steps" is a share of training.
+# Name of a variant -> values of `config.prior.bernoulli`; "steps" is a share of the training steps.
 VARIANTS = {
     "z_s": {**_FLIP, "target": "z_s"},
     "z_0": {**_FLIP, "target": "z_0"},
@@ -57,10 +57,10 @@ VARIANTS = {
     "lambda 1": {**_EVIDENCE, "vlb_weight": 1.0},
 }
 
-# What samples are drawn with, unless a row says otherwise: the model as it is.
+# Options of samples, unless a row has others: the model without changes.
 _PLAIN = {"temperature": 1.0, "guidance": 0.0, "steps": 16}
 
-# A row's name, and what it changes in `config.sample`.
+# Name of a row -> options in `config.sample`.
 SAMPLERS = {
     **{f"{steps} steps": {"steps": steps} for steps in (4, 8, 16, 32, 64)},
     "8 steps, 1 corrector": {"steps": 8, "corrector_steps": 1},
@@ -74,7 +74,7 @@ SAMPLERS = {
     "tau 0.8, w 1": {"temperature": 0.8, "guidance": 1.0},
 }
 
-# The same for completions of half digits.
+# The same, for completions of half digits.
 INPAINTERS = {
     "kept": {},
     "noised": {"known": "noised"},
@@ -82,11 +82,11 @@ INPAINTERS = {
     "noised, 1 corrector": {"known": "noised", "corrector_steps": 1},
 }
 
-_FLOORS = "floors", "", 0  # the row of `Judge.floors`, which are those of all
+_FLOORS = "floors", "", 0  # the row of `Judge.floors`, which hold for all
 
-_SAMPLED = "z_0, evidence"  # whose samplers are compared
+_SAMPLED = "z_0, evidence"  # the variant whose samplers are compared
 
-# Each table: its caption, and its rows (label, variant, sampler).
+# Caption of a table -> its rows (label, variant, sampler).
 TABLES = {
     "Target": [
         ("z_s (L_vlb alone)", "z_s", ""),
@@ -146,7 +146,7 @@ def variant_of(experiment: Experiment, variant: str, seed: int) -> Experiment:
 def train_variant(
     experiment: Experiment, workdir: Path, variant: str, seed: int
 ) -> BinaryLatentDiffusion:
-    """Trains the prior of a variant on the workdir's autoencoder, in a workdir of its own."""
+    """Trains the prior of a variant on the workdir's autoencoder, in its own workdir."""
     name = f"{variant.replace(', ', '_').replace(' ', '_')}_{seed}"
     log.info("Training %s, seed %d", variant, seed)
     own = variant_of(experiment, variant, seed)
@@ -156,13 +156,13 @@ def train_variant(
 def measure_rows(
     experiment: Experiment, workdir: Path, seeds: int, variants: Sequence[str]
 ) -> Measured:
-    """Trains and measures the rows of the tables that are about `variants`, and adds to the file.
+    """Trains and measures the rows of the tables for `variants`, and adds them to the file.
 
     Args:
-      experiment: that the variants are of.
-      workdir: of its autoencoder, and the folder of all runs.
-      seeds: priors a variant.
-      variants: of `VARIANTS`.
+      experiment: that the variants change.
+      workdir: of the autoencoder, and the folder of all runs.
+      seeds: number of priors per variant.
+      variants: names in `VARIANTS`.
     """
     path = budget_folder(experiment, workdir) / "results.jsonl"
     measured, judge = read_rows(path), None
@@ -173,7 +173,7 @@ def measure_rows(
         if not missing:
             continue
         pipeline = train_variant(experiment, workdir, variant, seed)
-        judge = judge or Judge(experiment, workdir)  # the same one for all
+        judge = judge or Judge(experiment, workdir)  # one judge for all
         if _FLOORS not in measured:
             measured[_FLOORS] = judge.floors(pipeline)
         test = report.HeldOut.read(pipeline)
@@ -182,7 +182,7 @@ def measure_rows(
             judged = judge.inpainting_quality if sampler in INPAINTERS else judge.sample_quality
             quality = judged(pipeline, key_for(seed, "ablation"), **_PLAIN | changes)
             if not set(changes) - {"steps"} and sampler not in INPAINTERS:
-                # Of the steps that the row is about, or of all.
+                # The bound for the steps of the row, or for all T steps.
                 quality |= report.likelihood_metrics(pipeline, test.probs, test.labels, **changes)
             row = variant, sampler, seed
             measured[row] = quality
@@ -194,7 +194,7 @@ def measure_rows(
 def markdown_tables(measured: Measured, seeds: int) -> str:
     """Returns the tables in Markdown: means over seeds and standard deviations.
 
-    A table has the columns that all of its rows have, and no row that was not measured.
+    A table has the columns that all of its rows have. Rows that were not measured are left out.
     """
     text = ""
     for caption, rows in TABLES.items():
@@ -213,13 +213,17 @@ def markdown_tables(measured: Measured, seeds: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, measures and prints the tables; a user's error is one sentence and exit code 1."""
+    """Runs the command; an error that the user caused prints one line, and the exit code is 1."""
     parser = argparse.ArgumentParser("binlatent.paper.ablations", description=__doc__)
     parser.add_argument(
         "--workdir", type=command.path_argument, required=True, help="folder of all runs"
     )
-    parser.add_argument("--seeds", type=int, default=3, help="priors a variant")
-    parser.add_argument("--num_steps", type=int, help="of a prior's training; the config's if not")
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="number of priors per variant. Default: 3"
+    )
+    parser.add_argument(
+        "--num_steps", type=int, help="training steps per prior. Default: the config's"
+    )
     data = ("--data", "--config.data.path")
     parser.add_argument(*data, default="", help="TFDS's data_dir")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))

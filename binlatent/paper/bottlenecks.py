@@ -1,8 +1,8 @@
-"""Table 4 of the paper: what a format of the code is worth in reconstruction.
+"""Table 4 of the paper: reconstruction with each kind of bottleneck.
 
 `python -m binlatent.main --mode=table4 --config=... --workdir=DIR` trains the config's autoencoder
-with each bottleneck at equal budget, in folders of DIR; what is trained already is not trained
-again. `python -m binlatent.paper table4 --workdir=DIR` writes the row of a workdir's autoencoder.
+with each bottleneck and an equal budget, in folders of DIR; trained autoencoders are kept.
+`python -m binlatent.paper table4 --workdir=DIR` writes the row of a workdir's autoencoder.
 """
 
 import logging
@@ -40,19 +40,19 @@ def _described(experiment: Experiment) -> list[str]:
 
 
 def _with_spread(metrics: dict[str, float], name: str, digits: int) -> str:
-    """Returns a mean ± its standard deviation, as the paper writes it, or "-" if there is none."""
+    """Returns mean ± standard deviation, as in the paper, or "-" if there is none."""
     mean, std = metrics.get(name), metrics.get(f"{name}_std")
     return "-" if std is None else f"{mean:.{digits}f} ± {std:.{digits}f}"
 
 
 def table4_row(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Makes the row of Table 4 that is the workdir's autoencoder.
+    """Makes the row of Table 4 for the workdir's autoencoder.
 
     Args:
-      pipeline, workdir: as of `tables.table1`.
+      pipeline, workdir: as in `tables.table1`.
 
     Returns:
-      The table in Markdown, and its row: `metrics`, `protocol`, `size` and `bits` of an image.
+      The table in Markdown, and its row: `metrics`, `protocol`, `size`, and `bits` per image.
     """
     metrics = {"psnr", "ssim", "lpips"}
     found = [result for result in stored_results(workdir) if metrics & result["metrics"].keys()]
@@ -60,7 +60,7 @@ def table4_row(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, lis
     own = [x for x in found if x["protocol"]["test images"].get("autoencoder") == current]
     if not own:
         raise no_results(workdir, bool(found), "psnr,ssim")
-    # Of the most images; what was measured of the same ones is added.
+    # The result with the most images, and other results with the same images.
     best = max(own, key=lambda result: result["protocol"]["test images"]["count"])
     count = best["protocol"]["test images"]["count"]
     same = [x["metrics"] for x in own if x["protocol"]["test images"]["count"] == count]
@@ -78,8 +78,8 @@ def table4_row(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, lis
 def variants(experiment: Experiment) -> dict[str, Experiment]:
     """Returns an experiment for each row of the table, by the name of its folder.
 
-    Beside the three bottlenecks of the paper there is `binary_as_vq`, with as many bits as an index
-    of the codebook, which makes a comparison at equal bits.
+    In addition to the three bottlenecks of the paper there is `binary_as_vq`, with as many bits as
+    an index of the codebook, for a comparison at equal bits.
     """
     section = experiment.content["autoencoder"]
     num_bits = max(round(math.log2(section["codebook_size"])), 1)
@@ -90,12 +90,12 @@ def variants(experiment: Experiment) -> dict[str, Experiment]:
         "real": {"autoencoder.bottleneck": "real"},
     }
     if section["num_bits"] == num_bits:
-        del changes["binary_as_vq"]  # it would be the same
+        del changes["binary_as_vq"]  # it equals `binary`
     return {name: experiment.change(values) for name, values in changes.items()}
 
 
 def _use(metrics: dict[str, float]) -> str:
-    """Returns how much of its code a bottleneck uses, in words."""
+    """Returns a description of how much of its code a bottleneck uses."""
     if "codebook_used" in metrics:
         return (
             f"{metrics['codebook_used']:.0%} of the codebook, "
@@ -110,10 +110,10 @@ def _use(metrics: dict[str, float]) -> str:
 
 
 def compare_bottlenecks(experiment: Experiment, workdir: Path) -> str:
-    """Trains what is not trained yet, writes `table4.json` and `table4.md`, returns the table.
+    """Trains missing autoencoders, writes `table4.json` and `table4.md`, and returns the table.
 
     PSNR and SSIM are mean ± standard deviation over `evaluate.num_images` test images, in uint8,
-    of the averaged weights.
+    with the EMA weights.
     """
     with stages.alone_in(workdir):
         return _compare(experiment, workdir)

@@ -1,4 +1,4 @@
-"""The paper's figures: the noise schedules, and samples by temperature, guidance and steps."""
+"""Figures of the paper: noise schedules, and samples by temperature, guidance and steps."""
 
 import logging
 from pathlib import Path
@@ -19,18 +19,18 @@ log = logging.getLogger(__name__)
 
 TEMPERATURES = (0.2, 0.4, 0.6, 0.8, 1.0, 1.2)  # of Figure 4
 GUIDANCES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-_MOST_STEPS = 64  # of a prior that takes any number of them
+_MOST_STEPS = 64  # for priors that take any number of steps
 
-# What `steps_figure` measures, as its axes name it.
+# Numbers of `steps_figure` -> titles of axes.
 _CAPTIONS = {
-    "bits_per_dim": "bits per dimension, at most",
+    "bits_per_dim": "bits per dimension (upper bound)",
     "accuracy": "accuracy",
     "frechet_distance": "Frechet distance",
 }
 
 
 def schedules_figure(num_timesteps: int = 64) -> plt.Figure:
-    """Draws how bits that are 1 (blue) and 0 (red) reach 1/2 (supplement, Figure A)."""
+    """Draws how q(z_t = 1) of bits that are 1 (blue) and 0 (red) tends to 1/2 (Figure A)."""
     names = schedules.NAMES
     figure, axes = plt.subplots(1, len(names), figsize=(10, 3), sharey=True, layout="constrained")
     for axis, name in zip(axes, names, strict=True):
@@ -51,7 +51,7 @@ def _rows(
     values: tuple[float, ...],
     fixed: dict[str, float],
 ) -> plt.Figure:
-    """Draws a row of samples a value of a sampling option, the same noise in every row."""
+    """Draws a row of samples per value of a sampling option, with the same noise in all rows."""
     num, labels = pictures.class_rows(pipeline.num_classes, columns=1)
     given = num, key_for(seed, name), labels
     rows = [pipeline.sample(*given, **fixed, **{name: value}) for value in values]
@@ -70,31 +70,31 @@ def _rows(
 
 
 def temperature_figure(pipeline: BinaryLatentDiffusion, seed: int = 0) -> plt.Figure:
-    """Draws samples at rising temperature, without guidance, same noise (paper, Figure 4)."""
+    """Draws samples by temperature, without guidance, with the same noise (paper, Figure 4)."""
     return _rows(pipeline, seed, "temperature", TEMPERATURES, {"guidance": 0.0})
 
 
 def guidance_figure(pipeline: BinaryLatentDiffusion, seed: int = 0) -> plt.Figure:
-    """Draws samples at rising guidance, at temperature 1, same noise (supplement, Figure M)."""
+    """Draws samples by guidance, at temperature 1, with the same noise (supplement, Figure M)."""
     if not pipeline.num_classes:
-        raise UserError("This prior is unconditional, so there is nothing to guide.")
+        raise UserError("This prior is unconditional, so it has no guidance.")
     return _rows(pipeline, seed, "guidance", GUIDANCES, {"temperature": 1.0})
 
 
 def steps_figure(pipeline: BinaryLatentDiffusion, workdir: Path, seed: int = 0) -> plt.Figure:
-    """Draws the quality of samples of 4 steps, 8, ... to T (paper, Figure 7).
+    """Draws the quality of samples by number of steps: 4, 8, ..., T (paper, Figure 7).
 
-    For each, the bound for a sampler of these steps and, for a prior with classes, the accuracy and
-    distance of `Judge.sample_quality`; at temperature 1 and without guidance, as in the paper.
+    It shows the bound for each number of steps and, for a prior with classes, the accuracy and
+    distance of `Judge.sample_quality`, at temperature 1 and without guidance, as in the paper.
     Dashed lines are the distances of real images and of reconstructions.
 
     Args:
-      pipeline: with a prior. One that takes any number of steps is measured to 64.
-      workdir: of the classifier that judges samples.
+      pipeline: with a prior. If it takes any number of steps, 64 is the largest.
+      workdir: with the classifier that judges samples.
       seed: of the samples.
     """
     most = pipeline.experiment.prior.prior.max_steps or _MOST_STEPS
-    pipeline.settings({"steps": most})  # refused before any work if there are none to choose
+    pipeline.settings({"steps": most})  # refuses a prior without steps, before any work
     steps = sorted({min(2**i, most) for i in range(2, 20)})
     test = report.HeldOut.read(pipeline)
     judge = Judge(pipeline.experiment, workdir) if pipeline.num_classes else None

@@ -1,6 +1,6 @@
-"""A prior's samples beside the training images nearest to them: does it repeat what it has seen?
+"""Samples and the training images nearest to them, to see whether the prior memorised its data.
 
-The supplement's Figure O shows it, `python -m binlatent.paper neighbours` draws it.
+`python -m binlatent.paper neighbours` draws the figure (supplement, Figure O).
 """
 
 import logging
@@ -23,26 +23,25 @@ from binlatent.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
-NEIGHBOURS = 10  # beside each sample, as in Figure O
+NEIGHBOURS = 10  # per sample, as in Figure O
 BY = ("features", "lpips")
 
-_RANKED = 100  # of the nearest by features, that LPIPS ranks
-_SHARE = 0.01  # of held-out images that are nearer to training images than the threshold
-_BLOCK = 2**25  # entries of an array of float64 at a time: 256 MiB
+_RANKED = 100  # nearest images by features that LPIPS ranks
+_SHARE = 0.01  # of held-out images nearer than the threshold
+_BLOCK = 2**25  # entries per block of float64: 256 MiB
 
 
 class Neighbours(NamedTuple):
     """Samples and the training images nearest to them.
 
     Fields:
-      samples: a few of them, uint8 (num, h, w, c).
+      samples: the samples shown, uint8 (num, h, w, c).
       images: the training images nearest to each, the nearest first, uint8 (num, k, h, w, c).
-      distances: to these, (num, k), of features or LPIPS.
-      of_samples: of the features of many samples, the distance to the nearest training image, (n,).
-      of_held_out: the same of as many test images, or of all if there are fewer, (m,).
-      metrics: `memorised`; `expected`, what it is of samples that are to the training images as
-        held-out images are; `threshold`, and both medians.
-      protocol: how it was measured.
+      distances: to these images, (num, k), of features or LPIPS.
+      of_samples: distances of many samples to the nearest training image, in features, (n,).
+      of_held_out: the same for as many test images, or all if there are fewer, (m,).
+      metrics: those of the function `memorised`.
+      protocol: how they were measured.
     """
 
     samples: np.ndarray
@@ -60,7 +59,7 @@ def nearest_rows(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndar
     Args:
       queries: (n, d).
       rows: (m, d).
-      k: how many, at most m.
+      k: number of neighbours, at most m.
 
     Returns:
       Indices into `rows`, (n, k), the nearest first, and Euclidean distances, float64 (n, k).
@@ -71,9 +70,9 @@ def nearest_rows(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndar
     found = []
     for start in range(0, len(queries), size):
         block = np.asarray(queries[start : start + size], np.float64)
-        # |a - b|^2 without |a|^2, which is the same for all b.
+        # |a - b|^2 without |a|^2, which is equal for all b.
         order = np.argpartition(squares[None] - 2 * (block @ rows.T), k - 1, axis=1)[:, :k]
-        # Once more from the differences: of a copy the expansion leaves rounding errors, not 0.
+        # Again from the differences: for copies the expansion gives rounding errors instead of 0.
         columns = [np.linalg.norm(block - rows[order[:, i]], axis=1) for i in range(k)]
         distances = np.stack(columns, axis=1)
         by_distance = np.argsort(distances, axis=1, kind="stable")
@@ -83,20 +82,22 @@ def nearest_rows(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndar
 
 
 def memorised(of_samples: np.ndarray, of_held_out: np.ndarray) -> dict[str, float]:
-    """Says how many samples are nearer to a training image than held-out images ever are.
+    """Returns the share of samples that are nearer to a training image than held-out images are.
 
     Args:
       of_samples: distance of each sample to the nearest training image, (n,).
-      of_held_out: the same of images that were not trained on, (m,).
+      of_held_out: the same for held-out images, (m,).
 
     Returns:
-      `memorised`, the share of samples as near as `threshold`, the 1st percentile of held-out
-      images, or nearer: 1 of copies. `expected`, the share if both are of one distribution: 0.01,
-      or more where several held-out images are as near, as copies in both splits are; of fewer than
-      99 held-out images, of which the nearest is the threshold, 1 / (m + 1). `copies`, the share of
-      samples at distance 0, and `copies_held_out`. Both medians.
+      `threshold`: the 1st percentile of held-out images, or the nearest of fewer than 99.
+      `memorised`: the share of samples at or below the threshold; 1 for copies.
+      `expected`: that share if samples and held-out images had one distribution: 0.01, more if
+        several held-out images are at or below the threshold (such as copies in both splits), and
+        1 / (m + 1) for fewer than 99.
+      `copies`, `copies_held_out`: the shares at distance 0.
+      `median`, `median_held_out`: the medians.
     """
-    # Of several definitions, that below which a draw of the same distribution lies with 0.01.
+    # "weibull": a draw from the same distribution is below it with probability 0.01.
     threshold = np.quantile(of_held_out, _SHARE, method="weibull")
     return {
         "memorised": float(np.mean(of_samples <= threshold)),
@@ -117,23 +118,25 @@ def find(
     by: str = "features",
     seed: int = 0,
 ) -> Neighbours:
-    """Finds the training images nearest to samples, by the network of `config.evaluate`.
+    """Finds the training images nearest to samples, in the features of `evaluate.network`.
 
-    LPIPS of all pairs would be too costly: it ranks the 100 training images that are nearest by
-    features, and how much is memorised stays a matter of features. Of more than
-    `features.MAX_KEPT` training images so many, evenly spread, are searched; the protocol says so.
+    LPIPS of all pairs would be too expensive, so it ranks the 100 training images that are nearest
+    by features; `memorised` is always measured by features. At most `features.MAX_KEPT` training
+    images, spread evenly, are searched; the protocol has the number.
 
     Args:
       pipeline: of the workdir.
-      workdir: where samples and features are kept, and are taken from if they are there.
-      num: of samples with their neighbours; `memorised` is of `config.evaluate.num_samples`.
+      workdir: where samples and features are kept and read.
+      num: of samples to show; `memorised` uses `config.evaluate.num_samples`.
       by: "features" or "lpips", with the weights of `config.autoencoder.loss.vgg16`.
       seed: of the samples.
     """
     experiment = pipeline.experiment
     if by == "lpips":
         if experiment.data.image_size < MIN_SIZE:
-            raise UserError(f"LPIPS needs images of at least {MIN_SIZE} pixels: use --by=features.")
+            raise UserError(
+                f"LPIPS needs images of at least {MIN_SIZE}x{MIN_SIZE} pixels: use --by=features."
+            )
         vgg16 = read_vgg16(experiment.autoencoder.vgg16)
     network, folder = reference.network(experiment, workdir), workdir / "evaluation"
     warn_near_chance(experiment, network)
@@ -184,10 +187,10 @@ def find(
 
 
 def figure(found: Neighbours) -> plt.Figure:
-    """Draws what `find` has found (supplement, Figure O).
+    """Draws the result of `find` (supplement, Figure O).
 
-    A row a sample, its nearest training images beside it; below, how near the samples and held-out
-    images are to the training images.
+    Each row has a sample and its nearest training images. A histogram below has the distances of
+    samples and held-out images to the training images.
     """
     sheet = png.grid(list(np.concatenate([found.samples[:, None], found.images], axis=1)))
     height, width, _ = sheet.shape
@@ -231,6 +234,6 @@ def figure(found: Neighbours) -> plt.Figure:
 def draw_neighbours(
     pipeline: BinaryLatentDiffusion, workdir: Path, **options: Any
 ) -> tuple[plt.Figure, dict[str, Any]]:
-    """Returns the figure of what `find` finds, which takes the options, and how it was measured."""
+    """Returns the figure of `find` with these options, and its metrics and protocol."""
     found = find(pipeline, workdir, **options)
     return figure(found), {"metrics": found.metrics, "protocol": found.protocol}

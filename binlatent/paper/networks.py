@@ -1,10 +1,11 @@
-"""What each part of the Bernoulli prior's network and head is worth, at an equal budget.
+"""Compares the parts of the Bernoulli prior's network and head, at an equal budget.
 
-`python -m binlatent.paper networks --workdir=DIR --seeds=0,1` takes the autoencoder of DIR, encodes
-the training images once, and trains the Bernoulli diffusion with each of `ROWS` (`--rows`: some of
-them): the released network, each part of `PARTS` added to it, all of them, and all without each.
-The budget is the steps of `config.prior.train`, or with `--seconds=N` as many steps as take N
-seconds. What is trained or measured already, in folders of DIR/networks, is not done again.
+`python -m binlatent.paper networks --workdir=DIR --seeds=0,1` uses the autoencoder of DIR, encodes
+the training images once, and trains the Bernoulli diffusion with each of `ROWS` (or some, with
+`--rows`): the released network, the released network with each part of `PARTS`, all parts, and all
+parts without each one. The budget is the steps of `config.prior.train` or, with `--seconds=N`, the
+number of steps that take N seconds. Results in folders of DIR/networks are kept, so the command can
+be repeated.
 """
 
 import itertools
@@ -33,7 +34,7 @@ from binlatent.training.loop import Stage
 
 log = logging.getLogger(__name__)
 
-# A part's name and title, and the key below `config.prior` with its value.
+# Name of a part -> its title, and a key in `config.prior` with its value.
 PARTS = {
     "adaln": ("adaLN-Zero", "network.dit.adaln", True),
     "qk_norm": ("QK-norm", "network.dit.qk_norm", True),
@@ -43,7 +44,7 @@ PARTS = {
     "groups": ("bits in 4 groups", "bernoulli.groups", 4),
 }
 
-_ALL_BITS = "c"  # groups: as many as a token has bits
+_ALL_BITS = "c"  # groups: one per bit
 
 _RELEASED = {
     **{"kind": "bernoulli", "network.name": "released"},
@@ -54,7 +55,7 @@ _RELEASED = {
 
 
 def _with(*parts: str, groups: int | str = 4) -> dict[str, Any]:
-    """Returns the values of `config.prior`, by key below it, of the released network with parts."""
+    """Returns values of `config.prior` for the released network with some parts."""
     values = dict(PARTS[part][1:] for part in parts)
     if "bernoulli.groups" in values:
         values["bernoulli.groups"] = groups
@@ -63,11 +64,11 @@ def _with(*parts: str, groups: int | str = 4) -> dict[str, Any]:
     return _RELEASED | values
 
 
-# A row's name, its title and its values of `config.prior`.
+# Name of a row -> its title and its values of `config.prior`.
 ROWS = {
     "released": ("released", _with()),
     **{part: (f"released + {title}", _with(part)) for part, (title, *_) in PARTS.items()},
-    "groups_c": ("released + each bit a group of its own", _with("groups", groups=_ALL_BITS)),
+    "groups_c": ("released + one group per bit", _with("groups", groups=_ALL_BITS)),
     "all": ("all", _with(*PARTS)),
     **{
         f"without_{part}": (
@@ -76,12 +77,12 @@ ROWS = {
         )
         for part, (title, *_) in PARTS.items()
     },
-    "all_groups_c": ("all, each bit a group of its own", _with(*PARTS, groups=_ALL_BITS)),
+    "all_groups_c": ("all, with one group per bit", _with(*PARTS, groups=_ALL_BITS)),
 }
 
 STEPS = (4, 8, 16, 64)  # of the sampler
 
-_TIMED = 20  # steps whose seconds decide how many fit, after two that compile
+_TIMED = 20  # timed steps that decide how many fit, after two that compile
 _STEPS_FILE = "steps.jsonl"
 
 
@@ -94,7 +95,7 @@ def row_experiment(experiment: Experiment, name: str, seed: int) -> Experiment:
 
 
 def seconds_a_step(stage: Stage) -> float:
-    """Returns the median of the seconds of `_TIMED` steps of training, batches included."""
+    """Returns the median seconds of `_TIMED` training steps, including the reading of batches."""
     state, seconds = replicate(stage.state), []
     for index in range(_TIMED + 2):
         start = time.perf_counter()
@@ -108,7 +109,7 @@ def seconds_a_step(stage: Stage) -> float:
 def _decide_steps(
     experiment: Experiment, workdir: Path, folder: Path, names: Sequence[str], seconds: int
 ) -> dict[str, int]:
-    """Returns how many steps each row takes in so many seconds, timed once and kept in a file."""
+    """Returns the number of steps of each row in `seconds`; it is timed once and kept in a file."""
     path, decided = folder / _STEPS_FILE, {}
     known = runs.read_rows(path)
     for name in names:
@@ -130,10 +131,10 @@ def _decide_steps(
 
 
 def _logged_seconds(folder: Path, steps: int, batch_size: int) -> float:
-    """Returns the seconds of training by the log of a prior's folder.
+    """Returns the seconds of training, from the log in a prior's folder.
 
-    They are the steps times the median of a step's seconds, so that compilation, checkpoints and
-    pictures are left out.
+    They are the number of steps times the median seconds of a step, without compilation,
+    checkpoints and pictures.
     """
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     speeds = [x["images_per_second"] for x in lines if "images_per_second" in x]
@@ -141,7 +142,7 @@ def _logged_seconds(folder: Path, steps: int, batch_size: int) -> float:
 
 
 def _training(numbers: runs.Numbers, name: str, seed: int) -> dict[str, Any]:
-    """Returns `parameters`, `flops` of training, an image, `steps` and `seconds` of a prior."""
+    """Returns `parameters`, `steps` and `seconds` of a prior, and `flops` of training per image."""
 
     def measure() -> dict[str, Any]:
         pipeline = numbers.trained(name, seed)
@@ -158,7 +159,7 @@ def _training(numbers: runs.Numbers, name: str, seed: int) -> dict[str, Any]:
 
 
 def _of_seed(numbers: runs.Numbers, name: str, seed: int, num: int) -> dict[str, Any]:
-    """Returns the numbers of a prior, those of its samples a list by the number of steps."""
+    """Returns the numbers of a prior; `samples` is a list over numbers of steps."""
     most = numbers.variant(name, seed).prior.prior.max_steps
     counts = sorted({min(count, most or count) for count in STEPS})
     training, bits = _training(numbers, name, seed), numbers.bits(name, seed)
@@ -186,17 +187,17 @@ def compare_networks(
     Args:
       experiment: of `runs.base_experiment`.
       workdir: with a trained autoencoder.
-      names: of `ROWS`.
+      names: keys of `ROWS`.
       seeds: of the priors.
-      num: of samples.
-      seconds: of training, a prior; None for the steps of the config.
+      num: number of samples.
+      seconds: of training per prior; None for the steps of the config.
 
     Returns:
       `rows`, each with the numbers of its `seeds`; `protocol`.
     """
-    for name in names:  # all, before any work
+    for name in names:  # check all before any work
         stages.check_prior(row_experiment(experiment, name, seeds[0]))
-    network(experiment, workdir)  # its weights may be missing
+    network(experiment, workdir)  # fails now if its weights are missing
     folder, decided = runs.budget_folder(experiment, workdir / "networks"), {}
     if seconds:
         folder = workdir / "networks" / f"{seconds}_seconds"
@@ -205,7 +206,7 @@ def compare_networks(
     def variant(name: str, seed: int) -> Experiment:
         own = row_experiment(experiment, name, seed)
         steps = decided.get(name, own.prior.train.num_steps)
-        # A log of ten entries or more, of which the first alone has the compilation in it.
+        # At least ten log entries; only the first includes compilation.
         log_every = min(own.run.log_every, max(steps // 10, 1))
         return own.change({"prior.train.num_steps": steps, "log_every": log_every})
 
@@ -243,7 +244,7 @@ def _cells(row: dict[str, Any], qualities: Sequence[str]) -> list[str]:
 
 
 def networks_text(content: dict[str, Any]) -> str:
-    """Returns what `compare_networks` does as a table in Markdown."""
+    """Returns the result of `compare_networks` as a table in Markdown."""
     found, how = content["rows"], content["protocol"]
     samples = [values for row in found for one in row["seeds"] for values in one["samples"]]
     counts = [values["sampling_steps"] for values in found[0]["seeds"][0]["samples"]]
@@ -254,11 +255,11 @@ def networks_text(content: dict[str, Any]) -> str:
     table = markdown(head, [_cells(row, list(qualities)) for row in found])
     return (
         f"### Parts of the network, {budget} of training\n\n{table}\n"
-        f"Batches of {how['batch_size']} codes. GFLOP are of training, an image. Seconds leave "
-        "compilation out. Bits per dimension are the bound of all steps, with self-conditioning "
-        f"that of a sampler of two calls a step. {how['samples']:,} samples for each number of "
-        "steps, without guidance and of temperature 1, are judged by "
-        f"{how['network']} beside {how['images']:,} test images at most. "
+        f"Batches of {how['batch_size']} codes. GFLOP are of training, per image. Seconds are "
+        "without compilation. Bits per dimension are the bound for all T steps; with "
+        "self-conditioning, that of a sampler with two calls per step. Samples: "
+        f"{how['samples']:,} for each number of steps, at temperature 1 and without guidance, "
+        f"compared by {how['network']} with at most {how['images']:,} test images. "
         f"{how['devices']} x {how['device']}, JAX {how['jax']}."
         f"{floors.in_words(how['floors'])}\n"
     )
@@ -279,14 +280,14 @@ def networks(
     Args:
       pipeline: of the workdir.
       workdir: of the autoencoder; codes and priors are added to it.
-      rows: of `ROWS`, all of them by default.
+      rows: keys of `ROWS`; None for all.
       seeds: of the priors.
-      num: of samples for each number of steps, `evaluate.num_samples` by default.
-      seconds: of training, a prior, in place of the steps of the config.
-      config: what to change in the workdir's config, KEY=VALUE each.
+      num: number of samples for each number of steps; None for `evaluate.num_samples`.
+      seconds: of training per prior, in place of the steps of the config.
+      config: changes of the workdir's config, as KEY=VALUE.
 
     Returns:
-      The table in Markdown, and what `compare_networks` does.
+      The table in Markdown, and the result of `compare_networks`.
     """
     experiment = runs.base_experiment(pipeline.experiment, config)
     num = experiment.evaluate.num_samples if num is None else num

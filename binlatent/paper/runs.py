@@ -1,6 +1,6 @@
-"""Priors of several configs on one autoencoder, a folder each, and the numbers measured of them.
+"""Trains priors of several configs on one autoencoder, and keeps the numbers measured from them.
 
-What is trained or measured already is not done again.
+Each prior has its own folder. Trained priors and measured numbers are kept.
 """
 
 import functools
@@ -32,9 +32,11 @@ log = logging.getLogger(__name__)
 
 Options = dict[str, Any]  # of the sampler, by name
 
-Measured = dict[tuple[str, str, int], dict[str, Any]]  # by variant, what was measured, and seed
+Measured = dict[
+    tuple[str, str, int], dict[str, Any]
+]  # keyed by variant, what was measured, and seed
 
-# A number's title, and how it is shown.
+# Name of a number -> its title and format.
 _COLUMNS = {
     "bits_per_dim": ("bits per dimension", "{:.4f}"),
     "accuracy": ("accuracy", "{:.1%}"),
@@ -44,11 +46,11 @@ _COLUMNS = {
 
 
 def base_experiment(trained: Experiment, overrides: Sequence[str]) -> Experiment:
-    """Returns the experiment that all variants are of.
+    """Returns the experiment that all variants change.
 
     Args:
-      trained: of the autoencoder. What its version of the config lacked is as in the default one.
-      overrides: KEY=VALUE, by key of the config.
+      trained: of the autoencoder. Keys that its config lacks are taken from the default config.
+      overrides: changes of the config, as KEY=VALUE.
     """
     config = default.get_config()
     with config.unlocked():
@@ -58,7 +60,7 @@ def base_experiment(trained: Experiment, overrides: Sequence[str]) -> Experiment
             config.update_from_flattened_dict({name: value})
         except (AttributeError, KeyError, TypeError) as error:
             raise UserError(
-                f"The config has no key {name}, or {value!r} is of another type than its value."
+                f"The config has no key {name}, or {value!r} does not have the type of its value."
             ) from error
     return resolve(config)
 
@@ -66,13 +68,13 @@ def base_experiment(trained: Experiment, overrides: Sequence[str]) -> Experiment
 def of_changes(
     experiment: Experiment, changes: Mapping[str, Any], seed: int, steps: int
 ) -> Experiment:
-    """Returns the experiment of a variant and seed, which learns from cached codes.
+    """Returns the experiment of a variant and seed, which trains on cached codes.
 
     Args:
-      experiment: of `base_experiment`.
-      changes: values of `config.prior`, by key below it.
+      experiment: from `base_experiment`.
+      changes: values of `config.prior` by key.
       seed: of the prior.
-      steps: of the sampler, in place of the config's, which may be too many for a variant.
+      steps: of the sampler; those of the config may be too many for a variant.
     """
     values = {f"prior.{key}": value for key, value in changes.items()}
     values |= {"prior.cache_codes": True, "sample.steps": steps}
@@ -80,23 +82,23 @@ def of_changes(
 
 
 def described(options: Options) -> str:
-    """Returns options of the sampler in words."""
+    """Returns a description of options of the sampler."""
     return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
 def budget_folder(experiment: Experiment, workdir: Path) -> Path:
-    """Returns the folder of all runs of a budget, so that no two budgets are mixed up."""
+    """Returns the folder of all runs of a budget; each number of steps has its own."""
     return workdir / f"{experiment.prior.train.num_steps}_steps"
 
 
 def check_budget(row: Experiment, workdir: Path, stage: str) -> None:
-    """Refuses a workdir whose stage was trained in another way than the rows beside it will be."""
+    """Refuses a workdir whose stage was trained with another config than the other rows."""
     if not exists(workdir, stage):
         return
     with Checkpoints.open(workdir, stage) as checkpoints:
         meta = checkpoints.newest(Checkpoints.meta)
     here, trained = row.without_paths, of_checkpoint(meta, workdir).without_paths
-    # Training fills in the first two; sections of other kinds of prior mean nothing.
+    # Training sets the first two; sections of other kinds of prior are not used.
     ignored = {"num_classes", "text_width", *KINDS} - {row.prior.kind}
     for section in ("data", stage):
         for key, value in here[section].items():
@@ -113,9 +115,9 @@ def train_prior_in(own: Experiment, workdir: Path, folder: Path) -> BinaryLatent
     """Trains a prior on the workdir's autoencoder and codes, in a folder below the workdir.
 
     Args:
-      own: of the prior.
-      workdir: with a trained autoencoder; it gets the codes if the prior learns from cached ones.
-      folder: of the prior, a workdir itself; see `link_shared`.
+      own: the experiment of the prior.
+      workdir: with a trained autoencoder; cached codes are written there.
+      folder: the workdir of the prior; see `link_shared`.
     """
     link_shared(own, workdir, folder)
     stages.train_prior(own, folder)
@@ -123,9 +125,9 @@ def train_prior_in(own: Experiment, workdir: Path, folder: Path) -> BinaryLatent
 
 
 def link_shared(own: Experiment, workdir: Path, folder: Path) -> None:
-    """Makes the folder of a prior, with links to what the workdir has for all of them.
+    """Makes the folder of a prior, with links to the parts of the workdir that all priors share.
 
-    That is the autoencoder and the codes; with captions also their features and their encoder.
+    These are the autoencoder and the codes and, with captions, the text features and the encoder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     made, files = ["codes"], ["autoencoder"]
@@ -139,7 +141,7 @@ def link_shared(own: Experiment, workdir: Path, folder: Path) -> None:
 
 
 class Numbers:
-    """What is measured of variants, each number once, and kept in a file as it comes."""
+    """Numbers measured from variants; each is measured once and written to a file at once."""
 
     def __init__(
         self,
@@ -152,21 +154,21 @@ class Numbers:
         title: str,
         named: bool = False,
     ):
-        """Reads what was measured before.
+        """Reads the numbers measured so far.
 
         Args:
-          experiment: of `base_experiment`; the judge is of it.
+          experiment: from `base_experiment`; also that of the judge.
           workdir: of the autoencoder.
-          folder: of the budget: a prior's own lies below it, and so does the file.
+          folder: of the budget; it holds the folders of priors, and the file of numbers.
           variant: returns the experiment of a variant and seed.
-          num: of samples.
-          title: of the table, which names the noise of samples.
-          named: whether `evaluate.network` judges, as of `Judge`, and a prior of texts is asked for
-            those of training images.
+          num: number of samples.
+          title: of the table; it seeds the noise of samples.
+          named: whether `evaluate.network` judges, as in `Judge`, and a prior of texts gets the
+            texts of training images.
         """
         self.experiment, self.folder, self.variant = experiment, folder, variant
         self._workdir, self._num, self._title, self._named = workdir, num, title, named
-        # What samples and test images depend on, beside a row's own words.
+        # Settings on which samples and test images depend, in addition to the row.
         how = {name: experiment.content[name] for name in ("dtype", "sample", "evaluate")}
         self._path = folder / f"results_{digest(how)}.jsonl"
         self._measured = read_rows(self._path)
@@ -179,7 +181,7 @@ class Numbers:
         return self.folder / f"{name}_{seed}"
 
     def check(self, name: str, seed: int) -> None:
-        """Refuses a variant that cannot be trained, or was trained in another way."""
+        """Refuses a variant that cannot be trained, or was trained with another config."""
         own = self.variant(name, seed)
         stages.check_prior(own)
         check_budget(own, self.of(name, seed), "prior")
@@ -191,7 +193,7 @@ class Numbers:
     def once(
         self, name: str, what: str, seed: int, measure: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
-        """Returns what `measure` does, or did before of the same variant, words and seed."""
+        """Returns the result of `measure`, or the stored one of this variant, `what` and seed."""
         row = name, what, seed
         if row not in self._measured:
             self._measured[row] = measure()
@@ -200,7 +202,7 @@ class Numbers:
         return self._measured[row]
 
     def bits(self, name: str, seed: int) -> dict[str, float]:
-        """Returns the mean length of test codes, of a bound the tightest."""
+        """Returns the mean length of test codes; for a bound, the tightest."""
 
         def measure() -> dict[str, float]:
             pipeline = self.trained(name, seed)
@@ -218,7 +220,7 @@ class Numbers:
     def quality(
         self, name: str, seed: int, split: str, num: int, options: Options
     ) -> dict[str, float]:
-        """Returns `Judge.sample_quality` of so many samples beside images of a split."""
+        """Returns `Judge.sample_quality` of `num` samples compared with images of a split."""
 
         def measure() -> dict[str, float]:
             pipeline, texts = self.trained(name, seed), self._texts(name, seed)
@@ -229,7 +231,7 @@ class Numbers:
         return self.once(name, what, seed, measure)
 
     def floors(self, split: str, num: int) -> dict[str, float]:
-        """Returns the floors of the distances of so many samples to the images of a split."""
+        """Returns the floors of the distances of `num` samples to the images of a split."""
 
         def measure() -> dict[str, float]:
             pipeline = BinaryLatentDiffusion.from_workdir(
@@ -241,21 +243,21 @@ class Numbers:
 
 
 def read_rows(path: Path) -> Measured:
-    """Returns the numbers by row in a file of `write_rows`, {} without one."""
+    """Returns the numbers by row from a file of `write_rows`; {} if it is missing."""
     lines = path.read_text().splitlines() if path.exists() else []
     entries = map(json.loads, lines)
     return {tuple(entry["row"]): entry["values"] for entry in entries}
 
 
 def write_rows(path: Path, measured: Measured) -> None:
-    """Writes numbers by row, a line of JSON each, which an interrupted run goes on from."""
+    """Writes numbers by row as lines of JSON, from which an interrupted run continues."""
     lines = [to_json({"row": row, "values": values}) for row, values in measured.items()]
     with atomic(path) as unfinished:
         unfinished.write_text("".join(f"{line}\n" for line in lines))
 
 
 def titles_of(measured: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Returns the titles of the numbers, by name, that all of these have."""
+    """Returns the titles, by name, of the numbers that all of these have."""
     return {
         name: title
         for name, (title, _) in _COLUMNS.items()
@@ -264,7 +266,7 @@ def titles_of(measured: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def spread_cell(measured: Sequence[Mapping[str, Any]], name: str) -> str:
-    """Returns mean and standard deviation of a number over seeds; of one seed the number."""
+    """Returns mean ± standard deviation of a number over seeds, or the number of one seed."""
     values, form = [numbers[name] for numbers in measured], _COLUMNS[name][1]
     if len(values) == 1:
         return form.format(values[0])

@@ -1,12 +1,10 @@
 """Table 5 of the paper: kinds of prior over the same bits, trained at equal budget.
 
-`python -m binlatent.paper table5 --workdir=DIR` takes the autoencoder of DIR, encodes the training
-images once, and trains every variant of `VARIANTS` (`--kinds`: some of them) for each of `--seeds`,
-all with the steps and the batches of `config.prior.train`, in folders of DIR/table5. A prior is
-tuned on training images by the sweep of `GRID`, and measured by test images. What is trained or
-measured already is not done again.
-
-On digits three seeds of all variants took 80 minutes of two busy CPU cores.
+`python -m binlatent.paper table5 --workdir=DIR` uses the autoencoder of DIR, encodes the training
+images once, and trains all of `VARIANTS` (or some, with `--kinds`) for each of `--seeds`, with the
+steps and batches of `config.prior.train`, in folders of DIR/table5. The options of sampling are
+tuned on training images by the sweep of `GRID`, and measured with test images. Trained priors and
+measured numbers are kept, so the command can be repeated.
 """
 
 import dataclasses
@@ -34,8 +32,8 @@ class Variant(NamedTuple):
 
     Fields:
       title: in the table.
-      changes: values of `config.prior`, by key below it.
-      samplers: options of the sampler, a row each, or several by the number of steps.
+      changes: values of `config.prior` by key.
+      samplers: options of samplers; each has a row, or one per number of steps.
     """
 
     title: str
@@ -68,26 +66,26 @@ VARIANTS = {
     },
 }
 
-STEPS = (4, 8, 16)  # of samplers that take any number, beside the most
+STEPS = (4, 8, 16)  # of samplers that take any number, in addition to the largest
 
-# What is tried of the options that a sampler has, at as many steps as `STEPS` has last. The best
-# has the least Frechet distance to training images.
+# Values of the sweep for the options that a sampler has, with the last of `STEPS` steps. The best
+# point has the smallest Frechet distance to training images.
 GRID = {"temperature": (0.8, 1.0, 1.2), "guidance": (0.0, 0.5, 1.0)}
 
-SWEPT = 300  # samples of each point of the grid, at most
+SWEPT = 300  # samples per point of the grid, at most
 
-BATCHES = (1, 64)  # whose seconds are measured
+BATCHES = (1, 64)  # batch sizes whose seconds are measured
 _REPEATS = 3
 
 
 def variant_experiment(experiment: Experiment, name: str, seed: int) -> Experiment:
-    """Returns the experiment of a variant and seed, which learns from cached codes."""
-    # Each row has its own number of steps; that of the config may be too large for a variant.
+    """Returns the experiment of a variant and seed, which trains on cached codes."""
+    # Each row sets its own number of steps; that of the config may be too large for a variant.
     return runs.of_changes(experiment, VARIANTS[name].changes, seed, STEPS[0])
 
 
 def samplings(prior: Prior, sampler: Options) -> list[Options]:
-    """Returns the options of a variant's rows: those of a sampler with each number of steps."""
+    """Returns the options of a sampler's rows, one for each number of steps."""
     if not _takes(prior, "steps"):
         return [sampler]
     most = prior.max_steps
@@ -96,12 +94,12 @@ def samplings(prior: Prior, sampler: Options) -> list[Options]:
 
 
 def sweep_points(prior: Prior, labelled: bool, sampler: Options) -> list[Options]:
-    """Returns the points of the sweep of a sampler, of the options that it takes."""
+    """Returns the points of a sampler's sweep, over the options that it has."""
     fixed = dict(sampler)
     if _takes(prior, "steps"):
         fixed["steps"] = min(STEPS[-1], prior.max_steps or STEPS[-1])
     if _takes(prior, "guidance"):
-        fixed["guidance"] = 0.0  # without labels there is nothing to guide by
+        fixed["guidance"] = 0.0  # replaced by the grid if there are labels
     names = [name for name in GRID if _takes(prior, name) and (labelled or name != "guidance")]
     points = itertools.product(*(GRID[name] for name in names))
     return [fixed | dict(zip(names, point, strict=True)) for point in points]
@@ -114,10 +112,10 @@ def _takes(prior: Prior, name: str) -> bool:
 def _of_seed(
     numbers: runs.Numbers, name: str, seed: int, num: int, asked: Sequence[Options]
 ) -> list[dict[str, float]]:
-    """Returns the numbers of a prior for each of the options asked for.
+    """Returns the numbers of a prior for each of the options.
 
-    They are the mean length of test codes, of a bound the tightest, whatever the options; and
-    `Judge.sample_quality` beside test images.
+    They are the mean length of test codes (for a bound, the tightest), which does not depend on the
+    options, and `Judge.sample_quality` compared with test images.
     """
     bits = numbers.bits(name, seed)
     return [
@@ -129,14 +127,14 @@ def _of_seed(
 def _sweep(
     numbers: runs.Numbers, name: str, seed: int, num: int, points: Sequence[Options]
 ) -> list[dict[str, Any]]:
-    """Returns `Judge.sample_quality` beside training images of each point's `options`."""
+    """Returns each point's `options` and its `Judge.sample_quality` against training images."""
     return [
         {"options": point, **numbers.quality(name, seed, "train", num, point)} for point in points
     ]
 
 
 def _seconds(numbers: runs.Numbers, name: str, batch_size: int, options: Options) -> float:
-    """Returns the seconds of a sample in a batch of so many a device, decoder included."""
+    """Returns the seconds per sample, decoder included; the batch size is per device."""
     own = numbers.variant(name, 0)
     own = own.change({f"sample.{key}": value for key, value in options.items()})
     device = rows.place(jax.devices()[0], jax.local_device_count())
@@ -159,21 +157,21 @@ def compare_priors(
     """Trains and measures variants.
 
     Args:
-      experiment: of `runs.base_experiment`.
+      experiment: from `runs.base_experiment`.
       workdir: with a trained autoencoder.
-      names: of `VARIANTS`.
-      seeds: of the priors. The sweep is of the first one's.
-      num: of samples a row.
+      names: keys of `VARIANTS`.
+      seeds: of the priors. The sweep uses the prior of the first seed.
+      num: number of samples per row.
 
     Returns:
-      `rows`; `sweeps`, the points of each; `protocol`.
+      `rows`; `sweeps`, with their points; `protocol`.
     """
     numbers = runs.Numbers(
         *(experiment, workdir, runs.budget_folder(experiment, workdir / "table5")),
         *(functools.partial(variant_experiment, experiment), num),
         title="table 5",
     )
-    for name, seed in itertools.product(names, seeds):  # all, before any training
+    for name, seed in itertools.product(names, seeds):  # check all before any training
         numbers.check(name, seed)
     swept = min(SWEPT, num)
     found, sweeps = [], []
@@ -181,7 +179,7 @@ def compare_priors(
         own, variant = variant_experiment(experiment, name, seeds[0]), VARIANTS[name]
         prior, labelled = own.prior.prior, own.prior.conditioning.kind == "class"
         shapes = jax.eval_shape(own.prior.init, jax.random.key(0))
-        drawn = []  # about each row, and its options
+        drawn = []  # (description, options) of each row
         for sampler in variant.samplers:
             asked = sweep_points(prior, labelled, sampler)
             points = _sweep(numbers, name, seeds[0], swept, asked)
@@ -219,7 +217,7 @@ def compare_priors(
 
 
 def _sweep_cells(sweep: dict[str, Any], points: Sequence[tuple[float, ...]]) -> list[str]:
-    """Returns a line of the sweeps: the distance of each point, the best in bold."""
+    """Returns a row of the table of sweeps: the distance at each point, the best in bold."""
     shown = dict.fromkeys(points, "-")
     for point in sweep["points"]:
         place = tuple(point["options"].get(name, values[0]) for name, values in GRID.items())
@@ -234,7 +232,7 @@ def _tuned_cells(options: Options) -> list[str]:
 
 
 def text_of(content: dict[str, Any]) -> str:
-    """Returns what `compare_priors` does as the table and its sweeps, in Markdown."""
+    """Returns the result of `compare_priors` as two tables in Markdown."""
     titles = runs.titles_of([one for row in content["rows"] for one in row["seeds"]])
     likelihood = titles.pop("bits_per_dim")
     lines = [
@@ -258,14 +256,14 @@ def text_of(content: dict[str, Any]) -> str:
     how = content["protocol"]
     return (
         f"### Priors over the same bits\n\n{text}\n"
-        f"Each is trained for {how['steps']:,} steps of {how['batch_size']} codes. Samples, "
-        f"{how['samples']:,} a row, are judged beside {how['images']:,} test images at most. "
-        "A network call sees all tokens, of an autoregressive prior one after the other. "
+        f"Each prior is trained for {how['steps']:,} steps of {how['batch_size']} codes. "
+        f"{how['samples']:,} samples per row are compared with at most {how['images']:,} test "
+        "images. A network call covers all tokens; an autoregressive prior takes them one by one. "
         f"Seconds include the decoder; {how['devices']} x {how['device']}, JAX {how['jax']}."
         f"{floors.in_words(how.get('floors', {}))}\n\n"
         f"### The sweep\n\n{swept}\n"
         f"Frechet distance of {how['swept']:,} samples to training images, by "
-        f"{' and '.join(GRID)}; the best is what the table's samples are drawn with."
+        f"{' and '.join(GRID)}. The samples of the table above are drawn with the best values."
         f"{floors.in_words(how.get('floors_of_sweep', {}))}\n"
     )
 
@@ -279,18 +277,18 @@ def table5(
     num: int | None = None,
     config: Sequence[str] = (),
 ) -> tuple[str, dict[str, Any]]:
-    """Makes Table 5 of a workdir's autoencoder.
+    """Makes Table 5 for a workdir's autoencoder.
 
     Args:
       pipeline: of the workdir.
       workdir: of the autoencoder; codes and priors are added to it.
-      kinds: of `VARIANTS`, all of them by default.
+      kinds: keys of `VARIANTS`; None for all.
       seeds: of the priors.
-      num: of samples a row, `evaluate.num_samples` by default.
-      config: what to change in the workdir's config, KEY=VALUE each.
+      num: number of samples per row; None for `evaluate.num_samples`.
+      config: changes of the workdir's config, as KEY=VALUE.
 
     Returns:
-      The table in Markdown, and what `compare_priors` does.
+      The table in Markdown, and the result of `compare_priors`.
     """
     experiment = runs.base_experiment(pipeline.experiment, config)
     num = experiment.evaluate.num_samples if num is None else num

@@ -1,7 +1,7 @@
 """The paper's Tables 1, 2 and 6 for a workdir, in Markdown, with all their numbers for JSON.
 
 `python -m binlatent.paper table1|table6` writes them; Table 4 is in `bottlenecks`. Table 1 is made
-of the results of `--mode=evaluate --metrics=...` in the workdir; Table 6 is measured on the spot.
+from the results of `--mode=evaluate --metrics=...` in the workdir; Table 6 is measured directly.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def stored_results(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the `metrics` and `protocol` that `quality.measure` has written, the newest first."""
+    """Returns the `metrics` and `protocol` of each result of `quality.measure`, newest first."""
     paths = (workdir / "evaluation").glob("*.json")
     found = []
     for path in paths:
@@ -47,16 +47,21 @@ def stored_results(workdir: Path) -> list[dict[str, Any]]:
             content = json.loads(path.read_text())
             result = {name: dict(content[name]) for name in ("metrics", "protocol")}
             found.append((path.stat().st_mtime_ns, result))
-        except (OSError, ValueError, KeyError, TypeError) as error:  # OSError: of a broken link
-            raise UserError(f"{path} is no result of an evaluation: delete it.") from error
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+        ) as error:  # OSError: such as a broken link
+            raise UserError(f"{path} is not a result of an evaluation: delete it.") from error
     return [result for _, result in sorted(found, key=lambda x: x[0], reverse=True)]
 
 
 def no_results(workdir: Path, older: bool, metrics: str) -> UserError:
-    """Returns the error that there are no results, or only `older` ones of other weights."""
+    """Returns the error for missing results, or for results of `older` weights only."""
     what, when = f"There are no results for this table in {workdir}", "first"
     if older:
-        what = f"The results in {workdir} are of other weights than its newest checkpoints'"
+        what = f"The results in {workdir} do not belong to the weights of its newest checkpoints"
         when = "again"
     flags = f"--workdir={shlex.quote(str(workdir))} --mode=evaluate --metrics={metrics}"
     return UserError(f"{what}: run `python -m binlatent.main {flags}` {when}.")
@@ -65,7 +70,7 @@ def no_results(workdir: Path, older: bool, metrics: str) -> UserError:
 def _of_samples(pipeline: BinaryLatentDiffusion, workdir: Path) -> list[dict[str, Any]]:
     """Returns the newest result with a distance for each draw of samples, network and reference.
 
-    What was measured of the same samples without a reference, as IS and CAS, is added to them.
+    Metrics of the same samples without a reference, such as IS and CAS, are added.
     """
     current = {
         "weights": f"EMA, {weights.fingerprint(pipeline.prior_params)}",
@@ -95,12 +100,12 @@ def _of_samples(pipeline: BinaryLatentDiffusion, workdir: Path) -> list[dict[str
 
 
 def _settings(row: dict[str, Any]) -> dict[str, Any]:
-    """Returns what samples and their reference are, by what the columns of a table could be."""
+    """Returns the settings of samples and their reference, by names of columns."""
     settings = dict(row["protocol"]["samples"])
     if settings.get("times"):
         settings["steps"] = len(settings["times"]) - 1
     if settings["labels"] == "none":
-        settings["guidance"] = "-"  # there is nothing to guide by
+        settings["guidance"] = "-"  # unconditional
     reference = row["protocol"]["reference"]
     names = [name for name in ("split", "images", "statistics") if name in reference]
     settings["reference"] = reference[names[0]] if names else "-"
@@ -109,7 +114,7 @@ def _settings(row: dict[str, Any]) -> dict[str, Any]:
 
 def _shown(name: str, metrics: dict[str, float]) -> str:
     value = metrics.get(name)
-    if value is None:  # also of a number that was not finite
+    if value is None:  # missing, or not finite
         return "-"
     if name.startswith("cas"):
         return f"{value:.2%}"
@@ -124,11 +129,11 @@ def _num_params(pipeline: BinaryLatentDiffusion) -> int:
 
 
 def table1(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Makes a row for each draw of samples that was judged: Table 1, and with classes Table 2.
+    """Makes Table 1, or with classes Table 2: a row for each measured draw of samples.
 
     Args:
-      pipeline: of the workdir; results of other weights than its own are left out.
-      workdir: with results of `quality.measure`, of which the newest count.
+      pipeline: of the workdir; results of other weights are left out.
+      workdir: with results of `quality.measure`; newer results replace older ones.
 
     Returns:
       The table in Markdown, and its rows: `metrics`, `protocol` and the prior's `parameters`.
@@ -143,7 +148,7 @@ def table1(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, list[di
     if pipeline.num_classes:
         names += ["cas_top1", "cas_top5"]
     settings = [_settings(row) for row in rows]
-    # What else tells the rows apart: the seed, the pair, ...
+    # Other settings in which rows differ: the seed, the pair, ...
     others = [
         name
         for name in settings[0]
@@ -166,7 +171,7 @@ def table1(pipeline: BinaryLatentDiffusion, workdir: Path) -> tuple[str, list[di
 
 
 def _floor_lines(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
-    """Returns the floors of the distances in rows of Table 1, a line for each that differs."""
+    """Returns the floors of the distances in rows of Table 1, as distinct lines."""
     lines = []
     for row in rows:
         metrics, count = row["metrics"], row["protocol"]["samples"]["count"]
@@ -175,7 +180,7 @@ def _floor_lines(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
             floors = [f"{name}_{end}" for end in ends]
             shown = [f"{title(floor, METRICS)} {_shown(floor, metrics)}" for floor in floors]
             if shown:
-                lines.append(f"Beside {count:,} samples: {', '.join(shown)}.\n")
+                lines.append(f"To compare with {count:,} samples: {', '.join(shown)}.\n")
     return "".join(f"\n{line}" for line in dict.fromkeys(lines))
 
 
@@ -186,16 +191,16 @@ def table6(
     steps: Sequence[int] = STEPS,
     seed: int = 0,
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Measures the seconds that one sample takes, decoder included (Table 6).
+    """Measures the seconds per sample, decoder included (Table 6).
 
-    Samples are drawn one by one, as `config.sample` says, from the call to the image in the host's
-    memory; what is compiled is compiled before. Of several devices each draws the same sample at
-    the same time, as the pipeline spreads a batch over all, and the protocol says how many.
+    Samples are drawn one by one with the options of `config.sample`. The time is from the call to
+    the image in the host's memory, after compilation. With several devices all draw the same sample
+    at the same time, because the pipeline spreads a batch over all; the protocol has their number.
 
     Args:
       pipeline: with a prior.
-      num: of samples a row.
-      steps: of the sampler, a row each; those beyond T are left out.
+      num: number of samples per row.
+      steps: of the sampler, one row each; numbers above T are left out.
       seed: of the samples.
 
     Returns:
@@ -204,7 +209,7 @@ def table6(
     """
     T = pipeline.experiment.prior.prior.max_steps
     if beyond := [str(count) for count in steps if T is not None and count > T]:
-        log.info("Left out %s steps: the prior was trained with %s.", ", ".join(beyond), T)
+        log.info("Left out %s steps: the prior was trained with T = %s.", ", ".join(beyond), T)
     steps = [count for count in steps if T is None or count <= T]
     if not steps:
         raise UserError(f"The prior was trained with {T} timesteps: give --steps of at most {T}.")
@@ -213,10 +218,10 @@ def table6(
     for count in steps:
         settings = dataclasses.asdict(pipeline.settings({"steps": count}))
         if "guidance" in settings and not pipeline.num_classes:
-            settings["guidance"] = 0.0  # there is nothing to guide by
+            settings["guidance"] = 0.0  # unconditional
         protocol = {
             "samples": num,
-            "batch": "1" if devices == 1 else f"1 a device, the same sample on all {devices}",
+            "batch": "1" if devices == 1 else f"1 per device, the same sample on all {devices}",
             "decoder": "included",
             **settings,
             "dtype": pipeline.experiment.dtype.name,
@@ -241,12 +246,12 @@ def table6(
 
 
 def _seconds(pipeline: BinaryLatentDiffusion, num: int, steps: int, seed: int) -> list[float]:
-    """Returns the seconds of each of `num` samples, classes in turn, after one that compiles."""
+    """Returns the seconds of each of `num` samples, of the classes in turn, after compilation."""
     keys = list(jax.random.split(key_for(seed, "table6"), num + 1))
     seconds = []
     for i, key in enumerate(keys):
         label = i % pipeline.num_classes if pipeline.num_classes else None
         start = time.perf_counter()
-        pipeline.sample(1, key, label, steps=steps)  # a NumPy array: nothing is under way any more
+        pipeline.sample(1, key, label, steps=steps)  # returns a NumPy array, so all work is done
         seconds.append(time.perf_counter() - start)
     return seconds[1:]

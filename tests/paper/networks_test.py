@@ -212,7 +212,7 @@ def test_the_table_shows_what_was_measured():
         "Frechet distance, 4 steps": f"10.00 ± {10 * spread:.2f}",
         "Frechet distance, 64 steps": f"70.00 ± {10 * spread:.2f}",
     }
-    assert "1,700 steps of training" in text and "judged by inception beside 500" in text
+    assert "1,700 steps of training" in text and "compared by inception with at most 500" in text
     assert "2.5 for real images of the other split" in text
     protocol |= {"seconds": 900, "steps": None}
     assert "Parts of the network, 900 seconds of training" in networks.networks_text(content)
@@ -221,8 +221,8 @@ def test_the_table_shows_what_was_measured():
 @pytest.mark.parametrize(
     "flag, code, message",
     [
-        ("--rows=released,gan", 2, "'gan' is none of released, adaln"),
-        ("--seconds=0", 2, "'0' is not a whole number above 0"),
+        ("--rows=released,gan", 2, "'gan' is not one of released, adaln"),
+        ("--seconds=0", 2, "'0' is not a positive integer"),
         ("--kinds=bernoulli", 2, "--kinds is for table5, not for networks"),
         ("--config.prior.bernoulli.target=z_s", 1, 'needs the target "flip" or "z_0"'),
         ("--config.evaluate.network=efficientnet", 1, "--config.evaluate.weights=FILE"),

@@ -60,7 +60,7 @@ def test_rows_share_their_noise(tiny_experiment, name):
 def test_steps_are_those_of_the_paper_and_their_quality_is_measured(tiny_experiment, tmp_path):
     figure = figures.steps_figure(untrained_pipeline(tiny_experiment), tmp_path)
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles == ["bits per dimension, at most", "accuracy", "Frechet distance"]
+    assert titles == ["bits per dimension (upper bound)", "accuracy", "Frechet distance"]
     steps, bits = figure.axes[0].lines[0].get_data()
     np.testing.assert_array_equal(steps, [4, 8])  # to the T of the tiny config
     np.testing.assert_allclose(bits, 1, atol=0.1)  # the untrained prior takes bits for fair
@@ -95,7 +95,7 @@ def test_without_classes_the_bound_is_drawn_and_guidance_is_refused(tiny_experim
         (["table4", "--workdir=nowhere"], 1, "There is no workdir nowhere"),
         (["table6", "--workdir=x", "--out=x.png"], 1, "must end in .md"),
         (["table6", "--workdir=x", "--by=lpips"], 2, "--by is for neighbours, not for table6"),
-        (["neighbours", "--workdir=x", "--num=0"], 2, "'0' is not a whole number above 0"),
+        (["neighbours", "--workdir=x", "--num=0"], 2, "'0' is not a positive integer"),
         (["neighbours", "--workdir=x", "--by=eye"], 2, "invalid choice"),
         (["neighbours", "--workdir=x", "--steps=4"], 2, "--steps is for table6"),
         (["schedules", "--seed=1"], 2, "not for schedules"),

@@ -198,10 +198,10 @@ def test_an_older_workdirs_config_is_filled_up_and_flags_change_it(tiny_experime
 @pytest.mark.parametrize(
     "flag, code, message",
     [
-        ("--kinds=gan", 2, "'gan' is none of bernoulli"),
-        ("--seeds=1,1", 2, "'1,1' are not different seeds"),
+        ("--kinds=gan", 2, "'gan' is not one of bernoulli"),
+        ("--seeds=1,1", 2, "'1,1' has equal seeds"),
         ("--config.prior.train.steps=1", 1, "The config has no key prior.train.steps, or 1 is"),
-        ("--config.seed=x", 1, "The config has no key seed, or 'x' is of another type"),
+        ("--config.seed=x", 1, "The config has no key seed, or 'x' does not have the type"),
         ("--steps=4", 2, "--steps is for table6, not for table5"),
     ],
 )

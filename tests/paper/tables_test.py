@@ -63,7 +63,7 @@ def test_what_is_no_result_is_named(tmp_path, content):
         (folder / "b.json").symlink_to(tmp_path / "moved.json")
     else:
         (folder / "b.json").write_text(content)
-    with pytest.raises(UserError, match="b.json is no result of an evaluation: delete it"):
+    with pytest.raises(UserError, match="b.json is not a result of an evaluation: delete it"):
         tables.stored_results(tmp_path)
 
 
@@ -119,8 +119,8 @@ def test_floors_stand_below_table1_once(pipeline, tmp_path):
     table, *below = tables.table1(pipeline, tmp_path)[0].split("\n\n")
     assert [row["FID"] for row in cells(table)] == ["60", "61", "62"]
     assert [line.strip() for line in below] == [
-        "Beside 10,000 samples: FID of real images 3.15, FID of reconstructions 41.5.",
-        "Beside 500 samples: FID of real images 9.",
+        "To compare with 10,000 samples: FID of real images 3.15, FID of reconstructions 41.5.",
+        "To compare with 500 samples: FID of real images 9.",
     ]
 
 
@@ -165,7 +165,7 @@ def test_table6_times_one_sample_after_another(pipeline, monkeypatch):
     assert [row["median"] for row in rows] == [9, 49]
     first = cells(text)[0]
     assert first["s/sample"] == "9.67" and first["device"] == "4 x cpu" and first["samples"] == "3"
-    assert first["batch"] == "1 a device, the same sample on all 4"
+    assert first["batch"] == "1 per device, the same sample on all 4"
     with pytest.raises(UserError, match="at most 8"):
         tables.table6(pipeline)
 
@@ -195,8 +195,10 @@ def test_without_results_the_command_is_named(pipeline, tmp_path, make):
         make(pipeline, tmp_path)
     write(tmp_path, 0, {"fid": 1.0}, samples=samples_of(pipeline, weights="EMA, old"), **TRAIN)
     write(tmp_path, 1, {"psnr": 1.0, "psnr_std": 1.0}, **{"test images": {"count": 3}})
-    with pytest.raises(UserError, match=f"of other weights .*--metrics={wanted}` again"):
+    with pytest.raises(
+        UserError, match=f"do not belong to the weights .*--metrics={wanted}` again"
+    ):
         make(pipeline, tmp_path)
     (tmp_path / "evaluation" / "0.json").write_text("[]")
-    with pytest.raises(UserError, match=r"0\.json is no result"):
+    with pytest.raises(UserError, match=r"0\.json is not a result"):
         make(pipeline, tmp_path)
