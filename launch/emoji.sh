@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # From a bare machine to emoji drawn from captions: packages, images, text encoder, training.
-# EMOJI=FOLDER takes images that are there: emoji.json, and the images in google/. WORKDIR=FOLDER
-# says where to train. Arguments go to binlatent.main, for example --config.seed=1. It takes about
-# an hour on two CPU cores; interrupted, the same command goes on.
+# EMOJI=FOLDER uses existing images: emoji.json, and the images in google/. WORKDIR=FOLDER sets the
+# folder of the training. Arguments go to binlatent.main, for example --config.seed=1. It takes
+# about an hour on two CPU cores. After an interruption the same command continues.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 workdir=${WORKDIR:-runs/emoji}
 local_only "$workdir"
@@ -18,9 +18,9 @@ python -m binlatent.main --config=configs/emoji64.py --workdir="$workdir" \
 cat <<EOF
 
 Done. In $workdir:
-  samples.png          emoji of names that were held out, a row a prompt
+  samples.png          emoji from held-out captions, one row per prompt
   reconstructions.png  held-out emoji above their reconstructions
-  inpainting.png       parts of held-out emoji, drawn anew
-  report.json          the numbers
+  inpainting.png       held-out emoji with masked parts filled in
+  report.json          metrics
 Next: ${activate}python -m binlatent.main --workdir=$workdir --mode=sample --prompt="a green heart"
 EOF

@@ -1,7 +1,7 @@
 # Sourced by the other scripts: enters the checkout, and a virtual environment if none is active.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-activate=""  # what a shell needs before the commands that a script prints
+activate=""  # printed before commands, to activate the environment
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -z "${CONDA_PREFIX:-}" ]; then
   if [ ! -x .venv/bin/pip ]; then
     # Debian's python3 may lack the parts that make a virtual environment.

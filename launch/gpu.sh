@@ -1,26 +1,28 @@
 #!/usr/bin/env bash
-# On one GPU, in at most 14 minutes: rows of the benchmark, then cifar10:gpu trained and measured.
+# On one GPU, in at most 14 minutes: measures rows of the benchmark, then trains and measures
+# cifar10:gpu.
 #   bash launch/gpu.sh
-# Run again after a kill or its time, with the same WORKDIR, it goes on; parts that are done are
-# skipped. Arguments go to binlatent.main, for example --config.seed=1.
+# After a kill or the time limit, the same command with the same WORKDIR continues; completed parts
+# are skipped. Arguments go to binlatent.main, for example --config.seed=1.
 #
-#   IMAGES   cifar10.tar.gz if not set, made of a folder with train/CLASS/*.jpg, test/CLASS/*.jpg:
+#   IMAGES   archive of train/CLASS/*.jpg and test/CLASS/*.jpg, default cifar10.tar.gz:
 #              tar czf cifar10.tar.gz -C DIR train test
-#   WEIGHTS  folder with inception.npz or else efficientnet.npz, by which samples are measured;
-#              without either it is by a classifier. docs/evaluation.md says how to make them
-#   OUT      folder of what it writes, gpu if not set: 8 files, 16 MiB each at most
-#   WORKDIR  folder of images and checkpoints, 4 GB, runs/gpu if not set
-#   LIMIT    seconds in all, 840; RESERVE, those of them kept for measuring, 170; BENCHMARK, those
-#              for the benchmark at first, 90. It also gets what is left at the end
-#   WHEELS   folder of wheels for a machine without a network, installed into WORKDIR. Beside
-#              jax[cuda13], flax, optax, orbax-checkpoint, scipy, matplotlib and Pillow it takes
-#              these; PY is the version of its Python, such as 3.12:
+#   WEIGHTS  folder with inception.npz or efficientnet.npz, the network of the metrics; without
+#              either it is a classifier. docs/evaluation.md describes how to make them
+#   OUT      folder of results, default gpu: 8 files of at most 16 MiB each
+#   WORKDIR  folder of images and checkpoints, 4 GB, default runs/gpu
+#   LIMIT    total seconds, default 840; RESERVE, seconds reserved for measuring, default 170;
+#              BENCHMARK, seconds for the benchmark at the start, default 90. The benchmark also
+#              gets the time that is left at the end
+#   WHEELS   folder of wheels for a machine without a network, installed into WORKDIR. The machine
+#              needs jax[cuda13], flax, optax, orbax-checkpoint, scipy, matplotlib and Pillow. These
+#              wheels are added; PY is the version of Python, such as 3.12:
 #              pip download --no-deps --only-binary=:all: --python-version PY \
 #                --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --dest WHEELS \
 #                grain array_record ml_collections portpicker cloudpickle tqdm scikit-image \
 #                lazy-loader 'orbax-checkpoint<1'
-# Without a GPU it ends with an error, unless JAX_PLATFORMS=cpu is set for a try.
-# Tried: on a CPU, with tiny steps and with kills. Not tried yet: a GPU.
+# Without a GPU it fails, unless JAX_PLATFORMS=cpu is set for a test.
+# Tested on a CPU, with tiny steps and with kills. Not tested on a GPU.
 set -euo pipefail
 for path in "${OUT:-}" "${WORKDIR:-}"; do
   if [[ $path == *://* ]]; then  # it would become a folder
@@ -38,17 +40,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x .venv/bin/python ]; then
   source .venv/bin/activate
 fi
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # one, unless you name others
-export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}  # an error where there is no GPU
-run=$work/run  # of binlatent.main
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # one GPU by default
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}  # fails without a GPU
+run=$work/run  # the workdir of binlatent.main
 mkdir -p "$out" "$work/done" "$run"
 exec > >(tee -a "$work/log.txt") 2>&1
 
 is_done() { [ -f "$work/done/$1" ]; }
 mark() { touch "$work/done/$1"; }
-left() { echo $((limit - 20 - SECONDS)); }  # 20 to save after SIGTERM, and to collect
+left() { echo $((limit - 20 - SECONDS)); }  # 20 s to save after SIGTERM, and to collect
 
-# Runs a command for so many seconds at most; 124 if it did not end, or has no time to begin.
+# Runs a command for at most $1 seconds; returns 124 if it did not end, or had no time to start.
 within() {
   local seconds=$1 status=0
   shift
@@ -58,13 +60,13 @@ within() {
   return "$status"
 }
 
-# Brings a whole file to OUT, whenever a kill comes.
+# Copies a file to OUT; a kill leaves no partial file.
 bring() {
   [ -f "$1" ] || return 0
   cp "$1" "$out/$2.part" && mv "$out/$2.part" "$out/$2"
 }
 
-# Brings all that is there: at first too, as OUT may be another folder than last time.
+# Copies all results that exist; also at the start, because OUT may be a new folder.
 collect() {
   bring "$work/performance.jsonl" performance.jsonl
   local name
@@ -80,7 +82,7 @@ collect() {
   bring "$work/results.tar.gz" results.tar.gz
 }
 
-measure_rows() {  # for so many seconds
+measure_rows() {  # for $1 seconds
   within "$1" python3 -m binlatent.benchmark paper --out="$work/performance.jsonl" \
     > "$work/performance.md"
 }
@@ -136,7 +138,7 @@ if is_done autoencoder && ! is_done prior; then
   collect
 fi
 
-# Of a prior that is not done, what there is: it is measured again when it is.
+# An unfinished prior is measured too, and again when it is finished.
 if [ -d "$run/prior" ]; then
   for guidance in 0 1; do
     is_done "guidance$guidance" && continue
@@ -152,7 +154,7 @@ evaluation, kept = map(pathlib.Path, sys.argv[1:3])
 newest = max(evaluation.glob("samples_*/samples_*.npz"), key=lambda path: path.stat().st_mtime)
 images = np.load(newest)["arr_0"][:10_000]
 kept.mkdir(exist_ok=True)
-for part, start in enumerate(range(0, len(images), 5_000)):  # of 15.4 MB before compression
+for part, start in enumerate(range(0, len(images), 5_000)):  # 15.4 MB each before compression
     np.savez_compressed(kept / "unfinished", arr_0=images[start : start + 5_000])
     (kept / "unfinished.npz").rename(kept / f"{sys.argv[3]}_{part}.npz")
 EOF

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Trains on all GPUs of one machine; arguments go to binlatent.main:
 #   bash launch/gpus.sh --config=configs/churches256.py --workdir=runs/churches256
-# Their number must divide the batch sizes, which are global: see launch/slurm.sh.
-# One process drives them all, as it does without this script, which only makes sure that JAX sees
-# them. CUDA_VISIBLE_DEVICES=0,1 takes some of them.
-# Tried: without a GPU, which it refuses. Not tried yet: several GPUs.
+# The number of GPUs must divide the batch sizes, which are global: see launch/slurm.sh.
+# One process uses all GPUs, also without this script; the script only checks that JAX sees them.
+# CUDA_VISIBLE_DEVICES=0,1 selects some of them.
+# Tested without a GPU, which it refuses. Not tested with several GPUs.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 python - <<'EOF'
 import sys

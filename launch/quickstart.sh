@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs binlatent, trains both stages on real digits, samples, and says where the pictures are.
+# Installs binlatent, trains both stages on digits, draws samples, and lists the pictures.
 # Arguments go to binlatent.main, for example --config.seed=1.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 workdir=${WORKDIR:-runs/digits}
@@ -15,10 +15,10 @@ python -m binlatent.main --config=configs/digits.py --workdir="$workdir" "$@"
 cat <<EOF
 
 Done. In $workdir:
-  samples.png          new digits, a row a class
+  samples.png          new digits, one row per class
   reconstructions.png  test digits above their reconstructions
-  inpainting.png       parts of test digits, drawn anew
+  inpainting.png       test digits with masked parts filled in
   trajectory.png       from random bits to digits
-  report.json          the numbers
+  report.json          metrics
 Next: ${activate}python -m binlatent.main --workdir=$workdir --mode=sample --label=7 --num=20
 EOF

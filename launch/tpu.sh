@@ -6,10 +6,10 @@
 #   bash launch/tpu.sh        shows the log of that training again, and waits for its end
 #   bash launch/tpu.sh stop   saves a checkpoint and ends it
 # The number of all devices must divide the batch sizes, here up to 32: see launch/slurm.sh.
-# The training goes on when the connection is lost. Each host writes ~/binlatent.log.
-# Each host has this checkout in ~/binlatent, `pip install -U "jax[tpu]" -e .` done there, and
-# --workdir and the data on a file system that all hosts share. JAX finds the hosts by itself.
-# Tried: a stand-in for gcloud. Not tried yet: a TPU.
+# The training continues if the connection is lost. Each host writes ~/binlatent.log.
+# Each host needs this checkout in ~/binlatent, with `pip install -U "jax[tpu]" -e .` done there.
+# --workdir and the data must be on a file system that all hosts share. JAX finds the hosts itself.
+# Tested with a stand-in for gcloud. Not tested on a TPU.
 set -euo pipefail
 : "${TPU:?the name of the TPU VM}" "${ZONE:?its zone}"
 
