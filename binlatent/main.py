@@ -103,7 +103,7 @@ def _draw(name: str) -> Callable[[_Run], None]:
     def mode(run: _Run) -> None:
         values = {field: FLAGS[field].value for field in pictures.Request._fields[1:]}
         picture = draw(run.pipeline, pictures.Request(run.options, **values))
-        # Of the user's own image, beside the pictures of `all`.
+        # A picture of the user's image must not replace one of `all`.
         own = f"_{Path(FLAGS.image).stem}" if FLAGS.image else ""
         path = Path(FLAGS.out or run.workdir / f"{file_name}{own}.png")
         png.save_png(path, picture)

@@ -130,7 +130,7 @@ def _network(
                 f"The statistics have {width} features, but the network {name} has "
                 f"{features.WIDTHS[name]}: give the network of the statistics with --network."
             )
-    return name, known[0] if known else f"{name}, as the file of statistics does not say"
+    return name, known[0] if known else f"{name} (assumed: the file of statistics does not name it)"
 
 
 def _pair_metrics(

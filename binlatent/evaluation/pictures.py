@@ -48,9 +48,9 @@ def samples(
 ) -> np.ndarray:
     """Draws samples.
 
-    Without `num`, a row of ten for each class (at most ten classes). With `num`, so many images,
-    of the classes in turn. With a label, all of that label. With prompts, a row of `num` images, or
-    eight, for each.
+    Without `num`, a row of ten for each class (at most ten classes). With `num`, that number of
+    images, of the classes in turn. With a label, all have that label. With prompts, a row of
+    `num` images, or eight, for each.
     """
     if prompts:
         columns = 8 if num is None else num

@@ -31,7 +31,7 @@ class Known(NamedTuple):
     """Known bits (inpainting), both fields (n, h, w, c); `bits` matter only where `mask` is 1."""
 
     bits: Array
-    mask: Array  # 1 where a bit is known, 0 where it is to be drawn
+    mask: Array  # 1 where a bit is known, 0 where it is drawn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Prior:
         Args:
           params: parameters.
           keys: (n,) typed PRNG keys, one per sample; the same key gives the same code.
-          condition: of all samples; None for none.
+          condition: of all samples; None for no condition.
           settings: a `Settings` object.
           known: known bits, or None; the mask must pass `check_known`.
         """

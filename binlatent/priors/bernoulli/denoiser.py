@@ -117,8 +117,8 @@ class Denoiser(Prior):
           z_t: (n, h, w, c) in {0, 1}.
           t: (n,) in (0, T].
           condition: of the batch.
-          estimate: P(z_0 = 1) from an earlier call, (n, h, w, c), 1/2 where there was none; None if
-            there was none for any, and without `self_conditioning`.
+          estimate: P(z_0 = 1) from an earlier call, (n, h, w, c), 1/2 for images without one; None
+            if no image has one, and without `self_conditioning`.
           z_s: (n, h, w, c) in {0, 1}; each group of bits sees the groups before it. None: groups
             see z_t only.
           s: (n,) in [0, t], with z_s.

@@ -226,7 +226,7 @@ def draw_in_groups(
       denoiser, params, condition, pair, temperature: as in `programs.sample_codes`.
 
     Returns:
-      z_s, and the flip log-odds given z_t alone, (n, h, w, c) both.
+      z_s, and the flip log-odds given only z_t, both (n, h, w, c).
     """
     network, times = denoiser.network, jnp.full(len(z_t), t)
 

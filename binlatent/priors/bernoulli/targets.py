@@ -26,7 +26,7 @@ def flip_from_z_0(logit: Array, z_t: Array) -> Array:
 
 
 def log_posterior(flip_logit: Array, k_t: Array, k_s: Array) -> tuple[Array, Array]:
-    """Returns log p(z_s = z_t | z_t) and the log of the other value's, by the mixture (8)."""
+    """Returns log p(z_s = z_t | z_t) and log p(z_s != z_t | z_t), by the mixture (8)."""
     agree, disagree = process.stay_probs(k_t, k_s)
     log_flip, log_keep = jax.nn.log_sigmoid(flip_logit), jax.nn.log_sigmoid(-flip_logit)
     log_stay = jnp.logaddexp(log_keep + jnp.log(agree), log_flip + jnp.log(disagree))
