@@ -55,6 +55,12 @@ PHRASES = [
     (r"\bbut for rounding\b|\bbut for what\b", "except for"),
     (r"\bis asked (?:for )?by (?:texts?|labels?|class)|\basked by\b", "conditioned on"),
     (r"\bwere? to (?:tell|say)\b|\bdo not tell\b", "show, or compare"),
+    (r"\b(?:PSNR|SSIM|r?FID|accuracy|distances?|numbers?) (?:is|are) of\b", "measured on"),
+    (r"\bchanges? places\b", "name the order"),
+    (r"\bjudges? nothing\b", "is not used"),
+    (r"\bneeds? not be there\b", "may be missing"),
+    (r"\bknows? no\b", "does not depend on"),
+    (r"\bnothing but\b", "only"),
     # Rates
     (rf"\b{COUNTED} an? {PER}\b", "per: nats per bit, 500 images per file"),
     (r"\d%? an? (?:second|image|step|call|core|device)\b(?! at a time)", "per"),
