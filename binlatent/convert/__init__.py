@@ -1,1 +1,1 @@
-"""Other projects' weights into ours, and back."""
+"""Converts weights of other projects to ours, and ours to the authors' format."""

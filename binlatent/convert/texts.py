@@ -1,4 +1,4 @@
-"""Published text encoders: from the names of Hugging Face and of OpenAI to ours."""
+"""Converts published text encoders from the names of Hugging Face and OpenAI to ours."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ from binlatent.texts.bert import Bert
 from binlatent.texts.clip import ClipText
 from binlatent.texts.tokenizer import load_tokenizer
 
-# What a configuration must say, if it says it: other choices are other networks.
+# Values that a configuration must have, if it has the key: others mean other networks.
 _BERT = {
     "model_type": "bert",
     "hidden_act": "gelu",
@@ -26,7 +26,7 @@ _BERT = {
 _CLIP = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 _POOLING = {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": False}
 
-# The modules of ours and of theirs; those of layers follow "layer_0" and what is put before.
+# Our names of modules and theirs; within layers, relative to the layer.
 _BERT_POSITIONS = "embeddings.position_embeddings.weight"
 _BERT_PARTS = "embeddings.token_type_embeddings.weight"
 _BERT_LAYER = "encoder.layer."
@@ -54,7 +54,7 @@ _CLIP_MODULES = {
     **{f"attention/{x}": f"self_attn.{x[0]}_proj" for x in ("query", "key", "value")},
 }
 _OPENAI_LAYER = "transformer.resblocks."
-# What OpenAI calls theirs, where Hugging Face's names are the others.
+# From OpenAI's names to Hugging Face's.
 _OPENAI = {
     "token_embedding": "text_model.embeddings.token_embedding",
     "positional_embedding": _CLIP_POSITIONS,
@@ -66,7 +66,7 @@ _OPENAI = {
     "attn.out_proj": "self_attn.out_proj",
 }
 
-# Images' tower, scales, and numbers that count positions.
+# The tower of images, scales, and position ids.
 _CLIP_LEFT_OUT = (
     r"(vision_model|visual)\.|visual_projection\.|logit_scale$|.*\.position_ids$|"
     r"(input_resolution|context_length|vocab_size)$"
@@ -74,10 +74,10 @@ _CLIP_LEFT_OUT = (
 
 
 def minilm(source: str | Path) -> State:
-    """Converts all-MiniLM-L6-v2, or another BERT that sentence-transformers pools by the mean.
+    """Converts all-MiniLM-L6-v2, or another BERT with mean pooling from sentence-transformers.
 
     Args:
-      source: its folder, model.safetensors in it, or a wheel or zip file of it.
+      source: its folder, the file model.safetensors, or a wheel or zip file of the folder.
     """
     found = read_snapshot(source, r"pooler\.|.*\.position_ids$")
     state, wrong = dict(found.state), f"{source} is not MiniLM, such as all-MiniLM-L6-v2:"
@@ -90,7 +90,7 @@ def minilm(source: str | Path) -> State:
     num_heads = _num_heads(found.config.get("num_attention_heads", 12), width, wrong)
     depth = _depth(state, _BERT_LAYER)
     model = Bert(vocab_size, max_tokens, width, depth, num_heads, mlp_width)
-    # A sentence has one part, so the embedding of the first is added to every position's.
+    # Texts have one segment, so its embedding is added to that of every position.
     extra = {"params/position_embeddings": state.pop(_BERT_POSITIONS) + state.pop(_BERT_PARTS)[:1]}
     params = _convert(state, model, extra, _BERT_LAYER, _BERT_MODULES, wrong)
     if found.tokenizer is None:
@@ -99,18 +99,18 @@ def minilm(source: str | Path) -> State:
 
 
 def clip(source: str | Path, tokenizer: Path | None = None, num_heads: int | None = None) -> State:
-    """Converts the text tower of CLIP, from Hugging Face's layout or from OpenAI's.
+    """Converts CLIP's text tower from the layout of Hugging Face or OpenAI.
 
     Args:
-      source: a folder, model.safetensors in it, or OpenAI's .pt, TorchScript or a state dict.
-      tokenizer: a tokenizer.json, or OpenAI's merges; by default tokenizer.json beside the weights.
-      num_heads: of attention; by default as config.json says, or heads of 64.
+      source: a folder, the file model.safetensors, or OpenAI's .pt (TorchScript or state dict).
+      tokenizer: a tokenizer.json or OpenAI's merges; default: tokenizer.json beside the weights.
+      num_heads: of attention; default: as in config.json, or heads of width 64.
     """
     found = read_snapshot(source, _CLIP_LEFT_OUT)
     wrong = f"{source} is not CLIP, such as ViT-L/14:"
     theirs = "positional_embedding" in found.state
     state = _from_openai(found.state, wrong) if theirs else dict(found.state)
-    # A config.json beside OpenAI's file is of something else.
+    # A config.json beside OpenAI's file belongs to another model.
     config = {} if theirs else found.config.get("text_config", found.config)
     if not isinstance(config, dict):
         raise UserError(f"{wrong} text_config in config.json is {config!r}.")
@@ -128,9 +128,9 @@ def clip(source: str | Path, tokenizer: Path | None = None, num_heads: int | Non
     params = _convert(state, model, extra, _CLIP_LAYER, _CLIP_MODULES, wrong)
     if tokenizer is None and found.tokenizer is None:
         raise UserError(
-            "There is no tokenizer.json beside the weights: give OpenAI's "
-            "bpe_simple_vocab_16e6.txt.gz, or a wheel that carries it (`pip download --no-deps "
-            "open_clip_torch`), by --tokenizer=FILE."
+            "There is no tokenizer.json beside the weights: set --tokenizer=FILE to OpenAI's "
+            "bpe_simple_vocab_16e6.txt.gz, or to a wheel that contains it (`pip download --no-deps "
+            "open_clip_torch`)."
         )
     text = merges.read_tokenizer(tokenizer, vocab_size) if tokenizer else found.tokenizer
     return _packed("clip", model, params, text, wrong)
@@ -144,14 +144,14 @@ def _packed(name: str, model: nn.Module, params: State, tokenizer: str, wrong: s
     except ValueError as error:
         raise UserError(f"{wrong} {error}.") from error
     if name == "clip" and last != model.vocab_size - 1:
-        raise UserError(f"{wrong} its tokenizer ends a text by {last}, not by its last token.")
+        raise UserError(f"{wrong} its tokenizer ends a text with {last}, not with its last token.")
     return encoder.pack(name, model, params, tokenizer)
 
 
 def _from_openai(state: State, wrong: str) -> State:
-    """Returns OpenAI's tensors by the names of Hugging Face.
+    """Returns OpenAI's tensors under the names of Hugging Face.
 
-    There, queries, keys and values are three tensors, and the projection is transposed.
+    Hugging Face has separate tensors of queries, keys and values, and transposes the projection.
     """
     renamed = {}
     for name, x in state.items():
@@ -179,7 +179,7 @@ def _check_config(config: dict[str, Any], wanted: dict[str, Any], wrong: str) ->
 
 
 def _shape(state: State, name: str, wrong: str, width: int | None = None) -> tuple[int, int]:
-    """Returns the shape of a matrix that must be there, of a width if that is given."""
+    """Returns the shape of a matrix that must exist and have the width, if given."""
     if name not in state:
         raise UserError(f"{wrong} it lacks {name}.")
     x = state[name]
@@ -195,7 +195,7 @@ def _num_heads(num_heads: Any, width: int, wrong: str) -> int:
 
 
 def _depth(state: State, prefix: str) -> int:
-    """Returns the number of layers; one that is left out between them is found later."""
+    """Returns the number of layers; `_convert` finds gaps between them."""
     layers = (re.match(re.escape(prefix) + r"(\d+)\.", name) for name in state)
     return len({match[1] for match in layers if match})
 
@@ -203,7 +203,7 @@ def _depth(state: State, prefix: str) -> int:
 def _convert(
     state: State, model: nn.Module, known: State, prefix: str, modules: dict[str, str], wrong: str
 ) -> State:
-    """Returns a model's parameters beside `known`, from tensors that must all be used."""
+    """Returns a model's parameters from `known` and `state`, whose tensors must all be used."""
     leaves = {"bias": "bias"} | dict.fromkeys(("kernel", "scale", "embedding"), "weight")
     left, params = dict(state), {}
     for ours, like in encoder.text_shapes(model).items():
@@ -219,7 +219,7 @@ def _convert(
             x = left.pop(name)
             x = x.T if leaf == "kernel" else x
         if x.shape != like.shape:
-            raise UserError(f"{wrong} {name} does not have the shape that the others need.")
+            raise UserError(f"{wrong} the shape of {name} does not fit the other tensors.")
         params[ours] = np.ascontiguousarray(x, np.float32)
     if left:
         raise UserError(f"{wrong} it also holds {min(left)}.")

@@ -1,4 +1,4 @@
-"""The authors' checkpoints into workdirs, and workdirs into the authors' checkpoints."""
+"""Converts the authors' checkpoints to workdirs, and workdirs to their checkpoints."""
 
 import functools
 import logging
@@ -37,31 +37,31 @@ def convert_autoencoder(
     signed: bool = False,
     deterministic: bool = False,
 ) -> None:
-    """Converts an autoencoder of the authors' code, and its discriminator, into a workdir.
+    """Converts an autoencoder of the authors' code, and its discriminator, to a workdir.
 
     Args:
-      state: a state dict, of `binaryae_ema_*.th` or `binaryae_*.th`.
-      out: the workdir; it must have no autoencoder yet.
+      state: the state dict of `binaryae_ema_*.th` or `binaryae_*.th`.
+      out: the workdir; it must not have an autoencoder yet.
       image_size: side of the images in pixels.
-      norm_first: what the decoder is expected to do, None for whatever the weights say.
-      signed, deterministic: `--use_tanh` and `--deterministic` there.
+      norm_first: whether the decoder must have a norm first; None for either.
+      signed, deterministic: `--use_tanh` and `--deterministic` of the authors' code.
     """
     refuse_existing(out, "autoencoder")
     checkpoint = released.Checkpoint(state, "autoencoder")
     found = hyperparameters.of_autoencoder(checkpoint, image_size)
     if norm_first not in (None, found["autoencoder.norm_first"]):
         norm = "has norm" if found["autoencoder.norm_first"] else "has no norm"
-        raise UserError(f"--norm_first: the checkpoint {norm} before the decoder: leave it out.")
+        raise UserError(f"--norm_first: the checkpoint {norm} before the decoder; omit this flag.")
     values = {
         "data.num_classes": 0,
         "autoencoder.signed": signed,
         "autoencoder.deterministic": deterministic,
-        # Steps are counted from here, and a trained discriminator need not wait.
+        # Steps start again at 0, and a trained discriminator need not wait.
         "autoencoder.loss.start_step": 0,
     }
     if "autoencoder.discriminator.width" not in found:
         values["autoencoder.loss.adversarial"] = 0.0
-        log.info("There is no discriminator: training on would be without the adversarial loss.")
+        log.info("There is no discriminator: further training would lack the adversarial loss.")
     experiment = _released_with(values | found)
     spec = experiment.autoencoder
     params, discriminator = released.read_autoencoder(checkpoint, spec)
@@ -77,7 +77,7 @@ def convert_autoencoder(
     _report(experiment, found, unused)
 
 
-# Of a prior, what is not in its names and shapes.
+# Keys of a prior that names and shapes do not determine.
 _PRIOR_KEYS = (
     *(f"prior.bernoulli.{name}" for name in ("schedule", "num_timesteps", "target", "pair")),
     "prior.network.num_heads",
@@ -96,30 +96,30 @@ def convert_prior(
     pair: str | None = None,
     text_encoder: Path | None = None,
 ) -> None:
-    """Converts a prior of the authors' code into a workdir beside its autoencoder.
+    """Converts a prior of the authors' code to a workdir with its autoencoder.
 
     Args:
-      state: a state dict, of `bld_ema_*.th` or `bld_*.th`.
+      state: the state dict of `bld_ema_*.th` or `bld_*.th`.
       out: the workdir; the autoencoder is copied into it, if it has none.
-      autoencoder: the workdir with the autoencoder of the codes that the prior is over.
+      autoencoder: the workdir of the prior's autoencoder.
       num_heads: of attention; None for heads of width 64.
-      schedule, num_timesteps: None for what the checkpoint says, else "linear" and 64.
-      target: "flip", or "z_0" if it was trained without `--p_flip`.
-      pair: of `losses.PAIRS`; None for "balanced_plugin" with the flip, which is what the authors'
-        code trains, and "plain_mixture" with z_0, where it balances nothing.
-      text_encoder: the file of the encoder that prompts go through; the workdir refers to it.
+      schedule, num_timesteps: None for those in the checkpoint, or "linear" and 64.
+      target: "flip", or "z_0" if the prior was trained without `--p_flip`.
+      pair: of `losses.PAIRS`. None for "balanced_plugin" with the target "flip", as the authors'
+        code trains, and "plain_mixture" with "z_0", for which their loss is not balanced.
+      text_encoder: the encoder's file for prompts; the workdir stores its path.
     """
     refuse_existing(out, "prior")
     if not exists(autoencoder, "autoencoder"):
         raise UserError(
-            f"There is no autoencoder in {autoencoder}: name by --autoencoder the workdir that "
-            "`python -m binlatent.convert autoencoder --from FILE --out DIR` has written."
+            f"There is no autoencoder in {autoencoder}: set --autoencoder to a workdir that "
+            "`python -m binlatent.convert autoencoder --from FILE --out DIR` wrote."
         )
     model = BinaryLatentDiffusion.from_workdir(autoencoder, prior=False)
     elsewhere = out.resolve() != autoencoder.resolve()
     if elsewhere and exists(out, "autoencoder"):
         raise UserError(
-            f"There is an autoencoder in {out} already: give that as --autoencoder, or choose "
+            f"There is an autoencoder in {out} already: set --autoencoder={out}, or choose "
             "another --out."
         )
     checkpoint = released.Checkpoint(state, "prior")
@@ -127,8 +127,8 @@ def convert_prior(
     h, w, c = model.code_shape
     if (tokens := found.pop("tokens"), bits := found.pop("num_bits")) != (h * w, c):
         raise UserError(
-            f"The prior is over {tokens} tokens of {bits} bits, but the codes of {autoencoder} "
-            f"have {h} x {w} tokens of {c}: give the autoencoder that it was trained with."
+            f"The prior has {tokens} tokens of {bits} bits, but the codes of {autoencoder} have "
+            f"{h} x {w} tokens of {c} bits: use the autoencoder that it was trained with."
         )
     texts = {} if text_encoder is None else _text_values(found, text_encoder)
     stored = hyperparameters.find_schedule(checkpoint)
@@ -161,8 +161,8 @@ def convert_prior(
     own = model.autoencoder_params["params"]["bottleneck"]["embed"]
     if embed is not None and not (embed.shape == own.shape and np.allclose(embed, own, atol=1e-4)):
         log.warning(
-            "The prior was trained beside another autoencoder, as its copy of the vectors that "
-            "embed the bits differs: its pictures may make no sense."
+            "The prior was trained with another autoencoder, as its copy of the bits' embedding "
+            "differs: its images may be meaningless."
         )
     unused = checkpoint.unused(released.PRIOR_UNUSED)
     _, base_key = jax.random.split(key_for(experiment.seed, "prior"))
@@ -172,22 +172,24 @@ def convert_prior(
             unfinished = out / "autoencoder.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.copytree(autoencoder / "autoencoder", unfinished)
-            shutil.rmtree(out / "autoencoder", ignore_errors=True)  # of a conversion cut short
+            shutil.rmtree(
+                out / "autoencoder", ignore_errors=True
+            )  # left by an interrupted conversion
             unfinished.rename(out / "autoencoder")
         _save(out / "prior", state, experiment, encoder=model.encoder_fingerprint)
     _report(experiment, (*_PRIOR_KEYS, *found, *texts), unused)
     if experiment.prior.conditioning.of_texts and not texts:
         log.info(
-            "Prompts need a text encoder, and none was given: convert with --text_encoder into "
-            "another --out, or name it in each command, as docs/pretrained.md says."
+            "Prompts need a text encoder, but none was given: convert with --text_encoder into "
+            "another --out, or set it in each command as described in docs/pretrained.md."
         )
 
 
 def _text_values(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Returns the section `texts` of a config, by key, for an encoder that fits a prior.
+    """Returns the values of the config's section `texts`; the encoder must fit the prior.
 
     Args:
-      found: of `hyperparameters.of_prior`.
+      found: from `hyperparameters.of_prior`.
       path: the encoder's file.
     """
     condition = found.get("prior.condition")
@@ -200,42 +202,44 @@ def _text_values(found: Mapping[str, Any], path: Path) -> dict[str, Any]:
         of = "each token of a text" if per_token else "a text"
         raise UserError(
             f"The prior takes {wanted} numbers for {of}, but the text encoder in {path} gives "
-            f"{width}: give the one that it was trained with."
+            f"{width}: use the encoder that it was trained with."
         )
     section = {"encoder": encoder.name, "weights": os.path.abspath(path), "sha256": encoder.sha256}
     return {f"texts.{key}": value for key, value in section.items()}
 
 
 def _agree(stored: Any, schedule: str | None, num_timesteps: int | None) -> tuple[Any, int]:
-    """Returns the schedule and T, from the checkpoint's buffers if any, which flags must match."""
+    """Returns the schedule and T; flags must match the checkpoint's buffers, if any."""
     usual, steps = stored or ("linear", 64)
     given = (schedule or usual, steps if num_timesteps is None else num_timesteps)
     if stored and given != stored:
-        name = stored[0] if isinstance(stored[0], str) else "one of its own"
+        name = stored[0] if isinstance(stored[0], str) else "a list of numbers"
         raise UserError(
-            f"The checkpoint's schedule is {name} in {stored[1]} steps: leave out --schedule and "
+            f"The checkpoint's schedule is {name} with {stored[1]} steps: omit --schedule and "
             "--num_timesteps."
         )
     return given
 
 
 def _released_with(values: Mapping[str, Any]) -> Experiment:
-    """Returns the experiment of `configs/default.py:released` with values by key."""
+    """Returns the experiment of `configs/default.py:released` with other values."""
     try:
         return resolve(default.get_config("released")).change(values)
     except UserError as error:
-        raise UserError(f"What the checkpoint and the flags say makes no model: {error}") from error
+        raise UserError(
+            f"The checkpoint and the flags do not define a valid model: {error}"
+        ) from error
 
 
 def refuse_existing(out: Path, stage: str) -> None:
-    """Refuses a workdir that has such a stage already."""
+    """Raises UserError if a workdir has a checkpoint of the stage already."""
     if exists(out, stage):
         what = f"There is a checkpoint of the {stage} in {out} already"
         raise UserError(f"{what}: choose another --out.")
 
 
 def _save(folder: Path, state: TrainState, experiment: Experiment, encoder: str = "") -> None:
-    """Saves a stage as of step 0, so that training goes on with all of its own steps."""
+    """Saves a stage as step 0, so that further training makes all its steps."""
     meta = {"config": experiment.config, "data": None, "source": "", "encoder": encoder}
     meta |= {"seconds": 0.0}
     with command.deferring_interrupt(), Checkpoints(folder) as checkpoints:
@@ -244,7 +248,7 @@ def _save(folder: Path, state: TrainState, experiment: Experiment, encoder: str 
 
 
 def _report(experiment: Experiment, keys: Iterable[str], unused: dict[str, int]) -> None:
-    """Says what the checkpoint was taken to be, and what in it is of no use."""
+    """Logs the hyperparameters and the unused tensors of a checkpoint."""
     for key in keys:
         value = functools.reduce(operator.getitem, key.split("."), experiment.config)
         log.info("  %s = %s", key, value)
@@ -253,11 +257,11 @@ def _report(experiment: Experiment, keys: Iterable[str], unused: dict[str, int])
 
 
 def export_workdir(workdir: Path) -> tuple[dict[str, State], str]:
-    """Returns a workdir as the authors' code wants it.
+    """Converts a workdir to the authors' checkpoints.
 
     Returns:
-      State dicts by the names of their files, the EMA weights and the others apart; and the flags
-      that describe them.
+      State dicts by file name, of the EMA weights and of the others; and the flags of the authors'
+      code that describe the models.
     """
     model = BinaryLatentDiffusion.from_workdir(workdir)
     experiment, files = model.experiment, {}
@@ -265,7 +269,7 @@ def export_workdir(workdir: Path) -> tuple[dict[str, State], str]:
     critic = {k: state.discriminator[k] for k in ("params", "batch_stats") if state.discriminator}
     if critic and not critic["batch_stats"]:
         critic = {}
-        log.warning("The discriminator is left out: the authors' code knows batch norms alone.")
+        log.warning("The discriminator is left out: the authors' code supports only batch norm.")
     for prefix, params in (("binaryae_ema", state.ema_params), ("binaryae", state.params)):
         state_dict = released.autoencoder_state(experiment.autoencoder, params, critic)
         files[f"{prefix}_{name}"] = state_dict
@@ -275,18 +279,18 @@ def export_workdir(workdir: Path) -> tuple[dict[str, State], str]:
         spec = experiment.prior
         files[f"bld_ema_{name}"] = released.prior_state(spec, state.ema_params, embed)
         raw = released.prior_state(spec, state.params, embed)
-        # Their training saves and loads it as wrapped for several GPUs.
+        # Their training saves and loads it with the prefix of several GPUs.
         files[f"bld_{name}"] = {f"module.{key}": x for key, x in raw.items()}
         if spec.prior.pair == "plain_mixture" and not spec.prior.evidence:
             log.warning(
-                "This prior was trained with plain BCE, and the authors' code samples by the "
+                "This prior was trained with plain BCE, but the authors' code samples with the "
                 "plug-in posterior: its samples will be worse there."
             )
     return files, hyperparameters.describe_as_flags(experiment, has_prior=model.has_prior)
 
 
 def _restore(workdir: Path, stage: str) -> tuple[TrainState, int]:
-    """Returns a stage's state, and the step that its files are named by."""
+    """Returns a stage's state, and the step for the file names."""
 
     def read(checkpoints: Checkpoints) -> TrainState:
         spec = getattr(of_checkpoint(checkpoints.meta(), workdir / stage), stage)
@@ -295,5 +299,5 @@ def _restore(workdir: Path, stage: str) -> tuple[TrainState, int]:
 
     with Checkpoints.open(workdir, stage) as checkpoints:
         state = checkpoints.newest(read)
-    # Their code takes step 0 for "load nothing".
+    # For their code, step 0 means to load nothing.
     return jax.device_get(state), max(int(state.step), 1)

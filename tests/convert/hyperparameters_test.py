@@ -94,20 +94,20 @@ def test_what_is_no_such_network_is_said_by_name():
     weight = np.zeros((32, 32, 3, 3), np.float32)
     cases = [
         ("ae_c16", {"ae.encoder.blocks.0.weight": None}, r"lacks ae\.encoder\.blocks\.0\.weight"),
-        ("ae_c16", {"ae.encoder.blocks.0.weight": np.zeros(3)}, r"\(3,\), which should have 4"),
+        ("ae_c16", {"ae.encoder.blocks.0.weight": np.zeros(3)}, r"\(3,\), but must have 4"),
         ("ae_c16", {"ae.encoder.blocks.10.weight": None}, r"blocks\.10\.weight"),
         (
             "ae_c16",
             {"ae.encoder.blocks.12.weight": weight},
-            "of ae.encoder are of an unknown order",
+            "of ae.encoder have an unknown order",
         ),
         ("ae_c16", {"ae.generator.blocks.13.weight": weight}, "of ae.generator"),
         ("prior_class", {}, r"lacks ae\.encoder\.blocks\.0\.weight"),
     ]
     for name, change, message in cases:
-        with pytest.raises(UserError, match=f"no autoencoder of the authors' code: .*{message}"):
+        with pytest.raises(UserError, match=f"not fit the authors' autoencoder: .*{message}"):
             hyperparameters.of_autoencoder(checkpoint(name, "autoencoder", change), 32)
-    with pytest.raises(UserError, match=r"no prior .*: it lacks _denoise_fn\.tok_emb\.weight\."):
+    with pytest.raises(UserError, match=r"authors' prior: it lacks _denoise_fn\.tok_emb\.weight\."):
         hyperparameters.of_prior(checkpoint("ae_c16", "prior"))
 
 
@@ -160,14 +160,22 @@ def test_any_depth_of_a_decoder_comes_out_as_it_went_in(blocks, depth):
     [
         ("ae_c16", {"disc.main.8.weight": None}, r"it lacks disc\.main\.8\.weight"),
         ("ae_c16", {"disc.main.11.weight": None}, r"it lacks disc\.main\.11\.weight"),
-        ("ae_c16", {"disc.main.12.weight": np.zeros(3)}, "layers of disc.main are of an unknown"),
+        ("ae_c16", {"disc.main.12.weight": np.zeros(3)}, "layers of disc.main have an unknown"),
         ("ae_c16", {"ae.encoder.blocks.0.weight": np.zeros((0, 3, 3, 3))}, r"\(0, 3, 3, 3\)"),
         ("ae_c16", {"ae.encoder.blocks.3": ...}, r"it lacks ae\.encoder\.blocks\.3"),
         ("prior_class", {"_denoise_fn.tok_emb.weight": np.zeros((16, 0))}, r"\(16, 0\)"),
         ("prior_class", {"_denoise_fn.blocks.1": ...}, r"it lacks _denoise_fn\.blocks\.1"),
         ("prior_class", {"_denoise_fn.blocks": ...}, r"it lacks _denoise_fn\.blocks\.0"),
-        ("prior_class", {"scheduler.k_final": np.ones(1)}, "k_final is no schedule: .*two or more"),
-        ("prior_class", {"scheduler.k_final": np.ones(3)}, "k_final is no schedule: .*fall strict"),
+        (
+            "prior_class",
+            {"scheduler.k_final": np.ones(1)},
+            "k_final is not a schedule: .*two or more",
+        ),
+        (
+            "prior_class",
+            {"scheduler.k_final": np.ones(3)},
+            "k_final is not a schedule: .*fall strict",
+        ),
     ],
 )
 def test_what_is_missing_or_odd_is_named(name, change, message):

@@ -138,17 +138,17 @@ def test_a_prior_is_put_beside_its_own_autoencoder_only(autoencoder, tmp_path, c
         convert_prior(state, out, autoencoder=tmp_path, num_heads=4)
     other = tmp_path / "other"
     convert_autoencoder(reference.state("ae_c24_genmul2"), other, image_size=32)
-    with pytest.raises(UserError, match="over 64 tokens of 16 bits, but .* 8 x 8 tokens of 24"):
+    with pytest.raises(UserError, match="has 64 tokens of 16 bits, but .* 8 x 8 tokens of 24"):
         convert_prior(state, out, autoencoder=other, num_heads=4)
     with pytest.raises(UserError, match="There is an autoencoder in .*other already"):
         convert_prior(state, other, autoencoder=autoencoder, num_heads=4)
     with pytest.raises(UserError, match="width must be a multiple of 4 and of"):
         convert_prior(state, out, autoencoder=autoencoder, num_heads=5)
-    with pytest.raises(UserError, match="schedule is linear in 64 steps: leave out --schedule"):
+    with pytest.raises(UserError, match="schedule is linear with 64 steps: omit --schedule"):
         convert_prior(state, out, autoencoder=autoencoder, num_heads=4, schedule="cos")
     assert not out.exists()
     convert_prior(state, out, autoencoder=autoencoder, num_heads=4)
-    assert "was trained beside another autoencoder" in caplog.text
+    assert "was trained with another autoencoder" in caplog.text
     caplog.clear()
     with pytest.raises(UserError, match="There is a checkpoint of the prior in .*out already"):
         convert_prior(state, out, autoencoder=out, num_heads=4)
@@ -350,7 +350,7 @@ def test_the_command_reports_what_it_found_and_what_it_left(tmp_path, monkeypatc
     section = config_in(tmp_path / "out", "autoencoder")["autoencoder"]
     assert section["signed"] and section["deterministic"]
     said = capsys.readouterr().err
-    assert "binaryae_ema_7.th beside it holds the EMA" in said
+    assert "binaryae_ema_7.th in the same folder holds the EMA" in said
     assert "  autoencoder.attention_resolutions = (8,)\n" in said
     assert "not used: conv_out of equal widths (16), ae.generator.logsigma (4), num_batch" in said
     with pytest.raises(SystemExit):

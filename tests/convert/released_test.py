@@ -90,18 +90,26 @@ def test_a_tree_of_another_layout_would_not_come_back():
         ("ae_c16", {"ae.encoder.blocks.1.conv2.bias": None}, r"lacks ae\.encoder\..*conv2\.bias"),
         ("ae_c16", {"disc.main.8.weight": np.zeros((1, 2, 3, 4))}, r"of disc\.main\.8\.weight is"),
         ("ae_c16", {"ae.surprise": np.zeros(1)}, r"it also holds ae\.surprise"),
-        ("ae_c16", {"ae.quantize.proj.0.bias": np.full(16, np.nan)}, r"proj\.0\.bias is not fin"),
+        ("ae_c16", {"ae.quantize.proj.0.bias": np.full(16, np.nan)}, r"proj\.0\.bias has a NaN"),
         ("prior_class", {"_denoise_fn.ln_f.bias": None}, r"it lacks _denoise_fn\.ln_f\.bias"),
         ("prior_class", {"_denoise_fn.head.bias": np.zeros(9)}, r"bias is \(9,\), not \(16,\)"),
         ("prior_class", {"optimizer": np.zeros(9)}, "it also holds optimizer"),
-        ("prior_class", {"_denoise_fn.head.bias": np.zeros(16, int)}, "of the type int64, not of"),
-        ("prior_class", {"_denoise_fn.head.bias": np.zeros(16, complex)}, "not of real numbers"),
+        (
+            "prior_class",
+            {"_denoise_fn.head.bias": np.zeros(16, int)},
+            "has the type int64, not that of",
+        ),
+        (
+            "prior_class",
+            {"_denoise_fn.head.bias": np.zeros(16, complex)},
+            "not that of real numbers",
+        ),
         ("ae_c16", {"ae.generator.logsigma.0.weight_x": np.zeros(1)}, "also holds .*weight_x"),
     ],
 )
 def test_what_does_not_fit_is_an_error_that_names_it(name, change, message):
     found, experiment = checkpoint(name, change), experiment_of(name)
-    with pytest.raises(UserError, match=f"of the authors' code: .*{message}"):
+    with pytest.raises(UserError, match=f"not fit the authors' .*: .*{message}"):
         if name in reference.AUTOENCODERS:
             released.read_autoencoder(found, experiment.autoencoder)
             found.unused(released.AUTOENCODER_UNUSED)
@@ -126,7 +134,7 @@ def test_lpips_in_a_checkpoint_is_not_used():
     "key, value, message",
     [
         ("autoencoder.patch", 2, r"autoencoder\.patch = 2"),
-        ("autoencoder.bottleneck", "vq", "no bottleneck 'vq', only binary"),
+        ("autoencoder.bottleneck", "vq", "has only the bottleneck binary, not 'vq'"),
     ],
 )
 def test_what_their_code_does_not_have_is_not_exported(key, value, message):
@@ -137,7 +145,7 @@ def test_what_their_code_does_not_have_is_not_exported(key, value, message):
 
 def test_a_prior_of_z_s_is_not_exported():
     spec = prior_of("prior_uncond", target="z_s", evidence=False)
-    with pytest.raises(UserError, match='cannot sample a prior of the target "z_s"'):
+    with pytest.raises(UserError, match='cannot sample a prior with the target "z_s"'):
         released.prior_state(spec, reference.zeros(spec), np.zeros((16, 64)))
 
 

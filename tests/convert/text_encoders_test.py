@@ -67,7 +67,7 @@ def test_both_by_their_commands(tmp_path, capfd):
     with pytest.raises(SystemExit, match="1"):
         convert.main(openai)
     error = capfd.readouterr().err
-    assert error.startswith("Error: There is no tokenizer.json beside the weights: give OpenAI's")
+    assert error.startswith("Error: There is no tokenizer.json beside the weights: set --tokenizer")
 
 
 WORDS = "embeddings.word_embeddings.weight"
@@ -78,7 +78,7 @@ LAYER = "encoder.layer.1.intermediate.dense"
     "change, message",
     [
         ({f"{LAYER}.weight": None}, f"it lacks {LAYER}.weight"),
-        ({f"{LAYER}.bias": np.zeros(41)}, f"{LAYER}.bias does not have the shape"),
+        ({f"{LAYER}.bias": np.zeros(41)}, f"the shape of {LAYER}.bias does not fit"),
         ({"extra": np.zeros(2)}, "it also holds extra"),
         ({WORDS: None}, f"it lacks {WORDS}"),
         (
@@ -107,7 +107,7 @@ def test_another_bert_is_refused(tmp_path, change, message):
         ("config.json", {"hidden_act": "relu"}, "hidden_act = relu, not gelu"),
         ("config.json", {"num_attention_heads": 5}, "5 heads do not divide its width, 24"),
         ("config.json", {"num_attention_heads": "3"}, "3 heads do not divide"),
-        ("config.json", [], "config.json is no configuration"),
+        ("config.json", [], "config.json is not a configuration"),
         ("1_Pooling/config.json", {"pooling_mode_cls_token": True}, "pooling_mode_cls_token"),
         ("tokenizer.json", {}, "its tokenizer is damaged"),
         ("tokenizer.json", None, "has no tokenizer.json"),
@@ -171,7 +171,7 @@ PROJECTION = "text_model.encoder.layers.2.self_attn.k_proj"
     [
         ({f"{PROJECTION}.weight": None}, f"it lacks {PROJECTION}.weight"),
         ({"text_projection.weight": None}, "it lacks text_projection.weight"),
-        ({f"{PROJECTION}.bias": np.zeros((64, 1))}, f"{PROJECTION}.bias does not have the shape"),
+        ({f"{PROJECTION}.bias": np.zeros((64, 1))}, f"the shape of {PROJECTION}.bias does not fit"),
         ({"text_model.extra": np.zeros(2)}, "it also holds text_model.extra"),
         (
             {"text_model.embeddings.token_embedding.weight": np.zeros((121, 64))},
@@ -193,7 +193,9 @@ def test_clip_s_configuration_and_tokenizer_are_checked(tmp_path):
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["post_processor"]["single"].pop()
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(UserError, match="its tokenizer ends a text by 118, not by its last token"):
+    with pytest.raises(
+        UserError, match="its tokenizer ends a text with 118, not with its last token"
+    ):
         texts.clip(folder)
     with pytest.raises(UserError, match="check --tokenizer"):
         texts.clip(folder, tmp_path / "none")

@@ -134,5 +134,5 @@ def test_tokens_by_merges_are_clip_s(tmp_path):
 def test_another_file_of_merges_is_refused(tmp_path, name, size):
     good = gzip.compress(merges_text(PAIRS).encode()) if name.endswith("gz") else b"red apple\n"
     (tmp_path / name).write_bytes((good * 20)[:size])
-    with pytest.raises(UserError, match=rf"{name} is no file of CLIP's merges"):
+    with pytest.raises(UserError, match=rf"{name} is not a file of CLIP's merges"):
         merges.read_tokenizer(tmp_path / name, 512 + len(PAIRS) + 2)

@@ -145,7 +145,7 @@ def test_what_training_sets_aside_does_not_block_its_step(saved, tmp_path, caplo
             checkpoints.newest(read, set_aside=True)
             assert checkpoints.all_steps() == [2]
             checkpoints.save(state_of(4), meta_of(4))
-        assert f"{directory}/4 is now {name}" in caplog.text
+        assert f"{directory}/4 was renamed to {name}" in caplog.text
         assert (directory / name / "state").is_dir()
         caplog.clear()
         assert read_newest(directory) == 4 and not caplog.text
