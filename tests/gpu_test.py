@@ -126,5 +126,5 @@ def test_the_config_for_a_gpu_takes_ten_minutes():
 
 
 def test_a_config_that_there_is_not_is_refused():
-    with pytest.raises(ValueError, match="for a CPU or :gpu, not :tpu"):
+    with pytest.raises(ValueError, match=":cpu or :gpu, not :tpu"):
         cifar10.get_config("tpu")

@@ -141,8 +141,8 @@ def test_guidance_goes_against_a_negative_prompt(pipeline):
     "asked, sentence",
     [
         ({"prompt": "a", "label": np.zeros(24)}, "Give only one of a label"),
-        ({"prompt": ["a", "a", "a"]}, "Give one prompt, a string, or 2 of them"),
-        ({"prompt": 7}, "Give one prompt, a string, or 2 of them"),
+        ({"prompt": ["a", "a", "a"]}, "Give one prompt, a string, or 2, one per sample"),
+        ({"prompt": 7}, "Give one prompt, a string, or 2, one per sample"),
         ({"prompt": "a", "negative_prompt": "red", "guidance": 0}, "needs a guidance above 0"),
         ({"negative_prompt": "red", "guidance": 1}, "A negative prompt needs a prompt"),
     ],
@@ -190,7 +190,7 @@ def test_inpainting_and_variations_of_a_prompt(workdir, folder, tmp_path):
     "content, sentence",
     [
         (b"\n \n", "has no prompt"),
-        (b"\xff\xfe\xfa", "is no text in UTF-8"),
+        (b"\xff\xfe\xfa", "is not text in UTF-8"),
         (None, "There is no file"),
     ],
 )

@@ -465,7 +465,7 @@ def test_the_prior_learns_from_codes_that_lie_elsewhere(trained, tiny_experiment
     experiment = tiny_experiment.change({**changes, "prior.train.num_steps": 2})
     state = stages.train_prior(experiment, workdir)
     assert int(state.step) == 2 and not any((workdir / "codes").iterdir())
-    with pytest.raises(UserError, match="Codes on disk .* are of images as they are"):
+    with pytest.raises(UserError, match="Codes on disk .* are made without random crops"):
         experiment.change({"data.flip": True})
 
 

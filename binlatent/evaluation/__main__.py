@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--weights", type=path, help="weights of the network, .npz; default: NETWORK.npz")
     flag("--vgg16", type=path, default=Path("vgg16.npz"), help=f"weights for lpips; {default}")
     flag("--size", type=int, help="crop and resize the images of folders to squares of this side")
-    about = "largest share of a folder's images that may be unreadable; 0 for metrics of pairs"
+    about = "largest share of unreadable images in a folder; not for psnr, ssim, lpips"
     flag("--max_broken", type=float, default=0.0, help=f"{about}; {default}")
     flag("--batch_size", type=int, default=64, help=f"affects speed and memory only; {default}")
     flag("--out", type=path, metavar="FILE", help=".json file for the metrics and their protocol")

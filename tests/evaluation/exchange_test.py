@@ -96,7 +96,7 @@ def test_statistics_of_others(tmp_path):
         ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "mu is <U1"),
         ({"mu": np.zeros(2) * 1j, "sigma": np.eye(2)}, "mu is complex128"),
         ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "negative variances"),
-        ({"mu": np.zeros(2), "sigma": np.eye(2), "features": np.zeros((3, 4))}, "another width"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "features": np.zeros((3, 4))}, "mu has 2 entries"),
         ({"mu": np.zeros(2), "sigma": np.eye(2), "logits": np.zeros(3)}, "logits is float64"),
         ({"mu": np.zeros(4), "sigma": np.eye(4), "protocol": np.array("{")}, "statistics"),
     ],

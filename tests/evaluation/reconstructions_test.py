@@ -205,7 +205,7 @@ def test_a_classifier_near_chance_does_not_judge(tiny_experiment, accuracy, labe
     assert (told is None) == judges
     if accuracy == 0.55:
         assert "accuracy on 100 real images is 55.0%" in told
-        assert "most frequent class, 50.0% ± 5.0%" in told
+        assert "most frequent class gives 50.0% ± 5.0%" in told
 
 
 def test_what_to_do_about_a_classifier_near_chance_names_what_is_missing(tiny_experiment, tmp_path):

@@ -200,7 +200,11 @@ def test_an_older_workdirs_config_is_filled_up_and_flags_change_it(tiny_experime
     [
         ("--kinds=gan", 2, "'gan' is not one of bernoulli"),
         ("--seeds=1,1", 2, "'1,1' has equal seeds"),
-        ("--config.prior.train.steps=1", 1, "The config has no key prior.train.steps, or 1 is"),
+        (
+            "--config.prior.train.steps=1",
+            1,
+            "The config has no key prior.train.steps, or 1 does not",
+        ),
         ("--config.seed=x", 1, "The config has no key seed, or 'x' does not have the type"),
         ("--steps=4", 2, "--steps is for table6, not for table5"),
     ],

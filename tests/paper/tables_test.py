@@ -195,9 +195,7 @@ def test_without_results_the_command_is_named(pipeline, tmp_path, make):
         make(pipeline, tmp_path)
     write(tmp_path, 0, {"fid": 1.0}, samples=samples_of(pipeline, weights="EMA, old"), **TRAIN)
     write(tmp_path, 1, {"psnr": 1.0, "psnr_std": 1.0}, **{"test images": {"count": 3}})
-    with pytest.raises(
-        UserError, match=f"do not belong to .*--metrics={wanted}` again"
-    ):
+    with pytest.raises(UserError, match=f"do not belong to .*--metrics={wanted}` again"):
         make(pipeline, tmp_path)
     (tmp_path / "evaluation" / "0.json").write_text("[]")
     with pytest.raises(UserError, match=r"0\.json is not a result"):

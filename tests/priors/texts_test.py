@@ -297,7 +297,7 @@ def test_texts_of_several_lengths_are_padded():
     labels = conditioning.labels([rows[0], rows[1, :2]], 2)
     np.testing.assert_array_equal(labels, rows)
     np.testing.assert_array_equal(conditioning.labels(rows[0], 2), rows[[0, 0]])
-    with pytest.raises(UserError, match="must be arrays of one width"):
+    with pytest.raises(UserError, match="must be arrays of the same width"):
         conditioning.labels([rows[0], rows[1, :2, :3]], 2)
 
 

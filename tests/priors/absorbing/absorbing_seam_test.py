@@ -81,7 +81,7 @@ def test_what_does_not_fit_is_one_sentence(flags, workdir, capsys, monkeypatch):
         return line
 
     monkeypatch.delattr(pictures, "test_images")  # no image is read
-    assert "between 1 and 16, the units of a code" in refused("--steps=17")
+    assert "between 1 and 16, the number of units of a code" in refused("--steps=17")
     assert "divides the 8 bits of a token; got '3'" in refused("--config.prior.absorbing.unit=3")
     assert "prior.absorbing.unit is token there and 4 here" in refused(
         "--config.prior.absorbing.unit=4"

@@ -340,7 +340,7 @@ def test_network_calls_are_those_that_are_made(settings, labelled, calls):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(steps=7), "between 1 and 6, the units of a code, .* got 7"),
+        (dict(steps=7), "between 1 and 6, the number of units of a code, .* got 7"),
         (dict(steps=0), "between 1 and 6"),
         (dict(temperature=0.0), "temperature must be above 0"),
         (dict(order_temperature=-1.0), "order_temperature must be at least 0"),
