@@ -13,7 +13,7 @@ from binlatent.runtime import command
 from binlatent.runtime.errors import UserError
 
 SMALLER = (
-    "there is too little memory; take a smaller batch, or in training more parts of it "
+    "there is too little memory; take a smaller batch, or, in training, split it into more parts "
     "(train.accumulate).\n"
 )
 
