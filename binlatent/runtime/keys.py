@@ -49,8 +49,8 @@ def as_key(key: Key) -> Array:
 def sample_keys(key: Key, num: int, first: int = 0) -> Array:
     """Returns one key per sample, (num,), for the samples `first` to `first + num - 1`.
 
-    A sample's key does not depend on the batch that it is drawn in. An
-    array of `num` keys is returned unchanged.
+    A sample's key does not depend on the batch that it is drawn in. An array of `num` keys is
+    returned unchanged.
     """
     key = as_key(key)
     if key.shape == (num,):

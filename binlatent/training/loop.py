@@ -186,8 +186,8 @@ def train(stage: Stage, settings: Run, workdir: Path) -> TrainState:
                 stage.batches.set_state(meta["data"])
         started = time.monotonic() - seconds
         window, finite = [], {}
-        timed, window_seconds, waited = 0, 0.0, 0.0  # steps of the window, without the first of all
-        compiling = step + 1  # the step whose seconds are those of the compiler
+        timed, window_seconds, waited = 0, 0.0, 0.0  # timed: steps in the window, without the first
+        compiling = step + 1  # the first step, which includes compilation
         with (
             _interruption() as stop,
             Logbook(workdir, stage.name, step, num_steps, silent=not writes) as logbook,
