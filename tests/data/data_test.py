@@ -954,7 +954,7 @@ def test_texts_of_different_lengths_are_padded_with_zeros(tmp_path):
         assert (label[:length] == length).all() and (label[length:] == 0).all()
     np.save(tmp_path / "002.npy", np.ones((2, 4)))
     with pytest.raises(
-        UserError, match=r"\(2, 4\), those of .* \(tokens, e\) with e = 3: bring all"
+        UserError, match=r"\(2, 4\), those of .* \(tokens, e\) with e = 3: use one encoder"
     ):
         open_split(data, "train").examples[1]
 
