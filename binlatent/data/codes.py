@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 from array_record.python import array_record_data_source, array_record_module
-from tqdm import tqdm
 
 from binlatent.data import loader
 from binlatent.data.decoded import locate
@@ -30,6 +29,7 @@ from binlatent.data.splits import Data
 from binlatent.data.transforms import to_float
 from binlatent.runtime import files, locks
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.progress import Progress, progress
 from binlatent.runtime.strict_json import write_json
 
 log = logging.getLogger(__name__)
@@ -150,13 +150,13 @@ def write_codes(
     # Process 0 locks the folder for all processes.
     with nullcontext() if this else locks.only_process(target / ".lock", doing):
         log.info("Encoding %d images into %s", count, target)
-        with tqdm(total=count, unit=" images", disable=True if this else None) as progress:
+        with progress(count, "images", silent=bool(this)) as shown:
             for i, name in enumerate(names):
                 part = range(i * _SHARD, min((i + 1) * _SHARD, count))
                 if i % turns == this and not (target / name).exists():
-                    _write_shard(source, part, encode_probs, batch_size, target / name, progress)
+                    _write_shard(source, part, encode_probs, batch_size, target / name, shown)
                 else:
-                    progress.update(len(part))
+                    shown.update(len(part), skipped=True)
         # If another process fails, this one is ended too.
         last = ["info.json"] if this else names
         while not all((target / name).exists() for name in last):
@@ -187,7 +187,7 @@ def _write_shard(
     encode_probs: Callable[[np.ndarray], np.ndarray],
     batch_size: int,
     path: Path,
-    progress: tqdm,
+    shown: Progress,
 ) -> None:
     def read(i: int) -> dict[str, Any]:
         found, example = locate(source.examples, part[i])
@@ -205,7 +205,7 @@ def _write_shard(
                 for label, code, wanted, found in zip(*columns, strict=True):
                     number = b"" if found == wanted else found.astype(_NUMBER).tobytes()
                     writer.write(label.tobytes() + code.tobytes() + number)
-            progress.update(num)
+            shown.update(num)
         with _writing(path):
             writer.close()
 

@@ -10,6 +10,7 @@ from binlatent.data import folder, lmdb, tfds
 from binlatent.data.decoded import DecodedImages
 from binlatent.data.sources import Source
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.progress import progress
 
 # Up to this size, decoded images stay in memory: decoding competes with training for the CPU.
 _KEPT_BYTES = 2**28
@@ -88,6 +89,10 @@ def spread_indices(count: int, limit: int) -> np.ndarray:
 
 def load_images(source: Source, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns images, uint8 (n, h, w, c), and labels (n, ...), at `spread_indices`."""
-    examples = [source.examples[i] for i in spread_indices(len(source.examples), limit)]
+    indices, examples = spread_indices(len(source.examples), limit), []
+    with progress(len(indices), "images read", bar=False) as shown:
+        for i in indices:
+            examples.append(source.examples[i])
+            shown.update()
     labels = np.array([example["label"] for example in examples])
     return np.stack([example["image"] for example in examples]), labels

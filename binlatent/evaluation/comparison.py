@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from binlatent.evaluation import exchange
 from binlatent.evaluation.exchange import ImageSet
@@ -18,6 +17,7 @@ from binlatent.evaluation.metrics.table import Metric
 from binlatent.evaluation.networks.features import Features, Network, collect
 from binlatent.runtime import weights
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -197,13 +197,13 @@ def features_of(
 
     def parts() -> Iterator[dict[str, np.ndarray]]:
         nonlocal grey, start
-        with tqdm(total=images.count, unit=" images", disable=None) as progress:
+        with progress(images.count, "images") as shown:
             for batch in images.batches(_SHARD if folder else batch_size):
                 pixels.update(np.ascontiguousarray(batch))
                 if batch.shape[-1] == 3:
                     grey += int(np.sum(np.all(batch == batch[..., :1], axis=(1, 2, 3))))
                 path = folder and folder / f"{start:07}_{len(batch)}.npz"
-                if path and path.exists():
+                if known := bool(path and path.exists()):
                     yield exchange.read_arrays(path, "it is made anew")
                 else:
                     found = network.apply(batch, batch_size)
@@ -211,7 +211,7 @@ def features_of(
                         weights.write_npz(path, found)
                     yield found
                 start += len(batch)
-                progress.update(len(batch))
+                shown.update(len(batch), skipped=known)
 
     features = collect(parts(), images.count, f"The images in {name}")
     if grey:
@@ -230,12 +230,12 @@ def load_features(
     network: Network | None,
     batch_size: int,
     image_size: int | None = None,
-    **tolerance: Any,
+    **how: Any,
 ) -> tuple[Features, dict[str, Any]]:
     """Returns the features of a folder, or of an .npz file of images or statistics, and a protocol.
 
-    `network` is needed for images. A stored protocol may name its own `network`. `tolerance` holds
-    `max_broken` and `key` of `exchange.open_set`.
+    `network` is needed for images. A stored protocol may name its own `network`. `how` holds other
+    arguments of `exchange.open_set`.
     """
     known = None
     if exchange.holds_statistics(path):
@@ -249,7 +249,7 @@ def load_features(
         protocol = {"statistics": str(path), "file": weights.sha256(path), **protocol}
         if not exchange.holds_images(path):
             return known, protocol
-    images = exchange.open_set(path, image_size, **{"max_broken": 0.0} | tolerance)
+    images = exchange.open_set(path, image_size, **{"max_broken": 0.0} | how)
     log.info("%d images of %s in %s", images.count, images.protocol["size"], path)
     found, described = features_of(network, images, batch_size)
     # ADM's references have images, and Inception's statistics of more images than these.

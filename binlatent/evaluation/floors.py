@@ -21,8 +21,8 @@ def floors(
     known: Gaussian,
     split: str,
     num: int,
-) -> dict[str, float]:
-    """Returns the Frechet distances to compare that of samples with.
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Returns the Frechet distances to compare that of samples with, and their numbers of images.
 
     The features are kept in the folder `evaluation` of the workdir, so a second call is fast.
 
@@ -39,11 +39,11 @@ def floors(
       and their reconstructions, from codes drawn as for the prior's training if the bottleneck
       draws bits. A distance is left out if it has fewer than two images.
     """
-    experiment, found = pipeline.experiment, {}
+    experiment, found, counts = pipeline.experiment, {}, {}
     other = {"train": "test", "test": "train"}[split]
     real, _ = features_of_split(experiment, network, workdir, other, num)
     if real.count > 1:
-        found["real"] = frechet_distance(known, real.gaussians["pool"])
+        found["real"], counts["real"] = frechet_distance(known, real.gaussians["pool"]), real.count
     test = real
     if other != "test":
         test, _ = features_of_split(experiment, network, workdir, "test", num)
@@ -52,7 +52,8 @@ def floors(
         rebuilt = features_of_reconstructions(pipeline, network, workdir, codes, num)
         gaussians = (x.gaussians["pool"] for x in (test, rebuilt))
         found["reconstructions"] = frechet_distance(*gaussians)
-    return found
+        counts["reconstructions"] = test.count
+    return found, counts
 
 
 def in_words(distances: dict[str, float]) -> str:

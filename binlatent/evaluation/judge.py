@@ -69,7 +69,7 @@ class Judge:
             return {}
         num = pipeline.experiment.evaluate.num_samples if num is None else num
         known = self._known.gaussian
-        return floors(pipeline, self._network, self._workdir, known, self._split, num)
+        return floors(pipeline, self._network, self._workdir, known, self._split, num)[0]
 
     def sample_quality(
         self,
@@ -85,7 +85,7 @@ class Judge:
           pipeline: with a prior.
           key: of the samples.
           num: how many; None for `evaluate.num_samples`.
-          texts: features of texts for a prior of texts, (num, ...); None for none.
+          texts: features of texts for a prior of texts, (num, ...); None for no texts.
           **options: of `pipeline.sample`.
 
         Returns:
@@ -140,8 +140,8 @@ def near_chance(asked: Evaluate, accuracy: float, labels: np.ndarray) -> str | N
     elif asked.network == "efficientnet":
         instead = f"use --metrics=fid. {weights.missing(asked.network, path)}"
     return (
-        f"The classifier's accuracy on {n} real images is {accuracy:.1%}, no better than always "
-        f"naming the most frequent class, {share:.1%} ± {error:.1%}. It cannot judge samples: "
+        f"The classifier's accuracy on {n} real images is {accuracy:.1%}, and always naming the "
+        f"most frequent class gives {share:.1%} ± {error:.1%}, so it cannot judge samples: "
         f"{instead}"
     )
 

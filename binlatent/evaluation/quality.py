@@ -222,9 +222,12 @@ def _of_samples(
     if "fid" in of_features and split in ("train", "test"):
         distance = f"fd{judge.suffix}" if judge.suffix else "fid"
         of = pipeline, judge, workdir, known.gaussians["pool"], split, drawing["num"]
-        values |= {f"{distance}_{name}": value for name, value in floors(*of).items()}
-        about = f"of {drawing['num']} images at most, {reconstructions.how_drawn(experiment)}"
-        protocol["metrics"]["floors"] = about
+        found, counts = floors(*of)
+        values |= {f"{distance}_{name}": value for name, value in found.items()}
+        decoded = f", codes: {reconstructions.codes_in_words(experiment)[-1]}"
+        about = {"real": "", "reconstructions": decoded}
+        shown = [f"{name}: {num} images{about[name]}" for name, num in counts.items()]
+        protocol["metrics"]["floors"] = "; ".join(shown)
     for name in of_images:
         values |= _OF_SAMPLES[name].measure(experiment, samples, folder)
         protocol[name] = _OF_SAMPLES[name].settles(experiment)

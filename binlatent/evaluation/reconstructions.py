@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from binlatent.autoencoder.bottleneck import Binary
 from binlatent.data import loader, sources
@@ -26,6 +25,7 @@ from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import weights
 from binlatent.runtime.keys import key_for, sample_keys
 from binlatent.runtime.locks import only_process
+from binlatent.runtime.progress import progress
 from binlatent.runtime.weights import digest
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,11 @@ def ends(experiment: Experiment) -> list[str]:
     return list(_CODES) if isinstance(experiment.autoencoder.bottleneck, Binary) else [""]
 
 
-def how_drawn(experiment: Experiment) -> str:
-    """Returns which codes the floors use, in words."""
-    return f"codes {_CODES[ends(experiment)[-1]]}"
+def codes_in_words(experiment: Experiment) -> list[str]:
+    """Returns descriptions of the codes of `ends`; those of a bottleneck without bits have no y."""
+    if isinstance(experiment.autoencoder.bottleneck, Binary):
+        return list(_CODES.values())
+    return ["deterministic"]
 
 
 def features_of_reconstructions(
@@ -84,9 +86,10 @@ def features_of_reconstructions(
     experiment = pipeline.experiment
     source = open_split(experiment.data, "test", workdir, keep=False)
     indices, protocol = choose(experiment, source, "test", limit)
+    described = codes_in_words(experiment)[ends(experiment).index(codes)]
     protocol |= {
         "autoencoder": weights.fingerprint(pipeline.autoencoder_params),
-        "codes": _CODES[codes],
+        "codes": described,
         "dtype": experiment.dtype.name,
     }
     name = digest(protocol, sources.stamp(source.files), network.protocol)
@@ -109,12 +112,17 @@ def features_of_reconstructions(
         return np.concatenate(pools)
 
     if missing := [start for start, path in paths.items() if not path.exists()]:
-        of_codes = f" of codes {_CODES[codes]}" if len(ends(experiment)) > 1 else ""
+        of_codes = f" of codes {described}" if len(ends(experiment)) > 1 else ""
         log.info("Judging %d reconstructions%s", count, of_codes)
         folder.mkdir(parents=True, exist_ok=True)
-        with only_process(folder / ".lock", f"The reconstructions in {folder} are being judged"):
-            for start in tqdm(missing, unit=f" x {_SHARD} images", disable=None):
+        doing, total = "are being judged", sum(sizes[start] for start in missing)
+        with (
+            only_process(folder / ".lock", f"The reconstructions in {folder} {doing}"),
+            progress(total, "images") as shown,
+        ):
+            for start in missing:
                 weights.write_npz(paths[start], {"pool": judged(start)})
+                shown.update(sizes[start])
     parts = (exchange.read_arrays(path, "it is made anew") for path in paths.values())
     return features.collect(parts, count, "The reconstructions")
 
@@ -127,7 +135,7 @@ def _split(keys: jax.Array, edges: range) -> list[jax.Array]:
 def _encode(
     pipeline: BinaryLatentDiffusion, images: np.ndarray, keys: jax.Array, codes: str
 ) -> np.ndarray:
-    """Returns codes of images, uint8 (n, h, w, c); with a key each, batches change nothing."""
+    """Returns codes of images, uint8 (n, h, w, c); each has a key, so batches do not matter."""
     if not codes:
         return pipeline.encode(to_float(images))
     probs = pipeline.encode_probs(to_float(images))
@@ -170,7 +178,7 @@ def compare_reconstructions(
         settings |= {f"r{name}": text for name, text in how.items()}
     protocol |= {
         "autoencoder": weights.fingerprint(pipeline.autoencoder_params),
-        "codes": "; ".join(_CODES[codes] for codes in decoded),
+        "codes": "; ".join(codes_in_words(pipeline.experiment)),
         "dtype": pipeline.experiment.dtype.name,
         "compared with": "the same images, cropped and resized alike",
     }

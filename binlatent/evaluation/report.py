@@ -22,6 +22,7 @@ from binlatent.evaluation import results
 from binlatent.evaluation.judge import Judge
 from binlatent.evaluation.metrics import image_metrics, pairs
 from binlatent.evaluation.metrics.table import Metric
+from binlatent.evaluation.reconstructions import codes_in_words
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import strict_json
 from binlatent.runtime.keys import key_for
@@ -72,7 +73,7 @@ class HeldOut:
 
     @functools.cached_property
     def labels(self) -> np.ndarray | None:
-        """The labels for the prior; None if the images have none that it takes."""
+        """The labels for the prior; None if it takes none, or the images have none."""
         if self.captions:
             return self.pipeline.text_features(self.captions)
         return self.pipeline.experiment.prior.conditioning.known(self.source, self.source_labels)
@@ -113,7 +114,7 @@ class HeldOut:
             "count": len(self.images),
             **({"unreadable": unreadable} if unreadable else {}),
             "autoencoder": fingerprint(self.pipeline.autoencoder_params),
-            "codes": "y > 0.5",
+            "codes": codes_in_words(self.pipeline.experiment)[0],
         }
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from binlatent.data.splits import open_split
 from binlatent.data.transforms import to_uint8
@@ -21,6 +20,7 @@ from binlatent.runtime import png, weights
 from binlatent.runtime.files import atomic
 from binlatent.runtime.keys import key_for, sample_keys
 from binlatent.runtime.locks import only_process
+from binlatent.runtime.progress import progress
 from binlatent.runtime.weights import digest
 
 _SHARD = 500  # samples per shard, at most
@@ -86,11 +86,12 @@ class Samples:
         # Process 0 locks the folder for the run. Reading needs no lock.
         apart = this or all(map(self._is_whole, self._shards))
         with nullcontext() if apart else only_process(self.folder / ".lock", doing):
-            with tqdm(total=self._num, unit=" samples", disable=True if this else None) as progress:
+            with progress(self._num, "samples", silent=bool(this)) as shown:
                 for i, shard in enumerate(self._shards):
-                    if i % turns == this and not self._is_whole(shard):
+                    missing = i % turns == this and not self._is_whole(shard)
+                    if missing:
                         self._draw_shard(shard, sample_keys(key, shard.size, shard.start))
-                    progress.update(shard.size)
+                    shown.update(shard.size, skipped=not missing)
             # If another process fails, this one is ended from outside.
             while not this and not all(map(self._is_whole, self._shards)):
                 time.sleep(0.5)

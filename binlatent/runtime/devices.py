@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from binlatent.runtime.progress import progress
+
 Array = jax.Array
 
 AXIS = "batch"  # the one pmap axis
@@ -107,8 +109,10 @@ def map_batches(function: Callable, batch_size: int, *arrays: Any) -> Any:
     devices = jax.local_device_count()
     batch_size = -(-min(batch_size, n) // devices) * devices
     results = []
-    for start in range(0, n, batch_size):
-        take = np.minimum(np.arange(start, start + batch_size), n - 1)
-        batch = [None if array is None else array[take] for array in arrays]
-        results.append(jax.device_get(function(*spread(batch))))
+    with progress(-(-n // batch_size), "batches", bar=False) as shown:
+        for start in range(0, n, batch_size):
+            take = np.minimum(np.arange(start, start + batch_size), n - 1)
+            batch = [None if array is None else array[take] for array in arrays]
+            results.append(jax.device_get(function(*spread(batch))))
+            shown.update()
     return jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *results)

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from binlatent.data import classes
 from binlatent.runtime import files, locks
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.progress import Progress, progress
 from binlatent.runtime.strict_json import to_json, write_json
 from binlatent.texts.encoder import TextEncoder
 
@@ -108,13 +108,13 @@ def write_features(
     # Process 0 locks the folder for all processes.
     with nullcontext() if this else locks.only_process(target / ".lock", doing):
         log.info("Computing the features of %d captions into %s", len(texts), target)
-        with tqdm(total=len(texts), unit=" captions", disable=True if this else None) as progress:
+        with progress(len(texts), "captions", silent=bool(this)) as shown:
             for i, (part, (rows, ends)) in enumerate(zip(parts, names, strict=True)):
                 if i % turns != this or (target / rows).exists():
-                    progress.update(len(part))
+                    shown.update(len(part), skipped=True)
                     continue
                 shard = texts[part.start : part.stop]
-                values, lengths = _compute(shard, encoder, per_token, cut, progress)
+                values, lengths = _compute(shard, encoder, per_token, cut, shown)
                 # The rows are written last: the file shows that the shard is complete.
                 _write(target / ends, np.cumsum(lengths))
                 _write(target / rows, values)
@@ -134,7 +134,7 @@ def write_features(
 
 
 def _compute(
-    texts: Sequence[str], encoder: TextEncoder, per_token: bool, cut: list[str], progress: tqdm
+    texts: Sequence[str], encoder: TextEncoder, per_token: bool, cut: list[str], shown: Progress
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the rows of all texts, float16 (R, d), and the number of rows of each, (n,)."""
     rows, lengths = [], []
@@ -152,7 +152,7 @@ def _compute(
         used[:, 0] = True
         rows.append(features[used].astype(np.float16))
         lengths.append(used.sum(axis=1))
-        progress.update(len(some))
+        shown.update(len(some))
     return np.concatenate(rows), np.concatenate(lengths)
 
 

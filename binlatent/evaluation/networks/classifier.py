@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 from binlatent.runtime.devices import map_batches
 from binlatent.runtime.errors import UserError
+from binlatent.runtime.progress import progress
 
 _NUM_GROUPS = 8
 _MAX_SHIFT = 2
@@ -95,13 +95,15 @@ def shuffled_batches(
     Each epoch draws a new order and drops the images that do not fill a batch.
     """
     num_batches = len(images) // batch_size
-    for step in tqdm(range(num_epochs * num_batches), unit=" steps", disable=None):
-        epoch, i = divmod(step, num_batches)
-        if i == 0:
-            order_key, steps_key = jax.random.split(jax.random.fold_in(key, epoch))
-            order = np.asarray(jax.random.permutation(order_key, len(images)))
-        indices = order[i * batch_size : (i + 1) * batch_size]
-        yield images[indices], labels[indices], jax.random.fold_in(steps_key, i)
+    with progress(num_epochs * num_batches, "steps") as shown:
+        for step in range(num_epochs * num_batches):
+            epoch, i = divmod(step, num_batches)
+            if i == 0:
+                order_key, steps_key = jax.random.split(jax.random.fold_in(key, epoch))
+                order = np.asarray(jax.random.permutation(order_key, len(images)))
+            indices = order[i * batch_size : (i + 1) * batch_size]
+            yield images[indices], labels[indices], jax.random.fold_in(steps_key, i)
+            shown.update()
 
 
 def train_classifier(
