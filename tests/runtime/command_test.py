@@ -1,4 +1,4 @@
-"""How commands report what went wrong, and their progress."""
+"""Error messages and progress of commands, and their JAX settings."""
 
 import logging
 import os
@@ -34,14 +34,14 @@ SMALLER = (
         ),
     ],
 )
-def test_a_command_reports_an_error_as_one_line(capsys, error, line, code):
+def test_an_error_is_one_line(capsys, error, line, code):
     with pytest.raises(SystemExit) as exit_, command.reporting():
         raise error
     assert exit_.value.code == code
     assert capsys.readouterr() == ("", line)
 
 
-def test_a_command_logs_the_package_alone_and_leaves_other_errors(capsys):
+def test_only_the_package_logs_and_other_errors_propagate(capsys):
     with command.reporting():
         logging.getLogger("binlatent.x").info("progress")
         logging.getLogger("other").info("noise")
@@ -52,15 +52,15 @@ def test_a_command_logs_the_package_alone_and_leaves_other_errors(capsys):
             raise error
 
 
-def test_ctrl_c_waits_until_writing_has_ended():
-    # A process in the background may have been started to ignore it.
+def test_ctrl_c_waits_for_a_write():
+    # A background process may be started with SIGINT ignored.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     steps = []
     with pytest.raises(KeyboardInterrupt), command.deferring_interrupt():
         signal.raise_signal(signal.SIGINT)
         steps.append("written")
     assert steps == ["written"]
-    with pytest.raises(KeyboardInterrupt):  # and then counts at once again
+    with pytest.raises(KeyboardInterrupt):  # afterwards, it works at once again
         signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, previous)
 
@@ -85,9 +85,9 @@ with command.reporting():
 """
 
 
-def test_ctrl_c_while_jax_compiles_is_one_word():
+def test_ctrl_c_while_jax_compiles_prints_one_word():
     environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # a compiler that has something to do
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0"  # compilation that takes long
     command_line = [sys.executable, "-c", _INTERRUPTED]
     result = subprocess.run(command_line, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (130, "closed\n")
@@ -105,14 +105,14 @@ def _reported(line, **environment):
 @pytest.mark.parametrize(
     "platform, said",
     [
-        ("cuda", ("There is no device of JAX_PLATFORMS=cuda", "Unable to init")),  # by its plugin
+        ("cuda", ("There is no device of JAX_PLATFORMS=cuda", "Unable to init")),  # with its plugin
         (
             "none_such",
             ("Unable to initialize backend 'none_such': Backend 'none_such' is not in ",),
         ),
     ],
 )
-def test_a_device_that_is_not_there_is_one_sentence(platform, said):
+def test_a_missing_device_is_a_one_line_error(platform, said):
     result = _reported("jax.devices()", JAX_PLATFORMS=platform)
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.removeprefix("Error: ").startswith(said)
@@ -120,7 +120,7 @@ def test_a_device_that_is_not_there_is_one_sentence(platform, said):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_another_error_is_not_taken_for_a_device_that_is_not_there():
+def test_another_error_is_not_reported_as_a_missing_device():
     result = _reported("raise RuntimeError('of its own')", JAX_PLATFORMS="none_such")
     assert result.returncode == 1
     assert result.stderr.endswith("\nRuntimeError: of its own\n")
@@ -145,7 +145,7 @@ def _python(script, **environment):
 _COMPILE = "jax.jit(lambda x: x + 1)(1)"
 
 
-def test_what_was_compiled_is_kept_for_the_next_start(tmp_path):
+def test_compiled_programs_are_cached_for_the_next_start(tmp_path):
     hits = """
 import jax.monitoring
 found = []
@@ -159,7 +159,7 @@ print(found.count("/jax/compilation_cache/cache_hits"))
     assert int(_prepared(hits, XDG_CACHE_HOME=str(tmp_path))[0]) == len(files)
 
 
-def test_the_users_own_settings_stay(tmp_path):
+def test_the_users_settings_take_precedence(tmp_path):
     own = {
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "own"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.0",
@@ -175,7 +175,7 @@ def test_the_users_own_settings_stay(tmp_path):
     assert _prepared(f"print({name})", **own) == ["7.0"]
 
 
-def test_the_users_own_kernels_and_file_of_flags_stay(tmp_path):
+def test_the_users_kernels_and_file_of_flags_stay(tmp_path):
     show = "import os; print(os.environ['XLA_FLAGS'])"
     flag = "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT"
     assert _prepared(show, XLA_FLAGS=flag, XDG_CACHE_HOME=str(tmp_path)) == [flag]
@@ -207,7 +207,7 @@ print("ynn_fusion" in os.environ.get("XLA_FLAGS", ""), jax.config.jax_compilatio
     found = _python(load, **own)
     assert found.stdout.split() == ["1", "1", "True", f"{tmp_path}/binlatent/compiled"]
     assert not found.stderr
-    # Too late, which is said once.
+    # Too late: one warning.
     found = _python(f"jax.random.key(0)\n{load}", **own)
     assert found.stdout.split() == ["1", "1", "False", "None"]
     assert "JAX was in use before binlatent" in found.stderr
@@ -233,7 +233,7 @@ pathlib.Path.home = home
     [("file", ""), ("folder", "import os; os.access = lambda *_: False"), ("", _NO_HOME)],
     ids=["file", "read only", "none"],
 )
-def test_a_home_that_cannot_be_written_is_no_error(tmp_path, home, before):
+def test_a_read_only_home_is_not_an_error(tmp_path, home, before):
     (tmp_path / "file").write_text("no folder")
     home = str(tmp_path / home) if home else "relative"
     shown = f"print({_COMPILE}, jax.config.jax_compilation_cache_dir)"

@@ -1,4 +1,4 @@
-"""Ctrl-C before a command has imported what it needs."""
+"""Ctrl-C during the imports of a command, and SIGTERM."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from binlatent.runtime import command, interrupt
 
 PACKAGE = Path(interrupt.__file__).parents[1]
 
-# In place of JAX: an import during which the user presses Ctrl-C, and which swallows errors.
+# Replaces JAX: an import that swallows errors, and during which the user presses Ctrl-C.
 SWALLOWS = """
 import os, signal, time
 try:
@@ -22,7 +22,7 @@ try:
 except BaseException:
     pass
 """
-# A process in the background may have been started to ignore it.
+# A background process may be started with SIGINT ignored.
 NOT_IGNORED = (
     "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -30,13 +30,13 @@ NOT_IGNORED = (
 
 
 def commands():
-    """The modules that `python -m` runs."""
+    """The modules for `python -m`."""
     for path in sorted(PACKAGE.rglob("*.py")):
         if 'if __name__ == "__main__":' in path.read_text():
             yield ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
 
 
-def test_ctrl_c_among_the_imports_is_one_word(tmp_path):
+def test_ctrl_c_during_imports_prints_one_word(tmp_path):
     (tmp_path / "jax.py").write_text(SWALLOWS)
     path = os.pathsep.join([str(tmp_path), str(PACKAGE.parent)])
     environment = os.environ | {"PYTHONPATH": path}
@@ -51,7 +51,7 @@ def test_ctrl_c_among_the_imports_is_one_word(tmp_path):
         assert (process.returncode, output, errors) == (130, "", "Interrupted.\n"), name
 
 
-def test_inside_it_is_raised_and_where_it_is_ignored_it_stays_so():
+def test_ctrl_c_raises_inside_the_block_and_stays_ignored_where_it_was():
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         interrupt.end_at_once()

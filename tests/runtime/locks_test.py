@@ -1,4 +1,4 @@
-"""Locks between processes: who is refused, what a crash leaves, and file systems without them."""
+"""Locks between processes, also after a crash and on file systems without locks."""
 
 import errno
 import fcntl
@@ -14,18 +14,18 @@ from binlatent.runtime.errors import UserError
 from binlatent.runtime.locks import only_process
 
 
-def test_the_second_process_is_refused_with_the_name_of_the_first(tmp_path):
+def test_a_second_process_gets_an_error_that_names_the_first(tmp_path):
     path = tmp_path / "sub" / ".lock"
     with held(path) as other:
         sentence = f"It is done already, by process {other.pid} on {socket.gethostname()}: wait"
         with pytest.raises(UserError, match=sentence), only_process(path, "It is done"):
             raise AssertionError("went in")
-        other.communicate("")  # which leaves
+        other.communicate("")  # the same process leaves the block
     with only_process(path, "It is done"):
         assert path.read_text() == f"{socket.gethostname()} {os.getpid()}\n"
 
 
-def test_nothing_is_left_of_the_lock_of_a_killed_process(tmp_path):
+def test_a_killed_process_releases_its_lock(tmp_path):
     path = tmp_path / ".lock"
     with held(path) as other:
         other.send_signal(signal.SIGKILL)
@@ -35,7 +35,7 @@ def test_nothing_is_left_of_the_lock_of_a_killed_process(tmp_path):
             pass
 
 
-def test_one_process_may_go_in_again_and_stays_in(tmp_path):
+def test_a_process_may_enter_twice(tmp_path):
     path = tmp_path / ".lock"
     with only_process(path, "It is done"):
         with only_process(path, "It is done"):
@@ -61,7 +61,7 @@ def test_without_locks_in_the_file_system_there_is_a_warning(tmp_path, monkeypat
         file.write("x")
 
 
-def test_the_package_does_without_fcntl(tmp_path):
+def test_the_package_works_without_fcntl(tmp_path):
     code = f"import sys; sys.modules['fcntl'] = None; import binlatent\n{HOLD}"
     process = start_python(code, tmp_path / ".lock")
     output, error = process.communicate("")

@@ -1,4 +1,4 @@
-"""Paths as users give them."""
+"""Paths from users: home folder and URLs."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from binlatent.runtime import paths
 from binlatent.runtime.errors import UserError
 
 
-def test_the_home_folder_and_what_stays_as_it_is(monkeypatch, tmp_path):
+def test_only_the_home_folder_is_replaced(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert paths.expand("~") == str(tmp_path)
     assert paths.expand("~/runs/x") == f"{tmp_path}/runs/x"
@@ -17,12 +17,12 @@ def test_the_home_folder_and_what_stays_as_it_is(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "path", ["gs://b/x", "gs:/b/x", "s3://b", "hdfs://h/x", "https://h/x", "file:///x"]
 )
-def test_addresses_are_refused(path):
+def test_urls_are_refused(path):
     with pytest.raises(UserError, match=f"^config.data.path: {path} is not a local path: "):
         paths.expand(path, "config.data.path")
 
 
-def test_no_path_and_no_home():
+def test_empty_paths_and_unknown_homes_are_refused():
     with pytest.raises(UserError, match="^the path is empty"):
         paths.expand("")
     with pytest.raises(UserError, match=r"no home folder ~nobody_there/x: write \./~nobody_there/"):

@@ -1,4 +1,4 @@
-"""Sheets of images, and PNG files."""
+"""Grids of images, and PNG files."""
 
 import numpy as np
 from PIL import Image
@@ -22,7 +22,7 @@ def test_titles_are_beside_their_rows():
     np.testing.assert_array_equal(sheet[:, width:], plain)
     upper, lower = sheet[2:14, :width], sheet[16:28, :width]
     assert upper.max() > 200 < lower.max() and sheet[[0, 1, 14, 15], :width].min() == 96
-    # Cut after 20 characters; three letters take a part of that.
+    # Cut after 20 characters; a title of three letters is narrower.
     assert np.flatnonzero((upper > 96).any((0, 2))).max() < 0.4 * width
     letters = [png.grid(rows, [x, "a"])[:14].tobytes() for x in ("\u00e9", "\u00e8", "e")]
     assert len(set(letters)) == 3
@@ -44,7 +44,7 @@ def test_captions_are_below_their_rows():
         assert letters.max() > 200 and letters[0].max() == letters[-1].max() == 96
 
 
-def test_a_long_caption_goes_on_in_three_lines_at_most():
+def test_a_long_caption_has_at_most_three_lines():
     rows = [np.zeros((1, 40, 40, 1), np.uint8)]
     heights = [
         len(png.grid(rows, captions=[text]))

@@ -27,7 +27,7 @@ def test_a_state_dict_is_read_from_both_formats(tmp_path, legacy):
 
 
 class Malicious:
-    """Unpickling it, which must not happen, creates a file."""
+    """Creates a file when it is unpickled, which must not happen."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -36,7 +36,7 @@ class Malicious:
         return open, (self.path, "w")
 
 
-def test_a_file_that_runs_code_is_refused_and_does_not_run_it(tmp_path):
+def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path):
     torch = pytest.importorskip("torch")
     path, proof = tmp_path / "x.pth", tmp_path / "ran"
     state = {"a": torch.zeros(1), "b": Malicious(proof)}

@@ -1,4 +1,4 @@
-"""The one way in which the package writes JSON."""
+"""Strictly valid JSON, and that all JSON is written with it."""
 
 import ast
 import json
@@ -12,7 +12,7 @@ from binlatent.runtime.strict_json import not_finite, to_json, write_json
 
 
 def strict(text):
-    """Parses JSON as other languages do, which know no NaN."""
+    """Parses JSON strictly: NaN and infinities are errors."""
 
     def refuse(word):
         raise ValueError(word)
@@ -20,7 +20,7 @@ def strict(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def test_numbers_that_are_not_finite_are_null(tmp_path):
+def test_nan_and_infinities_are_null(tmp_path):
     nan, inf = float("nan"), float("inf")
     content = {"a": nan, "b": [1.5, inf, (2, -inf)], "c": {"d": [{"e": nan}]}}
     content |= {"f": True, "g": "NaN"}
@@ -32,19 +32,19 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     assert [path.name for path in (tmp_path / "sub").iterdir()] == ["x.json"]
 
 
-def test_numbers_of_numpy_are_plain():
+def test_numpy_numbers_are_plain():
     content = {"a": np.float32(0.5), "b": np.int64(3), "c": np.array([[1.0, np.nan]])}
     text = to_json(content | {"d": np.True_, "e": np.float32("inf")})
     assert strict(text) == {"a": 0.5, "b": 3, "c": [[1.0, None]], "d": True, "e": None}
 
 
-def test_keys_of_what_is_not_finite():
+def test_keys_of_nan_and_infinities():
     nan, inf = float("nan"), float("inf")
     content = {"a": 1.0, "b": {"c": (0.0, (nan,)), "d": "nan"}, "e": -inf}
     assert list(not_finite(content)) == ["b.c", "e"]
 
 
-def test_what_is_no_json_leaves_the_file_as_it_was(tmp_path):
+def test_an_unserialisable_value_leaves_the_file_unchanged(tmp_path):
     write_json(tmp_path / "x.json", 1)
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_json(tmp_path / "x.json", {"a": object()})
@@ -52,7 +52,7 @@ def test_what_is_no_json_leaves_the_file_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
 
 
-# Functions that make JSON to compare or to hash it, and never write it.
+# Functions that create JSON only to compare or hash it.
 NOT_WRITTEN = {
     ("runtime/weights.py", "digest"),
     ("training/checkpoint.py", "_fingerprint_of_json"),
@@ -64,7 +64,7 @@ NOT_WRITTEN = {
 }
 
 
-def test_nothing_else_writes_json():
+def test_no_other_module_writes_json():
     package, found = Path(binlatent.__file__).parent, set()
     for path in package.rglob("*.py"):
         for function in ast.parse(path.read_text()).body:

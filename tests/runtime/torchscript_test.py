@@ -22,7 +22,7 @@ TINY = Path(__file__).parents[1] / "data" / "tiny_torchscript.pt"
 
 
 def changed(**files):
-    """The bytes of the archive with other files."""
+    """The bytes of the archive with some files replaced."""
     memory = io.BytesIO()
     with zipfile.ZipFile(TINY) as archive, zipfile.ZipFile(memory, "w") as copy:
         for name in archive.namelist():
@@ -57,7 +57,7 @@ class Malicious:
         return open, (self.path, "w")
 
 
-def test_what_is_no_tensor_is_not_run(tmp_path):
+def test_code_in_the_file_is_not_run(tmp_path):
     path = tmp_path / "x.pt"
     pickled = pickle.dumps(Malicious(tmp_path / "ran"), protocol=2)
     truncated = TINY.read_bytes()[:3000]
@@ -120,7 +120,7 @@ def test_a_state_dict_needs_no_pytorch(tmp_path, monkeypatch):
     assert (name, x.dtype, x.tolist(), rest) == ("x", np.float32, [1, 2], [])
 
 
-def test_what_is_no_plain_state_dict_is_left_to_pytorch(tmp_path):
+def test_other_files_are_left_to_pytorch(tmp_path):
     malicious = pickle.dumps({"x": Malicious(tmp_path / "ran")}, protocol=2)
     nested = pickle.dumps({"x": {"y": 1}}, protocol=2)
     for changed_file in ({"data.pkl": malicious}, {"data.pkl": nested}, {"byteorder": b"big"}):
@@ -128,7 +128,7 @@ def test_what_is_no_plain_state_dict_is_left_to_pytorch(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_that_is_cut_is_refused_without_pytorch(tmp_path, monkeypatch):
+def test_a_cut_file_is_refused_without_pytorch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     good = state_dict()
     for size in (4, 100, len(good) - 1):

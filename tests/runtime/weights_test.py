@@ -1,4 +1,4 @@
-"""The files of weights."""
+"""Weight files."""
 
 import numpy as np
 import pytest

@@ -10,10 +10,10 @@ from binlatent.convert import texts
 from binlatent.runtime import weights
 from binlatent.texts.encoder import TextEncoder
 
-# Of the small tokenizer: "Äpple" is unknown, as is what is left of a word.
+# With the small tokenizer, "Äpple" is unknown, and so are rests of words.
 TEXTS = ["a red apple", "", "Red APPLES.", "Hund", "a a a a a a a a a a", "Äpple ?"]
 IDS = [[2, 4, 5, 6, 3], [2, 3], [2, 5, 6, 7, 9, 3], [2, 8, 3], [2, *[4] * 10, 3], [2, 1, 1, 3]]
-IDS[-1][1] = 6  # without its accent it is an apple
+IDS[-1][1] = 6  # without the accent it is "apple"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def encoder(tmp_path_factory):
 
 
 def reference(ids):
-    """Returns the vector of one text without padding and those of its tokens."""
+    """Returns the vectors of one text and of its tokens, without padding."""
     state = {name: x.astype(float) for name, x in encoders.bert_state().items()}
 
     def dense(name, x):
@@ -67,7 +67,7 @@ def test_features_of_texts_of_several_lengths(encoder):
         assert (found.tokens[i, len(ids) :] == 0).all()
 
 
-def test_a_text_does_not_depend_on_those_beside_it(encoder):
+def test_a_text_does_not_depend_on_others_in_its_batch(encoder):
     together = encoder.encode(TEXTS).pooled
     for text, pooled in zip(TEXTS, together, strict=True):
         np.testing.assert_allclose(encoder.encode([text]).pooled[0], pooled, atol=1e-6)

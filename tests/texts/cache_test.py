@@ -1,4 +1,4 @@
-"""Features of captions on disk, and examples that have them as labels."""
+"""Cached features of captions, and examples with them as labels."""
 
 import json
 import re
@@ -20,7 +20,7 @@ from binlatent.texts.cache import write_features
 from binlatent.texts.captioned import check_captions, with_captions
 from binlatent.texts.encoder import TextEncoder
 
-# Of six images, five different captions, of 3 to 7 tokens with start and end.
+# Six images with five distinct captions of 3 to 7 tokens, including start and end.
 CAPTIONS = [
     ("a red apple", "apple"),
     ("red",),
@@ -41,7 +41,7 @@ def encoder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    """Three shards of the five captions, each encoded by single captions."""
+    """Three shards for the five captions, which are encoded one by one."""
     monkeypatch.setattr(cache, "_SHARD", 2)
     monkeypatch.setattr(cache, "_AT_ONCE", 1)
     classes.warn_once.cache_clear()
@@ -63,7 +63,7 @@ def encoded(monkeypatch):
 @pytest.mark.parametrize("per_token", [False, True])
 def test_a_caption_has_the_encoders_features(tmp_path, encoder, encoded, per_token):
     features = write_features(CAPTIONS, tmp_path, encoder, per_token)
-    assert sorted(encoded) == sorted(TEXTS) and len(features) == 5  # each once
+    assert sorted(encoded) == sorted(TEXTS) and len(features) == 5  # each caption once
     # Seven tokens: start, end, and five of the longest caption.
     assert features.shape == ((7, 24) if per_token else (24,))
     pooled, tokens, mask = encoder.encode(TEXTS)
@@ -71,7 +71,7 @@ def test_a_caption_has_the_encoders_features(tmp_path, encoder, encoded, per_tok
         expected = tokens[i][mask[i]] if per_token else pooled[i] * 24**0.5
         found = features[text]
         assert found.dtype == np.float32 and found.shape == expected.shape
-        # float16 has 11 bits; two batches of an encoder differ by rounding.
+        # float16 has 11 bits; results of different batches differ by rounding.
         np.testing.assert_allclose(found, expected, rtol=2**-11, atol=1e-4)
     with pytest.raises(KeyError):
         features["another"]
@@ -97,7 +97,7 @@ def test_a_cache_serves_again_and_in_any_order(tmp_path, encoder, encoded, monke
 
 def test_other_captions_encoders_or_features_have_another_folder(tmp_path, encoder):
     others = [(CAPTIONS, encoder, False), (CAPTIONS[:3], encoder, False), (CAPTIONS, encoder, True)]
-    # Joined, these captions would read the same.
+    # Joined, these captions would be equal.
     others += [([("a", "b c")], encoder, False), ([("a b", "c")], encoder, False)]
     for number, (captions, of, per_token) in enumerate(others, start=1):
         write_features(captions, tmp_path, of, per_token)
@@ -111,7 +111,7 @@ def test_other_captions_encoders_or_features_have_another_folder(tmp_path, encod
     assert not (tmp_path / made.name).exists()
 
 
-def test_writing_goes_on_after_a_kill(tmp_path, encoder, encoded, monkeypatch):
+def test_writing_resumes_after_a_kill(tmp_path, encoder, encoded, monkeypatch):
     whole = write_features(CAPTIONS, tmp_path / "whole", encoder, True)
     encoded.clear()
     writes, save = [], np.save
@@ -137,12 +137,12 @@ def test_writing_goes_on_after_a_kill(tmp_path, encoder, encoded, monkeypatch):
         writes[:] = [None] * 100
         found = write_features(CAPTIONS, tmp_path / str(stop), encoder, True)
         shards = (stop - 1) // 2
-        assert len(encoded) == 5 - min(2 * shards, 5)  # what was whole is not encoded again
+        assert len(encoded) == 5 - min(2 * shards, 5)  # complete shards are not encoded again
         for text in TEXTS:
             np.testing.assert_array_equal(found[text], whole[text])
 
 
-def test_a_shard_that_is_missing_is_made_again(tmp_path, encoder, encoded):
+def test_a_missing_shard_is_written_again(tmp_path, encoder, encoded):
     before = write_features(CAPTIONS, tmp_path, encoder, False)
     expected = [before[text] for text in TEXTS]
     (folder,) = tmp_path.iterdir()
@@ -184,7 +184,7 @@ def backwards(path):
         ("info.json", lambda path: path.write_text(json.dumps({"width": 23}))),
     ],
 )
-def test_a_damaged_cache_is_one_sentence(tmp_path, encoder, name, damage):
+def test_a_damaged_cache_is_a_one_line_error(tmp_path, encoder, name, damage):
     write_features(CAPTIONS, tmp_path, encoder, True)
     (folder,) = tmp_path.iterdir()
     damage(folder / name)
@@ -234,10 +234,10 @@ def test_many_captions_are_in_at_most_256_shards():
 
 
 def images(broken=(), captions=CAPTIONS, **options):
-    """A source of small images of the value of their number, of which some cannot be read."""
+    """Small images whose value is their number; some cannot be read."""
 
     def read(index):
-        # A portable grey map of 4 x 2 pixels.
+        # A PGM image of 4 x 2 pixels.
         content = b"no image" if index in broken else b"P5 4 2 255\n" + bytes([index] * 8)
         file = tmp / f"{index}.pgm"
         file.write_bytes(content)
@@ -274,7 +274,7 @@ def test_labels_are_the_features_of_captions(tmp_path, encoder, per_token):
         captioned.examples[6]
 
 
-def test_of_an_image_that_stands_in_the_captions_count(tmp_path, encoder):
+def test_a_replacement_image_has_its_own_captions(tmp_path, encoder):
     source = images(broken=(4, 5), tmp=tmp_path)
     features = write_features(CAPTIONS, tmp_path / "texts", encoder, False)
     captioned = with_captions(source, features)
@@ -294,7 +294,7 @@ def test_codes_have_captions_too(tmp_path, encoder):
             return {"probs": np.full((2, 2, 8), index, np.uint8), "label": 0}
 
         def locate(self, index, position=0.5):
-            return (0 if index == 5 else index), self[index]  # the first stands in for the last
+            return (0 if index == 5 else index), self[index]  # the first replaces the last
 
     features = write_features(CAPTIONS, tmp_path, encoder, False)
     source = with_captions(Source(Codes(), captions=lambda: CAPTIONS), features)

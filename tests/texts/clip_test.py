@@ -1,6 +1,6 @@
-"""CLIP's features of texts, against those that PyTorch gives, and its tokenizer.
+"""CLIP's features of texts, compared with PyTorch's, and its tokenizer.
 
-tests/data/clip_io.npz has them for the random weights of tests/data/clip_openai.pt.
+tests/data/clip_io.npz has PyTorch's features for the random weights of tests/data/clip_openai.pt.
 """
 
 import gzip
@@ -56,7 +56,7 @@ def test_a_longer_text_keeps_its_end(encoder, caplog):
 
 
 def reference_tokens(text, pairs):
-    """Returns a text's tokens as OpenAI's code has them, but for most of its repairs."""
+    """Returns a text's tokens as OpenAI's code does, without most of its repairs."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     order = printable + [byte for byte in range(256) if byte not in printable]
     letters = {byte: chr(byte if i < 188 else 256 + i - 188) for i, byte in enumerate(order)}
@@ -67,7 +67,7 @@ def reference_tokens(text, pairs):
         text = text.replace(typographic, plain)
     text = unicodedata.normalize("NFC", re.sub(r"\s+", " ", text)).strip().lower()
     tokens = [len(words)]
-    # Without the library regex: a digit is a word, and so is a run of letters, or of the rest.
+    # Without the library regex: a word is one digit, a run of letters or a run of other characters.
     for word in re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\w\s]|_)+", text):
         parts = [letters[byte] for byte in word.encode()]
         parts[-1] += "</w>"
@@ -111,7 +111,7 @@ def merges_text(pairs):
     return "\n".join(["#version: 0.2", *(" ".join(pair) for pair in pairs), ""])
 
 
-def test_tokens_by_merges_are_clip_s(tmp_path):
+def test_tokens_from_merges_are_those_of_clip(tmp_path):
     path = tmp_path / "bpe_simple_vocab_16e6.txt.gz"
     # OpenAI's file has more merges than CLIP uses.
     path.write_bytes(gzip.compress(merges_text([*PAIRS, ("q", "q"), ("z", "z")]).encode()))

@@ -1,4 +1,4 @@
-"""The file of a text encoder, and what an encoder does beside its network."""
+"""The file of a text encoder, batching, cutting and scaling."""
 
 import json
 import sys
@@ -25,7 +25,7 @@ def path(arrays, tmp_path):
     return tmp_path / "x.npz"
 
 
-def test_an_encoder_knows_its_file(path):
+def test_an_encoder_has_the_hash_of_its_file(path):
     encoder = TextEncoder.load(path)
     assert encoder.name == "minilm" and encoder.sha256 == weights.sha256(path)
     assert (encoder.model.max_tokens, encoder.model.width) == (12, 24)
@@ -66,7 +66,7 @@ def test_texts_that_are_cut_are_named(path, caplog):
     assert caplog.messages == [
         f"Cut at the 12 tokens that the encoder reads: {'red ' * 11!r}, and 1 other texts"
     ]
-    # Or they are collected, without a warning.
+    # With a list, they are added to it, without a warning.
     caplog.clear()
     cut = ["before"]
     TextEncoder.load(path).encode(["apple " * 30, "a"], cut)
@@ -74,7 +74,7 @@ def test_texts_that_are_cut_are_named(path, caplog):
 
 
 def test_a_text_that_is_not_utf_8_is_refused(path):
-    # As Python reads the byte ff from the command line.
+    # How Python decodes the byte ff on the command line.
     with pytest.raises(UserError, match="A text for the text encoder is not valid UTF-8"):
         TextEncoder.load(path).encode(["a", "red \udcff"])
 
@@ -86,7 +86,7 @@ def test_features_are_scaled_for_a_prior_and_blank_texts_are_zeros(path):
     pooled, tokens, mask = encoder.encode([sentences[i] for i in given])
     found = encoder.features(sentences, per_token=False)
     assert found.shape == (5, 24) and found.dtype == np.float32
-    # MiniLM's vectors have the length 1; the mean square of an element becomes 1.
+    # MiniLM's vectors have length 1; scaled, their mean square is 1.
     np.testing.assert_allclose(found[given], pooled * 24**0.5, rtol=1e-6)
     np.testing.assert_allclose(np.square(found[given]).mean(axis=1), 1, rtol=1e-5)
     assert (found[[1, 3]] == 0).all()
@@ -97,7 +97,7 @@ def test_features_are_scaled_for_a_prior_and_blank_texts_are_zeros(path):
     assert (found[[1, 3]] == 0).all()
 
 
-def test_clips_features_are_as_they_are(tmp_path):
+def test_clips_features_are_not_scaled(tmp_path):
     weights.write_npz(tmp_path / "x.npz", texts.clip(encoders.write_clip(tmp_path / "clip")))
     encoder = TextEncoder.load(tmp_path / "x.npz")
     sentences = ["7 8 9", "11"]
@@ -114,7 +114,7 @@ def test_features_of_no_text_have_a_row_of_padding(path, sentences):
         assert found.shape == shape and not found.any()
 
 
-def test_the_library_that_is_missing_is_named(path, monkeypatch):
+def test_a_missing_library_is_named(path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match="run `pip install 'binlatent\\[texts\\]'`"):
         TextEncoder.load(path)

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, or that a full disk does not hold."""
+"""Damaged checkpoints, and full disks."""
 
 import functools
 import logging
@@ -18,14 +18,14 @@ from binlatent.runtime.weights import fingerprint
 from binlatent.training.checkpoint import Checkpoints
 from binlatent.training.state import create_state
 
-SIZE = 30_000  # of an array; smaller ones Orbax keeps in its index
+SIZE = 30_000  # size of an array; Orbax keeps smaller ones in its index
 META = {"config": {"seed": 0}, "data": {"next_index": 1}, "source": "s", "encoder": "e"}
 META["seconds"] = 1.5
 
 
 @functools.cache
 def state_of(step):
-    """A state whose numbers tell its step, with all that a stage's has."""
+    """A complete state whose numbers are determined by its step."""
     keys = jax.random.split(jax.random.key(step), 2)
     params = {name: jax.random.normal(key, (SIZE,)) for name, key in zip("ab", keys, strict=True)}
     discriminator = {"params": {"c": params["a"] + 1}, "batch_stats": {"mean": jnp.ones(3) * step}}
@@ -51,7 +51,7 @@ def read_newest(directory, set_aside=False):
     with Checkpoints(directory) as checkpoints:
         meta, state = checkpoints.newest(read, set_aside)
         step = checkpoints.latest_step()
-    # Whichever it is, it is as it was saved, to the last bit.
+    # The checkpoint that was read is identical to what was saved.
     assert meta == meta_of(step) | {"version": VERSION}
     state, expected = (x.replace(key=jax.random.key_data(x.key)) for x in (state, state_of(step)))
     assert fingerprint(state) == fingerprint(expected)
@@ -91,17 +91,17 @@ def largest(directory):
 @pytest.mark.parametrize("damage", [remove, truncate, flip, scramble])
 def test_damaged_arrays_fall_back_to_the_checkpoint_before(saved, tmp_path, caplog, damage, part):
     directory = shutil.copytree(saved, tmp_path / "prior")
-    # The largest file of data: bytes of the arrays, of which Orbax notices no flipped one.
+    # The largest file holds the arrays; Orbax does not detect a flipped byte there.
     damage(largest(directory / "4" / part), np.random.default_rng(0))
     with caplog.at_level(logging.WARNING, "binlatent"):
         assert read_newest(directory) == 2
     assert re.search(rf"The checkpoint {directory}/4 (cannot be read|has numbers in)", caplog.text)
     assert "The checkpoint of step 2 is used instead." in caplog.text
-    assert (directory / "4").is_dir()  # nothing is renamed by who only reads
+    assert (directory / "4").is_dir()  # reading renames nothing
 
 
 @pytest.mark.parametrize("path", ["state", "ema_params", "meta", "meta/metadata"])
-def test_a_lost_part_falls_back_to_the_checkpoint_before(saved, tmp_path, caplog, path):
+def test_a_missing_part_falls_back_to_the_checkpoint_before(saved, tmp_path, caplog, path):
     directory = shutil.copytree(saved, tmp_path / "prior")
     path = directory / "4" / path
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -110,8 +110,8 @@ def test_a_lost_part_falls_back_to_the_checkpoint_before(saved, tmp_path, caplog
 
 
 @pytest.mark.slow
-def test_no_damage_to_any_file_passes_unnoticed(saved, tmp_path):
-    # Some files are not needed, or hold what stands elsewhere too: then step 4 is whole still.
+def test_damage_to_any_file_is_detected(saved, tmp_path):
+    # Some files are not needed, or are redundant: then step 4 is still intact.
     rng, found = np.random.default_rng(0), []
     files = sorted(p.relative_to(saved) for p in (saved / "4").rglob("*") if p.is_file())
     for file in files:
@@ -123,7 +123,7 @@ def test_no_damage_to_any_file_passes_unnoticed(saved, tmp_path):
     assert set(found) == {2, 4}
 
 
-def test_every_flipped_byte_of_meta_is_noticed(saved, tmp_path):
+def test_every_flipped_byte_of_meta_is_detected(saved, tmp_path):
     directory = shutil.copytree(saved, tmp_path / "prior")
     path = directory / "4" / "meta" / "metadata"
     content, whole = path.read_bytes(), meta_of(4) | {"version": VERSION}
@@ -132,12 +132,12 @@ def test_every_flipped_byte_of_meta_is_noticed(saved, tmp_path):
         path.write_bytes(content[:i] + bytes([content[i] ^ 1]) + content[i + 1 :])
         with Checkpoints(directory) as checkpoints:
             try:
-                assert checkpoints.meta() == whole  # a space, say
+                assert checkpoints.meta() == whole  # such as a space
             except UserError as error:
                 assert f"{directory}/4 " in str(error)
 
 
-def test_what_training_sets_aside_does_not_block_its_step(saved, tmp_path, caplog):
+def test_training_can_save_the_step_of_a_renamed_checkpoint(saved, tmp_path, caplog):
     directory = shutil.copytree(saved, tmp_path / "prior")
     for name in ("4.damaged", "4.damaged1"):
         flip(largest(directory / "4" / "state"), np.random.default_rng(1))
@@ -151,7 +151,7 @@ def test_what_training_sets_aside_does_not_block_its_step(saved, tmp_path, caplo
         assert read_newest(directory) == 4 and not caplog.text
 
 
-def test_without_a_whole_checkpoint_there_is_one_error_and_nothing_is_renamed(saved, tmp_path):
+def test_if_all_are_damaged_there_is_one_error_and_nothing_is_renamed(saved, tmp_path):
     directory = shutil.copytree(saved, tmp_path / "prior")
     for step in ("2", "4"):
         (directory / step / "meta" / "metadata").write_text("{}")
@@ -161,7 +161,7 @@ def test_without_a_whole_checkpoint_there_is_one_error_and_nothing_is_renamed(sa
         assert checkpoints.all_steps() == [2, 4]
 
 
-def test_what_an_error_of_the_reader_says_is_no_damage(saved):
+def test_an_error_of_the_reader_is_not_damage(saved):
     def refuse(checkpoints):
         raise UserError("another model")
 
@@ -171,13 +171,13 @@ def test_what_an_error_of_the_reader_says_is_no_damage(saved):
 
 
 @pytest.mark.parametrize("small_disk", ["1536k"], indirect=True)
-def test_a_full_disk_is_the_reason_and_leaves_the_checkpoints_before_whole(small_disk):
-    directory = small_disk / "prior"  # random numbers: 0.6 MB a checkpoint
+def test_a_full_disk_is_reported_and_earlier_checkpoints_stay_intact(small_disk):
+    directory = small_disk / "prior"  # random numbers: 0.6 MB per checkpoint
     reason = rf"The checkpoint of step 6 could not be written to {directory}: No space left on dev"
     with pytest.raises(UserError, match=reason):
         save(directory, 2, 4, 6, keep=3)
     assert read_newest(directory) == 4
-    # With room again, what the failed save left behind is in nobody's way.
+    # With room again, the remains of the failed save do not matter.
     shutil.rmtree(directory / "2")
     save(directory, 6, keep=3)
     assert read_newest(directory) == 6

@@ -1,4 +1,4 @@
-"""What the devices tell each other in a training step: sums of gradients, and nothing else."""
+"""Communication between devices in a training step: only sums of gradients."""
 
 import re
 
@@ -15,7 +15,7 @@ KINDS = (
 
 
 def _collectives(work):
-    """Returns, for each collective of the one compiled program, its kind and how many numbers."""
+    """Returns the kind and size of each collective in the compiled program."""
     found = []
     for line in work.programs[0].compiled.as_text().splitlines():
         if match := re.search(rf"= (.*?) ({KINDS})(-start)?\(", line):
@@ -59,5 +59,5 @@ def test_a_discriminator_adds_its_own_gradients_and_moments(tiny_experiment):
     parameters = _size((state.params, state.discriminator["params"]))
     found = _collectives(workloads.PROGRAMS["train_autoencoder"](experiment, 8, 2))
     assert {kind for kind, _ in found} == {"all-reduce"}
-    # Of batch normalisation a mean and a square a channel, and their gradients, each time it runs.
+    # Each batch norm adds a mean and a square per channel, and their gradients.
     assert parameters < sum(size for _, size in found) < parameters + 1000

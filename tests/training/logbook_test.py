@@ -1,4 +1,4 @@
-"""The log of a stage: lines that are whole, and what a disk does not hold."""
+"""The log of a stage: complete lines, and full disks."""
 
 import json
 import subprocess
@@ -15,21 +15,21 @@ def steps(workdir):
     return [json.loads(line)["step"] for line in lines]
 
 
-def test_a_line_of_the_log_that_was_cut_is_dropped(tmp_path):
+def test_an_incomplete_last_line_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st')
     with Logbook(tmp_path, "prior", 1, 2) as logbook:
         logbook.record(2, {"loss": 0.5})
     assert steps(tmp_path) == [1, 2]
 
 
-def test_a_record_of_no_metrics_is_none(tmp_path, caplog):
+def test_a_record_without_metrics_writes_nothing(tmp_path, caplog):
     with caplog.at_level("INFO", "binlatent"), Logbook(tmp_path, "prior", 0, 2) as logbook:
         logbook.record(1, {})
         logbook.record(2, {"loss": 0.5})
     assert steps(tmp_path) == [2] and caplog.messages == ["prior 2/2: loss 0.5"]
 
 
-def test_a_metric_that_is_not_finite_is_null_in_the_file_and_shows_in_the_log(tmp_path, caplog):
+def test_nan_and_infinity_are_null_in_the_file_and_shown_in_the_log(tmp_path, caplog):
     values = {"bce": float("nan"), "psnr": float("inf"), "ssim": 1.0}
     with caplog.at_level("INFO", "binlatent"), Logbook(tmp_path, "prior", 0, 2) as logbook:
         logbook.record(1, values)
@@ -39,7 +39,7 @@ def test_a_metric_that_is_not_finite_is_null_in_the_file_and_shows_in_the_log(tm
     assert caplog.messages == ["prior 1/2: bce nan, psnr inf, ssim 1"]
 
 
-def test_no_first_step_waits_for_tensorflow(tmp_path):
+def test_the_first_step_does_not_wait_for_tensorflow(tmp_path):
     code = f"""
 import pathlib, sys
 from binlatent.training.logbook import Logbook
@@ -51,13 +51,13 @@ print("tensorflow" in sys.modules)
     assert result.stdout.strip() == "False", result.stderr
 
 
-def test_a_log_that_cannot_be_is_refused_before_the_first_step(tmp_path):
+def test_a_log_that_cannot_be_written_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "tensorboard").write_text("")
     with pytest.raises(UserError, match=f"log in {tmp_path} could not be written: "):
         Logbook(tmp_path, "prior", 0, 1)
 
 
-def test_a_log_that_a_full_disk_does_not_hold_is_one_sentence(tmp_path):
+def test_a_full_disk_is_a_one_line_error(tmp_path):
     with (
         pytest.raises(UserError, match=f"log in {tmp_path} could not be written: No space left"),
         Logbook(tmp_path, "prior", 1, 2) as logbook,

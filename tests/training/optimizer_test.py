@@ -1,4 +1,4 @@
-"""Adam as a config's `train` section has it: its learning rate and its clipping."""
+"""Learning rate and clipping of a stage's optimiser."""
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def test_warmup_and_cosine_decay_follow_their_closed_form():
     np.testing.assert_allclose(rates, expected, atol=1e-5)
 
 
-def test_the_schedule_is_what_the_optimiser_follows():
+def test_the_optimiser_follows_the_schedule():
     cosine = Training(8, 10, 0.1, warmup_steps=2, decay="cosine").schedule()
     np.testing.assert_allclose([cosine(i) for i in (0, 1, 2, 6, 10)], [0, 0.05, 0.1, 0.05, 0])
     constant = Training(8, 10, 0.1).schedule()

@@ -15,13 +15,13 @@ from binlatent.training import state as state_lib
 
 @pytest.mark.parametrize("stage", PARTS)
 def test_one_and_four_devices_make_the_same_update(tiny_experiment, stage):
-    # Plain gradient descent: Adam makes full steps of gradients that are zero up to rounding.
+    # Plain gradient descent: Adam would turn rounding errors of zero gradients into full steps.
     parts = PARTS[stage](tiny_experiment, optax.sgd(0.5))
     one, four = run(parts, 1), run(parts, 4)
     check_same_params_and_metrics(one, four)
     before = jax.device_get(parts.state.params)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), one[0], before)
-    assert max(jax.tree.leaves(moved)) > 1e-4  # and the update is not nothing
+    assert max(jax.tree.leaves(moved)) > 1e-4  # and the update is not zero
 
 
 def test_a_step_donates_its_state_and_keeps_the_ema_apart(tiny_experiment):
@@ -33,7 +33,7 @@ def test_a_step_donates_its_state_and_keeps_the_ema_apart(tiny_experiment):
     assert int(second.step) == 2
 
 
-def test_ema_is_the_recurrence_of_its_docstring(tiny_experiment):
+def test_ema_follows_the_recurrence_in_its_docstring(tiny_experiment):
     state, inputs, update = prior_parts(tiny_experiment)
     step = on_devices(update, 1, len(inputs))
     ema = np.asarray(state.params["params"]["pos_emb"])
@@ -53,11 +53,11 @@ WITH_DISCRIMINATOR = {
 
 
 @pytest.mark.parametrize("stage", PARTS)
-def test_a_step_that_is_not_finite_on_one_device_is_skipped_on_all(tiny_experiment, stage):
+def test_a_nan_on_one_device_skips_the_step_on_all(tiny_experiment, stage):
     state, inputs, update = PARTS[stage](tiny_experiment.change(WITH_DISCRIMINATOR))
     plain = on_devices(update, 4, len(inputs))
     skipping = on_devices(state_lib.skip_nonfinite(update), 4, len(inputs))
-    # Two steps make every part of the state other than zero, the statistics too.
+    # After two steps no part of the state is zero, including the statistics.
     start = jax.tree.map(jnp.copy, state)
     for _ in range(2):
         start, _ = plain(start, *split(inputs, 4))
@@ -65,7 +65,7 @@ def test_a_step_that_is_not_finite_on_one_device_is_skipped_on_all(tiny_experime
     before = jax.device_get(start.replace(key=None))
     key = raw(start.key)
 
-    # A finite step is taken as without.
+    # A finite step is the same as without skipping.
     after, metrics = skipping(jax.tree.map(jnp.copy, start), *split(inputs, 4))
     assert int(metrics["skipped"]) == 0 and int(after.step) == 3
     expected, _ = plain(jax.tree.map(jnp.copy, start), *split(inputs, 4))
@@ -74,7 +74,7 @@ def test_a_step_that_is_not_finite_on_one_device_is_skipped_on_all(tiny_experime
         *(jax.device_get(x.replace(key=None)) for x in (after, expected)),
     )
 
-    # The last device alone has a NaN: in an image, or in a time.
+    # Only the last device has a NaN, in an image or in a time.
     *others, noise = inputs
     if stage == "autoencoder":
         others = [{"image": others[0]["image"].at[-1].set(jnp.nan)}]
