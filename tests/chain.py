@@ -1,4 +1,4 @@
-"""Six bits in a chain: a data distribution that is far from a product, and what follows from it.
+"""Six bits in a chain: a data distribution far from a product, and exact results for it.
 
 Everything is summed over all 64 codes in float64, except the denoiser, which samplers call in JAX.
 """
@@ -15,7 +15,7 @@ STATES = np.array(list(itertools.product((0, 1), repeat=BITS)), np.float64)
 
 
 def _probabilities() -> np.ndarray:
-    """A bit repeats the one before it, more surely after a 1 and the further along the chain."""
+    """Each bit repeats the one before with a probability that is higher after a 1 and later on."""
     p = np.where(STATES[:, 0] == 1, 0.7, 0.3)
     for i in range(1, BITS):
         repeat = np.where(STATES[:, i - 1] == 1, 0.8 + 0.03 * i, 0.65 + 0.04 * i)
@@ -40,13 +40,13 @@ def marginal(k_t: float) -> np.ndarray:
 
 
 def bits_given(k_t: float, k_s: float) -> np.ndarray:
-    """(64, 6), p(z_s^i = 1 | z_t), a row a z_t."""
+    """(64, 6), p(z_s^i = 1 | z_t), one row per z_t."""
     joint = marginal(k_s)[:, None] * transition(k_t / k_s)  # [z_s, z_t]
     return (joint / joint.sum(0)).T @ STATES
 
 
 def bits_given_others(k_t: float) -> np.ndarray:
-    """(64, 6), P(z_0^i = 1 | all bits of z_t but the i-th), a row a z_t."""
+    """(64, 6), P(z_0^i = 1 | all bits of z_t except the i-th), one row per z_t."""
     same = STATES[:, None] == STATES[None]
     noise = np.where(same, (1 + k_t) / 2, (1 - k_t) / 2)  # [z_0, z_t, i]
     result = np.empty_like(STATES)
@@ -57,7 +57,7 @@ def bits_given_others(k_t: float) -> np.ndarray:
 
 
 def drawn_in_groups(k_t: float, k_s: float, groups: int = 1) -> np.ndarray:
-    """(64, 64), the best p(z_s | z_t) that draws groups of bits in turn, a row a z_t.
+    """(64, 64), the best p(z_s | z_t) that draws bits in groups, one row per z_t.
 
     The bits of a group are independent given those of the groups before.
     """
@@ -70,7 +70,7 @@ def drawn_in_groups(k_t: float, k_s: float, groups: int = 1) -> np.ndarray:
 
 
 def expected_bound(keep: np.ndarray, groups: int = 1) -> float:
-    """The least bound in bits of a sampler in groups, k growing from 0 at T to 1."""
+    """The smallest bound in bits of a sampler in groups; k grows from 0 at T to 1."""
     total = 0.0
     for k_t, k_s in itertools.pairwise(np.sort(keep)):
         joint = P_DATA[:, None] * transition(k_t)  # [z_0, z_t]
@@ -81,13 +81,13 @@ def expected_bound(keep: np.ndarray, groups: int = 1) -> float:
 
 
 def product_kernel(probs: np.ndarray) -> np.ndarray:
-    """(64, 64), the kernel that draws bit i of a state with `probs`, (64, 6), of the state left."""
+    """(64, 64), the kernel that redraws bit i of a state, with `probs`, (64, 6), by state."""
     probs = np.asarray(probs, np.float64)[:, None]
     return np.where(STATES[None] == 1, probs, 1 - probs).prod(axis=-1)
 
 
 def denoise(z_t: jax.Array, k_t: jax.Array) -> jax.Array:
-    """The exact flip log-odds of bits (..., 6), float32; k_t is a scalar or one a chain."""
+    """The exact flip log-odds of bits (..., 6), float32; k_t is a scalar or one per chain."""
     same = jnp.asarray(STATES, jnp.float32)[None] == z_t.reshape(-1, 1, BITS)
     k_t = jnp.reshape(k_t, (-1, 1, 1))
     noise = jnp.where(same, jnp.log1p(k_t), jnp.log1p(-k_t))

@@ -1,7 +1,7 @@
-"""The chain's bits given some of them: a network that knows the truth, and samplers by brute force.
+"""Conditionals of the chain: a stand-in for a network, and samplers by brute force.
 
-Of a code some bits are visible and the others hidden. Everything is summed in float64, except in
-the network, which priors call in JAX.
+Some bits of a code are visible, the others hidden. Sums are in float64, except in the network,
+which priors call in JAX.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ def given(visible, code):
 
 @dataclasses.dataclass(frozen=True)
 class TrueNetwork:
-    """Takes codes (n, 1, 1, 6) or (n, 1, 3, 2), 1/2 where hidden; what is visible gives itself."""
+    """Takes codes (n, 1, 1, 6) or (n, 1, 3, 2), 1/2 where hidden; returns visible bits as given."""
 
     def apply(self, params, z, time, label=None, given=None):
         codes = z.reshape(-1, BITS)
@@ -39,14 +39,14 @@ class TrueNetwork:
 
 
 def sampled(counts, g, score=None, known=(False,) * BITS, code=(0,) * BITS):
-    """(64,), the distribution of what a sampler draws with the true conditionals.
+    """(64,), the distribution of a sampler with the true conditionals.
 
     Args:
       counts: units hidden before each call, and 0.
       g: bits of a unit.
       score: None for a random order; else (p, drawn bits, which of them are hidden) of a unit ->
         how sure it is, and the surest are kept.
-      known, code: which bits are given, by unit, and their values.
+      known, code: which bits are known, by unit, and their values.
     """
     hidden_units = tuple(i for i in range(BITS // g) if not all(known[i * g : (i + 1) * g]))
     states = {(known, tuple(np.where(known, code, 0).tolist()), hidden_units): 1.0}

@@ -1,4 +1,4 @@
-"""Weights drawn by name, in PyTorch's layout, as the networks behind the goldens had them."""
+"""Weights drawn by name, in PyTorch's layout, equal to those of the networks of the goldens."""
 
 import zlib
 from pathlib import Path
@@ -15,7 +15,7 @@ _VGG16 = (
 
 
 def tensor(name, shape):
-    """The tensor of a name: of variance 2 / inputs, or near 1 or 0 as batch norms have it."""
+    """The tensor of a name: variance 2 / inputs, or near 1 or 0 for batch norms."""
     if not shape:
         return np.zeros((), np.int64)  # num_batches_tracked
     r = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
@@ -27,7 +27,7 @@ def tensor(name, shape):
 
 
 def vgg16_state():
-    """A state dict of torchvision's VGG16, its classifier being one tensor only."""
+    """A state dict of torchvision's VGG16, whose classifier is a single tensor."""
     shapes = {"classifier.6.bias": (1000,)}
     for index, inputs, outputs in _VGG16:
         shapes[f"features.{index}.weight"] = (outputs, inputs, 3, 3)
@@ -36,7 +36,7 @@ def vgg16_state():
 
 
 def state(network):
-    """The state dict of a network of which tests/data has the shapes."""
+    """The state dict of a network whose shapes are in tests/data."""
     path = Path(__file__).parent / "data" / f"{network}_state_dict_shapes.txt"
     shapes = dict(line.split() for line in path.read_text().splitlines())
     return {

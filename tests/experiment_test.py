@@ -1,4 +1,4 @@
-"""From configs to experiments: the paper's, what is refused, what may change of what is trained."""
+"""From configs to experiments: the paper's configs, refused values, and changes on resuming."""
 
 import dataclasses
 import importlib
@@ -186,7 +186,7 @@ def test_a_code_as_large_as_its_image_is_warned_of():
     assert "A code has 24,576 bits and an image 24,576, at 8 bits per channel" in warning
     assert "lower config.autoencoder.num_bits" in warning
     real = changed({"autoencoder.bottleneck": "real", "autoencoder.num_channels": 96}, config)
-    assert not size_warning(resolve(real))  # its float32 are no bits of a code
+    assert not size_warning(resolve(real))  # its float32 values are not bits of a code
 
 
 def test_the_warning_comes_before_any_work(tmp_path, caplog):
@@ -211,7 +211,7 @@ def test_both_stages_say_their_sizes_as_they_start(trained_workdir):
     assert "A grid below" not in said
 
 
-# What an experiment has of a config
+# Fields of an experiment
 
 
 def flat(content, prefix=""):
@@ -223,7 +223,7 @@ def flat(content, prefix=""):
 
 
 def other(value):
-    """Returns another value of a key's kind."""
+    """Returns another value of the type of a key."""
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -233,7 +233,7 @@ def other(value):
     return value + "other" if isinstance(value, str) else (*value, 1)
 
 
-# Keys that one bottleneck alone has.
+# Keys of one bottleneck only.
 OWNERS = {
     "vq": ("codebook_size", "codebook_width"),
     "real": ("num_channels", "variational"),
@@ -252,7 +252,7 @@ def kind_of(name):
 
 @pytest.mark.parametrize("name", dict(flat(default.get_config().to_dict())))
 def test_every_key_is_read(name):
-    # Another value makes another experiment, or is refused.
+    # Another value gives another experiment, or is refused.
     owner = next((x for x, keys in OWNERS.items() if name.split(".")[-1] in keys), "binary")
     base = {"autoencoder.bottleneck": owner, "prior.kind": kind_of(name)}
     if name.startswith("prior.network.dit."):
@@ -338,7 +338,7 @@ def test_the_number_of_classes_is_put_in_when_it_is_known():
     known = experiment.with_classes(10)
     assert known.data.num_classes == known.prior.prior.network.num_classes == 10
     assert known.with_classes(10) == known and not known.prior.conditioning.names
-    assert known.with_names(("a", "b")) == known  # of another number: not of these classes
+    assert known.with_names(("a", "b")) == known  # not the names of these classes
     named = experiment.with_classes(2, ("a", "b"))
     assert named.change({"seed": 1}).prior.conditioning.names == ("a", "b")
     assert named.change({"data.num_classes": 0}).prior.conditioning.names == ()
@@ -360,7 +360,7 @@ class OwnPrior(Prior):
 
 @pytest.fixture
 def own_kind(monkeypatch):
-    """The default config with a kind of prior of one's own, with a section of its own."""
+    """The default config with a user's own kind of prior, and its section."""
     monkeypatch.setitem(KINDS, "own", OwnPrior)
     content = default.get_config().to_dict()
     content["prior"] |= {"kind": "own", "own": {"depth": 4}}
@@ -387,7 +387,7 @@ def test_a_kind_of_ones_own_goes_on_as_it_began(own_kind):
     check_same_model(here, resolved(), "autoencoder")
 
 
-# What is refused
+# Refused values
 
 
 def test_the_defaults_are_accepted():
@@ -531,7 +531,7 @@ def test_more_steps_than_times_are_for_a_prior_of_all_times():
     assert resolved({"sample.steps": 65, "prior.bernoulli.continuous": True})
 
 
-# What a stage refuses before any work
+# Values that a stage refuses before any work
 
 
 @pytest.mark.parametrize("accumulate, batch_size", [(1, 6), (3, 8), (4, 8)])
@@ -583,7 +583,7 @@ def test_a_prior_is_over_bits(tiny_experiment, tmp_path, name):
             refuse(experiment, tmp_path)
 
 
-# What is trained already
+# Changes of a trained stage
 
 
 @pytest.mark.parametrize(

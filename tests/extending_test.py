@@ -1,4 +1,4 @@
-"""Parts from outside of the package, as docs/extending.md adds them: all works, or says why not."""
+"""A user's own parts, as in docs/extending.md: all commands work, or explain why not."""
 
 import json
 import re
@@ -41,7 +41,7 @@ CLASSES = np.arange(10)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """The config of docs/extending.md, as a flag; it imports independent_bits, which lies here."""
+    """The flag of the config in docs/extending.md, which imports tests/independent_bits.py."""
     path = tmp_path_factory.mktemp("own") / "my_config.py"
     block = re.search("```python\n(.*?)```", Path("docs/extending.md").read_text(), re.DOTALL)
     path.write_text(block[1])
@@ -57,7 +57,7 @@ def flags(config, digits_dir):
 
 @pytest.fixture(scope="module")
 def workdir(flags, trained_workdir, tmp_path_factory):
-    """What `--mode=all` makes of such a prior and an autoencoder that is there."""
+    """The output of `--mode=all` with such a prior and an existing autoencoder."""
     workdir = tmp_path_factory.mktemp("independent")
     shutil.copytree(trained_workdir / "autoencoder", workdir / "autoencoder")
     assert call_main(*flags, f"--workdir={workdir}") == 0
@@ -71,7 +71,7 @@ def pipeline(workdir):
 
 @pytest.fixture(scope="module")
 def frequencies(workdir, pipeline):
-    """How often each bit is 1 in a class of training images, (10, h, w, c); bits are drawn of y."""
+    """The frequency of 1 of each bit in a class of training images, (10, h, w, c), by y."""
     (folder,) = (workdir / "codes").iterdir()
     examples = codes.open_codes(folder, pipeline.encoder_fingerprint).examples
     read = [examples[i] for i in range(len(examples))]
@@ -80,7 +80,7 @@ def frequencies(workdir, pipeline):
 
 
 def learned(pipeline):
-    """The frequencies that the prior has learned, in float64, a row a class, and one for none."""
+    """The learned frequencies, float64, one row per class and one for no class."""
     return 1 / (1 + np.exp(-np.float64(pipeline.prior_params["logits"])))
 
 
@@ -116,7 +116,7 @@ def test_the_report_has_the_exact_length_of_codes(workdir, pipeline, frequencies
     p = frequencies[test.labels]
     expected = -np.sum(test.probs * np.log2(p) + (1 - test.probs) * np.log2(1 - p), axis=(1, 2, 3))
     assert report["prior"]["bits_per_image"] == pytest.approx(expected.mean(), rel=0.01)
-    # Which is nearly the entropy of the frequencies.
+    # It is nearly the entropy of the frequencies.
     entropy = -np.sum(frequencies * np.log2(frequencies), axis=(1, 2, 3))
     entropy -= np.sum((1 - frequencies) * np.log2(1 - frequencies), axis=(1, 2, 3))
     assert report["prior"]["bits_per_image"] == pytest.approx(entropy.mean(), rel=0.02)

@@ -16,7 +16,7 @@ from binlatent.experiment import resolve
 
 PARTS = ["autoencoder", "reconstructions", "prior", "guidance0", "guidance1", "pictures", "report"]
 
-# In place of python3: notes what is asked for, writes what the program would, and fails if told.
+# Replaces python3: records its arguments, writes the files of the program, and fails on demand.
 PYTHON = """#!/usr/bin/env bash
 [ "$1" = - ] && exec {python} "$@"
 [ "$1" = -c ] && exit "${{NO_DEVICE:-0}}"
@@ -37,7 +37,7 @@ esac
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs the script with a python3 that only notes its calls; returns its code and these."""
+    """Runs the script with a python3 that records its calls; returns its code and the calls."""
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python3").write_text(PYTHON.format(python=sys.executable, folder=tmp_path))
     (tmp_path / "bin" / "python3").chmod(0o755)
@@ -62,7 +62,7 @@ def script(tmp_path):
 
 
 def modes(calls):
-    """What each call is of, in short."""
+    """A short name of each call."""
     found = [re.search(r"benchmark paper|mode=(\w+)(?: --metrics=(\w+))?", x) for x in calls]
     return [x[2] or x[1] or "benchmark" for x in found]
 
@@ -82,7 +82,7 @@ def test_every_part_runs_once_and_in_order(script, tmp_path):
         np.testing.assert_array_equal(found, images[:10_000])
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert len(names) == 8 and {"performance.jsonl", "results.tar.gz", "samples.png"} < names
-    # Nothing is left to do, and another folder gets the same.
+    # Nothing is left to do, and another folder gets the same files.
     assert script(OUT="other") == (0, [])
     assert {path.name for path in (tmp_path / "other").iterdir()} == names
 
@@ -107,7 +107,7 @@ def test_without_a_device_nothing_starts(script, tmp_path):
 
 
 def test_the_config_for_a_gpu_takes_ten_minutes():
-    """By the shares of an H100's 989 TFLOP/s that the config's header assumes."""
+    """With the shares of an H100's 989 TFLOP/s in the config's header."""
     experiment = resolve(cifar10.get_config("gpu"))
     autoencoder, prior = experiment.autoencoder, experiment.prior
     network = prior.prior.network

@@ -1,4 +1,4 @@
-"""The command line: what users get wrong ends in one sentence and a code, never a traceback."""
+"""The command line: users' mistakes print one line and exit with a code, without a traceback."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ CONFIG = "--config=configs/digits.py"
 
 
 def run_python(*arguments):
-    """Runs Python in a process of its own; returns its code, output and errors."""
+    """Runs Python in a new process; returns its code, output and errors."""
     command = [sys.executable, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     return result.returncode, result.stdout, result.stderr
@@ -82,7 +82,7 @@ def test_configs_go_by_name(tmp_path):
     assert usage.with_config_paths(own) == own
 
 
-# Commands, which may stand on files of `bad_files`; code, and what the sentence says.
+# Commands, which may use files of `bad_files`; exit code, and a part of the message.
 REFUSED = [
     ("--config.prior.train.num_step=5", 2, "'num_step'. Did you mean \"num_steps\""),
     ("--config.prior.train.num_steps=many", 2, "'many' is not a whole number"),
@@ -147,7 +147,7 @@ REFUSED_WITHOUT_DIGITS = [
 
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory):
-    """A folder of files that are no configs, and an empty folder."""
+    """A folder of files that are not configs, and an empty folder."""
     folder = tmp_path_factory.mktemp("files")
     (folder / "empty").mkdir()
     for name, text in (
@@ -164,7 +164,7 @@ def bad_files(tmp_path_factory):
 )
 def test_bad_usage_and_bad_input_are_refused(bad_files, tmp_path, capsys, command, code, message):
     flags = command.format(files=bad_files).split()
-    # Exceptions of other types than SystemExit, of which a user would see a traceback, pass.
+    # Exceptions other than SystemExit, which would print a traceback, propagate.
     assert call_main(f"--workdir={tmp_path / 'run'}", *flags) == code
     output = capsys.readouterr().err
     start = "Bad usage: " if code == 2 else "Error: "
@@ -200,7 +200,7 @@ def test_sample_writes_the_asked_number_of_digits(workdir, tmp_path):
         (("--label=10",), "between 0 and 9; got 10"),
         (("--steps=0",), "between 1 and 8"),
         (("--steps=9",), "between 1 and 8"),
-        (("--steps=9", "--option=steps=2"), "between 1 and 8"),  # the flag of its own wins
+        (("--steps=9", "--option=steps=2"), "between 1 and 8"),  # --steps wins
         (("--temperature=nan",), "above 0"),
         (("--temperature=-1",), "above 0"),
         (("--option=known",), "must have the form --option=NAME=VALUE"),
@@ -217,7 +217,7 @@ def test_reconstruct_and_inpaint_write_their_pictures(workdir):
     assert call_main(f"--workdir={workdir}", "--mode=reconstruct", "--num=4") == 0
     assert Image.open(workdir / "reconstructions.png").size[0] >= 4 * 30 + 2
     assert call_main(f"--workdir={workdir}", "--mode=inpaint", "--num=2", "--steps=2") == 0
-    picture = Image.open(workdir / "inpainting.png")  # a row a preset: image, given, two results
+    picture = Image.open(workdir / "inpainting.png")  # rows: image, known part, results
     factor = picture.size[0] // (4 * 30 + 2)
     assert picture.size == ((4 * 30 + 2) * factor, (7 * 30 + 2) * factor)
 
@@ -235,7 +235,7 @@ def test_ones_own_image_is_inpainted_varied_and_reconstructed(workdir, tmp_path,
     assert picture.shape == (32, 5 * 30 + 2)
     cells = [picture[2:30, 2 + 30 * i : 30 + 30 * i] for i in range(5)]
     for cell in cells[1:]:
-        np.testing.assert_array_equal(cell[:14], cells[0][:14])  # what the mask keeps
+        np.testing.assert_array_equal(cell[:14], cells[0][:14])  # kept by the mask
     assert np.all(cells[1][14:] == 128)
     assert np.any(cells[2][14:] != cells[3][14:])
     assert call_main(*own, "--mode=inpaint", f"--mask={mask}", "--option=keep_pixels=False") == 0
@@ -264,7 +264,7 @@ def test_ones_own_image_is_inpainted_varied_and_reconstructed(workdir, tmp_path,
     assert picture.shape == (2 * 30 + 2, 32)
     np.testing.assert_array_equal(picture[2:30, 2:30], cells[0])
     assert call_main(*own, "--num=2") == 2 and "--num counts test" in capsys.readouterr().err
-    # None of them is in the place of a picture of test images.
+    # None of them replaces a picture of test images.
     names = {path.stem for path in workdir.glob("*.png")}
     assert names == {"inpainting_image", "reconstructions_image"}
 
@@ -274,7 +274,7 @@ def test_evaluate_writes_the_report(workdir):
     report = json.loads((workdir / "report.json").read_text())
     assert report["seconds"]["prior"] == 1.0 and "accuracy" not in report["samples"]
     assert "cannot judge samples" in report["samples"]["unjudged"]
-    # The untrained prior takes every bit for fair.
+    # For the untrained prior all bits are fair.
     bits = 4 * 4 * 8
     np.testing.assert_allclose(report["prior"]["bits_per_dim"], 1, atol=0.05)
     np.testing.assert_allclose(

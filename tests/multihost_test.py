@@ -1,4 +1,4 @@
-"""Two processes of two devices each, over loopback: against one of four, and their faults."""
+"""Two processes of two devices each, over loopback: against one of four, and after faults."""
 
 import json
 import signal
@@ -27,7 +27,7 @@ def free_port():
         return listener.getsockname()[1]
 
 
-# A process is taken for dead sooner than by default.
+# A process counts as dead sooner than by default.
 HEARTBEAT_SECONDS = 10
 MAIN = f"""
 from binlatent import main
@@ -38,7 +38,7 @@ main.run()
 
 
 class Pair:
-    """Two processes of `python -m binlatent.main` on the tiny config, which find each other."""
+    """Two connected processes of `python -m binlatent.main` on the tiny config."""
 
     def __init__(self, folder, digits_dir, env, *flags, own=((), ()), slurm=False):
         """Starts them on folder/run; `own` are the flags of one alone."""
@@ -99,7 +99,7 @@ def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, no_tensorfl
         assert codes[victim] == -signal.SIGKILL and codes[1 - victim] not in (0, -signal.SIGKILL)
         assert seconds < HEARTBEAT_SECONDS + 15
         output = pair.output(1 - victim)
-        # JAX's words, or ours if it was saving.
+        # JAX's message, or the package's if it was saving.
         died = "This most likely indicates that another task died", "Another process was lost"
         assert any(words in output for words in died), output
         assert saved == 0 or f"resumes at step {saved}" in pair.output(0)
@@ -116,7 +116,7 @@ def test_a_killed_process_stops_the_other_and_all_resume(digits_dir, no_tensorfl
 
 
 def test_processes_of_different_configs_refuse_to_start(digits_dir, no_tensorflow, tmp_path):
-    # They are tasks of a Slurm step, which JAX finds by the environment alone.
+    # They are tasks of a Slurm step, which JAX finds from the environment.
     own = ((), ("--config.seed=1",))
     with Pair(tmp_path, digits_dir, no_tensorflow, own=own, slurm=True) as pair:
         assert pair.wait() == [1, 1]
@@ -137,7 +137,7 @@ def restored(workdir, stage, experiment):
 def test_two_processes_end_with_the_parameters_of_one(
     trained_workdir, digits_dir, tiny_experiment, no_tensorflow, tmp_path
 ):
-    # Not the first here: the other worker begins with what makes `trained_workdir`.
+    # Not the first test here: the other worker starts by making `trained_workdir`.
     with Pair(tmp_path, digits_dir, no_tensorflow, "--config.evaluate.every=6") as pair:
         assert pair.wait() == [0, 0], pair.output(0) + pair.output(1)
     for stage in ("autoencoder", "prior"):
@@ -164,7 +164,7 @@ def test_two_processes_end_with_the_parameters_of_one(
             )
             print(stage, name, max(jax.tree.leaves(worst)), share)
             assert max(jax.tree.leaves(worst)) < 1e-5, worst
-    # Process 0 alone logs, evaluates and draws, each once.
+    # Only process 0 logs, evaluates and draws, each once.
     lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [x["step"] for x in lines if "loss" in x] == [2, 4, 6] * 2
     assert len([x for x in lines if "psnr" in x or "bce" in x]) == 2

@@ -1,4 +1,4 @@
-"""The user's object, on untrained tiny networks, and the pictures that are drawn of it."""
+"""`BinaryLatentDiffusion` on untrained tiny networks, and its pictures."""
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ def with_sample(pipeline, **sample):
 
 @pytest.fixture(scope="module")
 def params(untrained_workdir):
-    """Parameters that are far from those at the start, where all codes look alike."""
+    """Parameters far from the initial ones, for which all codes are nearly equal."""
     pipeline = BinaryLatentDiffusion.from_workdir(untrained_workdir)
     params = jax.device_get((pipeline.autoencoder_params, pipeline.prior_params))
     return random_like(params[0], 1), random_like(params[1], 2)
@@ -192,7 +192,7 @@ def test_trajectory_has_a_state_a_step_and_ends_in_the_sample(pipeline, steps):
 
 
 def test_temperature_acts_on_the_logit_of_the_pair(pipeline):
-    # Both pairs are the same posterior of this prior, but for where the temperature goes.
+    # Both pairs are the same posterior of this prior, except for the temperature.
     def codes(**options):
         return pipeline.sample_codes(20, jax.random.key(0), 0, **options)
 
@@ -226,7 +226,7 @@ def test_every_option_of_the_config_is_read(pipeline):
 
 def test_code_lengths_are_the_bits_of_a_prior_that_knows_nothing(untrained_workdir):
     key = jax.random.key(0)
-    # Its output is 0: every bit is fair.
+    # The output is 0: all bits are fair.
     untrained = BinaryLatentDiffusion.from_workdir(untrained_workdir)
     codes = np.asarray(jax.random.bernoulli(key, shape=(100, 4, 4, 8)), np.float32)
     lengths = untrained.code_lengths(codes, key, np.arange(100) % 10)
@@ -258,7 +258,7 @@ def test_variations_are_nearer_the_weaker_they_are(pipeline, images):
             ]
         )
 
-    # One step from t = 1 flips few bits; from T nothing of the code is left.
+    # One step from t = 1 flips few bits; from T the code is lost.
     assert flipped(1 / 8) < 0.2 < flipped(1.0)
     varied = pipeline.vary(images, jax.random.key(0), 1, strength=0.3)
     assert varied.shape == images.shape
@@ -285,7 +285,7 @@ def test_inpainting_does_not_look_at_hidden_pixels(pipeline, images):
 
 
 def test_a_partly_hidden_token_is_drawn_anew(pipeline, images):
-    # One hidden pixel in the first 7x7 patch: what is known of the code is all but that token.
+    # One hidden pixel in the first 7x7 patch: all tokens except the first are known.
     mask = np.ones((28, 28), bool)
     mask[3, 3] = False
     result = pipeline.inpaint(images, mask, jax.random.key(0), 1)
@@ -407,7 +407,7 @@ def test_sheets_have_their_columns(pipeline, images):
     keep = np.stack([masks.preset(name, 28, 28) for name in masks.PRESETS[:5]])
     sheet = pictures.inpaintings(pipeline, images, keep, None, jax.random.key(0), num=2)
     assert sheet.shape == (5 * 30 + 2, 4 * 30 + 2, 1)
-    # The second column shows what is given, and grey.
+    # The second column shows the known part, and grey.
     given = sheet[2:30, 32:60]
     np.testing.assert_array_equal(given[~keep[0]], 128)
     np.testing.assert_array_equal(given[keep[0]], sheet[2:30, 2:30][keep[0]])

@@ -77,7 +77,7 @@ def pipeline(workdir):
 
 
 def predictions(pipeline, num=2, **asked):
-    """What the prior predicts on its way, p_0 without guidance unless it is asked for."""
+    """The predictions p_0 of the prior while sampling, by default without guidance."""
     options = {"guidance": 0.0} | asked
     return pipeline.trajectory(num, jax.random.key(0), **options).p_0
 
@@ -112,7 +112,7 @@ def test_a_prompt_is_its_features(pipeline, folder):
 
 
 def test_a_prompt_for_each_sample(pipeline):
-    """Texts of different lengths in one batch are each what they are alone."""
+    """Texts of different lengths in one batch give the same results as alone."""
     found = predictions(pipeline, prompt=["a", "a red red red hund"])
     for i, prompt in enumerate(["a", "a red red red hund"]):
         alone = predictions(pipeline, prompt=prompt)
@@ -160,7 +160,7 @@ def test_a_prior_of_classes_takes_no_prompt(untrained_workdir):
 
 
 def test_prompts_by_flags(workdir, tmp_path):
-    """Two flags and a file make a row each; the same prompt is the same picture."""
+    """Prompts of flags and of a file have a row each; equal prompts give equal pictures."""
     (tmp_path / "prompts.txt").write_text("\n red apples. \r\n\n", encoding="utf-8-sig")
     flags = [f"--workdir={workdir}", "--mode=sample", "--num=3", f"--out={tmp_path / 'a.png'}"]
     prompts = ["--prompt=a hund", "--prompt=red", f"--prompts={tmp_path / 'prompts.txt'}"]
@@ -270,7 +270,7 @@ def test_training_does_not_go_on_with_another_text_encoder(workdirs, folder, tmp
 
 
 def test_too_many_images_without_captions_stop_the_run(folder, tmp_path, capsys):
-    """Before any training; those without are named."""
+    """Refused before any training, with the names of images without captions."""
     images = shutil.copytree(folder / "images", tmp_path / "images")
     (images / "2.txt").unlink()
     given = given_flags(folder, "text_token", **{"data.path": images})

@@ -1,4 +1,4 @@
-"""The warning where training goes on with other settings than it began with."""
+"""The warning if training continues with other settings than it began with."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def changed(stage, overrides, common=()):
     return changed_keys(resolved(dict(common) | overrides), resolved(common), stage)
 
 
-# Of each stage, values that send its next steps another way.
+# For each stage, values that change its next steps.
 OTHERWISE = {
     "autoencoder": {
         **{"seed": 5, "dtype": "bfloat16", "data.crop": "random", "data.flip": True},
@@ -88,7 +88,7 @@ def test_what_changes_no_step_is_not_listed(stage):
         **{"data.path": "moved", "data.max_broken": 0.5, "autoencoder.loss.vgg16": "moved.npz"},
         **{f"{name}.train.num_steps": 7 for name in ("autoencoder", "prior")},
         **{"autoencoder.remat": True, "prior.train.accumulate": 2},
-        # Of bottlenecks and a condition that are not in use.
+        # Values of bottlenecks and a condition that are not in use.
         **{"autoencoder.loss.kl": 1.0, "autoencoder.loss.commitment": 1.0},
         **{"autoencoder.num_channels": 8, "prior.label_dropout": 0.5},
     }

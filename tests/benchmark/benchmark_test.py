@@ -1,4 +1,4 @@
-"""What a compiled program asks for, against what can be counted."""
+"""Memory and speed of compiled programs, against numbers that can be counted."""
 
 import functools
 import json
@@ -118,7 +118,7 @@ def test_every_program_is_measured(tiny):
         assert row["memory_bytes"] > 0 and row["memory_from"] == "compiler"
         assert row["compile_seconds"] > 0 and row["devices"] == 4
         assert row["device"] == f"cpu ({processor}, {machine.cores()} cores)"
-        # XLA counts Adam, norms and activations as well: at these widths that is a lot.
+        # XLA also counts Adam, norms and activations, which are many at these widths.
         assert 0.2 < row["flops"] / row["xla_flops"] <= 1, name
         assert (row["steps"], row["guidance"]) == ((4, 1.0) if name == "sample" else (None, None))
 
@@ -131,7 +131,7 @@ def test_the_weights_that_are_drawn_make_finite_steps(tiny):
 
 def test_programs_that_xla_does_not_count_have_no_flops():
     class Uncounted:
-        def cost_analysis(self):  # as of JAX 0.11, where it only compiles for a GPU
+        def cost_analysis(self):  # as in JAX 0.11, where it is compiled for GPUs only
             return None
 
         memory_analysis = cost_analysis
@@ -174,7 +174,7 @@ def test_a_prior_is_asked_for_its_classes_before_it_is_measured(tiny_config, cap
 def test_sampling_is_two_programs_that_nothing_compiles_again(tiny, caplog):
     work = workloads.sample_work(tiny, 8, 2)
     sampler, decoder = work.programs
-    # All steps are guided: the loop, which XLA counts once, times the steps.
+    # All steps are guided: the loop, which XLA counts once, times the number of steps.
     assert work.xla_flops == 4 * sampler.flops + decoder.flops
     work.call()
     jax.config.update("jax_log_compiles", True)
@@ -183,7 +183,7 @@ def test_sampling_is_two_programs_that_nothing_compiles_again(tiny, caplog):
     jax.config.update("jax_log_compiles", False)
     assert images.shape == (8, 28, 28, 1) and np.ptp(images) > 0
     assert "Compiling" not in caplog.text
-    # Where some steps take one pass and some two, XLA's count says nothing.
+    # If some steps take one pass and some two, XLA's count cannot be used.
     some = tiny.change({"sample.guidance_interval": (0.0, 0.5)})
     assert workloads.sample_work(some, 8, 2).xla_flops is None
 
@@ -196,7 +196,7 @@ def test_the_median_of_calls_that_take_what_they_take():
         time.sleep(calls[-1])
 
     times = speed.seconds_a_call(call, repeats=3)
-    # The first is of a warm-up; two fit into a tenth of a second, as they would at 0.066.
+    # The first calls are warm-up; two calls fit into a tenth of a second, also at 0.066 s.
     assert len(calls) == 2 + 2 * 3
     assert np.allclose(times, [0.1225, 0.045, 0.045], atol=0.03)
 
@@ -235,7 +235,7 @@ def test_the_papers_rows_are_its_sizes_and_cost_what_a_closed_form_says():
     assert len(set(keys)) == len(subjects)
     for subject in subjects:
         if subject.name == "network":
-            # 12 l d^2 + 2 l^2 d multiplications a layer, of l tokens and those of time and class.
+            # 12 l d^2 + 2 l^2 d multiplications per layer, for l tokens including time and class.
             prior = subject.experiment.prior.prior
             network = prior.network
             d, layers = network.width, network.num_layers
@@ -324,7 +324,7 @@ def test_the_script_writes_the_table(all_there):
 
 
 def table(measured):
-    """All that the command prints of rows of speeds."""
+    """The table that the command prints for rows of speeds."""
     lines = [rows.table_line(speed.COLUMNS, row) for row in measured]
     return "\n".join([rows.table_head(speed.COLUMNS, measured[0]), *lines, ""])
 

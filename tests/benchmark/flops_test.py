@@ -1,4 +1,4 @@
-"""FLOPs by hand against XLA's, which counts norms and activations too, and by brute force."""
+"""FLOPs by formula against XLA's count, which has norms and activations, and brute force."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ def array(*shape, dtype=jnp.float32):
 
 
 def by_xla(function, *arguments):
-    """Returns XLA's count before its optimisations, which nothing has to be compiled for."""
+    """Returns XLA's count before optimisation, which needs no compilation."""
     return jax.jit(function).lower(*arguments).cost_analysis()["flops"]
 
 
@@ -64,7 +64,7 @@ def test_the_transformer_within_two_percent(condition, label):
     counted = by_xla(network.apply, params, code, time, label)
     ours = flops.count_transformer(network, (6, 6, 16), label is not None, 20)
     assert 0.98 < ours / counted <= 1
-    # Nearly all of it is two for each weight of a block and token.
+    # Nearly all FLOPs are two per weight of a block and token.
     kernels = [math.prod(x.shape) for x in jax.tree.leaves(params["params"]["blocks_0"])]
     if condition == "none":
         assert ours == pytest.approx(2 * 37 * 2 * sum(kernels), rel=0.05)
@@ -128,7 +128,7 @@ AUTOENCODERS = {
 
 
 def stage_1(tiny_config, **changes):
-    # Wide, as norms and activations count for less then.
+    # Wide, so that norms and activations matter less.
     values = {"patch": 1, "base_width": 128, "embedding_width": 64} | changes
     values = {f"autoencoder.{name}": value for name, value in values.items()}
     return resolve(tiny_config).change({"data.image_size": 32, **values}).autoencoder
@@ -166,7 +166,7 @@ def test_a_training_step_within_one_percent(tiny_config, r1):
     spec = stage_1(tiny_config, **changes)
     state = jax.eval_shape(functools.partial(spec.init_state, 0))
     vgg16 = {"params": traverse_util.unflatten_dict(lpips.vgg16_shapes(), sep="/")}
-    # A device of one, as a vmapped axis.
+    # One device, as a vmapped axis.
     on_one = jax.vmap(spec.step(spec.networks), axis_name="batch", in_axes=(None, 0, None))
     counted = by_xla(on_one, state, {"image": array(1, 16, 32, 32, 1)}, vgg16)
     per_image = flops.count_autoencoder_step(spec.networks, (32, 32, 1), spec.code_shape, bool(r1))

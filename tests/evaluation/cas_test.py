@@ -1,4 +1,4 @@
-"""The classification accuracy score: small problems that can and cannot be learnt."""
+"""The classification accuracy score, on small problems that can and cannot be learnt."""
 
 import functools
 import math
@@ -46,7 +46,7 @@ def test_random_labels_give_chance(tiny):
     test_images, test_labels = coloured(1, 300)
     rng = np.random.default_rng(2)
     result = run(samples, rng.permutation(labels), (test_images, rng.permutation(test_labels)))
-    # Whatever is predicted, labels that were drawn agree with a share of standard deviation 2%.
+    # For random labels the accuracy has a standard deviation of 2%, for any prediction.
     assert abs(result["cas_top1"] - 1 / 6) < 0.09
     assert abs(result["cas_top5"] - 5 / 6) < 0.09
 
@@ -131,7 +131,7 @@ def test_random_crops():
     random_crops = jax.jit(jax.vmap(functools.partial(cas.random_crop, size=size)))
     crops = np.asarray(random_crops(images, keys))
     np.testing.assert_allclose(crops[..., 2], 1, atol=1e-5)  # nothing from outside of the image
-    # Coordinates are linear in those of the crop, to a percent where it shrinks what it shows.
+    # Coordinates are linear in those of the crop; to 1% where the crop is shrunk.
     box_height = size * (crops[:, 20, 16, 0] - crops[:, 12, 16, 0]) / 8
     box_width = size * (crops[:, 16, 20, 1] - crops[:, 16, 12, 1]) / 8
     flipped = box_width < 0

@@ -1,4 +1,4 @@
-"""The classifier that judges samples: its shape, what it learns, and from what."""
+"""The classifier that judges samples: its shape, and what it learns."""
 
 import jax
 import jax.numpy as jnp

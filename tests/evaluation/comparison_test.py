@@ -1,4 +1,4 @@
-"""Comparing two sets of images: what is computed, what it is called, and what is refused."""
+"""Comparing two sets of images: values, names, and refused inputs."""
 
 import hashlib
 import logging
@@ -17,7 +17,7 @@ from binlatent.runtime.errors import UserError
 
 
 def means(images, batch_size):
-    """A network whose features are the channels' means and spreads."""
+    """A network whose features are means and standard deviations of channels."""
     x = jnp.asarray(images, jnp.float32)
     pool = jnp.concatenate([x.mean(axis=(1, 2)), x.std(axis=(1, 2))], axis=1)
     return {"pool": pool, "logits": pool / 100, "spatial": x.reshape(len(x), -1)[:, :5]}
@@ -73,11 +73,11 @@ def test_statistics_agree_to_1e_9_whatever_the_batches():
 
 
 def test_batches_spread_over_four_devices_change_nothing():
-    """The last batch is filled up, and every batch split over the devices; nothing of it shows."""
+    """Padding of the last batch and splitting over devices do not change results."""
     array = images(5, 150)
 
     @jax.jit
-    def sums(batch):  # exact in float32, whatever the batch
+    def sums(batch):  # exact in float32 for any batch size
         x = batch.astype(jnp.float32)
         return {"pool": x.sum(axis=2).reshape(len(x), -1), "logits": x[:, 0, 0]}
 
@@ -131,7 +131,7 @@ def test_means_give_closed_forms():
 def test_inception_score_of_sure_and_unsure_classes():
     sure = np.eye(10, dtype=np.float32)[np.arange(2_000) % 10] * 100
     values, _ = comparison.compare(None, drawn(0, 2_000, logits=sure), ["is"])
-    # Ten, less what the classes' shares of 200 samples differ by chance.
+    # Ten, minus an effect of random shares of classes in 200 samples.
     assert values["is"] == pytest.approx(10 * np.exp(-9 / 2 / 200), rel=0.02)
     unsure, _ = comparison.compare(None, drawn(0, 2_000, logits=0 * sure), ["is"])
     assert unsure == {"is": pytest.approx(1), "is_std": pytest.approx(0, abs=1e-9)}

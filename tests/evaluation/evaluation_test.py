@@ -89,7 +89,7 @@ def test_two_sets_their_statistics_and_the_protocol(capsys, sets, effnet, tmp_pa
     assert len(protocol["reference"]["pixels"]) == 16  # as the features are of them
     assert protocol["reference"]["count"] == 16 and protocol["images"]["size"] == "32x32"
     assert protocol["network"]["weights"] == weights.sha256(effnet)
-    # The written statistics take the place of the folder; then images need no reference images.
+    # The written statistics replace the folder, so no reference images are needed.
     code, _, err = run(
         *(capsys, f"--reference={tmp_path / 'real.npz'}", f"--images={path / 'generated.npz'}"),
         *(*network, "--metrics=fid,pr", f"--out={tmp_path / 'y.json'}"),
@@ -98,14 +98,14 @@ def test_two_sets_their_statistics_and_the_protocol(capsys, sets, effnet, tmp_pa
     again = json.loads((tmp_path / "y.json").read_text())["metrics"]
     for name in again:
         assert again[name] == pytest.approx(values[name], rel=1e-9)
-    # And two of statistics need no network at all, and are called what they are.
+    # Two files of statistics need no network; their metrics have the network's names.
     two = [f"--reference={tmp_path / 'real.npz'}", f"--images={tmp_path / 'real.npz'}"]
     code, out, err = run(capsys, *two, "--metrics=fid")
     assert code == 0, err
     assert out.startswith("FD-EffNet ") and abs(float(out.split()[1])) < 1e-3
     code, _, err = run(capsys, *two, "--metrics=fid", "--network=inception")
     assert code == 1 and "from the network 'efficientnet': leave --network out" in err
-    # Those of other weights, or that do not say what they are, are not compared with them.
+    # Statistics of other weights, or of unknown ones, are refused.
     known, made_by = exchange.read_statistics(tmp_path / "real.npz")
     made_by["network"]["weights"] = "other"
     exchange.write_statistics(tmp_path / "other.npz", known, made_by)

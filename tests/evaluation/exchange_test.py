@@ -126,7 +126,7 @@ def test_batches_of_something_else(tmp_path, array, text):
 def test_cut_batch(tmp_path):
     np.savez(tmp_path / "x.npz", arr_0=pictures(0, 50))
     content = bytearray((tmp_path / "x.npz").read_bytes())
-    content[5000] ^= 255  # in the images, which the archive's checksum then does not fit
+    content[5000] ^= 255  # in the images, so that the archive's checksum is wrong
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(UserError, match="ends after"):
         list(exchange.open_set(tmp_path / "x.npz").batches(8))

@@ -17,7 +17,7 @@ def gaussian(seed, n, d, scale=1.0, mean=0.0):
 
 
 def test_all_agree_with_torch_fidelity():
-    # Its first set is the one that is judged, which was the "reference" here.
+    # Its first set is the one that is judged, here named "reference".
     first, second = GOLDEN["reference_features"], GOLDEN["generated_features"]
     fid = frechet_distance(*(Statistics.of(x).gaussian for x in (first, second)))
     np.testing.assert_allclose(fid, GOLDEN["frechet_inception_distance"], rtol=1e-6)
@@ -27,7 +27,7 @@ def test_all_agree_with_torch_fidelity():
     found = feature_metrics.manifold_metrics(second, first)
     np.testing.assert_allclose(found["precision"], GOLDEN["precision"], rtol=1e-6)
     np.testing.assert_allclose(found["recall"], GOLDEN["recall"], rtol=1e-6)
-    # Its kernels are of float32: 1.4e-6 from ours, whatever the draw of the subsets.
+    # Its kernels are in float32: 1.4e-6 from ours, for any draw of the subsets.
     mean, std = feature_metrics.kernel_distance(first, second, num_subsets=10, subset_size=500)
     np.testing.assert_allclose(mean, GOLDEN["kernel_inception_distance_mean"], rtol=2e-6)
     np.testing.assert_allclose(std, GOLDEN["kernel_inception_distance_std"], rtol=1e-5)
@@ -66,7 +66,7 @@ def lattice(seed, n):
 
 
 def modes(seed, n, d=5):
-    """Few, far from each other, of samples that float32 does not tell apart."""
+    """A few distant groups of samples that are equal in float32."""
     centre = 1e3 * gaussian(7, 3, d)[np.random.default_rng(seed).integers(0, 3, n)]
     return centre + gaussian(seed, n, d, 1e-3)
 

@@ -91,7 +91,7 @@ def test_ssim_rejects_images_smaller_than_its_window():
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint8, np.float32])
 def test_code_statistics_by_hand(dtype):
-    # Over four images the six bits are on 0, 4, 2, 1, 3 and 2 times.
+    # Over four images the six bits are 1 in 0, 4, 2, 1, 3 and 2 images.
     counts = np.array([0, 4, 2, 1, 3, 2]).reshape(1, 2, 3)
     codes = (np.arange(4).reshape(4, 1, 1, 1) < counts).astype(dtype)
     statistics = image_metrics.code_statistics(codes)
@@ -107,9 +107,9 @@ def test_duplicate_bits_are_the_same_or_the_opposite_of_one_before():
     assert image_metrics.code_statistics(bits)["duplicate_bits"] == 0
     bits[..., 3] = bits[..., 0]
     bits[..., 5] = 1 - bits[..., 1]
-    bits[..., 4] = 1  # dead, and not a duplicate of anything
+    bits[..., 4] = 1  # dead, and not a duplicate
     assert image_metrics.code_statistics(bits)["duplicate_bits"] == 2
-    # Another in one of 200 tokens is still the same bit, in one of 50 it is not.
+    # A difference in one of 200 tokens is still a duplicate; in one of 50 it is not.
     flat = bits[..., 3].reshape(-1).copy()
     for step, expected in ((200, 2), (50, 1)):
         other = flat.copy()

@@ -1,4 +1,4 @@
-"""A workdir's samples: drawn once, shard by shard, judged, and told with how."""
+"""A workdir's samples: drawn once in shards, measured, and described by a protocol."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def pipeline(tiny_config):
     tiny_config.data.num_classes = 10
     experiment = resolve(tiny_config)
     random = np.random.default_rng(1)
-    # Untrained, all samples would look alike.
+    # Untrained, all samples would be nearly equal.
     params = [
         jax.tree.map(
             lambda x: x + 0.1 * random.normal(size=x.shape).astype(np.float32),
@@ -64,7 +64,7 @@ def test_samples_are_those_of_their_seed_and_class(pipeline, tmp_path, small_sha
     np.testing.assert_array_equal(found.labels(), np.arange(20) % 10)
     images = found.images()
     assert len(images) == 20
-    # Whatever the shards, but for rounding: kernels add up otherwise for another batch size.
+    # For any shards, up to rounding: sums of kernels depend on the batch size.
     expected = to_uint8(pipeline.sample(20, key_for(3, "evaluate"), np.arange(20) % 10))
     difference = np.stack([images[i] for i in range(20)]).astype(int) - expected
     assert np.abs(difference).max() <= 1 and np.mean(difference != 0) < 0.001
@@ -88,7 +88,7 @@ def test_only_what_is_missing_is_drawn(pipeline, tmp_path, small_shards, monkeyp
     second = draw(pipeline, tmp_path)
     assert drawn == [8] and second.folder == first.folder
     assert {name: (second.folder / name).read_bytes() for name in before} == before
-    # More of them: whole shards serve again. Other settings: other samples.
+    # More samples: whole shards are used again. Other settings: other samples.
     draw(pipeline, tmp_path, 24)
     assert drawn == [8, 8]
     assert draw(pipeline, tmp_path, 2, options={"temperature": 0.5}).folder != first.folder
@@ -140,7 +140,7 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
         *("bit_rate", "dead_bits", "bce", "bits_per_image", "bits_per_dim"),
     }
     assert "fid" not in values and all(np.isfinite(list(values.values())))
-    # The distance once more, by hand: all 4,500 training images, and the samples that were drawn.
+    # The distance computed directly: all 4,500 training images, and the samples.
     found = samples.Samples(
         pipeline, None, tmp_path / "x", 30, options={"temperature": 0.7}, images=True
     )
@@ -160,7 +160,7 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
     assert protocol["metrics"]["floors"] == (
         "real: 30 images; reconstructions: 30 images, codes: drawn from B(y), seed 0"
     )
-    # Its floors: of 30 test images in place of the samples, and of these and reconstructions.
+    # Its floors: 30 test images in place of the samples, and test images and reconstructions.
     test_images, _ = load_images(open_split(pipeline.experiment.data, "test"), 30)
     c = Statistics.of(network.apply(test_images, 500)["pool"]).gaussian
     assert values["fd_classifier_real"] == pytest.approx(frechet_distance(a, c), rel=1e-3)
@@ -170,12 +170,12 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
     assert values["fd_classifier_reconstructions"] == expected
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert logged[-1]["stage"] == "evaluation" and logged[-1]["psnr"] == values["psnr"]
-    # Neither the reference nor the samples are judged again.
+    # Features of the reference and of the samples are not computed again.
     monkeypatch.setattr(comparison, "features_of", None)
     monkeypatch.setattr(pipeline, "sample", None)
     again, _ = quality.measure(pipeline, tmp_path, ["fid"], num=30, temperature=0.7)
     assert again == {name: values[name] for name in FD}
-    # Metrics of one protocol are in one file.
+    # Metrics with one protocol are in one file.
     quality.measure(pipeline, tmp_path, ["pr"], num=30, temperature=0.7)
     stored = [json.loads(path.read_text()) for path in (tmp_path / "evaluation").glob("*.json")]
     expected = {name: values[name] for name in (*FD, *PR)}
@@ -184,7 +184,7 @@ def test_all_metrics_of_a_workdir(pipeline, tmp_path, monkeypatch):
 
 
 def test_changed_images_are_judged_again(pipeline, tmp_path):
-    """Under the same names: what was kept of the reference is not taken for theirs."""
+    """Other images with the same names do not get the features of the old ones."""
     folder = tmp_path / "images"
     random = np.random.default_rng(0)
     for split in ("train", "test"):
@@ -279,7 +279,7 @@ def test_a_broken_link_among_the_reference_is_counted(tmp_path, tiny_experiment,
     experiment = tiny_experiment.change(values)
     network = Network("efficientnet", 4, lambda x, _: {"pool": pool[: len(x)]}, {"name": "x"})
     count = {"train": 18, "folder": 20}[reference_of]
-    for _ in range(2):  # the second is read from the workdir, if it is of a split
+    for _ in range(2):  # for a split, the second is read from the workdir
         found, protocol = reference.reference(experiment, network, tmp_path / "run")
         assert found.count == protocol["count"] == count and protocol["unreadable"] == 1
     with pytest.raises(UserError, match="more than config.data.max_broken = 0.01 allows"):
@@ -358,7 +358,7 @@ def test_an_exact_reconstruction_is_left_out_of_the_psnr(tiny_experiment, exact,
 def test_metrics_while_training_and_the_report(tiny_config, trained_workdir, tmp_path, monkeypatch):
     tiny_config.evaluate.every = 3
     tiny_config.evaluate.metrics = ("fid", "pr")
-    tiny_config.evaluate.classifier_images = 400  # of fewer it would be near chance
+    tiny_config.evaluate.classifier_images = 400  # with fewer it would be near chance
     experiment = resolve(tiny_config)
     shutil.copytree(trained_workdir / "autoencoder", tmp_path / "autoencoder")
     stages.train_prior(experiment, tmp_path)
@@ -367,12 +367,12 @@ def test_metrics_while_training_and_the_report(tiny_config, trained_workdir, tmp
     assert list(judged) == [3, 6] and judged[3]["stage"] == "prior"
     assert judged[3]["fd_classifier"] != judged[6]["fd_classifier"]
     assert not list((tmp_path / "evaluation").glob("samples_*"))
-    # The last ones are those of the checkpoint's averaged weights.
+    # The last ones are those of the checkpoint's EMA weights.
     model = BinaryLatentDiffusion.from_workdir(tmp_path)
     values, _ = quality.measure(model, tmp_path, ["fid"])
     assert values["fd_classifier"] == pytest.approx(judged[6]["fd_classifier"], rel=1e-6)
     assert checkpoint.exists(tmp_path, "prior")
-    # report.json has the numbers of --metrics, and its classifier is the one that is there.
+    # report.json has the numbers of --metrics, and uses the existing classifier.
     monkeypatch.setattr(reference, "train_classifier", None)
     found = report.report(model, tmp_path)
     values, _ = quality.measure(model, tmp_path, ["psnr", "ssim", "codes", "prior", "bound"])

@@ -37,7 +37,7 @@ NETWORK = Network("inception", WIDTH, pixels, {"name": "pixels"}, logits=False)
 
 @pytest.fixture
 def shifted(tmp_path, tiny_experiment):
-    """12 test images, as many of training, brighter by 7; an autoencoder that adds 0 and more."""
+    """12 test images, 12 training images brighter by 7, and an autoencoder that adds 0 or more."""
     images = np.random.default_rng(0).integers(40, 200, (12, 28, 28), np.uint8)
     for split, brighter in (("train", 7), ("test", 0)):
         (folder := tmp_path / "images" / split).mkdir(parents=True)
@@ -66,7 +66,7 @@ def test_identical_images_have_no_distance_and_brighter_ones_that_of_the_means(
         pipeline, NETWORK, tmp_path, ["rfid", "rkid"]
     )
     assert values["rfid"] == pytest.approx(WIDTH * brighter**2, abs=1e-6)
-    # All 12 of both, once: the unbiased distance of Gretton et al., by loops.
+    # One subset of all 12: the unbiased distance of Gretton et al., by loops.
     x = images[:, 14, :WIDTH].astype(float)
     y, n = x + brighter, len(x)
 
@@ -118,10 +118,10 @@ def test_the_floors_of_shifted_images(shifted, tmp_path):
     expected = {"real": WIDTH * 49, "reconstructions": frechet_distance(x, y)}
     for known, split in ((train, "train"), (x, "test")):
         found, counts = floors(pipeline, NETWORK, tmp_path, known, split, 100)
-        assert counts == {"real": 12, "reconstructions": 12}  # all that there are
+        assert counts == {"real": 12, "reconstructions": 12}  # all images
         assert found == pytest.approx(expected, abs=1e-6)
     assert "245 for real images of the other split; " in in_words(found)
-    # Of a single image there is none; of few, those that are spread evenly.
+    # A single image has none; of several images, those spread evenly are used.
     assert floors(pipeline, NETWORK, tmp_path, x, "test", 1) == ({}, {})
     assert in_words({}) == ""
     few = Statistics.of(images[[0, 5, 11], 14, :WIDTH].astype(float)).gaussian
@@ -150,7 +150,7 @@ def test_reconstructions_go_on_where_they_stopped(shifted, tmp_path, monkeypatch
     next(tmp_path.glob("evaluation/reconstructions_*/0000005_5.npz")).unlink()
     np.testing.assert_array_equal(run(), first)
     assert sum(decoded) == 5
-    # Whatever the batches, image by image the same codes are drawn; others of other weights.
+    # Each image has the same drawn codes in any batch; other weights give other codes.
     pipeline.experiment = pipeline.experiment.change({"sample.batch_size": 3})
     next(tmp_path.glob("evaluation/reconstructions_*/0000000_5.npz")).unlink()
     np.testing.assert_array_equal(run(), first)
@@ -171,7 +171,7 @@ def test_a_workdir_without_a_prior(tiny_config, tmp_path, bottleneck):
     names = {"rfd_classifier", "rkd_classifier"}
     drawn = {f"{name}_drawn" for name in names} if bottleneck == "binary" else set()
     assert set(values) == names | drawn
-    # By hand, of the same images.
+    # Computed directly, from the same images.
     images, _ = load_images(open_split(experiment.data, "test"), 30)
     network = quality.network(experiment, tmp_path)
     rebuilt = to_uint8(pipeline.reconstruct(to_float(images)))
@@ -233,7 +233,7 @@ def test_metrics_by_a_classifier_near_chance_warn_once(
     labels = load_images(open_split(experiment.data, "test"), 100)[1]
 
     def judged(images, batch_size):
-        # Of the first images the right class is named; `pixels` has as many features.
+        # The first images are classified correctly; `pixels` has as many features.
         named = (labels[: len(images)] + (np.arange(len(images)) >= 100 * accuracy)) % 10
         return pixels(images, batch_size) | {"logits": np.eye(10)[named]}
 

@@ -1,4 +1,4 @@
-"""Which samples report.json is of, how many are drawn, and what it says where it judges none."""
+"""The samples of report.json: which, how many, and the reason if they are not judged."""
 
 import logging
 import shutil
@@ -14,7 +14,7 @@ from binlatent.evaluation.networks.features import Network
 
 @pytest.fixture
 def drawn(tiny_experiment, monkeypatch):
-    """A pipeline that returns noise, the list of what is drawn from it, a switch of the judge."""
+    """A pipeline that returns noise, the list of its draws, and a switch of the judge."""
     labels = load_images(open_split(tiny_experiment.data, "test"), 20)[1]
     numbers, judge = [], SimpleNamespace(right=True)
 

@@ -16,7 +16,7 @@ LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": 
 
 
 def drawn(path, shape):
-    """The variable of a path, in Flax's layout, drawn from its name in torchvision."""
+    """The variable of a path, in Flax's layout, drawn by its name in torchvision."""
     *modules, leaf = path[1:]
     name = ".".join([*modules, LEAVES.get(leaf, leaf)])
     name = name.replace("downsample_conv", "downsample.0").replace("downsample_bn", "downsample.1")
@@ -71,7 +71,7 @@ def test_blocks_begin_as_their_shortcuts():
     model = ResNet50(num_classes=4, stage_sizes=(3,), width=4)
     images = np.random.default_rng(0).uniform(-1, 1, (2, 32, 32, 3)).astype(np.float32)
     variables = jax.jit(model.init)(jax.random.key(0), images)
-    # Without the two blocks that have no convolution in their shortcut.
+    # Except for the two blocks without a convolution in their shortcut.
     shorter = model.clone(stage_sizes=(1,))
     np.testing.assert_array_equal(model.apply(variables, images), shorter.apply(variables, images))
 

@@ -1,4 +1,4 @@
-"""Retrieval: ranks of real images by drawn ones, the choice of candidates, and a workdir's."""
+"""Retrieval: ranks of real images, the choice of candidates, and the metric of a workdir."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ from binlatent.runtime.keys import key_for
 
 
 def brute_force(real, drawn, candidates):
-    """The shares of own images that are the nearest, and among the first five, one by one."""
+    """The shares of own images that are nearest, and among the nearest five, one by one."""
     first, five = 0, 0
     for x, row in zip(drawn.astype(float), candidates, strict=True):
         cosines = [y @ x / np.sqrt((y @ y) * (x @ x)) for y in real[row].astype(float)]
@@ -47,7 +47,7 @@ def test_retrieval_is_that_of_brute_force(noise):
     found = retrieval(real, drawn, candidates)
     assert found == pytest.approx(brute_force(real, drawn, candidates), abs=1e-12)
     assert found[0] <= found[1]
-    # The cosine knows no length.
+    # The cosine does not depend on lengths.
     lengths = random.uniform(0.1, 10, (200, 1))
     assert retrieval(real, drawn * lengths, candidates) == pytest.approx(found, abs=1e-12)
 
@@ -75,7 +75,7 @@ def test_random_features_find_their_own_by_chance():
 def test_ties_count_against(copies, expected):
     random = np.random.default_rng(0)
     real = random.uniform(size=(100, 1_280)).astype(np.float32)
-    real[random.permutation(99)[:copies] + 1] = real[0]  # wherever they are in the row
+    real[random.permutation(99)[:copies] + 1] = real[0]  # at any place in the row
     drawn = real[:1] + 0.01 * random.uniform(size=(1, 1_280))
     assert retrieval(real, drawn, np.arange(100)[None]) == expected
 
@@ -105,7 +105,7 @@ def test_candidates_are_drawn_at_random_and_always_the_same():
         assert all(set(captions[row[0]]).isdisjoint(captions[j]) for j in row[1:])
         other = choice.own[choice.shuffled[i]]
         assert set(captions[row[0]]).isdisjoint(captions[other])
-    # Each is drawn as often: 200 * 99 / 600 times, within five deviations.
+    # Each is drawn equally often: 200 * 99 / 600 times, within five standard deviations.
     counts = np.bincount(choice.candidates[:, 1:].ravel(), minlength=600)
     assert np.abs(counts - 33).max() < 5 * np.sqrt(33)
     again = Choice.of(captions, 50, "train")
@@ -153,7 +153,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def network(monkeypatch):
-    """Judges by random projections of pixels: published networks need weights, others training."""
+    """Features are random projections of pixels: other networks need weights or training."""
     directions = np.random.default_rng(0).normal(size=(28 * 28, 32))
     network = Network(
         *("efficientnet", 32, lambda images, _: {"pool": images.reshape(-1, 28 * 28) @ directions}),
@@ -165,13 +165,13 @@ def network(monkeypatch):
 
 @pytest.fixture
 def pipeline(folder, tiny_config, request):
-    """With parameters at random, of a prior with the condition that a test names."""
+    """A pipeline with random parameters, and a prior with the condition of the test."""
     tiny_config.data.update(name="folder", path=str(folder / "images"), num_classes=0)
     tiny_config.texts.update(encoder="minilm", weights=str(folder / "minilm.npz"))
     tiny_config.prior.update(condition=request.param, text_width=encoders.BERT["width"])
     experiment = resolve(tiny_config)
     random = np.random.default_rng(0)
-    # Untrained, all samples would look alike.
+    # Untrained, all samples would be nearly equal.
     params = [
         jax.tree.map(
             lambda x: 0.2 * random.normal(size=x.shape).astype(np.float32),
@@ -195,7 +195,7 @@ def test_retrieval_of_a_workdir(pipeline, network, folder, tmp_path):
     values, protocol = quality.measure(
         pipeline, tmp_path, ["retrieval"], num=10, seed=3, guidance=2.0
     )
-    # By hand: each image of a split is a candidate of every other, the own one first.
+    # Directly: each image of a split is a candidate of all others, the own one first.
     expected = {}
     for split, num in (("train", 10), ("test", 8)):
         images, captions = read_split(folder, split)

@@ -39,7 +39,7 @@ def test_a_variant_is_trained_once_measured_and_tabulated(tiny_config, tmp_path)
     results = ablations.measure_rows(experiment, tmp_path, 1, ["lambda 0"])
     values = results["lambda 0", "", 0]
     assert set(values) == {"bits_per_image", "bits_per_dim", "accuracy", "frechet_distance"}
-    # Hardly trained, a prior in the evidence form takes the bits for little better than fair.
+    # After few steps a prior with evidence is little better than fair bits.
     assert 0.7 < values["bits_per_dim"] < 1.1
     with Checkpoints.open(tmp_path / "6_steps" / "lambda_0_0", "prior") as checkpoints:
         trained = of_checkpoint(checkpoints.newest(Checkpoints.meta), tmp_path)

@@ -1,4 +1,4 @@
-"""Nearest training images, against brute force, and what counts as memorised."""
+"""Nearest training images against brute force, and the share that is memorised."""
 
 import json
 import shutil
@@ -74,7 +74,7 @@ def test_memorised_is_all_of_copies_and_one_in_a_hundred_of_fresh_draws():
     assert copies["memorised"] == 1 and copies["median"] == 0
     fresh = neighbours.nearest_rows(random.normal(size=(20_000, 4)), train, 1)[1][:, 0]
     found = neighbours.memorised(fresh, of_held_out)
-    # Five standard deviations, of the held-out quantile's rank most of all.
+    # Five standard deviations, mostly those of the rank of the held-out quantile.
     assert found["memorised"] == pytest.approx(0.01, abs=5 * np.sqrt(0.01 / 2_000))
     assert found["median"] == pytest.approx(found["median_held_out"], rel=0.05)
 
@@ -118,7 +118,7 @@ def test_samples_and_their_neighbours(pipeline, train_images, workdir):
 
 
 def test_copies_of_training_images_are_told(pipeline, train_images, workdir, tmp_path, monkeypatch):
-    # Of more images than features are kept: the copies are of those that are.
+    # With more images than kept features: the copies are of images with kept features.
     monkeypatch.setattr(features, "MAX_KEPT", 100)
     kept = train_images[np.linspace(0, 4_499, 100).astype(int)]
     monkeypatch.setattr(pipeline, "sample", lambda num, *_, **__: to_float(kept[:num]))

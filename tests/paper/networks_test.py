@@ -1,4 +1,4 @@
-"""Parts of the prior's network: rows trained once, if a command is killed too, and measured."""
+"""Parts of the prior's network: rows are trained and measured once, also after a kill."""
 
 import json
 import shutil
@@ -72,7 +72,7 @@ def test_a_row_is_resolved_to_its_network(tiny_experiment):
     )
     joint = priors["groups"].network
     assert type(joint) is JointNetwork and type(joint.trunk) is Transformer
-    # Half of the batch is passed forward once more.
+    # One more forward pass for half of the batch.
     plain, twice = (flops.count_prior_step(priors[x]) for x in ("released", "self_conditioning"))
     forward = flops.count_network(priors["self_conditioning"].network, (4, 4, 8), True)
     assert plain == 3 * flops.count_network(priors["released"].network, (4, 4, 8), True)
@@ -85,7 +85,7 @@ def test_a_killed_command_goes_on_and_a_finished_row_is_read(workdir, monkeypatc
     folder = workdir / "networks" / "2_steps"
 
     def killed_after(cls, name, count):
-        """Runs the command, killed after so many calls of a method."""
+        """Runs the command, and kills it after a number of calls of a method."""
         method, calls = getattr(cls, name), []
 
         def call(*arguments, **keywords):
@@ -109,7 +109,7 @@ def test_a_killed_command_goes_on_and_a_finished_row_is_read(workdir, monkeypatc
     assert path.read_text().startswith(before)
     assert list(content["protocol"]["floors"]) == ["real", "reconstructions"]
 
-    # Each number is that of the prior in its folder.
+    # Each number belongs to the prior in its folder.
     ((found,),) = (row["seeds"] for row in content["rows"])
     pipeline = BinaryLatentDiffusion.from_workdir(folder / "groups_3")
     prior = pipeline.experiment.prior.prior
@@ -130,7 +130,7 @@ def test_a_killed_command_goes_on_and_a_finished_row_is_read(workdir, monkeypatc
     quality = judge.sample_quality(pipeline, key_for(3, "networks, test"), 20, **options)
     assert found["samples"] == [pytest.approx({"sampling_steps": 8, **quality}, rel=1e-4)]
 
-    # What another row's numbers in the file are is taken as it is, without its prior.
+    # Numbers of another row in the file are used as they are, without its prior.
     numbers = runs.read_rows(path)
     other = {("released", *row[1:]): x | {"steps": 7} for row, x in numbers.items()}
     runs.write_rows(path, numbers | other)
@@ -166,7 +166,7 @@ def test_steps_are_decided_once(workdir, tiny_experiment, monkeypatch):
     folder = workdir / "networks" / "2_seconds"
     inputs = experiment, workdir, folder
     assert networks._decide_steps(*inputs, ["released"], 2) == {"released": 5}
-    # A command that goes on keeps them.
+    # A command that continues keeps them.
     both = networks._decide_steps(*inputs, ["released", "qk_norm"], 2)
     assert both == {"released": 5, "qk_norm": 25}
     assert len(stages_timed) == 2 and stages_timed[0].train.batch_size == 8

@@ -45,9 +45,9 @@ def test_rows_share_their_noise(tiny_experiment, name):
     assert [float(label.get_text()) for label in axis.get_yticklabels()] == list(values)
     sheet = axis.images[0].get_array()
     assert sheet.shape == (len(values) * 30 + 2, 10 * 30 + 2)
-    # The untrained prior says 1/2 at any temperature: the same noise makes the same row.
+    # The untrained prior gives 1/2 at any temperature, so the same noise gives equal rows.
     np.testing.assert_array_equal(sheet[2:30], sheet[32:60])
-    # A prior with something to say does not.
+    # With a trained prior the rows differ.
     keys = iter(jax.random.split(jax.random.key(1), 100))
     params = jax.tree.map(
         lambda x: x + 0.2 * jax.random.normal(next(keys), x.shape), model.prior_params
@@ -63,8 +63,8 @@ def test_steps_are_those_of_the_paper_and_their_quality_is_measured(tiny_experim
     assert titles == ["bits per dimension (upper bound)", "accuracy", "Frechet distance"]
     steps, bits = figure.axes[0].lines[0].get_data()
     np.testing.assert_array_equal(steps, [4, 8])  # to the T of the tiny config
-    np.testing.assert_allclose(bits, 1, atol=0.1)  # the untrained prior takes bits for fair
-    # The floors of the distance are lines across.
+    np.testing.assert_allclose(bits, 1, atol=0.1)  # for the untrained prior bits are fair
+    # The floors of the distance are horizontal lines.
     assert not figure.axes[1].lines[1:]
     _, *lines = figure.axes[2].lines
     assert [line.get_label() for line in lines] == ["real images", "reconstructions"]

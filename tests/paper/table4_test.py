@@ -21,7 +21,7 @@ def test_table_4(tiny_config, tiny_experiment, tmp_path, monkeypatch):
     assert (tmp_path / "table4.md").read_text() == text
     bits = {name: row["bit_rate"] for name, row in results.items()}
     assert bits == {
-        "vq": 16 * 5,  # log2(32) bits a token
+        "vq": 16 * 5,  # log2(32) bits per token
         "binary_as_vq": 16 * 5,
         "binary": 16 * 8,
         "real": 16 * 3 * 32,
@@ -44,13 +44,13 @@ def test_table_4(tiny_config, tiny_experiment, tmp_path, monkeypatch):
         psnr = 10 * np.log10(255**2 / np.mean(error, axis=(1, 2, 3)))
         found = [float(x) for x in row[3].split(" ± ")]
         np.testing.assert_allclose(found, [np.mean(psnr), np.std(psnr)], atol=0.02)
-    # A second time nothing is trained, not even from a folder with another vgg16.npz.
+    # The second time nothing is trained, even from a folder with another vgg16.npz.
     monkeypatch.chdir(tmp_path / "vq")
     experiment = resolve(tiny_config).change(sizes)
     steps = (tmp_path / "vq" / "metrics.jsonl").read_text()
     assert bottlenecks.compare_bottlenecks(experiment, tmp_path) == text
     assert (tmp_path / "vq" / "metrics.jsonl").read_text() == steps
-    # Rows of another budget or loss are not compared.
+    # Rows with another budget or loss are refused.
     rate = 2 * experiment.autoencoder.train.learning_rate
     with pytest.raises(UserError, match="vq was trained with config.autoencoder.train = "):
         bottlenecks.compare_bottlenecks(

@@ -17,13 +17,13 @@ from binlatent.runtime.keys import key_for
 
 @pytest.fixture
 def workdir(untrained_workdir, tmp_path):
-    """A workdir with an autoencoder alone."""
+    """A workdir with an autoencoder only."""
     shutil.copytree(untrained_workdir / "autoencoder", tmp_path / "autoencoder")
     return tmp_path
 
 
 def cells(text):
-    """Returns the tables of a text, a dictionary a row."""
+    """Returns the tables of a text, with one dictionary per row."""
     tables = [part for part in text.split("\n\n") if part.startswith("|")]
     found = []
     for table in tables:
@@ -48,7 +48,7 @@ def test_a_prior_is_trained_once_tuned_and_measured(workdir, monkeypatch, capsys
     assert capsys.readouterr().out == text
     (row,), (sweep,) = content["rows"], content["sweeps"]
 
-    # The best point of the sweep is what samples are drawn with.
+    # Samples are drawn with the best point of the sweep.
     points = {
         (x["options"]["temperature"], x["options"]["guidance"]): x["frechet_distance"]
         for x in sweep["points"]
@@ -58,13 +58,13 @@ def test_a_prior_is_trained_once_tuned_and_measured(workdir, monkeypatch, capsys
     assert sweep["best"] == {"temperature": tau, "guidance": w}
     assert row["options"] == {"steps": 8, "temperature": tau, "guidance": w}
 
-    # Floors are of as many images as samples: 30, and of the sweep too.
+    # Floors use as many images as samples: 30, also for the sweep.
     for name in ("floors", "floors_of_sweep"):
         assert list(content["protocol"][name]) == ["real", "reconstructions"]
     made = sorted(path.name for path in workdir.glob("evaluation/reconstructions_*/*.npz"))
     assert made == ["0000000_30.npz"]
 
-    # Each number is that of the prior in its folder.
+    # Each number belongs to the prior in its folder.
     folder = workdir / "table5" / "6_steps" / "bernoulli_3"
     pipeline = BinaryLatentDiffusion.from_workdir(folder)
     experiment = pipeline.experiment
@@ -86,7 +86,7 @@ def test_a_prior_is_trained_once_tuned_and_measured(workdir, monkeypatch, capsys
     unlabelled = BinaryLatentDiffusion(unlabelled, pipeline.autoencoder_params, params)
     assert set(judge.sample_quality(unlabelled, key, 8)) == {"frechet_distance"}
 
-    # A second time nothing is trained or measured: it needs no prior any more.
+    # The second time nothing is trained or measured, so no prior is needed.
     shutil.rmtree(folder / "prior")
     assert command(workdir, *flags) == (text, content)
     assert not (folder / "prior").exists()

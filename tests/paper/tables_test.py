@@ -1,4 +1,4 @@
-"""Tables of a workdir: from results that were written by hand, and Table 6 on a tiny prior."""
+"""Tables of a workdir: from results written by the test, and Table 6 on a tiny prior."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def pipeline(tiny_experiment):
 
 
 def change(pipeline, **values):
-    """Gives the pipeline another experiment; "__" stands for a dot."""
+    """Gives the pipeline another experiment; "__" is a dot in a key."""
     values = {name.replace("__", "."): value for name, value in values.items()}
     pipeline.experiment = pipeline.experiment.change(values)
 
@@ -36,7 +36,7 @@ def samples_of(pipeline, **settings):
 
 
 def write(workdir, age, metrics, **protocol):
-    """Writes a result that is so many seconds old."""
+    """Writes a result of a given age in seconds."""
     path = workdir / "evaluation" / f"{age}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"metrics": metrics, "protocol": protocol}))
@@ -44,7 +44,7 @@ def write(workdir, age, metrics, **protocol):
 
 
 def cells(text):
-    """Returns a Markdown table as a dictionary a row."""
+    """Returns a Markdown table as one dictionary per row."""
     titles, rule, *rows = [line.strip("|\n ").split(" | ") for line in text.splitlines()]
     assert set(rule) == {"---"} and all(len(row) == len(titles) for row in rows)
     return [dict(zip(titles, row, strict=True)) for row in rows]
@@ -104,7 +104,7 @@ def test_table1_names_the_distance_and_tells_rows_apart(pipeline, tmp_path):
         write(tmp_path, age, metrics, samples=samples, **TRAIN)
     write(tmp_path, 2, {"fid": 3.0}, samples=samples, **TRAIN | {"network": {"network": "y"}})
     found = cells(tables.table1(pipeline, tmp_path)[0])
-    # Table 2's columns are of classes, and without them there is no guidance.
+    # Table 2's columns need classes; without classes there is no guidance.
     assert "CAS top-1" not in found[0] and found[0]["guidance"] == "-"
     shown = [(row["seed"], row["FD-EffNet"], row["precision effnet"], row["FID"]) for row in found]
     assert shown == [("0", "10.5", "0.500", "-"), ("1", "11.5", "0.500", "-"), ("1", "-", "-", "3")]
@@ -154,7 +154,7 @@ def test_table6_times_one_sample_after_another(pipeline, monkeypatch):
 
     def sample(num, key, label, steps):
         calls.append((num, label, steps))
-        clock[0] += 100.0 if len(calls) in (1, 5) else len(calls) ** 2  # to compile takes long
+        clock[0] += 100.0 if len(calls) in (1, 5) else len(calls) ** 2  # compilation takes long
 
     monkeypatch.setattr(pipeline, "sample", sample)
     monkeypatch.setattr(tables.time, "perf_counter", lambda: clock[0])

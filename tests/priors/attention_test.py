@@ -1,4 +1,4 @@
-"""Attention and products by each way that a device may take, against NumPy and JAX's own."""
+"""Attention and products, by each implementation for devices, against NumPy and JAX."""
 
 import types
 
@@ -168,7 +168,7 @@ def test_attention_by_cudnn_is_asked_for_evenly_and_changes_nothing(
     monkeypatch.setattr(attention, "_cudnn_attends", lambda k: False)
     for y, by_xla in zip(expected[0], with_gradients(None), strict=True):
         np.testing.assert_allclose(by_xla, y, atol=1e-5)
-    attention._attend_by_heads.clear_cache()  # nor shall others have been traced with these
+    attention._attend_by_heads.clear_cache()  # and others must not be traced with these
 
 
 @pytest.mark.parametrize("condition, kinds", [("class", 1), ("text_cross", 2)])

@@ -1,4 +1,4 @@
-"""The network "dit" by its config: what is refused, training by the command, and resuming."""
+"""The network "dit" by its config: refused values, training by the command, and resuming."""
 
 import json
 import shutil
@@ -93,7 +93,7 @@ def test_a_training_step_is_measured(tiny_experiment):
     assert workloads.describe_size("train_prior", experiment) == "dit 1x16, 16 tokens"
     work = workloads.train_prior_work(experiment, 8, 2)
     assert all(np.all(np.isfinite(x)) for x in work.call().values())
-    assert 0.2 < work.flops / work.xla_flops <= 1  # which counts Adam, norms and activations too
+    assert 0.2 < work.flops / work.xla_flops <= 1  # XLA also counts Adam, norms and activations
 
 
 def test_it_goes_with_self_conditioning_and_bits_in_groups(tiny_experiment):

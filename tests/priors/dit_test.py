@@ -90,7 +90,7 @@ def count(condition, adaln, qk_norm, swiglu, self_conditioning):
     ends = C * D + H * W * D + 2 * (D * D + D) + D * C + C
     ends += D * 2 * D + 2 * D if adaln else norm
     ends += {"class": CLASSES * D, "text_token": E * D + D}.get(condition, 0)
-    ends += D if adaln and condition in ("class", "text_token") else 0  # of no label
+    ends += D if adaln and condition in ("class", "text_token") else 0  # the vector for no label
     return LAYERS * block + ends + (C * D if self_conditioning else 0)
 
 
@@ -99,7 +99,7 @@ def test_parameters_are_those_of_the_closed_form(condition):
     names = ("adaln", "qk_norm", "swiglu", "self_conditioning")
     for values in itertools.product((False, True), repeat=4):
         fields = dict(zip(names, values, strict=True))
-        # Rotations have none.
+        # Rotations have no parameters.
         positions = "rotary" if sum(values) % 2 else "learned"
         network = DiT(condition=condition, **SHARED, **fields, positions=positions)
         leaves = jax.tree.leaves(shapes_of(network, condition))
@@ -218,7 +218,7 @@ def test_an_untrained_network_gives_zero_and_its_blocks_are_the_identity(conditi
     network, label = DiT(condition=condition, **SHARED), LABELS[condition]
     params = jax.jit(network.init)(jax.random.key(0), Z, TIME, label)
     np.testing.assert_array_equal(outputs(network, params, Z, TIME, label), np.zeros_like(Z))
-    # Whatever the head: what leaves the blocks is what enters them.
+    # For any head, blocks return their input.
     without = {k: x for k, x in params["params"].items() if not k.startswith("blocks_")}
     features = functools.partial(network.apply, method="features")
     found = jax.jit(features)(params, Z, TIME, label)
@@ -251,7 +251,7 @@ def test_a_network_reads_its_time_every_token_and_the_place_of_each():
     other[:, 1, 2, 0] = 1 - other[:, 1, 2, 0]
     for changed in (outputs(network, params, Z, TIME + 0.1), outputs(network, params, other, TIME)):
         assert np.all(np.abs(changed - base)[:, 0, 0].max(axis=-1) > 1e-4)
-    # Of equal tokens each place has an output of its own.
+    # Equal tokens have different outputs at different places.
     alike = np.broadcast_to(Z[:1, :1, :1], (1, H, W, C))
     rows = np.asarray(outputs(network, params, alike, TIME[:1])).reshape(-1, C)
     assert min(np.abs(x - y).max() for x, y in itertools.combinations(rows, 2)) > 1e-3
@@ -272,7 +272,7 @@ def test_an_estimate_is_a_second_input():
     np.testing.assert_array_equal(even, without)
     found = outputs(network, params, Z, TIME, None, None, estimate)
     assert np.abs(found - without).max() > 1e-2
-    # 2 estimate - 1, by its own matrix, is added to 2 z - 1 by its.
+    # 2 estimate - 1 has its own matrix, whose product is added to that of 2 z - 1.
     own = dict(params["params"])
     own["estimate_emb"] = own["tok_emb"]
     found = outputs(network, {"params": own}, Z, TIME, None, None, estimate)
@@ -345,7 +345,7 @@ def test_a_prior_trains_samples_and_measures_with_it(kind):
     prior = cls((H, W, C), network, **fields)
     key = jax.random.key(0)
     params = jax.jit(lambda key: prior.init(key, jax.ShapeDtypeStruct((1,), jnp.int32)))(key)
-    # Two classes, a code each.
+    # Two classes, each with one code.
     n, codes = 32, np.random.default_rng(0).integers(0, 2, (2, H, W, C)).astype(np.float32)
     label = np.arange(n) % 2
     bits, optimizer = jnp.asarray(codes[label]), optax.adam(1e-2)
@@ -372,7 +372,7 @@ def test_a_prior_trains_samples_and_measures_with_it(kind):
     assert np.mean(found == codes[label]) > 0.97
     lengths = prior.code_lengths(params, keys, Condition(label), codes[label], None, 1)
     assert np.mean(lengths) < 0.1 * H * W * C
-    # Away from a label itself is no guidance: (1 + w) a - w a is a.
+    # Guidance away from the same label changes nothing: (1 + w) a - w a is a.
     settings = prior.check_settings(prior.Settings(steps=8, guidance=2.0))
     against = prior.sample(params, keys, Condition(label, None, label), settings)
     settings = prior.check_settings(prior.Settings(steps=8))

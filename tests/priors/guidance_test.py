@@ -1,4 +1,4 @@
-"""Guidance by its formula, where it applies, and what is refused."""
+"""Guidance by its formula, where it applies, and refused values."""
 
 import functools
 

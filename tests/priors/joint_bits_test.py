@@ -78,7 +78,7 @@ def test_a_group_sees_the_groups_before_alone(head):
         other = apply(features, time, bits.at[..., i].set(1 - bits[..., i]))
         changed = np.any(np.abs(other - base) > 1e-4, axis=(0, 1, 2))
         np.testing.assert_array_equal(changed, np.arange(6) // 2 > i // 2)
-    # One token's bits say nothing of another's, but features and the time s do.
+    # Bits of one token do not affect another; features and the time s do.
     other = apply(features, time, bits.at[:, :, 0].set(1 - bits[:, :, 0]))
     np.testing.assert_array_equal(other[:, :, 1], base[:, :, 1])
     assert np.all(np.abs(apply(features, time + 0.1, bits) - base).max(axis=(1, 2, 3)) > 1e-3)
@@ -95,11 +95,11 @@ def test_group_after_group_is_as_all_at_once(head):
     np.testing.assert_allclose(found, apply(features, time, bits), atol=1e-5)
 
 
-# Chains, of which the truth is known
+# Chains with known conditionals
 
 
 class TrueHead:
-    """Knows the truth about the six bits of a token, given z_t and the first groups of z_s."""
+    """The true conditionals of the six bits of a token, given z_t and the first groups of z_s."""
 
     def __init__(self, groups, p_data=chain.P_DATA, num_timesteps=64):
         self.groups, self.p_data, self.num_timesteps = groups, p_data, num_timesteps
@@ -198,10 +198,10 @@ def test_one_step_draws_bits_that_are_all_alike_and_independent_bits_are_not():
     assert np.all(alike[0])
     np.testing.assert_allclose(codes[0].mean(), 0.7, atol=0.03)
     np.testing.assert_allclose(alike[1].mean(), 0.7**6 + 0.3**6, atol=0.03)
-    # Group by group the last step rounds to the likeliest.
+    # In each group the last step rounds to the likeliest bits.
     rounded = draw(true_prior(6, p_data=p_data), 50, 1, threshold_last=True)
     np.testing.assert_array_equal(rounded, np.ones((50, 1, 1, 6)))
-    # What is known of the first groups, the others are drawn from.
+    # Later groups are drawn given the known bits of the first.
     first = jnp.broadcast_to(jnp.array([1.0, 0, 0, 0, 0, 0]), (50, 1, 1, 6))
     for value in (0.0, 1.0):
         completed = draw(true_prior(6, p_data=p_data), 50, 1, Known(value * first, first))
@@ -220,7 +220,7 @@ def test_the_bound_is_that_of_a_sampler_in_groups(groups, steps):
     np.testing.assert_allclose(found, expected, atol=0.05)
     if groups == 6:
         np.testing.assert_allclose(expected, chain.ENTROPY_BITS, rtol=1e-6)
-        if steps == 1:  # and of each code it is the length itself
+        if steps == 1:  # and for each code it is the exact length
             expected = -np.log2(chain.P_DATA).repeat(copies)
             np.testing.assert_allclose(lengths, expected, rtol=1e-3)
 
@@ -322,7 +322,7 @@ def test_the_loss_draws_earlier_times_and_their_bits_and_the_rest_as_before(cont
     if continuous:
         np.testing.assert_allclose(np.mean(s / noise.t), 0.5, atol=0.02)
         return
-    for t in (1, 4, 8):  # all of 0..t alike
+    for t in (1, 4, 8):  # uniform on 0..t
         share = np.bincount(s[noise.t == t].astype(int)) / np.sum(noise.t == t)
         np.testing.assert_allclose(share, np.full(t + 1, 1 / (t + 1)), atol=0.08)
 
@@ -356,7 +356,7 @@ def test_the_loss_is_of_each_group_given_those_before(random_prior):
     np.testing.assert_allclose(metrics["residual"], residual, rtol=1e-4)
     np.testing.assert_allclose(metrics["vlb"], vlb, rtol=1e-3)
     np.testing.assert_allclose(loss, residual + 0.5 * vlb, rtol=1e-3)
-    # The number of test images is of the prediction given z_t alone: z_s = z_t at s = t.
+    # The metric of test images uses predictions given only z_t: z_s = z_t at s = t.
     bce = jax.jit(prior.image_metrics)(params, z_0, None, noise)["bce"]
     z_t = (np.asarray(noise.z_t[0]).ravel() < (1 - t[0] / 8) * STATES[0] + t[0] / 16) * 1
     row = int(z_t @ [8, 4, 2, 1])
@@ -381,12 +381,12 @@ def test_a_trained_head_draws_bits_that_are_all_alike_in_one_step():
     for i in range(120):
         params, state = step(params, state, jax.random.key(i))
     codes = np.asarray(draw(prior, 2_000, 1, params=params))
-    # Independent bits are alike in one of eight codes.
+    # Independent bits agree in one of eight codes.
     assert np.mean(np.all(codes == codes[..., :1], axis=-1)) > 0.75
     np.testing.assert_allclose(codes.mean(), 0.5, atol=0.1)
 
 
-# What goes with it
+# Other parts
 
 
 def test_it_goes_with_self_conditioning_guidance_correctors_and_known_bits():
@@ -401,7 +401,7 @@ def test_it_goes_with_self_conditioning_guidance_correctors_and_known_bits():
     np.testing.assert_array_equal(codes[..., ::2], bits[..., ::2])
     passed = prior.trajectory(params, keys, condition, settings)
     assert passed.p_0.shape == (n, 3, 2, 2, 4) and np.all(np.isfinite(passed.p_0))
-    # Shown is what z_t alone says; at the first step there is no estimate.
+    # The trajectory shows predictions given only z_t; the first step has no estimate.
     z_T = jnp.asarray(passed.z_t[:, 0], jnp.float32)
     apply = jax.jit(lambda asked: prior.output(params, z_T, jnp.full(n, 8.0), asked))
     output = apply(condition), apply(None)
@@ -449,7 +449,7 @@ def test_a_config_makes_it_of_either_network(tiny_experiment, name):
         jnp.ones(2),
     )
     assert output.shape == (2, 4, 4, 8)
-    # The head's products in place of the layer that is not used: 4 x 4 tokens, width 16.
+    # The head's products replace those of the unused layer: 4 x 4 tokens, width 16.
     trunk, whole = (flops.count_network(x, (4, 4, 8), True) for x in (network.trunk, network))
     assert whole - trunk == 2 * 16 * (16 * 16 + 2 * 8 * 16) + 2 * 2 * 16 * 16
 

@@ -40,7 +40,7 @@ def test_the_weighted_and_the_z_0_losses_agree_with_the_reference_numbers():
 @pytest.mark.parametrize("kind", ["plain", "balanced"])
 def test_vlb_term_is_the_reference_cross_entropy_less_the_posterior_entropy(kind):
     # KL(q || p) = CE(q, p) - H(q), with the plug-in posterior that the reference uses: the mixture
-    # of the logits with the evidence added. At t = 1 the reference takes the bare prediction.
+    # of the logits with the evidence added. At t = 1 the reference uses the prediction itself.
     kl = losses.posterior_kl(LOGITS + process.flip_evidence(K_T), Z_T, Z_0, K_T, K_S)
     entropy = losses.entropy(process.posterior_probs(Z_T, Z_0, K_T, K_S))
     first = (TIMES == 1)[:, None, None]
@@ -70,7 +70,7 @@ def test_posterior_kl_is_the_divergence_of_the_two_posteriors():
 
 
 def test_balanced_weights_are_the_shares_of_the_other_class():
-    # What they do to the minimum is tested in objective_test.py.
+    # Their effect on the minimum is tested in objective_test.py.
     target = jnp.zeros((1, 1000)).at[:, :200].set(1.0)
     loss = losses.balanced_bce(jnp.zeros_like(target), target)
     np.testing.assert_allclose(loss[0, [0, -1]], np.log(2) * np.array([0.8, 0.2]), rtol=1e-6)
@@ -139,7 +139,7 @@ def test_bound_takes_any_grid_and_any_number_of_draws():
 
 
 def test_bound_counts_what_a_schedule_leaves_at_T():
-    # Unlike "linear", this one does not end in noise: z_T still knows z_0, and L_T says so.
+    # Unlike "linear", this schedule does not end in noise: z_T depends on z_0, so L_T is not 0.
     own = (1.0, 0.8, 0.5)
     total = chain.P_DATA @ bound(2, schedule=own)
     assert total > 6 * float(losses.end_kl(0.5)) / np.log(2) > 0.5

@@ -1,4 +1,4 @@
-"""The loss (13) of the whole prior: what it draws, its value at the start, where it is least."""
+"""The loss (13) of the whole prior: its noise, its value at the start, and its minimum."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ def entropy(p):
     return -(p * np.log(p) + (1 - p) * np.log(1 - p))
 
 
-# What is drawn
+# Noise
 
 
 @pytest.mark.parametrize("stratified", [False, True])
@@ -58,7 +58,7 @@ def test_stratified_times_have_one_in_each_part_and_a_less_noisy_mean():
     np.testing.assert_allclose(np.diff(strata), 4, atol=1e-4)
     plain = np.stack([draw(key, stratified=False) for key in keys])
     assert strata.mean(1).std() < 0.35 * plain.mean(1).std()
-    # And each of the batch's places has all times in turn.
+    # Each place of the batch gets all times.
     places = np.stack([draw(key, stratified=True) for key in keys])
     assert np.ptp(places, axis=0).max() > 3
 
@@ -67,7 +67,7 @@ def test_stratified_times_have_one_in_each_part_and_a_less_noisy_mean():
 
 
 def losses_at_start(n=4_000, **fields):
-    """The mean loss and its terms of an untrained prior on random codes, times in turn."""
+    """The mean loss and its terms, of an untrained prior on random codes, over all times."""
     prior = make_prior(**fields)
     params = prior.init(jax.random.key(0), jax.ShapeDtypeStruct((1,), jnp.int32))
     probs, label = jnp.full((n, *SHAPE), 0.5), jnp.zeros(n, jnp.int32)
@@ -77,8 +77,8 @@ def losses_at_start(n=4_000, **fields):
 
 def test_untrained_prior_with_evidence_has_the_entropy_of_the_noise(optimised):
     # The network starts at zero, so f = b_t: its BCE at t is the entropy of a B(b_t) flip. Random
-    # codes have nothing more to know, so L_vlb, whose terms telescope, is that of fair bits.
-    # In the tests XLA adds numbers one after the other, which costs the fifth digit.
+    # codes have no structure, so L_vlb, whose terms telescope, is that of fair bits.
+    # In tests XLA adds numbers sequentially, so the fifth digit is inexact.
     loss, metrics = losses_at_start(vlb_weight=0.5)
     np.testing.assert_allclose(metrics["residual"], entropy(B).mean(), atol=0.005)
     np.testing.assert_allclose(metrics["vlb"], np.log(2) / 8, atol=0.002)
@@ -131,11 +131,11 @@ def test_the_metric_of_an_image_is_its_flips_bce(target):
     assert set(got) == {"bce"}
 
 
-# With the truth in the network's place
+# With true conditionals in place of the network
 
 
 class TrueNetwork:
-    """Stands for a network whose output is the truth about chains, plus `params`."""
+    """A stand-in for a network, whose output is the truth about chains plus `params`."""
 
     def __init__(self, prior):
         self.prior = prior
@@ -192,7 +192,7 @@ def test_the_truth_is_the_minimum_of_every_loss(fields):
     loss = jax.jit(lambda shift: prior.loss(shift, bits, condition, noise))
     (best, metrics), (higher, _), (lower, _) = loss(0.0), loss(0.2), loss(-0.2)
     assert best < higher and best < lower
-    # A parabola with its bottom at the truth.
+    # A parabola with its minimum at the truth.
     np.testing.assert_allclose((higher - lower) / (higher + lower - 2 * best), 0, atol=0.15)
     prediction = objective.predict(prior, 0.0, bits, condition, noise)
     flipped = process.flip_target(prediction.z_t, prediction.z_0)
@@ -213,7 +213,7 @@ def test_the_truth_is_the_minimum_of_every_loss(fields):
 def test_the_sampler_works_with_every_target_and_pair(fields):
     prior = true_prior((1, 1, chain.BITS), num_timesteps=32, **fields)
     n = 10_000
-    # Steps of one and of many: the target z_s was learnt for s = t - 1 alone.
+    # Steps of length one and more: the target z_s is trained for s = t - 1 only.
     times = (32, 28, 24, 20, 16, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1, 0)
     codes = prior.sample(
         0.0,

@@ -1,4 +1,4 @@
-"""The prior's training step: what it draws from which key, its batch in parts, its codes."""
+"""The prior's training step: keys of its draws, parts of a batch, and codes."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from binlatent.priors.prior import Prior
 from binlatent.runtime import devices, machine
 from binlatent.training import state as state_lib
 
-# Draws. A run of an earlier version goes on as it began only if each comes from the same key.
+# Draws. Each must come from its key, so that runs of older checkpoints continue unchanged.
 
 
 @pytest.mark.parametrize("stratified", [False, True])
@@ -82,7 +82,7 @@ def test_label_dropout_is_per_sample_at_its_rate(tiny_experiment):
 
 @dataclasses.dataclass(frozen=True)
 class Recorder(Prior):
-    """A kind that learns nothing and reports what the step gives it."""
+    """A kind of prior that does not learn and reports the inputs of the step."""
 
     def draw_noise(self, keys, n):
         return jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys).T
@@ -146,7 +146,7 @@ def test_parts_of_a_batch_make_the_prior_the_same_update(tiny_experiment, num_de
         (2, 7, 128, 1),  # 7 is prime
         (2, 7, 1024, 7),
         (2, 1, 4096, 1),
-        (2, 8, 16, 1),  # too few for a second part
+        (2, 8, 16, 1),  # too few tokens for a second part
         (8, 128, 16, 1),  # 8 x 256 = all of them
         (1, 8, 256, 8),
     ],
@@ -219,7 +219,7 @@ def test_prior_trains_on_images_with_a_frozen_encoder(tiny_experiment):
 
     on_the_fly = loss(params, image=np.asarray(images))
     np.testing.assert_allclose(on_the_fly, loss(None, probs=probs), rtol=1e-5)
-    # Cached codes are bytes, in 255ths.
+    # Cached codes are bytes, in units of 1/255.
     cached = np.random.default_rng(0).integers(0, 256, probs.shape).astype(np.uint8)
     exact = loss(None, probs=cached.astype(np.float32) / np.float32(255))
     np.testing.assert_allclose(loss(None, probs=cached), exact, rtol=1e-5)

@@ -91,11 +91,11 @@ def test_flip_evidence_is_the_difference_of_the_pairs_logits():
         )
     b = (1 - KEEP[1:]) / 2
     np.testing.assert_allclose(process.flip_evidence(KEEP[1:]), logit(b), atol=1e-6)
-    assert process.flip_evidence(0.0) == 0  # t = T: z_T says nothing
+    assert process.flip_evidence(0.0) == 0  # t = T: z_T has no information
 
 
 def test_ancestral_sampling_with_the_truth_gives_the_data_marginals():
-    # The distribution itself, step by step through all 64 times; no sampling error.
+    # The exact distribution, step by step through all 64 times, without sampling error.
     keep = schedules.keep_schedule("linear", 64)
     p = np.full(64, 1 / 64)
     for t in range(64, 0, -1):
@@ -104,7 +104,7 @@ def test_ancestral_sampling_with_the_truth_gives_the_data_marginals():
         p = p @ chain.product_kernel(probs)
     np.testing.assert_allclose(p @ chain.STATES, chain.MARGINALS, atol=0.01)
     assert 0.5 * np.abs(p - chain.P_DATA).sum() < 0.03
-    # In one step bits are independent: the marginals are right, the rest is lost.
+    # In one step bits are independent: only the marginals are right.
     once = chain.product_kernel(chain.bits_given(0.0, 1.0)).mean(0)
     assert 0.5 * np.abs(once - chain.P_DATA).sum() > 0.2
 
@@ -118,10 +118,10 @@ def test_corrector_leaves_the_marginal_to_first_order():
         flips = np.asarray(process.corrector_flip_probs(balanced, k_t, size), np.float64)
         kernel = chain.product_kernel(np.abs(chain.STATES - flips))
         changes.append(np.abs(q @ kernel - q).sum())
-    # Second order: half the size, a quarter of the change.
+    # Second order: half the size gives a quarter of the change.
     np.testing.assert_allclose(changes[:-1], 4 * np.array(changes[1:]), rtol=0.2)
     assert changes[-1] < 0.05**2
-    # And it mends what is wrong: from uniform bits it comes nearer to q at every step.
+    # It corrects errors: from uniform bits each step comes nearer to q.
     p, distances = np.full(64, 1 / 64), []
     for _ in range(30):
         distances.append(np.abs(p - q).sum())
@@ -157,14 +157,14 @@ def test_targets_are_turned_into_each_other():
 
 
 def test_impossible_z_s_become_the_nearest_possible():
-    # Between q(z_s = 1 | z_t, z_0 = 0) and q(z_s = 1 | z_t, z_0 = 1) a mixture can lie, not beyond.
+    # A mixture is between q(z_s = 1 | z_t, z_0 = 0) and q(z_s = 1 | z_t, z_0 = 1).
     low, high = (float(process.posterior_probs(1.0, z_0, 0.5, 0.75)) for z_0 in (0.0, 1.0))
     wanted = jnp.array([low - 0.1, (low + high) / 2, high + 0.01])
     got = targets.flip_from_z_s(jnp.log(wanted / (1 - wanted)), jnp.ones(3), 0.5, 0.75)
     np.testing.assert_allclose(jax.nn.sigmoid(got), [1, 0.5, 0], atol=1e-5)
 
 
-# Numbers at the edges
+# Extreme values
 
 
 @pytest.mark.parametrize("name", schedules.NAMES)
@@ -237,7 +237,7 @@ def test_everything_is_finite_at_every_level_of_noise(dtype, k_t, k_s):
 
 
 def test_half_precision_inputs_are_computed_in_single():
-    # The values themselves are exact in bfloat16; so must the result be in float32.
+    # The inputs are exact in bfloat16, so the result must be exact in float32.
     half = process.posterior_probs(*(jnp.asarray(x, jnp.bfloat16) for x in (1, 0, 0.5, 0.75)))
     single = process.posterior_probs(*(jnp.asarray(x, jnp.float32) for x in (1, 0, 0.5, 0.75)))
     np.testing.assert_array_equal(half, single)

@@ -57,7 +57,7 @@ def test_ddim_keeps_bits_of_z_t_and_takes_the_others_from_z_0():
 
 
 def test_renoise_makes_bits_leave_and_ddim_makes_them_stay():
-    # From both values of z_0 the other way round would not keep q(z_s | z_0).
+    # The reversed formula would not preserve q(z_s | z_0) for both values of z_0.
     for z_0, (s, t) in itertools.product((0.0, 1.0), itertools.combinations(range(1, 8), 2)):
         stay = [step_probs(1.0, z_0, KEEP[t], KEEP[s], **options) for options in SAMPLERS]
         ancestral, little, much, part, whole = map(float, stay)
@@ -86,7 +86,7 @@ EQUAL = np.array([1, -1, -1, 1])
 def correlation(steps, last=1.0, **options):
     """E of (2 a - 1)(2 b - 1) at the schedule's value `last`, by the formulas, with the true p_0.
 
-    The steps are even in k, from 0; the distribution itself is followed, without sampling error.
+    Steps are evenly spaced in k, from 0; the distribution is exact, without sampling error.
     """
     k = np.linspace(0, last, steps + 1)
     noise = np.where(TWO[:, None] == TWO[None], 1 + k[:-1, None, None, None], 0)
@@ -102,7 +102,7 @@ def correlation(steps, last=1.0, **options):
 
 
 def closed_form(steps, last=1.0, renoise=0.0, ddim=0.0):
-    """The same by hand: given z_t, bits of z_s are independent, and each agrees with z_t's by m."""
+    """The same in closed form: given z_t, bits of z_s are independent; m is their agreement."""
 
     def agreement(k, c, v):  # E[z_0 z_t] as signs, of bits with correlation c where z_t's is v
         return k * (1 + c * v) / (1 + c * v * k**2)
@@ -127,7 +127,7 @@ def test_two_bits_have_the_correlation_of_the_closed_form(options):
         np.testing.assert_allclose(
             correlation(steps, **options), closed_form(steps, **options), atol=1e-5
         )
-    # In one step, from noise, the bits are independent, whatever the sampler.
+    # In one step from noise the bits are independent for any sampler.
     np.testing.assert_allclose(closed_form(1, **options), 0, atol=1e-12)
 
 
@@ -144,7 +144,7 @@ def test_ddim_converges_with_the_number_of_steps_as_ancestral_sampling(ddim):
 
 
 def test_renoise_has_an_error_of_its_own_on_the_way():
-    # At k = 3/4 more steps do not mend it: it is r times a constant.
+    # At k = 3/4 more steps do not reduce it: it is r times a constant.
     (ancestral,) = errors((1024,), 0.75)
     found = [errors((256, 1024), 0.75, renoise=r) for r in (0.05, 0.1, 0.2)]
     few, many = np.array(found).T
@@ -154,7 +154,7 @@ def test_renoise_has_an_error_of_its_own_on_the_way():
 
 
 def test_renoise_converges_slowly_at_the_end():
-    # Near t = 0 little is drawn anew. What is left falls as the root of r over the steps.
+    # Near t = 0 few bits are redrawn. The rest falls as the square root of r / steps.
     few, many = np.array([errors((256, 1024), renoise=r) for r in (0.1, 0.4)]).T
     np.testing.assert_allclose(few / many, 2, rtol=0.2)
     np.testing.assert_allclose(many[1] / many[0], 2, rtol=0.1)
@@ -206,7 +206,7 @@ def test_every_bit_is_drawn_by_the_definition_with_both_pairs(options, pair):
         sure = np.abs(uniform - probs) > 1e-5  # rounding
         drawn = np.asarray(passed.z_t[i + 1]).reshape(-1, 6)
         np.testing.assert_array_equal(drawn[sure], (uniform < probs)[sure])
-        # What is shown as predicted is what ancestral sampling would show.
+        # The predictions shown are those of ancestral sampling.
         z_0 = by_definition(passed.z_t[i], i / 8, 1.0)
         np.testing.assert_allclose(passed.p_0[i].reshape(-1, 6), z_0, atol=1e-5)
     np.testing.assert_array_equal(codes, passed.z_t[-1])
@@ -244,7 +244,7 @@ def test_bits_of_a_sure_prediction_are_as_noisy_as_they_should_be(options):
     ones = np.mean(passed.z_t, axis=(1, 2, 3, 4))
     np.testing.assert_allclose(ones, [0.5, 0.625, 0.75, 0.875, 1], atol=0.012)
     lost = np.mean(passed.z_t[1:-1] < passed.z_t[:-2])
-    # By ddim no bit leaves what is sure; drawn anew, it does.
+    # With ddim no bit changes once it is certain; with renoise bits do.
     assert lost == 0 if "ddim" in options else lost > 0.05
 
 

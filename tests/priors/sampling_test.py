@@ -49,7 +49,7 @@ def distance(codes):
 @pytest.mark.parametrize("threshold_last", [False, True])
 def test_ancestral_sampling_with_the_true_denoiser_gives_the_data_distribution(threshold_last):
     codes, _ = sample(true_denoise, 20_000, 64, threshold_last=threshold_last)
-    # To four standard errors.
+    # Within four standard errors.
     np.testing.assert_allclose(np.mean(codes, axis=(0, 1, 2)), chain.MARGINALS, atol=0.015)
     assert distance(codes) < 0.06
 
@@ -60,11 +60,11 @@ def test_both_pairs_draw_the_same_codes_from_the_same_network():
 
     mixture, _ = sample(true_denoise, 1_000, 16)
     plugin, _ = sample(without_evidence, 1_000, 16, pair="balanced_plugin")
-    assert np.mean(mixture != plugin) < 1e-3  # but for rounding
+    assert np.mean(mixture != plugin) < 1e-3  # up to rounding
 
 
 def test_corrector_makes_up_for_too_few_steps():
-    # Few and long, but for the last, after which nothing is corrected.
+    # Few long steps; there is no corrector after the last.
     draw = functools.partial(
         sample, true_denoise, 20_000, 0, times=np.array([64, 48, 32, 16, 8, 2, 0], np.float32)
     )
@@ -121,11 +121,11 @@ def test_reference_trajectories_are_reproduced_bit_for_bit(name):
         threshold_last=True,
         known=known,
     )
-    # Bit for bit; with other rounding a draw with |u - p| < 1e-5 might fall to the other side.
+    # Identical, except that with other rounding a draw with |u - p| < 1e-5 could differ.
     np.testing.assert_array_equal(final, golden["final"].reshape(n, *shape))
 
 
-# Noise and what is returned
+# Noise and results
 
 
 def test_a_sample_depends_on_its_own_key_alone():
@@ -175,7 +175,7 @@ def test_trajectory_starts_uniform_ends_in_the_codes_and_has_the_predictions():
 
 
 def test_one_step_draws_each_bit_from_the_prediction():
-    # A denoiser that is sure that every flip leads to the code of ones.
+    # A denoiser that is certain of the code of ones.
     codes, passed = sample(lambda z_t, t, w: 20 * (1 - 2 * z_t), 8, 1)
     assert np.all(np.asarray(codes) == 1)
     assert passed.z_t.shape == (2, 8, 1, 1, 6)
@@ -183,7 +183,7 @@ def test_one_step_draws_each_bit_from_the_prediction():
 
 def test_threshold_takes_the_likelier_bit_at_the_last_step():
     codes, passed = sample(lambda z_t, t, w: jnp.full_like(z_t, -0.1), 100, 1, threshold_last=True)
-    np.testing.assert_array_equal(codes, passed.z_t[0])  # a flip is the less likely
+    np.testing.assert_array_equal(codes, passed.z_t[0])  # a flip is less likely
 
 
 def test_start_probs_are_where_the_bits_come_from():
@@ -235,8 +235,8 @@ def test_completions_follow_the_known_bits(optimised, noised, correctors, share)
         true_denoise, n, 64, known=known, corrector_steps=correctors, corrector_size=0.1
     )
     error = np.abs(np.mean(codes, axis=(0, 1, 2)) - conditional)[3:]
-    # Neither is exact: kept bits are taken for noisy ones, noised ones forget. Correctors mend
-    # most of it. In shares of the error of completions that ignore what is known:
+    # Neither is exact: kept bits are treated as noisy, noised bits lose information. Correctors fix
+    # most of it. Relative to the error of completions that ignore the known bits:
     far = np.abs(chain.MARGINALS - conditional)[3:]
     assert np.all(error < share * far), error / far
 

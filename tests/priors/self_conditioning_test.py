@@ -64,7 +64,7 @@ def test_an_estimate_of_one_half_is_none():
     none = apply(params, z_t, time, label)
     half = apply(params, z_t, time, label, None, jnp.full_like(z_t, 0.5))
     np.testing.assert_array_equal(none, half)
-    # A network without it that sees a code of 2 c bits, of which the head tells the first c.
+    # A network without self-conditioning on 2 c bits, whose head predicts the first c.
     estimate = jax.random.uniform(jax.random.key(3), z_t.shape)
     wide = dict(params["params"])
     both = wide["tok_emb"]["kernel"], wide.pop("estimate_emb")["kernel"]
@@ -90,7 +90,7 @@ def test_half_of_a_batch_gets_an_estimate_and_times_are_spread_over_either_half(
     times = np.sort(noise.t)
     np.testing.assert_allclose(np.diff(times), T / n, rtol=1e-4)
     for half in (noise.estimated, ~noise.estimated):
-        # Every second of the times, but for where they start anew.
+        # Every second time, except where the times wrap around.
         places = np.flatnonzero(np.isin(times, noise.t[half]))
         assert np.sum(np.diff(places) != 2) <= 1
 
@@ -123,7 +123,7 @@ def test_the_loss_has_estimates_of_a_first_call_without_their_gradient():
     np.testing.assert_allclose(got, loss, rtol=1e-5)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), gradient, wanted)
     assert np.abs(gradient["params"]["estimate_emb"]["kernel"]).max() > 1e-4
-    # The number of test images has estimates of all.
+    # For the metric of test images, all have estimates.
     bce = jax.jit(prior.image_metrics)(params, z_0, condition, noise)["bce"]
     estimate = jnp.where(z_t == 1, 1 - flip, flip)
     wanted = optax.sigmoid_binary_cross_entropy(flip_logit(params, estimate), abs(z_t - z_0))
@@ -143,7 +143,7 @@ def test_parts_of_a_batch_make_the_same_update(tiny_experiment):
 
 
 class Counted:
-    """Knows the truth about chains, and what it makes of an estimate; counts its calls."""
+    """The truth about chains combined with an estimate; counts its calls."""
 
     def __init__(self, answer=lambda truth, estimate: truth):
         self.answer, self.calls = answer, {"labelled": 0, "unlabelled": 0}
@@ -162,7 +162,7 @@ class Counted:
         if estimate is not None:
             safe = jnp.clip(estimate, 1e-6, 1 - 1e-6)
             odds = self.answer(odds, jnp.log(safe) - jnp.log1p(-safe))
-        # Without its label an image has other odds, so that guidance does something.
+        # Without a label the odds differ, so that guidance has an effect.
         return odds + (0.5 if label is None else 0.0)
 
     def round_weights(self, params):
@@ -197,7 +197,7 @@ def test_sampling_takes_no_more_calls_and_each_gets_the_estimate_before(options,
     np.testing.assert_array_equal(network.estimates[0], np.full((5, 1, 1, 6), 0.5))
     if settings.corrector_steps:
         return
-    # The prediction that the bits were drawn from, for both calls of a guided step.
+    # Both calls of a guided step get the prediction from which the bits were drawn.
     a_step = 2 if settings.guidance else 1
     for i in range(3):
         for estimate in network.estimates[a_step * (i + 1) : a_step * (i + 2)]:
@@ -238,7 +238,7 @@ def bound(network, steps, n):
 
 @pytest.mark.parametrize("steps", [1, 4, 16])
 def test_the_bound_is_one_as_its_estimate_knows_z_t_alone(steps):
-    # The first call tells the truth, of which the second takes half from the estimate.
+    # The first call returns the truth; the second takes half of it from the estimate.
     network = Counted(lambda truth, estimate: (truth + estimate) / 2)
     expected = chain.expected_bound(np.linspace(1, 0, steps + 1))
     found = bound(network, steps, 6_000)
@@ -248,7 +248,7 @@ def test_the_bound_is_one_as_its_estimate_knows_z_t_alone(steps):
 
 
 def test_what_makes_too_much_of_its_estimates_has_a_bound_above_the_entropy():
-    # Estimates of another z_t of the same code would bring this one below it.
+    # Estimates from another z_t of the same code would give a value below the bound.
     network = Counted(lambda truth, estimate: truth + estimate)
     assert bound(network, 64, 1_000) > chain.ENTROPY_BITS + 0.3
 

@@ -134,7 +134,7 @@ def test_padding_changes_neither_the_loss_nor_its_gradient(kind):
     for x, y in zip(*map(jax.tree.leaves, (gradient, gradient_padded)), strict=True):
         assert np.all(np.isfinite(x))
         np.testing.assert_allclose(y, x, atol=1e-6)
-    # Rows that are not quite zeros are tokens, and count.
+    # Rows that are nearly zero are tokens.
     (wrong, _), _ = loss(params, np.where(padded == 0, 1e-3, padded))
     assert abs(wrong - one) > 1e-4
 
@@ -186,7 +186,7 @@ def test_a_batch_gives_labels_that_are_neither_dropped_nor_no_text():
 
 
 def first_draws(kind, prior, params, condition, keys, w):
-    """Returns what the sampler draws first, of an autoregressive prior all that it draws.
+    """Returns the first draws of the sampler; for an autoregressive prior, all draws.
 
     Returns:
       The codes and times that the network gets; the uniforms of the draws, and the bits drawn. Of
@@ -250,7 +250,7 @@ def test_guidance_goes_against_a_label(kind, condition):
         assert np.mean(sure) > 0.9
 
     def changes(w):
-        """Tells which images another label to go against changes."""
+        """Returns which images change with another negative label."""
         settings = prior.check_settings(prior.Settings(guidance=w, **STEPS[kind]))
         conditions = Condition(label, None, against), Condition(label)
         pairs = (prior.sample(params, keys, each, settings) for each in conditions)
@@ -289,7 +289,7 @@ def test_four_devices_draw_the_same_samples(kind):
     np.testing.assert_array_equal(on_four, alone)
 
 
-# What callers give
+# Arguments of callers
 
 
 def test_texts_of_several_lengths_are_padded():

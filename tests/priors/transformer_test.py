@@ -1,4 +1,4 @@
-"""The transformer agrees with the authors'; its invariances and precision."""
+"""The transformer agrees with the authors' network; its invariances and precision."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def make_transformer(condition):
 
 
 def with_random_head(params, seed=0):
-    """The head starts at zero; gives it values, so that the output says something."""
+    """Gives the head, which starts at zero, random values."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
@@ -124,7 +124,7 @@ def test_rounded_weights_give_the_same_logits_in_bfloat16(made):
     blocks = rounded["params"]["blocks_0"]
     assert blocks["mlp_0"]["kernel"].dtype == blocks["attn"]["qkv"]["kernel"].dtype == jnp.bfloat16
     assert blocks["ln1"]["scale"].dtype == rounded["params"]["head"]["kernel"].dtype == jnp.float32
-    # In float32 nothing is to be done.
+    # In float32 nothing changes.
     assert all(
         jax.tree.leaves(jax.tree.map(lambda x, y: x is y, params, model.round_weights(params)))
     )

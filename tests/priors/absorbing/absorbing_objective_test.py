@@ -1,4 +1,4 @@
-"""What is hidden when, and the loss: its weights against the bound as it is defined."""
+"""Which units are hidden when, and the loss, whose weights are checked against the bound."""
 
 import chain
 import jax
@@ -18,7 +18,7 @@ SCHEDULES = (*schedules.NAMES, (1.0, 0.7, 0.2, 0.0))
 U = 6
 
 
-# What is hidden
+# Hidden units
 
 
 @pytest.mark.parametrize("unit, g", [("token", 12), ("bit", 1), (3, 3), ("4", 4), (12, 12)])
@@ -62,7 +62,7 @@ def test_each_call_reveals_at_least_one_unit_and_follows_the_schedule(schedule, 
         counts = process.hidden_counts(schedule, num_units, steps)
         assert counts[0] == num_units and counts[-1] == 0 and len(counts) == steps + 1
         assert np.all(np.diff(counts) <= -1)
-        if num_units / steps > 30:  # roundings apart
+        if num_units / steps > 30:  # up to rounding
             share = 1 - schedules.keep_at(schedule, np.linspace(1, 0, steps + 1))
             np.testing.assert_allclose(counts / num_units, share, atol=1 / num_units)
     np.testing.assert_array_equal(process.hidden_counts("linear", 8, 4), [8, 6, 4, 2, 0])
@@ -115,7 +115,7 @@ def test_the_weights_make_the_mean_the_bound_in_continuous_time(schedule):
     def integrand(u):
         keep = float(schedules.keep_at(schedule, np.float64(u)))
         slope = np.diff(schedules.keep_at(schedule, np.array([u - 1e-6, u + 1e-6])))[0] / 2e-6
-        masks = stats.binom.pmf(np.arange(U + 1), U, 1 - keep)  # each unit tossed by itself
+        masks = stats.binom.pmf(np.arange(U + 1), U, 1 - keep)  # each unit drawn independently
         return -slope / (1 - keep) * (masks @ nats)
 
     kinks = [1 / 3, 2 / 3] if isinstance(schedule, tuple) else None
@@ -132,7 +132,7 @@ def test_the_weights_make_the_mean_the_bound_in_continuous_time(schedule):
 def test_the_mean_loss_is_the_bound_of_one_unit_a_call(schedule, unit, g):
     prior = make_prior(unit=unit, schedule=schedule)
     num = 6 // g
-    # All sets of hidden units, by brute force; of a size they are equally likely.
+    # All sets of hidden units, by brute force; sets of one size are equally likely.
     expected, losses = np.zeros(64), np.zeros(64)
     times = process.times_of_counts(schedule, num)
     codes = jnp.asarray(chain.STATES, jnp.float32).reshape(64, 1, 1, 6)
@@ -152,7 +152,7 @@ def test_the_mean_loss_is_the_bound_of_one_unit_a_call(schedule, unit, g):
         )
         losses += share * (times[m] - times[m - 1]) * np.asarray(loss(noise), np.float64)
     np.testing.assert_allclose(losses * 6, expected, rtol=1e-5)
-    if g == 1:  # the truth, a bit at a time, is the entropy
+    if g == 1:  # for the truth, the sum over bits is the entropy
         length = chain.P_DATA @ losses * 6 / np.log(2)
         np.testing.assert_allclose(length, chain.ENTROPY_BITS, rtol=1e-5)
 
@@ -173,7 +173,7 @@ def test_falling_weights_are_one_less_the_time():
     expected = np.mean((1 - u) * np.ceil(16 * u) / 16 * np.log(2))
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert metrics["loss"] == loss and 0.3 < metrics["accuracy"] < 0.7
-    # And the bound of a network that knows nothing is one bit a bit, for each image.
+    # A network without information has a bound of one bit per bit, for each image.
     bce = jax.jit(prior.image_metrics)({}, bits, condition, noise)["bce"]
     np.testing.assert_allclose(bce, np.log(2), rtol=1e-5)
 
@@ -201,7 +201,7 @@ def test_gradients_are_finite_in_bfloat16():
     def gradients():
         params = jax.tree.map(lambda x: x + 0.1, prior.init(jax.random.key(0), None))
         bits, _, noise = draw_batch(prior, jax.random.key(1), jnp.full((8, 4, 4, 8), 0.5), None)
-        u = jnp.array([1e-30, 1e-6, 0.01, 0.5, 0.9, 0.99, 1 - 1e-7, 1.0])  # the ends of time too
+        u = jnp.array([1e-30, 1e-6, 0.01, 0.5, 0.9, 0.99, 1 - 1e-7, 1.0])  # with both ends
         return jax.grad(prior.loss, has_aux=True)(params, bits, None, noise._replace(u=u))[0]
 
     found = gradients()

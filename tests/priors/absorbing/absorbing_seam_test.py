@@ -1,4 +1,4 @@
-"""The absorbing diffusion behind the seam: commands, figures and the benchmark know no kind."""
+"""The absorbing diffusion by the common interface: commands, figures and the benchmark."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def flags(digits_dir):
 
 @pytest.fixture(scope="module")
 def workdir(flags, trained_workdir, tmp_path_factory):
-    """What `--mode=all` makes of such a prior and an autoencoder that is there."""
+    """The output of `--mode=all` with an absorbing prior and an existing autoencoder."""
     workdir = tmp_path_factory.mktemp("absorbing")
     shutil.copytree(trained_workdir / "autoencoder", workdir / "autoencoder")
     assert call_main(*flags, f"--workdir={workdir}") == 0
@@ -56,7 +56,7 @@ def test_the_main_job_trains_evaluates_and_draws_all_pictures(workdir):
     assert [line["step"] for line in written if "loss" in line] == [2, 4, 6]
     assert "accuracy" in written[0] and "bce" in written[-1]
     report = json.loads((workdir / "report.json").read_text())
-    # Hardly trained, it takes bits for fair; both are estimates of one bound.
+    # After few steps bits are nearly fair; both numbers estimate the same bound.
     assert report["prior"]["bits_per_dim"] == pytest.approx(1, abs=0.05)
     assert report["prior"]["bce"] == pytest.approx(np.log(2), abs=0.03)
     assert report["samples"]["steps"] == 4

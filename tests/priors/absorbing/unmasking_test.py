@@ -100,14 +100,14 @@ def test_the_bias_of_the_order_by_confidence():
             distance(sampled(counts, 1, s), chain.P_DATA) for s in (None, certainty, likelihood)
         ]
 
-    # Which bit is the surest hangs on the visible bits alone, so that one a call stays exact; what
-    # was drawn, and then kept if it is likely, does not.
+    # The most certain bit depends only on the visible bits, so one bit per call stays exact. A
+    # choice that depends on the drawn bits is not exact.
     np.testing.assert_allclose(biases(6), [0, 0, 0.538], atol=1e-3)
     np.testing.assert_allclose(biases(3), [0.139, 0.174, 0.485], atol=1e-3)
 
 
 def test_a_hot_order_is_a_random_one_and_it_cools():
-    # So much noise that the score is lost in it, but for the last call, which keeps what is left.
+    # With much noise the score does not matter; the last call keeps all that is left.
     expected = sampled([6, 4, 2, 0], 1)
     settings = dict(order="confidence", score="likelihood", order_temperature=1e6)
     check_drawn(draw(BITS, 3, **settings), expected)
@@ -141,9 +141,9 @@ def test_scores_are_those_of_the_definition():
 @pytest.mark.parametrize(
     "second, third",
     [
-        # The second call draws 2 to 5 surely, so that what the first kept is hidden again.
+        # The second call is certain of 2 to 5, so the units that the first kept are hidden again.
         ([0, 0, 9, 8, 7, 6], {0, 1, 5}),
-        # Or no surer than before: of what it drew, 2 is the surest, and the first two stay.
+        # Or it is no more certain than before: 2 is the most certain, and the first two stay.
         ([0, 0, 0.3, 0.2, 0.1, 0], {3, 4, 5}),
     ],
 )
@@ -151,7 +151,7 @@ def test_revision_hides_again_what_was_least_sure_when_it_was_drawn(second, thir
     def hidden_at_each_call(revise):
         outputs = jnp.array([[0.5, 0.4, 0.3, 0.2, 0.1, 0.0], second, [0.0] * 6])
 
-        def predict(z, hidden, w):  # its guidance says which call it is
+        def predict(z, hidden, w):  # its guidance is the index of the call
             return outputs[w][None, None, None]
 
         unmask = functools.partial(
@@ -189,7 +189,7 @@ def test_bit_by_bit_completions_follow_the_conditional_exactly(mask):
     code = np.array([1, 0, 0, 1, 0, 1])
     match = (code == chain.STATES)[:, np.array(mask, bool)].all(axis=1)
     conditional = np.where(match, chain.P_DATA, 0) / chain.P_DATA[match].sum()
-    # What is not known is not looked at.
+    # Unknown bits are ignored.
     codes = draw(BITS, 6, known=known_of(mask, np.where(mask, code, 7.0)))
     check_drawn(codes, conditional)
 
@@ -247,7 +247,7 @@ def test_variations_hide_and_redraw_a_share_of_the_units():
         match = (chain.STATES == [1, 0, 1, 0, 0, 1])[:, np.array(visible)].all(axis=1)
         expected += np.where(match, chain.P_DATA, 0) / chain.P_DATA[match].sum() / 20
     check_drawn(found, expected)
-    # Of everything, anew.
+    # All units are drawn again.
     check_drawn(BITS.vary({}, keys, None, settings, bits, 1.0), chain.P_DATA)
 
 
@@ -278,7 +278,7 @@ def test_the_trajectory_starts_hidden_and_ends_in_the_codes():
 
 
 class Labelled(TrueNetwork):
-    """Likes ones with a label, zeros without."""
+    """Prefers ones with a label, zeros without."""
 
     def apply(self, params, z, time, label=None, given=None):
         return jnp.full(z.shape, -0.5 if label is None else 1.0)
@@ -360,7 +360,7 @@ def test_settings_that_make_no_sense_are_refused(fields, message):
 
 
 def bound(counts, *, g=1, any_order=False):
-    """The bound of each code with all orders of its units, which no noise is left in."""
+    """The bound of each code over all orders of its units, without noise."""
     orders = np.array(list(itertools.permutations(range(6 // g))), np.float32) / 6
     codes = jnp.asarray(np.repeat(chain.STATES, len(orders), axis=0), jnp.float32)
     uniforms = np.tile(np.pad(orders, ((0, 0), (0, 6 - 6 // g))), (64, 1))
@@ -418,7 +418,7 @@ def test_any_order_takes_one_of_a_run_of_calls_and_is_right_on_average():
     error = np.asarray(found, np.float64) + np.log2(chain.P_DATA)[index]
     assert np.std(error) > 0.3  # of three calls in place of six
     assert abs(np.mean(error)) < 4 * np.std(error) / n**0.5
-    # The prior's own, without settings, is from all six; draws of noise make it surer.
+    # Without settings the bound is of all six; more draws of noise reduce its variance.
     whole = BITS.code_lengths({}, keys, None, codes, None, 1)
     twice = BITS.code_lengths({}, keys, None, codes, None, 4)
     errors = [np.asarray(x, np.float64) + np.log2(chain.P_DATA)[index] for x in (whole, twice)]
@@ -444,8 +444,8 @@ def test_many_units_take_64_calls():
     keys = jax.random.split(jax.random.key(0), 3)
     lengths = prior.code_lengths({}, keys, None, jnp.ones((3, *shape)), None, 1)
     jax.effects_barrier()
-    np.testing.assert_allclose(lengths, 512, rtol=1e-5)  # bits of which nothing is known
+    np.testing.assert_allclose(lengths, 512, rtol=1e-5)  # fair bits
     hidden = np.sort(np.rint(np.stack(calls) * 512), axis=0)
-    assert len(hidden) == 64  # one of every eight counts, not the same for all images
+    assert len(hidden) == 64  # one of every eight calls, different for each image
     np.testing.assert_array_equal((hidden - 1) // 8, np.tile(np.arange(64)[:, None], 3))
     assert np.any(hidden[:, 0] != hidden[:, 1])

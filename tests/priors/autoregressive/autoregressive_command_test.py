@@ -1,4 +1,4 @@
-"""The commands with an autoregressive prior: all work, or say why not."""
+"""The commands with an autoregressive prior: each works, or its error explains why not."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def flags(digits_dir):
 
 @pytest.fixture(scope="module")
 def workdir(flags, untrained_workdir, tmp_path_factory):
-    """Six steps, of which the last two by a command of their own, on an untrained autoencoder."""
+    """Six steps on an untrained autoencoder, the last two by a second command."""
     workdir = tmp_path_factory.mktemp("autoregressive")
     shutil.copytree(untrained_workdir / "autoencoder", workdir / "autoencoder")
     asked = (*flags, f"--workdir={workdir}", "--mode=train_prior")
@@ -78,7 +78,7 @@ def test_evaluation_says_that_the_length_is_exact(workdir, pipeline):
     (path,) = (workdir / "evaluation").glob("*.json")
     result = json.loads(path.read_text())
     assert "codes drawn, exact," in result["protocol"]["test images"]["bound"]
-    # The same, but for other draws of the codes.
+    # Equal up to other draws of the codes.
     nats = result["metrics"]["bits_per_dim"] * np.log(2)
     assert result["metrics"]["bce"] == pytest.approx(nats, rel=0.02)
 

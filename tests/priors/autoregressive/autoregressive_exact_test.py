@@ -1,4 +1,4 @@
-"""Exactness: the true conditionals of the chain in the network's place, and sums over all codes."""
+"""Exactness, with true conditionals of the chain in place of a network; sums over all codes."""
 
 import functools
 
@@ -29,10 +29,10 @@ def probability(start, state, span, values):
 
 
 class TrueNetwork:
-    """Stands for a network whose logits are the truth about the chain, `scale` times.
+    """A stand-in for a network, with the true logits of the chain times `scale`.
 
-    What it gives the head for a token is the code as far as it is known, and the token's place.
-    Without its label an image is of fair coins.
+    The head's input is the known part of the code, and the place of the token.
+    Without a label, bits are fair.
     """
 
     def __init__(self, code_shape, head):
@@ -101,7 +101,7 @@ def true_prior(shape, head, group=1):
     return AutoregressivePrior(shape, network, head, group)
 
 
-# A bit a token; two; three, the last group smaller; one token of all, in groups of 4 and 2.
+# Tokens of 1, 2 and 3 bits, the last with a smaller group; one token in groups of 4 and 2.
 EXACT = [
     ((2, 3, 1), "independent", 1),
     ((3, 2, 1), "joint", 8),
@@ -127,9 +127,9 @@ def sample(prior, settings=None, known=None, condition=None, params=None, n=N):
 
 
 def distance(codes, p):
-    """By how many standard errors the total variation from p is off its mean, if p is the truth.
+    """The deviation of the total variation from its mean under p, in standard errors.
 
-    That is half of the sum of 64 absolute deviations, each of which is nearly normal.
+    It is half of the sum of 64 absolute deviations, each nearly normal.
     """
     counts = np.bincount((codes.reshape(-1, chain.BITS) @ PLACES).astype(int), minlength=64)
     found = 0.5 * np.abs(counts / len(codes) - p).sum()
@@ -172,7 +172,7 @@ def test_independent_bits_of_a_token_lose_what_they_say_of_one_another(shape):
 
 
 def test_the_temperature_divides_logits_of_bits_and_of_values_of_groups():
-    # Of one token in one group it is that of the whole distribution; of bits, of each conditional.
+    # With one token in one group it acts on the whole distribution; with bits, on each conditional.
     tau = 0.5
     joint = sample(true_prior((1, 1, 6), "joint", 6), AutoregressiveSettings(temperature=tau))
     p = chain.P_DATA ** (1 / tau)
@@ -220,7 +220,7 @@ def test_a_completion_follows_the_data_given_the_prefix(shape, head, group):
 def test_a_completion_of_a_samples_own_prefix_is_the_sample():
     prior, n = true_prior((1, 3, 2), "joint", 2), 64
     codes = sample(prior, n=n)
-    # Every length of a prefix, another for each sample.
+    # All lengths of a prefix, one per sample.
     mask = np.arange(3)[None] < np.arange(n)[:, None] % 4
     mask = np.repeat(mask, 2, axis=1).reshape(codes.shape)
     known = Known(jnp.asarray(np.where(mask, codes, 1 - codes)), jnp.asarray(mask))
@@ -239,7 +239,7 @@ def test_a_mask_that_is_no_prefix_is_refused(tokens):
         prior.check_known(mask)
 
 
-# Every network is a distribution
+# Any network gives a distribution
 
 
 def random_prior(shape, head, group, condition="none"):

@@ -1,4 +1,4 @@
-"""The causal network: what it sees, its cache, its precision, its updates on devices."""
+"""The causal network: causality, cache, precision, and updates on several devices."""
 
 import functools
 
@@ -50,7 +50,7 @@ def logits(network, params, bits, label=None, given=None):
 
 @functools.partial(jax.jit, static_argnames="network")
 def cached_logits(network, params, bits, label=None, given=None):
-    """The same, a token at a time and a group at a time."""
+    """The same logits, computed token by token and group by group."""
     n, (h, w, c), groups = len(bits), SHAPE, network.head.num_groups
     tokens = bits.reshape(n, h * w, c)
 
@@ -87,7 +87,7 @@ def test_a_token_sees_all_earlier_ones_and_no_later_one(head):
         change = np.abs(np.asarray(logits(network, params, other, LABELS["class"]) - base))
         change = change.max(axis=(0, 3))  # (l, G)
         assert np.all(change[:place] == 0) and np.all(change[place + 1 :] > 1e-4)
-        # Of its own bits each group sees those before it; independent ones see none.
+        # A group sees the groups before it in its token; independent bits see none.
         assert np.all(change[place, :1] == 0) and np.all(change[place, 1:] > 1e-4)
 
 
@@ -118,7 +118,7 @@ def test_cached_logits_are_those_of_one_pass(condition, head, num_layers):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     if label is None:
         return
-    # An image without its label is as one of a batch without labels, the others see theirs.
+    # An image without a label equals one in a batch without labels; the others see theirs.
     without = logits(network, params, BITS)
     np.testing.assert_allclose(expected[1], without[1], atol=1e-5)
     assert np.all(np.abs(np.asarray(expected - without))[[0, 2, 3]].max(axis=(2, 3)) > 1e-4)
@@ -148,7 +148,7 @@ def test_gradients_are_finite_in_bfloat16_and_none_is_zero():
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_a_sample_takes_the_products_of_one_pass_a_network(guidance):
-    # Counted where they are: in the loop over tokens, all rows of one token; before it, the text.
+    # In the loop over tokens, rows of one token are counted; before it, those of the text.
     network, params = make_network("text_cross")
     prior = AutoregressivePrior(SHAPE, network, "joint", 2)
     keys, label = jax.random.split(jax.random.key(0), N), LABELS["text_cross"]
@@ -158,7 +158,7 @@ def test_a_sample_takes_the_products_of_one_pass_a_network(guidance):
     assert calls == (1, int(guidance > 0))
     rows = products(program(label).jaxpr)
     one_pass = products(jax.make_jaxpr(lambda: logits(network, params, BITS, label))().jaxpr)
-    # But for the first token, which has none before it to embed, and a text's query of zeros.
+    # Except for the first token, which embeds no token, and a text's query of zeros.
     extra = N * 5 * 16 + N * (16 * 16 * 2 + 2 * 3 * 16)
     assert rows == sum(calls) * (one_pass + extra)
 
