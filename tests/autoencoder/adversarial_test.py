@@ -20,13 +20,13 @@ def random_images(n, height=8, width=8, channels=3):
 # Losses
 
 
-def test_hinge_losses_are_those_worked_out_by_hand():
+def test_hinge_losses_computed_by_hand():
     real = jnp.array([[3.0, 1.0], [0.5, -1.0]])  # 0, 0, 0.5, 2
     fake = jnp.array([[-3.0, -1.0], [0.5, 1.0]])  # 0, 0, 1.5, 2
     loss = adversarial.hinge_discriminator_loss(real, fake)
     np.testing.assert_allclose(loss, 0.5 * (2.5 / 4 + 3.5 / 4), rtol=1e-6)
     np.testing.assert_allclose(adversarial.generator_loss(fake), 2.5 / 4, rtol=1e-6)
-    # A map of another size counts as much.
+    # The size of the map does not matter.
     np.testing.assert_allclose(
         adversarial.hinge_discriminator_loss(real, fake[:1]), 0.5 * 2.5 / 4, rtol=1e-6
     )
@@ -61,12 +61,12 @@ def test_adaptive_weight_passes_no_gradient_on():
     np.testing.assert_array_equal(gradient, np.zeros((2, 2, 2)))
 
 
-def test_r1_of_quadratic_logits_is_that_of_the_closed_form():
+def test_r1_of_quadratic_logits_equals_the_closed_form():
     images = random_images(5, 4, 3, 2)
     weights = jax.random.normal(jax.random.key(1), (1, 4, 3, 1))
 
     def penalty(a):
-        # A logit a pixel; their mean's gradient at x is 2 a w x / 12.
+        # One logit per pixel; the gradient of their mean at x is 2 a w x / 12.
         return adversarial.r1_penalty(
             lambda x: a * jnp.sum(weights * x**2, axis=-1, keepdims=True), images
         )
@@ -92,7 +92,7 @@ def test_colours_are_drawn_uniformly_within_their_ranges():
     unit = (draws()["colour"] - low) / (high - low)
     assert unit.shape == (20_000, 3)
     assert np.all((unit >= 0) & (unit <= 1))
-    # Six standard errors: of a uniform variable's tenths, and of correlations between columns.
+    # Six standard errors, of the deciles of a uniform variable and of correlations.
     shares = np.apply_along_axis(lambda u: np.histogram(u, 10, (0, 1))[0], 0, unit) / 20_000
     np.testing.assert_allclose(shares, 0.1, atol=6 * np.sqrt(0.09 / 20_000))
     np.testing.assert_allclose(np.corrcoef(unit.T), np.eye(3), atol=6 / np.sqrt(20_000))
@@ -100,17 +100,17 @@ def test_colours_are_drawn_uniformly_within_their_ranges():
 
 def test_shifts_are_drawn_uniformly_within_an_eighth_of_the_sides():
     shifts = draws()["translation"]
-    # int(28 / 8 + 0.5) = 4 and int(16 / 8 + 0.5) = 2 each way, and every pair as likely.
+    # int(28 / 8 + 0.5) = 4 and int(16 / 8 + 0.5) = 2; all pairs have equal probability.
     pairs, counts = np.unique(shifts, axis=0, return_counts=True)
     assert pairs.tolist() == [[i, j] for i in range(-4, 5) for j in range(-2, 3)]
     p = 1 / 45
     np.testing.assert_allclose(counts / 20_000, p, atol=6 * np.sqrt(p * (1 - p) / 20_000))
 
 
-def test_only_what_is_asked_for_is_drawn():
+def test_only_the_policys_noise_is_drawn():
     for policy in ((), ("colour",), ("translation",), BOTH):
         assert set(adversarial.draw_augmentation(jax.random.key(0), 2, 8, 8, policy)) == set(policy)
-    # No two numbers, nor two keys, alike.
+    # All numbers differ, between keys too.
     amounts = draws()["colour"][:100]
     assert len(np.unique(amounts)) == 300
     other = adversarial.draw_augmentation(jax.random.key(1), 100, 28, 16, BOTH)["colour"]
@@ -132,7 +132,7 @@ def test_colour_is_that_of_float64():
         )
 
 
-def test_each_colour_amount_keeps_what_it_should():
+def test_invariants_of_each_colour_amount():
     images = random_images(3)
 
     def change(*amounts):
@@ -143,7 +143,7 @@ def test_each_colour_amount_keeps_what_it_should():
     np.testing.assert_allclose(change(0.3, 1.0, 1.0), original + 0.3, atol=1e-6)
     grey = change(0.0, 0.0, 1.0)
     np.testing.assert_allclose(grey, np.repeat(original.mean(3, keepdims=True), 3, 3), atol=1e-6)
-    # Contrast and saturation leave an image's mean, brightness is the one that moves it.
+    # Only brightness changes an image's mean.
     mean = change(0.0, 1.9, 0.6).mean((1, 2, 3))
     np.testing.assert_allclose(mean, original.mean((1, 2, 3)), atol=1e-6)
     flat = change(0.0, 1.0, 0.0)
@@ -193,7 +193,7 @@ def test_gradients_are_those_of_finite_differences():
     check_grads(
         lambda x: adversarial.augment(x, noise, BOTH), (images,), 1, atol=1e-2, rtol=1e-2, eps=0.1
     )
-    # What is moved out of sight has none.
+    # Pixels that are shifted out have no gradient.
     shift = jnp.array([[1, 0]], jnp.int32)
     gradient = jax.grad(lambda x: jnp.sum(adversarial.translate(x, shift)))(images[:1])
     np.testing.assert_array_equal(gradient[0, :, 0, 0], [1] * 8 + [0])

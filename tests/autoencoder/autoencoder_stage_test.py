@@ -1,4 +1,4 @@
-"""The autoencoder's step: its terms, both networks' gradients, their devices and their parts."""
+"""The autoencoder's step: losses, both networks' gradients, devices and accumulation."""
 
 import functools
 
@@ -26,7 +26,7 @@ ALL = {
     "autoencoder.discriminator.num_layers": 1,
     "autoencoder.discriminator.augment": ("colour", "translation"),
 }
-UNCLIPPED = {"autoencoder.loss.adversarial": 50.0}  # more than the adaptive weight comes to
+UNCLIPPED = {"autoencoder.loss.adversarial": 50.0}  # above the adaptive weight
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def experiment(tiny_experiment):
 
 
 class Parts:
-    """A state, a batch, its noise, and the step that takes them on any number of devices."""
+    """A state, a batch, its noise, and the step on any number of devices."""
 
     def __init__(self, experiment, lpips_params=None):
-        self.optimizer = optax.sgd(0.1)  # Adam makes full steps of what is zero up to rounding
+        self.optimizer = optax.sgd(0.1)  # Adam would turn rounding errors of zeros into full steps
         parts = updates.autoencoder_parts(experiment, self.optimizer)
         self.state, (self.batch, self.noise), _ = parts
         self.image = self.batch["image"]
@@ -61,7 +61,7 @@ class Parts:
         return jax.device_get(step(state, *inputs, self.lpips_params))
 
     def on_one_device(self, function):
-        """Applies a function of nothing under the axis that the losses expect."""
+        """Calls a function under the pmapped axis that the losses need."""
         result = jax.pmap(lambda _: function(), axis_name=devices.AXIS, devices=jax.devices()[:1])(
             np.zeros(1)
         )
@@ -74,7 +74,7 @@ def assert_close(a, b, atol=2e-5):
 
 @pytest.mark.slow
 def test_one_and_four_devices_make_the_same_update_of_both_networks(experiment):
-    # Batch statistics, the bits' frequencies and the adaptive weight are of all devices.
+    # Batch statistics, bit frequencies and the adaptive weight are synchronised.
     parts = Parts(experiment.change(UNCLIPPED | {"autoencoder.loss.adaptive": True}))
     one, one_metrics = parts.run(1)
     four, four_metrics = parts.run(4)
@@ -169,8 +169,8 @@ def test_perceptual_loss_is_a_term_of_the_gradient(experiment):
 
 
 @pytest.mark.slow
-def test_parts_of_a_batch_one_after_the_other_make_the_same_update(experiment):
-    # With group norm and without what looks at a whole batch, up to rounding.
+def test_accumulation_makes_the_same_update(experiment):
+    # Up to rounding, with group norm and without losses of the whole batch.
     changes = {"autoencoder.discriminator.norm": "group", "autoencoder.loss.entropy": 0.0}
     parts = Parts(experiment.change(changes))
     whole, whole_metrics = parts.run(2)
@@ -180,7 +180,7 @@ def test_parts_of_a_batch_one_after_the_other_make_the_same_update(experiment):
         assert_close(metrics, whole_metrics)
 
 
-def test_the_discriminator_rests_until_it_starts(experiment):
+def test_the_discriminator_is_not_trained_before_its_start(experiment):
     parts = Parts(experiment)
     state, metrics = parts.run(1, networks=parts.networks._replace(discriminator=None))
     jax.tree.map(
@@ -191,7 +191,7 @@ def test_the_discriminator_rests_until_it_starts(experiment):
     assert not any("discriminator" in name or "generator" in name for name in metrics)
 
 
-def test_a_discriminator_of_another_learning_rate(experiment):
+def test_a_discriminator_with_another_learning_rate(experiment):
     parts = Parts(experiment)
     (whole, _), (tenth, _) = (parts.run(1, discriminator_rate=rate) for rate in (1.0, 0.1))
     before = jax.device_get(parts.state)
@@ -259,14 +259,14 @@ def test_the_autoencoder_learns_to_copy_a_batch(tiny_experiment):
     state = devices.replicate(spec.init_state(0))
     for _ in range(100):
         state, metrics = step(state, images, {})
-        # Where more than 32 steps are queued, JAX's fake devices can wait for one another for ever.
+        # With more than 32 queued steps, JAX's fake CPU devices can deadlock.
         jax.block_until_ready(metrics)
-    # The images vary by 0.64 about zero; the codes must carry most of it.
+    # The images' variance is 0.64; the codes must explain most of it.
     assert float(metrics["loss"]) < 0.15
 
 
 def test_noise_comes_from_a_key_in_three_parts():
-    # A run of an earlier version goes on as it began only if each draw comes from the same key.
+    # A checkpoint resumes identically only if each draw uses the same key.
     key, policy = jax.random.key(5), ("colour",)
     noise = stage.draw_noise(key, (4, 8, 8, 3), (4, 2, 2, 6), policy)
     of_bits, of_real, of_fake = jax.random.split(key, 3)

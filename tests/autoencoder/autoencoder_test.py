@@ -1,4 +1,4 @@
-"""The autoencoder agrees with the authors' code; its shapes, precision and remat."""
+"""Agreement of the autoencoder with the authors' code; shapes, precision and remat."""
 
 import functools
 
@@ -26,7 +26,7 @@ BITS = {"ae_c16": 16, "ae_c24_genmul2": 24}
 
 
 def load(name):
-    """The model, its weights, inputs and outputs, and losses of one of the released layouts."""
+    """Model, weights, inputs, outputs and losses of one of the released layouts."""
     levels = Levels(32, (1, 1, 2), attention_resolutions=(8,))
     model = Autoencoder(
         Encoder(levels, num_blocks=1, embedding_width=64),
@@ -72,7 +72,7 @@ def test_losses_and_gradients(golden):
         (value, (reconstruction, aux)), gradient = jax.value_and_grad(mse, has_aux=True)(variables)
     close(value, losses["mse"])
     close(np.mean(np.abs(reconstruction - io["image"])), losses["l1"])
-    # The authors' code takes the sigmoid of y, which is a sigmoid already.
+    # The authors' code applies a sigmoid to y, which is a sigmoid already.
     s = jax.nn.sigmoid(aux["probs"])
     close(np.mean(s * (1 - s)), losses["code_loss"])
     norm = np.sqrt(
@@ -116,7 +116,7 @@ IMAGES = jax.random.uniform(jax.random.key(0), (2, 28, 28, 3), minval=-1)
 @pytest.mark.parametrize(
     "patch, levels, side", [(7, 1, 4), (1, 3, 7), (2, 2, 7), (4, 1, 7), (14, 2, 1)]
 )
-def test_downsampling_is_the_patch_times_two_a_level(patch, levels, side):
+def test_downsampling_is_the_patch_times_two_per_level(patch, levels, side):
     model = make((1,) * levels, patch, attention=(side,))
     (reconstruction, aux), params = model.init_with_output(jax.random.key(0), IMAGES)
     assert aux["probs"].shape == (2, side, side, 6)
@@ -133,8 +133,8 @@ def test_the_papers_downsamplings_by_the_number_of_levels(levels, k):
     assert shapes[0][1]["probs"].shape == (1, 64 // k, 64 // k, 6)
 
 
-def test_attention_lies_where_the_grid_has_the_side():
-    # Two levels of sides 28 and 14, one block each: attention follows the block of the second.
+def test_attention_follows_blocks_at_its_resolutions():
+    # Levels of sides 28 and 14 with one block each: attention follows the second block.
     shapes = jax.eval_shape(make((1, 2), attention=(14,)).init, jax.random.key(0), IMAGES)
     blocks = {
         room: [i for i in range(20) if "q" in shapes["params"][room].get(f"blocks_{i}", ())]
@@ -146,8 +146,8 @@ def test_attention_lies_where_the_grid_has_the_side():
     assert blocks["decoder"] == [2, 5]
 
 
-def test_stride_2_convolutions_are_padded_after_the_last_row_alone():
-    # As the authors' code: the first output sees rows 0 to 2, the last the two last and a zero.
+def test_stride_2_convolutions_are_padded_after_the_last_row_only():
+    # As in the authors' code: the first output depends on rows 0 to 2, the last on the last two.
     kernel = np.zeros((3, 3, 1, 1), np.float32)
     kernel[0, 0], kernel[2, 2] = 1, 10
     variables = {"params": {"conv": {"kernel": kernel, "bias": np.zeros(1, np.float32)}}}
@@ -182,7 +182,7 @@ def test_every_parameter_gets_a_gradient(code):
 
     def loss(params):
         reconstruction, aux = model.apply(params, IMAGES, uniform)
-        # The codebook of "vq" learns by its own loss alone.
+        # The codebook of "vq" gets gradients only from its own loss.
         return jnp.sum((reconstruction - IMAGES) ** 2) + aux.get("codebook", 0.0)
 
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.grad(loss)(params)):
@@ -196,7 +196,7 @@ def test_remat_is_in_the_program_and_leaves_the_gradient():
     plain, remat = (make((1, 1), 2, attention=(7,), remat=x) for x in (False, True))
     params = plain.init(jax.random.key(1), IMAGES)
     shapes = jax.eval_shape(remat.init, jax.random.key(1), IMAGES)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)  # and the names
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, shapes)  # same names
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
         gradient(plain, params),
@@ -216,7 +216,7 @@ def test_bfloat16_keeps_float32_parameters_and_agrees_roughly():
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half_params))
 
 
-def test_the_code_of_an_image_without_draws_is_its_own_probability():
+def test_without_draws_probabilities_are_the_code():
     drawn, fixed = (
         make(patch=7, code=bottleneck.Binary(6, 8, deterministic=x)) for x in (False, True)
     )
@@ -227,4 +227,4 @@ def test_the_code_of_an_image_without_draws_is_its_own_probability():
     np.testing.assert_array_equal(bits, probs > 0.5)
     uniform = jax.random.uniform(jax.random.key(2), probs.shape)
     code, _ = fixed.apply(params, IMAGES, uniform, method="encode")
-    np.testing.assert_array_equal(code, bits)  # whatever the noise
+    np.testing.assert_array_equal(code, bits)  # for any noise

@@ -23,7 +23,7 @@ def test_sample_is_exactly_binary_for_any_probability():
     assert set(np.unique(code).tolist()) == {0.0, 1.0}
 
 
-def test_sample_has_the_asked_frequency():
+def test_sample_has_the_given_frequency():
     probs = jnp.full((100_000,), 0.3)
     uniform = jax.random.uniform(jax.random.key(0), probs.shape)
     np.testing.assert_allclose(
@@ -56,7 +56,7 @@ UNIFORM = jax.random.uniform(jax.random.key(1), (2, 3, 3, 5))
 
 
 def made(module):
-    """A bottleneck's variables; init goes through both of its methods."""
+    """A bottleneck's variables; initialisation calls both of its methods."""
 
     def both(module, features):
         return module.features(module.encode(features, None)[0])
@@ -110,14 +110,14 @@ def test_signed_bits_are_the_tanh_form():
     assert set(np.unique(code)) == {0.0, 1.0}  # the code keeps its bits
 
 
-def test_entropy_penalty_is_least_for_sure_and_balanced_bits():
+def test_entropy_penalty_is_least_for_certain_and_balanced_bits():
     def penalty(probs):
         probs = jnp.asarray(probs, jnp.float32).reshape(-1, 1, 1, 1)
         return bottleneck.entropy_penalty(probs, jnp.mean(probs, axis=(0, 1, 2)))
 
     np.testing.assert_allclose(penalty([0, 1]), -1, atol=1e-4)
-    np.testing.assert_allclose(penalty([1, 1]), 0, atol=1e-4)  # sure, but dead
-    np.testing.assert_allclose(penalty([0.5, 0.5]), 0, atol=1e-6)  # balanced, but never sure
+    np.testing.assert_allclose(penalty([1, 1]), 0, atol=1e-4)  # certain, but constant
+    np.testing.assert_allclose(penalty([0.5, 0.5]), 0, atol=1e-6)  # balanced, but never certain
     p = np.array([0.1, 0.6, 0.8])
 
     def h(x):
@@ -127,7 +127,7 @@ def test_entropy_penalty_is_least_for_sure_and_balanced_bits():
 
 
 @pytest.mark.parametrize("probs", [[0.0, 1.0], [1.0, 1.0], [0.5, 0.0]])
-def test_entropy_penalty_has_a_finite_gradient_at_sure_bits(probs):
+def test_entropy_penalty_has_a_finite_gradient_at_certain_bits(probs):
     probs = jnp.asarray(probs).reshape(-1, 1, 1, 1)
     gradient = jax.grad(lambda p: bottleneck.entropy_penalty(p, jnp.mean(p, axis=(0, 1, 2))))(probs)
     assert np.all(np.isfinite(gradient))
@@ -149,7 +149,7 @@ def test_vq_takes_the_nearest_vector():
     assert len(np.unique(aux["indices"])) > 1
 
 
-def test_vq_gradients_go_where_they_should():
+def test_vq_gradients():
     module = bottleneck.VectorQuantized(7, 4, 8)
     variables = made(module)
 
@@ -171,7 +171,7 @@ def test_vq_gradients_go_where_they_should():
     np.testing.assert_allclose(straight, expected, rtol=1e-5)
 
 
-def test_real_channels_have_the_gaussian_they_say():
+def test_real_channels_follow_their_gaussian():
     module = bottleneck.Real(3, 8)
     variables = made(module)
     mean, aux = module.apply(variables, FEATURES, None, method="encode")
@@ -183,7 +183,7 @@ def test_real_channels_have_the_gaussian_they_say():
     std = np.exp(both[..., 3:] / 2)
     kl = np.mean((both[..., :3] ** 2 + std**2 - 1) / 2 - np.log(std))
     np.testing.assert_allclose(aux["kl"], kl, rtol=1e-4)
-    # A uniform draw at a quantile of the normal distribution gives that quantile.
+    # A uniform number at a quantile's probability gives that quantile.
     for uniform, quantile in ((0.5, 0.0), (0.8413447, 1.0), (0.0227501, -2.0)):
         drawn, _ = module.apply(
             variables, FEATURES, jnp.full((2, 3, 3, 3), uniform), method="encode"

@@ -1,4 +1,4 @@
-"""The discriminator agrees with the authors', and with itself on any number of devices."""
+"""Agreement of the discriminator with the authors' code, and between numbers of devices."""
 
 import functools
 
@@ -15,7 +15,7 @@ from binlatent.convert import released
 
 @pytest.fixture(scope="module", params=reference.AUTOENCODERS)
 def golden(request):
-    """The released layout's variables, its inputs and outputs, and the losses."""
+    """Variables, inputs, outputs and losses of the released layout."""
     io = reference.io(request.param)
     like = jax.eval_shape(Discriminator(width=16).init, jax.random.key(0), jnp.asarray(io["image"]))
     variables = reference.variables(request.param, like, released.discriminator_tensors)
@@ -37,7 +37,7 @@ def random_variables(model, images, seed=1):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="train")
 def apply(model, variables, images, train=True):
-    """The logits, and the running statistics after them, if there are any."""
+    """The logits, and the new running statistics, if any."""
     logits, new = model.apply(variables, images, train=train, mutable="batch_stats")
     return logits, new.get("batch_stats")
 
@@ -50,7 +50,7 @@ def test_logits_agree_with_the_reference_numbers(golden):
     model = Discriminator(width=16)
     logits, _ = apply(model, variables, io["image"])
     np.testing.assert_allclose(logits, io["disc_logits_train"], rtol=1e-4)
-    # The stored running statistics are those after that update.
+    # The stored running statistics are those after the update.
     logits, _ = apply(model, variables, io["image"], train=False)
     np.testing.assert_allclose(logits, io["disc_logits_eval"], rtol=1e-4)
 
@@ -64,7 +64,7 @@ def test_losses_agree_with_the_reference_numbers(golden):
     loss = adversarial.generator_loss(fake)
     np.testing.assert_allclose(loss, losses["g_loss"], rtol=1e-4)
     loss = adversarial.hinge_discriminator_loss(real, fake)
-    # Closely: these logits are small, and without them it would be 1.
+    # A tight tolerance: with logits of 0 the loss would be 1.
     np.testing.assert_allclose(loss, losses["hinge_d_loss"], rtol=1e-6)
 
 
@@ -73,7 +73,7 @@ def test_losses_agree_with_the_reference_numbers(golden):
 
 def test_batch_norm_is_that_of_float64():
     rng = np.random.default_rng(0)
-    # A large mean, at which a mean of squares less a square would have lost its digits.
+    # With a large mean, E[x^2] - E[x]^2 would lose all digits.
     x = 100 + 0.1 * rng.standard_normal((3, 4, 5, 2)).astype(np.float32)
     scale, bias, mean, var = (rng.uniform(0.5, 2, 2).astype(np.float32) for _ in range(4))
     variables = {
@@ -86,14 +86,14 @@ def test_batch_norm_is_that_of_float64():
     np.testing.assert_allclose(y, truth, atol=1e-3)
     new = new["batch_stats"]
     np.testing.assert_allclose(new["mean"], 0.9 * mean + 0.1 * x64.mean((0, 1, 2)), rtol=1e-6)
-    # Unbiased: 60 values a channel.
+    # Unbiased: 60 values per channel.
     np.testing.assert_allclose(new["var"], 0.9 * var + 0.1 * x64.var((0, 1, 2), ddof=1), rtol=1e-6)
     y = BatchNorm().apply(variables, x, train=False)
     np.testing.assert_allclose(y, (x64 - mean) / np.sqrt(var + 1e-5) * scale + bias, rtol=1e-5)
 
 
 def test_running_statistics_start_fresh_are_unbiased_and_stay_when_not_training():
-    # One channel of the smallest count that tells: 1 and 3 have variance 1, unbiased 2.
+    # The smallest count that shows it: 1 and 3 have variance 1, unbiased 2.
     norm, x = BatchNorm(axis_name="batch"), jnp.array([1.0, 3.0]).reshape(2, 1, 1, 1)
     variables = norm.init(jax.random.key(0), x, True)
     assert variables["batch_stats"] == {"mean": jnp.zeros(1), "var": jnp.ones(1)}
@@ -102,13 +102,13 @@ def test_running_statistics_start_fresh_are_unbiased_and_stay_when_not_training(
     np.testing.assert_allclose(stats["var"], [0.9 * 1 + 0.1 * 2], rtol=1e-6)
     _, stats = apply(norm, variables, x, train=False)
     assert stats == variables["batch_stats"]
-    # A device's only value has no variance, which is not NaN.
+    # A single value has variance 0, not NaN.
     _, stats = apply(BatchNorm(), variables, x[:1], train=True)
     np.testing.assert_allclose(stats["var"], [0.9])
 
 
 def critic_loss(model, variables, images):
-    """A loss with a gradient in every parameter, its penalty included; and logits, statistics."""
+    """A loss with a gradient for every parameter, with R1; logits; statistics."""
 
     def logits_of(x):
         return model.apply(variables, x, mutable="batch_stats")[0]
@@ -119,7 +119,7 @@ def critic_loss(model, variables, images):
 
 
 def on_one_device(model, variables, images):
-    """Gradients in params and images, logits and statistics of the whole batch."""
+    """Gradients for parameters and images, logits and statistics, of the whole batch."""
 
     def loss(params, images):
         return critic_loss(model, variables | {"params": params}, images)
@@ -131,7 +131,7 @@ def on_one_device(model, variables, images):
 
 
 def on_four_devices(model, variables, images):
-    """The same, the batch split; params' gradients are averaged, images' are each device's own."""
+    """The same for a split batch; only the parameters' gradients are averaged over devices."""
 
     def step(variables, images):
         of_params, of_images, logits, stats = on_one_device(model, variables, images)
@@ -149,15 +149,15 @@ def on_four_devices(model, variables, images):
 
 @pytest.fixture(scope="module")
 def split():
-    """Variables, images, and what one device makes of them."""
-    # Images that differ between devices, so that their own statistics would.
+    """Variables, images, and the results of one device."""
+    # Images whose statistics differ between devices.
     images = random_images(8) * jnp.linspace(0.2, 1.0, 8).reshape(8, 1, 1, 1)
     model = Discriminator(width=4, num_layers=2)
     variables = random_variables(model, images)
     return variables, images, jax.jit(lambda v, x: on_one_device(model, v, x))(variables, images)
 
 
-def test_four_devices_compute_what_one_does_with_the_whole_batch(split):
+def test_four_devices_agree_with_one_device_on_the_whole_batch(split):
     variables, images, expected = split
     model = Discriminator(width=4, num_layers=2, axis_name="batch")
     of_params, of_images, logits, stats = on_four_devices(model, variables, images)
@@ -170,14 +170,14 @@ def test_four_devices_compute_what_one_does_with_the_whole_batch(split):
         )
 
     close(of_params, expected[0])
-    # Those of the images are of the sum of the four losses, so that a generator behind them, its
-    # gradients averaged over the devices, gets the exact ones too.
+    # The images' gradients are of the sum of the four losses. Averaged over devices, they
+    # give the exact gradients of a generator's parameters.
     close(of_images / 4, expected[1])
     close(logits, expected[2])
     close(stats, expected[3])
 
 
-def test_without_the_axis_each_device_goes_by_its_own_images(split):
+def test_without_the_axis_each_device_uses_its_own_statistics(split):
     variables, images, expected = split
     step = jax.pmap(
         lambda v, x: Discriminator(4, 2).apply(v, x, mutable="batch_stats")[0],
@@ -223,7 +223,7 @@ def test_group_norm_has_32_groups_or_the_most_that_a_width_allows(width, groups)
     expected, _ = apply(model, {"params": params}, images)
     for layer, count in zip(("main_2", "main_5"), groups, strict=True):
         kernel = params[layer]["kernel"]
-        # Whole groups can be scaled and nothing changes; their halves cannot.
+        # Scaling a whole group changes nothing; scaling half of one does.
         for parts in (count, 2 * count):
             if kernel.shape[-1] % parts == 0:
                 scale = np.repeat(np.resize([1, 3], parts), kernel.shape[-1] // parts)
@@ -236,7 +236,7 @@ def test_group_norm_has_32_groups_or_the_most_that_a_width_allows(width, groups)
 @pytest.mark.parametrize(
     "num_layers, sides", [(1, (6, 9)), (2, (12, 17)), (3, (24, 28, 33)), (4, (48,))]
 )
-def test_the_side_of_the_logits_is_the_stated_one(num_layers, sides):
+def test_the_side_of_the_logits(num_layers, sides):
     model = Discriminator(width=2, num_layers=num_layers)
     for side in sides:
         images = jnp.zeros((1, side, 2 * side, 1))
@@ -275,7 +275,7 @@ def test_bfloat16_keeps_float32_logits_parameters_and_statistics(norm):
     assert 0 < np.abs(got[0] - expected[0]).max() < 0.1 * np.abs(expected[0]).max()
 
 
-def test_kernels_start_with_the_spread_of_patchgan():
+def test_kernels_are_initialised_as_in_patchgan():
     init = jax.jit(Discriminator(width=32).init)
     params = init(jax.random.key(0), random_images(1, 32))["params"]
     kernel = params["main_5"]["kernel"]

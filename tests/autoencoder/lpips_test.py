@@ -1,4 +1,4 @@
-"""LPIPS: the published implementation's numbers, its invariances, and the file of its weights."""
+"""LPIPS: agreement with the published implementation, invariances, and its weight file."""
 
 import importlib.resources
 from pathlib import Path
@@ -34,7 +34,7 @@ def images(seed, n=2, size=32, channels=3):
     return jax.random.uniform(jax.random.key(seed), (n, size, size, channels), minval=-1)
 
 
-# Compiled once for all tests of one shape.
+# Compiled once per shape for all tests.
 distance = jax.jit(LPIPS().apply)
 gradients = jax.jit(jax.grad(lambda v, x, y: jnp.sum(LPIPS().apply(v, x, y)), argnums=(1, 2)))
 
@@ -80,7 +80,7 @@ def test_is_a_symmetric_distance(variables):
     np.testing.assert_array_equal(distance(variables, x, x), np.zeros(2))
 
 
-def test_grey_images_equal_their_copy_of_three_channels(variables):
+def test_greyscale_images_are_expanded_to_rgb(variables):
     x, y = images(0, channels=1), images(1, channels=1)
     x3, y3 = (jnp.repeat(image, 3, axis=-1) for image in (x, y))
     np.testing.assert_allclose(
@@ -97,14 +97,14 @@ def test_bfloat16_agrees_roughly(variables):
 
 def test_gradient_of_equal_images_is_zero(variables):
     for gradient in gradients(variables, images(0), images(0)):
-        # Not exactly, as a compiler may round the two images' features differently.
+        # Not exactly: a compiler may round the features of the two images differently.
         np.testing.assert_allclose(gradient, np.zeros_like(gradient), atol=1e-9)
 
 
 @pytest.mark.parametrize("bias", [-0.5, -1e6])
 def test_gradient_is_finite_where_all_features_are_zero(variables, bias):
     params = dict(variables["params"])
-    # Without differences between neighbours the first layer says nothing; -1e6: anywhere.
+    # In constant areas, the first layer's features are 0; with a bias of -1e6, everywhere.
     kernel = params["conv1_1"]["kernel"]
     kernel -= jnp.mean(kernel, axis=(0, 1), keepdims=True)
     params["conv1_1"] = {"kernel": kernel, "bias": jnp.full(64, bias)}

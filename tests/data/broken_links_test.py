@@ -1,4 +1,4 @@
-"""Links that lead nowhere and what vanishes: one unreadable image to every reader of a folder."""
+"""Broken links and vanishing files: every reader of a folder counts one unreadable image."""
 
 import os
 
@@ -12,7 +12,7 @@ from binlatent.runtime.errors import UserError
 
 
 def write_images(path, count=20):
-    """Writes constant grey images, 000.png, ..., of which the link 003.png leads nowhere."""
+    """Writes constant greyscale images, 000.png, ...; 003.png is a broken link."""
     path.mkdir(parents=True)
     for i in range(count):
         Image.fromarray(np.full((4, 4), i, np.uint8)).save(path / f"{i:03}.png")
@@ -28,17 +28,17 @@ def values(source):
     return [int(source.examples[i]["image"][0, 0, 0]) for i in range(len(source.examples))]
 
 
-def test_another_image_stands_in_and_the_link_is_counted(tmp_path, caplog):
+def test_another_image_replaces_the_broken_link_which_is_counted(tmp_path, caplog):
     write_images(tmp_path / "images")
     source = opened(tmp_path / "images")
-    assert values(source) == [1, 2, 4, *range(4, 10), *range(11, 20)]  # every tenth is for testing
+    assert values(source) == [1, 2, 4, *range(4, 10), *range(11, 20)]  # every tenth is a test image
     assert source.examples.num_unreadable == 1
     assert caplog.text.count("there is no image") == 1 and "003.png" in caplog.text
     with pytest.raises(UserError, match="1 of 18 images cannot be read, more than"):
         values(opened(tmp_path / "images", max_broken=0.01))
 
 
-def test_the_stamp_of_files_changes_when_one_comes_back(tmp_path):
+def test_the_stamp_changes_when_a_file_comes_back(tmp_path):
     write_images(tmp_path / "images")
     files = opened(tmp_path / "images").files
     before = sources.stamp(files)
@@ -70,7 +70,7 @@ def test_a_folder_that_vanishes_during_the_walk_is_left_out_and_named(
     write_images(tmp_path / "images" / "a")
     write_images(tmp_path / "images" / "b")
     for folder in (tmp_path, tmp_path / "images", *(tmp_path / "images").iterdir()):
-        os.utime(folder, (0, 0))  # long ago: such a walk is kept
+        os.utime(folder, (0, 0))  # long ago, so that the walk is kept
     stat = os.stat
 
     def vanished(path, **options):
@@ -86,5 +86,5 @@ def test_a_folder_that_vanishes_during_the_walk_is_left_out_and_named(
         f"{i:03}.png" for i in range(20)
     ]
     assert f"The images in {tmp_path}/images/b are left out: No such file" in caplog.text
-    # It comes back, though no time tells so.
+    # The folder comes back with the same times.
     assert len(walk.find_images(str(tmp_path / "images"), keep=True)) == 40

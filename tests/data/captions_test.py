@@ -1,4 +1,4 @@
-"""Captions of a folder's images, and batches that draw one of an image's captions."""
+"""Captions of the images in a folder, and random captions in batches."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def open_folder(path, split="train", **options):
 
 
 def test_lines_of_a_text_file_beside_an_image_are_its_captions(tmp_path):
-    write_images(tmp_path, 10)  # the first is for testing
+    write_images(tmp_path, 10)  # the first is a test image
     contents = {
         0: b"held out",
         1: b"a red apple\n\n  \tan apple,  red \n",
@@ -68,11 +68,11 @@ def test_captions_follow_the_images_into_classes_and_splits(tmp_path):
 @pytest.mark.parametrize(
     "content", [b"caf\xe9", "a".encode("utf-16"), "ab".encode("utf-16-le"), None]
 )
-def test_text_in_another_encoding_counts_as_missing_and_is_named(tmp_path, caplog, content):
+def test_text_in_another_encoding_counts_as_missing_with_a_warning(tmp_path, caplog, content):
     write_images(tmp_path, 3)
     (tmp_path / "01.txt").write_text("fine")
     if content is None:
-        os.mkfifo(tmp_path / "02.txt")  # to read it would wait for a writer
+        os.mkfifo(tmp_path / "02.txt")  # reading from it would block
     else:
         (tmp_path / "02.txt").write_bytes(content)
     assert open_folder(tmp_path).captions() == [("fine",), ()]
@@ -101,7 +101,7 @@ def test_fingerprints_do_not_depend_on_captions(tmp_path):
 
 
 def captions_of(path, name, content):
-    """The captions in a table of the images 00 and more, all for training."""
+    """The captions in a table of training images 00, 01, ..."""
     (path / name).write_text(content)
     return open_folder(path, table=name).captions()
 
@@ -122,13 +122,13 @@ def test_columns_of_a_table_are_captions(tmp_path, caplog):
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     assert captions_of(tmp_path, "t.jsonl", text) == expected
-    # A list that is written as JSON inside of JSON is a text as any other.
+    # In JSON lines, a string with a JSON list is an ordinary text.
     text = json.dumps({"file": "00.png", "split": "train", "caption": '["d"]'})
     assert captions_of(tmp_path, "t.jsonl", text) == [('["d"]',)]
     assert "not used" not in caplog.text
 
 
-def test_a_table_without_captions_takes_those_beside_the_images(tmp_path):
+def test_a_table_without_captions_uses_text_files_beside_the_images(tmp_path):
     write_images(tmp_path / "deep", 2)
     (tmp_path / "deep" / "01.txt").write_text("beside")
     content = "file,split\ndeep/01.png,train\ndeep/00.png,train\n"
@@ -147,13 +147,13 @@ def test_a_table_without_captions_takes_those_beside_the_images(tmp_path):
         ("t.csv", "a red, round apple", "line 1 .* has more cells than the header: put double"),
     ],
 )
-def test_a_damaged_caption_is_one_sentence(tmp_path, name, value, message):
+def test_a_damaged_caption_is_a_one_line_error(tmp_path, name, value, message):
     write_images(tmp_path, 1)
     line = f"file,split,caption\n00.png,train,{value}\n"
     if name == "t.jsonl":
         line = f'{{"file": "00.png", "split": "train", "caption": {value}}}\n'
     (tmp_path / name).write_text(line)
-    source = open_folder(tmp_path, table=name)  # an autoencoder does without captions
+    source = open_folder(tmp_path, table=name)  # an autoencoder does not read captions
     with pytest.raises(UserError, match=message):
         source.captions()
 
@@ -168,7 +168,7 @@ def test_empty_cells_behind_the_header_are_left_out(tmp_path):
 
 
 class Captioned:
-    """24 images, of which image i has i % 3 + 2 captions; the label is the caption's number."""
+    """24 images; image i has i % 3 + 2 captions, and the label is the caption's number."""
 
     def __len__(self):
         return 24
@@ -178,7 +178,7 @@ class Captioned:
 
     def read(self, index, position=0.5, choice=0.0):
         image = np.full((2, 2, 1), index, np.uint8)
-        image[:, 0] = 100 + index  # to tell which are mirrored
+        image[:, 0] = 100 + index  # shows which images are mirrored
         label = np.float32([int(choice * (index % 3 + 2)), position])
         return {"image": image, "label": label}
 
@@ -196,7 +196,7 @@ def drawn(count=100, state=None, num_threads=0, seed=0, shard=(0, 1), batch=12, 
     return np.stack(columns, axis=1), batches.get_state()
 
 
-def test_each_caption_of_an_image_comes_up_equally_often():
+def test_each_caption_of_an_image_is_drawn_equally_often():
     found, _ = drawn(count=400, random_caption=True)
     for captions in (2, 3, 4):
         of_those = found[found[:, 0] % 3 + 2 == captions, 2]
@@ -204,14 +204,14 @@ def test_each_caption_of_an_image_comes_up_equally_often():
         n, p = len(of_those), 1 / captions
         assert len(counts) == captions and n == 1_600
         assert np.abs(counts - n * p).max() < 4 * np.sqrt(n * p * (1 - p))
-    assert (drawn()[0][:, 2] == 0).all()  # without, the first
+    assert (drawn()[0][:, 2] == 0).all()  # without random captions, the first
 
 
 @pytest.mark.parametrize("names", ["", "crop", "flip", "crop flip", "crop flip caption", "caption"])
 def test_the_position_is_drawn_first_and_the_caption_last(names):
     names = names.split()
     found, _ = drawn(count=20, **{f"random_{name}": True for name in names})
-    # The same stream by hand.
+    # The same random stream, computed here.
     dataset = grain.MapDataset.range(24).seed(0).shuffle().repeat()
     dataset = dataset.random_map(lambda index, random: (index, random.random(len(names))))
     for row, (index, draws) in zip(found, dataset, strict=False):
@@ -221,7 +221,7 @@ def test_the_position_is_drawn_first_and_the_caption_last(names):
         assert tuple(row) == expected
 
 
-def test_drawn_captions_are_those_of_the_place_in_the_stream():
+def test_captions_depend_on_the_place_in_the_stream():
     options = dict(random_caption=True, random_flip=True, random_crop=True)
     _, state = drawn(count=7, **options)
     expected, _ = drawn(count=10, state=state, **options)
@@ -232,15 +232,15 @@ def test_drawn_captions_are_those_of_the_place_in_the_stream():
     assert np.any(drawn(count=17, seed=1, **options)[0][:, 2] != whole[:, 2])
 
 
-# Stand-ins
+# Replacements
 
 
-def test_codes_know_which_image_stands_in(tmp_path):
+def test_codes_store_which_image_replaced_another(tmp_path):
     write_images(tmp_path / "images", 12)
     (tmp_path / "images" / "03.png").write_bytes(b"no image")
     (tmp_path / "images" / "11.png").write_bytes(b"no image")
     data = Data("folder", str(tmp_path / "images"), 4, 1, max_broken=0.5)
-    source = open_split(data, "train")  # without the first and the eleventh
+    source = open_split(data, "train")  # without the two test images
     expected = [0, 1, 3, 3, 4, 5, 6, 7, 8, 0]
     folder = write_codes(
         *(source, tmp_path / "codes"),

@@ -1,4 +1,4 @@
-"""Codes on disk, of an encoder that is a plain function."""
+"""Cached codes, with a plain function as the encoder."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def test_two_processes_do_not_write_the_same_codes(tmp_path):
     ):
         write(tmp_path, Images(60))
     assert write(tmp_path, Images(60)) == target
-    with held(target / ".lock"):  # what is whole is only read
+    with held(target / ".lock"):  # complete codes are only read
         assert write(tmp_path, Images(60)) == target
 
 
@@ -65,12 +65,12 @@ def test_codes_are_the_encoders_probabilities(tmp_path):
         return probabilities(images)
 
     source = codes.open_codes(write(tmp_path, Images(130), encode_probs), "e")
-    assert sizes == {20}  # the last batches of shards are filled up
+    assert sizes == {20}  # the last batch of each shard is padded
     assert len(source.examples) == 130 and source.num_classes == 10 and source.fingerprint == "f"
-    for i in 2 * [*range(130)]:  # from the files, then from memory
+    for i in 2 * [*range(130)]:  # from files first, then from memory
         example = source.examples[i]
         assert example["probs"].dtype == np.uint8 and example["probs"].shape == SHAPE
-        # Rounding to 255ths adds at most half of one.
+        # Rounding to 255ths adds an error of at most half a 255th.
         np.testing.assert_allclose(example["probs"] / 255, (i / 255) ** 2, atol=0.5 / 255 + 1e-6)
         assert example["label"] == i
     batch = next(loader.train_batches(source, 7, seed=0))
@@ -83,7 +83,7 @@ def test_features_of_texts_stay_beside_codes(tmp_path):
     np.testing.assert_array_equal(source.examples[5]["label"], images[5]["label"], strict=True)
 
 
-def test_writing_goes_on_where_it_was_interrupted(tmp_path):
+def test_writing_resumes_after_an_interruption(tmp_path):
     encoded = []
 
     def interrupted(images):
@@ -99,7 +99,7 @@ def test_writing_goes_on_where_it_was_interrupted(tmp_path):
     with pytest.raises(UserError, match="no complete codes in .*: create them with --mode=encode"):
         codes.open_codes(folder, "e")
     assert write(tmp_path, images, interrupted) == folder
-    assert len(encoded) == 5 + 3 + 2  # both shards that were missing, anew
+    assert len(encoded) == 5 + 3 + 2  # both missing shards
     assert write(tmp_path, images, interrupted) == folder and len(encoded) == 10
     resumed = codes.open_codes(folder, "e").examples
     whole = codes.open_codes(write(tmp_path / "whole", images), "e").examples
@@ -107,7 +107,7 @@ def test_writing_goes_on_where_it_was_interrupted(tmp_path):
         np.testing.assert_array_equal(resumed[i]["probs"], whole[i]["probs"])
 
 
-def test_codes_of_another_encoder_or_other_images_are_not_taken(tmp_path):
+def test_codes_of_another_encoder_or_other_images_are_not_used(tmp_path):
     folder = write(tmp_path, Images(7))
     with pytest.raises(UserError, match="were made by another encoder than this workdir's"):
         codes.open_codes(folder, "another")
@@ -117,17 +117,17 @@ def test_codes_of_another_encoder_or_other_images_are_not_taken(tmp_path):
         write(tmp_path, Images(7), data=Data("folder", "", 8, 1)),
     ]
     assert len({folder, *others}) == 4
-    # An `info.json` that is damaged, or of another kind.
+    # A damaged `info.json`, or one with other content.
     for content in ("", "[]", "{}", (folder / "info.json").read_text().replace("<i4", "O")):
         (others[0] / "info.json").write_text(content)
         with pytest.raises(UserError, match="no complete codes"):
             codes.open_codes(others[0], "e")
-    # Where they lie, and how training crops, does not change them.
+    # The codes do not depend on the folder or on training's crops.
     assert write(tmp_path, Images(7), data=Data("folder", "elsewhere", 4, 1, flip=True)) == folder
 
 
 @pytest.mark.parametrize("small_disk", ["64k"], indirect=True)
-def test_codes_that_a_full_disk_does_not_hold_are_one_sentence(small_disk, monkeypatch):
+def test_a_full_disk_is_a_one_line_error(small_disk, monkeypatch):
     monkeypatch.setattr(codes, "_SHARD", 4_096)
     rng = np.random.default_rng(0)
     with pytest.raises(UserError, match="The codes could not be written to .*No space left on dev"):

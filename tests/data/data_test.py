@@ -1,4 +1,4 @@
-"""Tests of the sources, the transforms and the Grain pipeline."""
+"""Sources of images, transforms and the Grain pipeline."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from binlatent.data.splits import Data, load_images, open_split
 from binlatent.runtime import machine
 from binlatent.runtime.errors import UserError
 
-# Runs first in a subprocess and makes packages look as if they were not installed.
+# Runs first in a subprocess; hides installed packages.
 HIDE = """
 import sys
 
@@ -47,13 +47,13 @@ def run_python(code, *args, hidden=(), returncode=0):
     return result.stdout
 
 
-def test_cores_where_the_system_knows_no_affinity(monkeypatch):
+def test_cores_on_systems_without_affinity(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # as on macOS
     assert machine.cores() == os.cpu_count()
 
 
 def write_images(path, values, size=4):
-    """Writes a constant grey image a value: 000.png, 001.png, ..."""
+    """Writes one constant greyscale image per value: 000.png, 001.png, ..."""
     path.mkdir(parents=True, exist_ok=True)
     for i, value in enumerate(values):
         Image.fromarray(np.full((size, size), value, np.uint8)).save(path / f"{i:03}.png")
@@ -129,7 +129,7 @@ def test_an_interrupted_preparation_leaves_no_dataset(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_tfds():
-    """Registers three TFDS datasets, of 20 images a split, value 0 to 19."""
+    """Registers three TFDS datasets with 20 images per split, of values 0 to 19."""
     import tensorflow_datasets as tfds
 
     class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -161,7 +161,7 @@ def tiny_tfds():
     return TinyTrain, TinyValidation, TinyPhotos
 
 
-def test_tfds_splits_where_there_is_no_test_split(tiny_tfds, tmp_path):
+def test_tfds_datasets_without_a_test_split(tiny_tfds, tmp_path):
     def read(name, split):
         return open_split(Data(name, str(tmp_path), 4, 1), split)
 
@@ -193,7 +193,7 @@ def test_tfds_names_that_do_not_exist(name, message, tmp_path):
         open_split(Data(name, str(tmp_path), 28, 1), "train")
 
 
-def test_nothing_is_prepared_inside_of_a_folder_of_images(tmp_path):
+def test_nothing_is_prepared_in_a_folder_of_images(tmp_path):
     (tmp_path / "train" / "cat").mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "cat" / "0.JPG", "jpeg")
     with pytest.raises(UserError, match="add --config.data.name=folder"):
@@ -248,7 +248,7 @@ def test_a_folder_of_classes_holds_out_a_tenth_of_each(tmp_path):
 
 def test_a_flat_folder_has_no_labels(tmp_path):
     write_images(tmp_path / "photos", range(20))
-    for path in (tmp_path, tmp_path / "photos"):  # one subfolder alone is no class
+    for path in (tmp_path, tmp_path / "photos"):  # a single subfolder is not a class
         train, test = open_folder(path), open_folder(path, "test")
         assert train.num_classes == test.num_classes == 0
         assert values(test) == [0, 10] and len(train.examples) == 18
@@ -319,17 +319,17 @@ def test_damaged_images_are_named(tmp_path):
 
 
 def test_no_image_starts_a_program_or_waits_for_one(tmp_path):
-    # Ghostscript would run what an EPS file says, whatever the file's name.
+    # Ghostscript would execute an EPS file, whatever its name.
     (tmp_path / "0.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
     os.mkfifo(tmp_path / "1.png")
-    reasons = {"0.png": "is not one of (AVIF, )?BMP, GIF", "1.png": "it is not a file"}
+    reasons = {"0.png": "its format is not one of (AVIF, )?BMP, GIF", "1.png": "it is not a file"}
     for name, reason in reasons.items():
         path = str(tmp_path / name)
         with pytest.raises(UserError, match=f"{name}', replace or remove it: {reason}"):
             read_image(path, repr(path), 4, 1)
 
 
-def test_links_that_lead_back_end(tmp_path):
+def test_circular_links_are_followed_once(tmp_path):
     write_images(tmp_path / "a", range(10))
     for name in "bc":
         (tmp_path / "a" / name).symlink_to(tmp_path)
@@ -342,7 +342,7 @@ def break_image(path):
     path.write_bytes(path.read_bytes()[:40])
 
 
-def test_others_stand_in_for_a_few_images_that_cannot_be_read(tmp_path, caplog):
+def test_a_few_unreadable_images_are_replaced(tmp_path, caplog):
     write_images(tmp_path / "train", range(100))
     write_images(tmp_path / "test", range(2))
     for i in (7, 8, 99):
@@ -353,25 +353,25 @@ def test_others_stand_in_for_a_few_images_that_cannot_be_read(tmp_path, caplog):
         data = Data("folder", str(tmp_path), 4, 1, max_broken=max_broken)
         return open_split(data, "train", bad.parent)
 
-    # The next readable one, and after the last the first; each is named once.
+    # By the next readable one, cyclically; each unreadable image is reported once.
     expected = [*range(7), 9, 9, *range(9, 99), 0]
     for _ in range(2):
         assert values(open_with(0.03)) == expected
     named = bad.read_text().splitlines()
     assert [line.split("'")[1][-7:] for line in named] == ["007.png", "008.png", "099.png"]
-    for threads in (0, 4, 16):  # whoever is the first to find out
+    for threads in (0, 4, 16):  # in any order of threads
         batches = loader.train_batches(open_with(0.03), 25, 0, threads)
         seen = sorted(sum(take(batches, 4), []))
         assert seen == sorted(expected)
     source = open_with(0.02)
     message = r"3 of 100 images cannot be read; .*bad_files.txt names them, more than"
-    for _ in range(2):  # it goes on saying so
+    for _ in range(2):  # the next read raises it again
         with pytest.raises(UserError, match=f"{message} config.data.max_broken = 0.02 allows"):
             values(source)
-    assert caplog.text.count("099.png', replace") == 6  # once a source
+    assert caplog.text.count("099.png', replace") == 6  # once per source
 
 
-def test_a_folder_of_nothing_but_broken_images_is_refused(tmp_path):
+def test_a_folder_with_only_broken_images_is_refused(tmp_path):
     write_images(tmp_path, range(5))
     for path in tmp_path.glob("*.png"):
         break_image(path)
@@ -403,8 +403,8 @@ def test_folders_named_by_numbers_are_classes_in_numeric_order(tmp_path):
         (["10", "9", "007", "7"], ["007", "7", "9", "10"]),
         (["img10", "img9", "Img2"], ["Img2", "img9", "img10"]),
         (["b", "10", "a1", "A0"], ["10", "A0", "a1", "b"]),
-        (["9" * 5000, "1"], ["1", "9" * 5000]),  # more digits than int() takes
-        (["\u0661", "2"], ["2", "\u0661"]),  # digits of other scripts are letters
+        (["9" * 5000, "1"], ["1", "9" * 5000]),  # more digits than int() accepts
+        (["\u0661", "2"], ["2", "\u0661"]),  # digits of other scripts count as letters
         (["1", "-1", "0", "-2"], ["-2", "-1", "0", "1"]),
     ],
 )
@@ -430,8 +430,8 @@ def test_the_classes_of_a_table_are_those_that_occur(tmp_path, caplog, numbers):
         assert train.classes == tuple(map(str, sorted(numbers)))
         names = [train.classes[label] for label in labels(train)]
         assert names == [str(numbers[i % len(numbers)]) for i in values(train)]
-    told = "No image has the label 4, 5, 6, 7, 8, 9, 10, 11, 13, 14: there is no such class"
-    assert (told in caplog.text) == (999999 in numbers)
+    warning = "No image has the label 4, 5, 6, 7, 8, 9, 10, 11, 13, 14: there is no such class"
+    assert (warning in caplog.text) == (999999 in numbers)
 
 
 @pytest.mark.parametrize(
@@ -443,7 +443,7 @@ def test_the_classes_of_a_table_are_those_that_occur(tmp_path, caplog, numbers):
         (("train", "val", "test", "notes"), "test"),
     ],
 )
-def test_split_names_in_any_case_are_no_classes(tmp_path, names, split):
+def test_split_names_in_any_case_are_not_classes(tmp_path, names, split):
     for i, name in enumerate(names):
         write_images(tmp_path / name, [10 * i, 10 * i + 1])
     train, test = open_folder(tmp_path), open_folder(tmp_path, "test")
@@ -464,7 +464,7 @@ def test_split_names_in_any_case_are_no_classes(tmp_path, names, split):
         (("cat/train", "cat/val", "dog/train"), "folders 'train' and 'val', named like splits"),
     ],
 )
-def test_unclear_names_of_splits_are_asked_about(tmp_path, names, message):
+def test_unclear_names_of_splits_are_refused(tmp_path, names, message):
     class_folders(tmp_path, names)
     with pytest.raises(UserError, match=message):
         open_folder(tmp_path)
@@ -478,12 +478,12 @@ def test_a_class_may_have_a_split_in_its_name(tmp_path):
 @pytest.mark.parametrize(
     "names", [("cat", "cat\u200b"), ("a b", "a  b"), ("1", "01"), ("\uff43at", "cat")]
 )
-def test_names_that_look_alike_are_told(names, caplog):
+def test_names_that_look_alike_are_reported(names, caplog):
     classes.warn_once.cache_clear()
     assert len(classes.in_order(names)) == 2 and "These names look alike" in caplog.text
 
 
-def test_classes_of_one_image_each_are_asked_about(tmp_path):
+def test_classes_of_one_image_each_are_refused(tmp_path):
     for i in range(20):
         write_images(tmp_path / f"person{i}", [i])
     for split in ("train", "test"):
@@ -542,17 +542,17 @@ def test_a_table_names_images_labels_and_splits(tmp_path, kind):
     assert (values(train), labels(train)) == ([3, 1], [1, 0])
     assert (values(test), labels(test)) == ([0], [1])
     assert train.classes == test.classes == ("ape", "dog")
-    # Of a further split for testing nothing is used.
+    # A second test split is not used.
     write_table(tmp_path, "\n".join([*rows, "deep/002.png,dog,test"]))
     assert values(open_table(tmp_path, kind, "test")) == [2]
     assert values(open_table(tmp_path, kind)) == [3, 1]
-    # Without labels and splits, every tenth is for testing.
+    # Without labels and splits, every tenth is a test image.
     write_table(tmp_path, "file\n" + "".join(f"deep/{i:03}.png\n" for i in range(4)))
     train, test = open_table(tmp_path, kind), open_table(tmp_path, kind, "test")
     assert train.num_classes == 0 and values(train) == [1, 2, 3] and values(test) == [0]
 
 
-def test_a_table_says_where_texts_are(tmp_path):
+def test_a_table_names_files_of_texts(tmp_path):
     write_images(tmp_path, range(3))
     rows = ["file,text"]
     for i in range(3):
@@ -594,7 +594,7 @@ def test_a_table_that_cannot_be_used(tmp_path, name, text, message):
         open_table(tmp_path, name, "test")
 
 
-def test_tables_as_spreadsheets_write_them(tmp_path, caplog):
+def test_tables_written_by_spreadsheets(tmp_path, caplog):
     write_images(tmp_path, range(4))
     table = tmp_path / "t.csv"
     lines = "".join(f"00{i}.png, {'ab'[i % 2]}, x\n" for i in range(4))
@@ -627,16 +627,16 @@ def test_a_long_walk_is_kept_until_a_folder_changes(tmp_path, monkeypatch):
             (tmp_path / name / f"{i:03}.png").touch()
     kept = tmp_path / ".binlatent_index.json"
     before = folder.list_images(str(tmp_path), "train")
-    assert not kept.exists()  # it changed just now
+    assert not kept.exists()  # changed too recently to be kept
     for path in (tmp_path / "a", tmp_path / "b", tmp_path):
         os.utime(path, (1_000_000, 1_000_000))
     assert folder.list_images(str(tmp_path), "train") == before and kept.exists()
-    with monkeypatch.context() as patch:  # now without looking
+    with monkeypatch.context() as patch:  # from the kept walk
         patch.setattr(os, "walk", None)
         assert folder.list_images(str(tmp_path), "train") == before
     (tmp_path / "b" / "new.png").touch()
     assert len(folder.list_images(str(tmp_path), "train").files) == len(before.files) + 1
-    # One from someone else that points elsewhere, or is no such thing, is not used.
+    # A foreign file that points elsewhere, or with other content, is not used.
     changed = {".": os.stat(tmp_path).st_mtime_ns}
     for content in (
         {"files": ["../x.png"], "changed": changed},
@@ -671,7 +671,7 @@ def test_an_lmdb_that_is_cut_short_is_refused(tmp_path):
         open_split(Data("lmdb", str(tmp_path), 4, 1), "train")
 
 
-def test_lmdb_as_lsun_has_it(tmp_path):
+def test_lmdb_in_the_layout_of_lsun(tmp_path):
     def open_lmdb(path, split="train"):
         return open_split(Data("lmdb", str(path), 4, 1), split)
 
@@ -751,7 +751,7 @@ def test_palettes_with_and_without_transparency(tmp_path):
 def test_exif_orientation(tmp_path):
     pixels = np.arange(16, dtype=np.uint8).reshape(4, 4)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
+    exif[0x0112] = 6  # shown after a rotation by 90 degrees clockwise
     image = through_file(tmp_path / "turned.png", Image.fromarray(pixels), exif=exif)
     np.testing.assert_array_equal(transforms.to_square(image, 4, 1)[..., 0], np.rot90(pixels, -1))
 
@@ -766,7 +766,7 @@ def test_float_images_are_refused(tmp_path):
 def test_images_of_the_right_size_keep_their_values():
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     np.testing.assert_array_equal(transforms.to_square(Image.fromarray(pixels), 8, 3), pixels)
-    # A centre crop alone keeps them too.
+    # So does a crop without resizing.
     wide = np.concatenate([np.zeros((8, 3, 3), np.uint8), pixels, np.zeros((8, 2, 3), np.uint8)], 1)
     np.testing.assert_array_equal(
         transforms.to_square(Image.fromarray(wide), 8, 3), wide[:, 2:10], strict=True
@@ -780,7 +780,7 @@ def test_resizing_is_antialiased_and_crops_the_centre():
     np.testing.assert_allclose(small, 127.5, atol=6)
     tall = np.zeros((90, 30, 3), np.uint8)
     tall[30:60] = (0, 200, 0)
-    # As when cropping after the resizing, the outermost rows also see what is cut off.
+    # As if cropped after resizing: the outermost rows also depend on what is cut off.
     assert (transforms.to_square(Image.fromarray(tall), 16, 3)[2:-2] == (0, 200, 0)).all()
     assert transforms.to_square(Image.new("L", (3, 2)), 8, 1).shape == (8, 8, 1)
 
@@ -833,7 +833,7 @@ def test_every_thread_of_a_large_machine_is_used(counted, monkeypatch, caplog):
     monkeypatch.setattr(machine, "cores", lambda: 16)
     next(loader.train_batches(counted, 5, seed=0))
     next(loader.in_order(10, counted.examples.__getitem__, 5))
-    assert "num_threads" not in caplog.text  # Grain warns when fewer batches are held ready
+    assert "num_threads" not in caplog.text  # Grain warns if fewer batches are held ready
 
 
 def test_training_resumes_at_the_next_batch(counted):
@@ -849,7 +849,7 @@ def test_training_resumes_at_the_next_batch(counted):
 
 @pytest.fixture
 def ramps(tmp_path):
-    """24 training images, 8 x 32, whose pixels say the image and the column."""
+    """24 training images, 8 x 32; a pixel encodes the image and the column."""
     (tmp_path / "train").mkdir()
     for i in range(24):
         pixels = np.broadcast_to(np.arange(32, dtype=np.uint8) + 8 * i, (8, 32))
@@ -858,7 +858,7 @@ def ramps(tmp_path):
     return open_folder(tmp_path, size=8)
 
 
-def test_crops_and_flips_are_drawn_from_the_place_in_the_stream(ramps):
+def test_crops_and_flips_depend_on_the_place_in_the_stream(ramps):
     def rows(num_threads=0, shard=(0, 1), batch=6, count=16, seed=0, **options):
         batches = loader.train_batches(ramps, batch, seed, num_threads, shard, **options)
         rows = [transforms.to_uint8(next(batches)["image"])[:, 3, :, 0] for _ in range(count)]
@@ -869,18 +869,18 @@ def test_crops_and_flips_are_drawn_from_the_place_in_the_stream(ramps):
     steps = np.diff(drawn, axis=1)
     flipped = steps[:, 0] < 0
     assert set(np.unique(steps)) == {-1, 1} and 0.3 < flipped.mean() < 0.7
-    left = drawn.min(axis=1) % 8  # of the crop: uniform on 0..23, and images are 8 apart
+    left = drawn.min(axis=1) % 8  # the crop's left column, modulo 8
     assert len(set(left)) == 8
     offsets = np.where(flipped, drawn[:, -1], drawn[:, 0]) - rows()[:, 0] + 12
     assert offsets.min() >= 0 and offsets.max() <= 24 and len(set(offsets)) > 15
     np.testing.assert_allclose(offsets.mean(), 11.5, atol=4 * 7 / np.sqrt(len(offsets)))
-    # Whatever the threads and the hosts; another seed is another draw.
+    # Threads and hosts do not matter; the seed does.
     np.testing.assert_array_equal(rows(num_threads=8, **both), drawn)
     shares = [rows(shard=(i, 2), batch=3, **both).reshape(-1, 3, 8) for i in range(2)]
     together = {tuple(row) for share in shares for row in share.reshape(-1, 8)}
     assert together == {tuple(row) for row in drawn}
     assert np.any(rows(seed=1, **both) != drawn)
-    # Neither is the centre, the right way round.
+    # Without both: the centre crop, not mirrored.
     assert set(np.unique(np.diff(rows(), axis=1))) == {1} and set(rows()[:, 0] % 8) == {4}
 
 
@@ -890,8 +890,8 @@ def test_batches_larger_than_the_dataset(counted):
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_hosts_share_each_batch_in_runs(counted, count):
-    # 3 a host: batches of 6 or 15 of 24 examples, so that the last of them spans epochs.
+def test_hosts_get_contiguous_parts_of_each_batch(counted, count):
+    # 3 per host: global batches of 6 or 15 of 24 examples; a batch of 15 spans epochs.
     whole = take(loader.train_batches(counted, 3 * count, seed=0), 10)
     hosts = [
         take(loader.train_batches(counted, 3, seed=0, shard=(i, count)), 10) for i in range(count)
@@ -936,7 +936,7 @@ def test_texts_of_a_folder_are_labels(tmp_path, shape):
     assert source.num_classes == 0 and len(source.examples) == 18
     batch = next(loader.train_batches(source, 6, seed=0))
     assert batch["label"].shape == (6, *shape) and batch["label"].dtype == np.float32
-    # Each beside its image.
+    # Each text is beside its image.
     pixels = transforms.to_uint8(batch["image"])[:, 0, 0, 0]
     np.testing.assert_array_equal(batch["label"].reshape(6, -1)[:, 0], (pixels - 10.0) / 8)
 
@@ -959,7 +959,7 @@ def test_texts_of_different_lengths_are_padded_with_zeros(tmp_path):
         open_split(data, "train").examples[1]
 
 
-def test_texts_that_cannot_be_read_are_named(tmp_path):
+def test_unreadable_texts_are_named(tmp_path):
     write_images(tmp_path, range(4))
     write_features(tmp_path, (3,))
     first, other = tmp_path / "001.npy", tmp_path / "003.npy"  # the first is for testing

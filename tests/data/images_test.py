@@ -1,4 +1,4 @@
-"""Images as files have them: upright, of every format, with the transparency that PNG allows."""
+"""Reading image files: orientation, formats, transparency of PNG."""
 
 import ast
 import io
@@ -14,11 +14,11 @@ from binlatent.data import images, masks, transforms
 from binlatent.evaluation import exchange
 from binlatent.runtime.errors import UserError
 
-# The upright image is 32 wide and 48 high, in blocks of 8 pixels of these values.
+# The upright image is 32 wide and 48 high, in 8x8 blocks of these values.
 BLOCKS = np.zeros((6, 4), np.uint8)
 BLOCKS[0] = 255, 200, 150, 100
 UPRIGHT = np.kron(BLOCKS, np.ones((8, 8), np.uint8))
-# What turns the upright image into the stored one, by the value of the EXIF tag.
+# The operation from the upright to the stored image, by the value of the EXIF tag.
 STORED = {
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
@@ -33,7 +33,7 @@ TURNED = ["jpg", "png", "tif", "webp", *(["avif"] if features.check("avif") else
 
 
 def write_turned(path, upright, orientation):
-    """Writes an image that is shown as `upright`, by way of an EXIF tag."""
+    """Writes an image with an EXIF tag; it is shown as `upright`."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = np.ascontiguousarray(STORED[orientation](upright))
@@ -52,7 +52,7 @@ def test_images_are_upright_however_they_are_read(tmp_path, ending, orientation)
     whole = images.read_whole(str(path), "x")
     assert whole.shape == (48, 32, 3)
     np.testing.assert_allclose(blocks(whole[..., 0]), BLOCKS, atol=12)  # JPEG is lossy
-    # As TFDS and LMDB have them, and a square of them, its top.
+    # From a stream, as for TFDS and LMDB, cropped to the top square.
     square = images.read_image(io.BytesIO(path.read_bytes()), "x", 32, 1, position=0)
     np.testing.assert_allclose(blocks(square[..., 0]), BLOCKS[:4], atol=12)
     (batch,) = exchange.open_set(tmp_path).batches(1)
@@ -66,18 +66,18 @@ def test_a_mask_is_that_of_the_upright_image(tmp_path, ending, orientation):
     photo, mask = str(tmp_path / f"photo.{ending}"), str(tmp_path / "mask.png")
     write_turned(photo, UPRIGHT, orientation)
     hidden = np.zeros((48, 32), np.uint8)
-    hidden[24:] = 255  # of the square in the centre, the lower half
-    for own in (1, orientation):  # the mask may be turned too
+    hidden[24:] = 255  # the lower half of the centre square
+    for own in (1, orientation):  # the mask may be rotated too
         write_turned(mask, hidden, own)
         keep = masks.read_mask(mask, photo, 16)
         assert keep[:8].all() and not keep[8:].any()
-    Image.fromarray(hidden.T).save(mask)  # as the photo is stored, if it is turned by a quarter
+    Image.fromarray(hidden.T).save(mask)  # the stored size, if rotated by a quarter turn
     with pytest.raises(UserError, match="size of the image, 32x48, not 48x32"):
         masks.read_mask(mask, photo, 16)
 
 
 def test_few_places_open_images():
-    """Those that turn them upright; others that ask for a size would get that of the file."""
+    """Only those that apply the EXIF tag; other code could get the size before rotation."""
     package = Path(images.__file__).parents[1]
     opening = {
         path.relative_to(package).as_posix()
@@ -88,12 +88,12 @@ def test_few_places_open_images():
     assert opening == {"data/images.py", "data/transforms.py"}
 
 
-def test_a_preset_may_be_spelt_both_ways():
+def test_both_spellings_of_centre():
     assert masks.preset_name("center") == masks.preset_name("centre") == "centre"
     assert masks.preset_name("middle") is None
 
 
-def test_formats_are_those_that_pillow_can_read():
+def test_pillow_reads_all_formats():
     assert ("AVIF" in images.FORMATS) == bool(features.check("avif"))
     assert set(images.FORMATS) <= set(Image.OPEN)
 
@@ -109,7 +109,7 @@ def test_avif(tmp_path):
 
 
 def png(depth, colour_type, values, *chunks):
-    """The bytes of a PNG of whole numbers (h, w, c), which Pillow does not write in all depths."""
+    """The bytes of a PNG with integer values (h, w, c); Pillow cannot write all bit depths."""
 
     def chunk(name, data):
         return (
@@ -139,7 +139,7 @@ _HIGH = 257 * 90
 @pytest.mark.parametrize(
     "depth, colour_type, values, chunks, expected",
     [
-        # Grey (0) with one transparent value, which is white in the end.
+        # Greyscale (0) with one transparent value, which becomes white.
         (1, 0, [0, 1, 1, 0], [hiding(0)], [255, 255, 255, 255]),
         (1, 0, [0, 1, 1, 0], [hiding(1)], [0, 255, 255, 0]),
         (2, 0, [0, 1, 2, 3], [hiding(1)], [0, 255, 170, 255]),
@@ -147,7 +147,7 @@ _HIGH = 257 * 90
         (4, 0, [0, 1, 7, 14], [hiding(7)], [0, 17, 255, 238]),
         (8, 0, [0, 1, 7, 254], [hiding(7)], [0, 1, 255, 254]),
         (16, 0, [0, _HIGH, _HIGH + 1, 257], [hiding(_HIGH)], [0, 255, 90, 1]),
-        # Colour (2); in 16 bits, one that differs in its lower half alone is not transparent.
+        # Colour (2); with 16 bits, a colour that differs only in its lower bytes is opaque.
         (
             *(8, 2),
             [*(0, 1, 2), *(3, 4, 5), *(3, 4, 6), *(9, 9, 9)],
@@ -160,14 +160,14 @@ _HIGH = 257 * 90
             [hiding(0x3000, 0x4000, 0x5000)],
             [(0, 0, 0), (255, 255, 255), (48, 64, 80), (9, 9, 9)],
         ),
-        # A palette (3) with an alpha each: 100, 0 and 20%.
+        # A palette (3) with alphas of 100, 0 and 20%.
         (
             *(2, 3),
             [0, 1, 2, 3],
             [_COLOURS, (b"tRNS", b"\xff\x00\x33")],
             [(10, 20, 30), (255, 255, 255), (218, 220, 222), (100, 110, 120)],
         ),
-        # Grey with alpha (4), colour with alpha (6).
+        # Greyscale with alpha (4), colour with alpha (6).
         (8, 4, [0, 255, 100, 0, 100, 51, 9, 255], [], [0, 255, 224, 9]),
         (16, 4, [0, 65535, 25700, 0, 25700, 257 * 51, 257 * 9, 65535], [], [0, 255, 224, 9]),
         (

@@ -1,4 +1,4 @@
-"""Masks: presets, users' files, and which tokens of a code they leave known."""
+"""Masks: presets, files, and the known tokens of a code."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_presets_hide_the_parts_they_are_named_after():
     np.testing.assert_array_equal(~masks.preset("strokes", 40, 60), hidden["strokes"])
 
 
-def test_masks_from_files_are_white_where_to_be_drawn_anew(tmp_path):
+def test_masks_from_files_are_white_where_redrawn(tmp_path):
     image, mask = str(tmp_path / "image.png"), str(tmp_path / "mask.png")
     Image.new("RGB", (60, 40)).save(image)
     values = np.zeros((40, 60), np.uint8)
