@@ -1,4 +1,4 @@
-"""The commands that convert feature networks."""
+"""Commands that convert feature networks."""
 
 import sys
 
@@ -48,7 +48,7 @@ def fails(capsys, *argv):
     return capsys.readouterr().err
 
 
-def test_the_command_reports_what_a_user_got_wrong(tmp_path, monkeypatch, capsys):
+def test_the_command_reports_mistakes_of_users(tmp_path, monkeypatch, capsys):
     source, out = tmp_path / "vgg16.pth", tmp_path / "vgg16.npz"
     error = fails(capsys, "vgg16", "--from", source, "--out", tmp_path / "vgg16")
     assert error.startswith("Error: --out must end in .npz, not '") and error.count("\n") == 1

@@ -1,7 +1,7 @@
-"""The conversions that README.md and docs/ show, run as they are shown.
+"""Runs the conversions in README.md and docs/ as they are written there.
 
-Each file is small, of the very kind of the published one: a TorchScript archive in a wheel, made by
-hand here, or a state dict in PyTorch's older or newer format, in a wheel or alone.
+The files are small, in the formats of the published ones: a TorchScript archive in a wheel, written
+here without PyTorch, or a state dict in PyTorch's older or newer format, in a wheel or alone.
 """
 
 import gzip
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def documented():
-    """The commands `python -m binlatent.convert` of the documentation, once each."""
+    """The distinct commands `python -m binlatent.convert` in the documentation."""
     found = []
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL):
@@ -46,7 +46,7 @@ COMMANDS = documented()
 
 
 def documented_of(name, ending=""):
-    """The one documented command of a name that reads a file of an ending."""
+    """The one documented command with a name that reads a file with an ending."""
     (command,) = [
         words
         for words in COMMANDS
@@ -63,9 +63,9 @@ def test_all_documented_conversions_are_run_here():
 
 
 def torchscript_bytes(shapes):
-    """The bytes of a TorchScript archive of float32 tensors, each of one repeated number.
+    """The bytes of a TorchScript archive of constant float32 tensors.
 
-    The numbers are 0, 1, 2, ..., in order; what PyTorch would compute with it is left out.
+    Their values are 0, 1, 2, ..., in order. The archive has no code.
     """
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
 
@@ -126,7 +126,7 @@ def torchscript_bytes(shapes):
 
 def test_text_encoders_without_pytorch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    # CLIP's smallest vocabulary is all bytes, twice, here with two merges, a start and an end.
+    # The vocabulary is all bytes, twice, two merges, start and end.
     width, vocab_size = 64, 516
     layer = "transformer.resblocks.0"
     shapes = {
@@ -152,14 +152,14 @@ def test_text_encoders_without_pytorch(tmp_path, monkeypatch):
     content, expected = torchscript_bytes(shapes), list(shapes).index(f"{layer}.mlp.c_fc.weight")
     monkeypatch.chdir(tmp_path)
     Path(openai[2]).write_bytes(content)
-    Path("config.json").write_text('{"num_attention_heads": 2}')  # of another model
+    Path("config.json").write_text('{"num_attention_heads": 2}')  # for another model
     wheel = openai[openai.index("--tokenizer") + 1]
     write_wheel(wheel, "open_clip/bpe_simple_vocab_16e6.txt.gz", merges)
     convert.main(openai)
     encoder = TextEncoder.load(openai[openai.index("--out") + 1])
     assert (encoder.variables["params"]["layer_0"]["mlp_in"]["kernel"] == expected).all()
     assert encoder.model.num_heads == 1
-    # The first merge, and the letter p, the 80th printable one, at the end of a word.
+    # The first merge, and the letter p, the 80th printable one, at a word's end.
     assert encoder.tokenizer.encode("app").ids[1:-1] == [512, 256 + 79]
     monkeypatch.chdir(ROOT)
     encoders.write_clip(tmp_path / clip[2])
@@ -197,7 +197,7 @@ def test_inception_from_its_wheel_without_pytorch(tmp_path, monkeypatch):
 
 
 def legacy_bytes():
-    """How a state dict in PyTorch's older format begins: a number, a version, more pickles."""
+    """The start of a state dict in PyTorch's older format: a number, a version, more pickles."""
     return b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {}, {}, []))
 
 
@@ -210,7 +210,7 @@ def newer_bytes():
 
 @pytest.mark.parametrize("content", [legacy_bytes(), newer_bytes(), b"", b"PK\5\6" + bytes(18)])
 def test_the_check_for_torchscript_leaves_a_stream_where_it_was(content):
-    """As PyTorch reads it next."""
+    """PyTorch reads the stream afterwards."""
     for place in (0, 7):
         stream = io.BytesIO(bytes(place) + content)
         stream.seek(place)
@@ -221,7 +221,7 @@ def test_the_check_for_torchscript_leaves_a_stream_where_it_was(content):
 
 
 def saved(state, legacy):
-    """The bytes of a state dict, each tensor of one repeated number."""
+    """The bytes of a state dict of constant tensors."""
     torch = pytest.importorskip("torch")
     tensors = {
         name: torch.full((), float(x.ravel()[0]))
@@ -235,7 +235,7 @@ def saved(state, legacy):
 
 
 @pytest.mark.parametrize("in_wheel", [False, True])
-@pytest.mark.parametrize("legacy", [True, False])  # all three are published in the older one
+@pytest.mark.parametrize("legacy", [True, False])  # all three are published in the older format
 @pytest.mark.parametrize(
     "name, ending, first, kernel",
     [
@@ -271,7 +271,7 @@ def test_the_authors_files_in_the_older_format_and_back(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # of tests/reference.py
     states = {name: reference.state(name) for name in ("ae_c16", "prior_uncond")}
     monkeypatch.chdir(tmp_path)
-    # Ours are of 32x32 pixels, the published ones of 256x256, which is the default.
+    # These are for 32x32 pixels; the published ones are for the default, 256x256.
     for name, stage, ending, more in (
         ("ae_c16", "autoencoder", "_8100000.th", ["--image_size", "32"]),
         ("prior_uncond", "prior", "_960000.th", []),
@@ -292,7 +292,7 @@ def test_the_authors_files_in_the_older_format_and_back(tmp_path, monkeypatch):
 
 
 def test_from_a_text_to_a_picture_without_pytorch(tmp_path, monkeypatch):
-    """The commands of docs/pretrained.md, in its order, of small files; two steps of a sampler."""
+    """Runs docs/pretrained.md's commands in order, with small files and two sampling steps."""
     monkeypatch.setitem(sys.modules, "torch", None)
     page = (ROOT / "docs/pretrained.md").read_text()
     (block,) = (x for x in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "--prompt=" in x)

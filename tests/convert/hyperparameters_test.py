@@ -1,4 +1,4 @@
-"""What the names and shapes of the authors' checkpoints say of their networks."""
+"""Inferring networks from the names and shapes of the authors' checkpoints."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ PRIOR = {
 
 
 def checkpoint(name, what="checkpoint", change=None):
-    """A checkpoint, some of its tensors replaced, or removed by None."""
+    """A checkpoint with some tensors replaced, or removed where the value is None."""
     state = {**reference.state(name), **(change or {})}
     state = {key: x for key, x in state.items() if x is not None}
     return released.Checkpoint(state, what)
@@ -60,12 +60,12 @@ def test_priors(name, more):
 
 
 def released_with(changes):
-    """The experiment of the released variant with other values by key."""
+    """The experiment of the variant `released` with other values."""
     return resolve(default.get_config("released")).change(changes)
 
 
 def layout(**changes):
-    """The state dict of zeros of another architecture, by the keys of its config."""
+    """A state dict of zeros for another architecture, given by config keys."""
     experiment = released_with({"data.image_size": 64, "data.num_classes": 0, **changes})
     spec = experiment.autoencoder
     return experiment, released.autoencoder_state(spec, reference.zeros(spec), {})
@@ -80,7 +80,7 @@ def layout(**changes):
         {"multipliers": (1, 1, 2, 2, 4), "num_blocks": 2, "decoder_depth": 3.0},  # C128's
     ],
 )
-def test_other_architectures_are_found_again(changes):
+def test_other_architectures_are_recovered(changes):
     small = {"base_width": 32, "embedding_width": 32, "num_bits": 5, "attention_resolutions": ()}
     small = {f"autoencoder.{name}": value for name, value in {**small, **changes}.items()}
     experiment, state = layout(**small)
@@ -90,7 +90,7 @@ def test_other_architectures_are_found_again(changes):
     assert "discriminator.width" not in found and len(section) == 8
 
 
-def test_what_is_no_such_network_is_said_by_name():
+def test_errors_name_the_tensor_that_does_not_fit():
     weight = np.zeros((32, 32, 3, 3), np.float32)
     cases = [
         ("ae_c16", {"ae.encoder.blocks.0.weight": None}, r"lacks ae\.encoder\.blocks\.0\.weight"),
@@ -113,7 +113,7 @@ def test_what_is_no_such_network_is_said_by_name():
 
 @pytest.mark.parametrize("name", schedules.NAMES)
 @pytest.mark.parametrize("num_timesteps", [16, 64, 256])
-def test_a_schedule_is_known_by_its_values(name, num_timesteps):
+def test_a_schedule_is_recognised_by_its_values(name, num_timesteps):
     keep = np.load("tests/data/schedules.npz").get(f"{name}_{num_timesteps}_k")
     if keep is None:
         keep = schedules.keep_schedule(name, num_timesteps)
@@ -121,7 +121,7 @@ def test_a_schedule_is_known_by_its_values(name, num_timesteps):
     assert hyperparameters.find_schedule(found) == (name, num_timesteps)
 
 
-def test_a_schedule_of_ones_own_or_none():
+def test_an_unknown_schedule_or_none():
     found = released.Checkpoint({"scheduler.k_final": np.float32([1, 0.5, 0.25, 0.125])}, "prior")
     assert hyperparameters.find_schedule(found) == ((1.0, 0.5, 0.25, 0.125), 3)
     assert hyperparameters.find_schedule(released.Checkpoint({}, "prior")) is None
@@ -151,7 +151,7 @@ def test_flags_describe_the_released_models():
 
 
 @pytest.mark.parametrize("blocks, depth", [(7, 61), (11, 15), (13, 15), (2, 6), (3, 1), (0, 0)])
-def test_any_depth_of_a_decoder_comes_out_as_it_went_in(blocks, depth):
+def test_every_depth_of_a_decoder_is_recovered(blocks, depth):
     assert int(blocks * hyperparameters.depth_ratio(depth, blocks)) == depth
 
 
@@ -178,10 +178,10 @@ def test_any_depth_of_a_decoder_comes_out_as_it_went_in(blocks, depth):
         ),
     ],
 )
-def test_what_is_missing_or_odd_is_named(name, change, message):
+def test_missing_or_unexpected_tensors_are_named(name, change, message):
     state = reference.state(name)
     for key, x in change.items():
-        if x is ...:  # all that starts so
+        if x is ...:  # all names with this prefix
             state = {k: v for k, v in state.items() if not k.startswith(f"{key}.")}
         else:
             state[key] = x

@@ -1,7 +1,7 @@
-"""The authors' checkpoints become workdirs that do all a workdir does, and go back as they were.
+"""Converts the authors' checkpoints to workdirs, uses and trains them, and exports them again.
 
-The state dicts are those of tests/reference.py, which needs no PyTorch; the last test writes and
-reads PyTorch's files where it is installed.
+The state dicts are those of tests/reference.py, which needs no PyTorch. The last test writes and
+reads PyTorch's files if it is installed.
 """
 
 import functools
@@ -37,7 +37,7 @@ def any_autoencoder(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    """A workdir of the autoencoder whose codes are as those of the reference priors."""
+    """A workdir with the autoencoder that fits the reference priors."""
     workdir = tmp_path_factory.mktemp("autoencoder")
     convert_autoencoder(reference.state("ae_c16"), workdir, image_size=32)
     return workdir
@@ -45,7 +45,7 @@ def autoencoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def converted(autoencoder, tmp_path_factory):
-    """Gives the workdir of a reference prior, beside the autoencoder."""
+    """Returns a function: the workdir of a reference prior with its autoencoder."""
 
     @functools.cache
     def workdir_of(name):
@@ -90,7 +90,7 @@ def test_a_converted_prior_samples_inpaints_and_measures(converted, name):
     codes = model.sample_codes(3, jax.random.key(0), label, **draw)
     assert codes.shape == (3, 8, 8, 16) and set(np.unique(codes)) == {0, 1}
     assert 0.2 < codes.mean() < 0.8
-    # A config that comes from a checkpoint, which has lists for tuples, takes tuples again.
+    # A checkpoint's config has lists in place of tuples; tuples are accepted again.
     narrow = model.sample_codes(3, jax.random.key(0), label, **draw, guidance_interval=(0.9, 1.0))
     assert narrow.shape == codes.shape
     if label is not None:
@@ -105,7 +105,7 @@ def test_a_converted_prior_samples_inpaints_and_measures(converted, name):
     filled = model.inpaint(images, keep, jax.random.key(1), one, steps=4)
     np.testing.assert_array_equal(filled[:, keep], images[:, keep])
     bits = model.code_lengths(codes, jax.random.key(2), label, steps=4)
-    assert np.all(bits > 0.5 * 8 * 8 * 16)  # far from what random weights have learned
+    assert np.all(bits > 0.5 * 8 * 8 * 16)  # a loose bound, as the weights are random
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_label_of_another_kind_is_refused(converted, name, label, message):
         model.sample_codes(2, jax.random.key(0), label, steps=2)
 
 
-def test_a_prior_is_put_beside_its_own_autoencoder_only(autoencoder, tmp_path, caplog):
+def test_a_prior_is_only_written_beside_its_autoencoder(autoencoder, tmp_path, caplog):
     state = reference.state("prior_class")
     out = tmp_path / "out"
     with pytest.raises(UserError, match="There is no autoencoder in .*--autoencoder"):
@@ -152,7 +152,7 @@ def test_a_prior_is_put_beside_its_own_autoencoder_only(autoencoder, tmp_path, c
     caplog.clear()
     with pytest.raises(UserError, match="There is a checkpoint of the prior in .*out already"):
         convert_prior(state, out, autoencoder=out, num_heads=4)
-    # The vectors that embed the bits are the autoencoder's own: nothing to warn of.
+    # The copy of the embedding equals the autoencoder's: no warning.
     shutil.rmtree(out / "prior")
     embed = reference.state("ae_c16")["ae.quantize.embed.weight"]
     convert_prior({**state, "embedding_weight": embed}, out, autoencoder=out, num_heads=4)
@@ -164,7 +164,7 @@ def config_in(workdir, stage):
         return checkpoints.meta()["config"]
 
 
-def test_what_a_prior_does_not_say_of_itself_is_an_argument(autoencoder, tmp_path):
+def test_arguments_for_what_a_checkpoint_does_not_determine(autoencoder, tmp_path):
     state = reference.state("prior_uncond")
     state = {name: x for name, x in state.items() if not name.startswith("scheduler.")}
     for options, expected in (
@@ -183,7 +183,7 @@ def test_what_a_prior_does_not_say_of_itself_is_an_argument(autoencoder, tmp_pat
         assert (*found, section["network"]["num_heads"]) == expected
 
 
-def test_an_autoencoder_is_not_what_a_flag_says_against_its_weights(autoencoder, tmp_path):
+def test_flags_that_contradict_the_weights_are_refused(autoencoder, tmp_path):
     state = reference.state("ae_c16")
     with pytest.raises(UserError, match="--norm_first: the checkpoint has norm"):
         convert_autoencoder(state, tmp_path, image_size=32, norm_first=False)
@@ -206,7 +206,7 @@ def photos(tmp_path_factory):
 
 
 def fine_tuning(workdir, photos, **overrides):
-    """The experiment of a workdir, to train on two steps on other data."""
+    """The experiment of a workdir, for two training steps on other data."""
     config = importlib.import_module("binlatent.configs.workdir").get_config(str(workdir))
     tiny = {"batch_size": 4, "num_steps": 2, "warmup_steps": 1}
     tiny = {f"{stage}.train.{k}": x for stage in ("autoencoder", "prior") for k, x in tiny.items()}
@@ -232,13 +232,13 @@ def params_of(workdir, stage, step):
 
 
 @pytest.mark.slow
-def test_a_converted_autoencoder_is_trained_on_with_its_discriminator(
+def test_a_converted_autoencoder_trains_further_with_its_discriminator(
     autoencoder, photos, tmp_path
 ):
     workdir = shutil.copytree(autoencoder, tmp_path / "workdir")
     before = params_of(workdir, "autoencoder", 0)
     state = stages.train_autoencoder(fine_tuning(workdir, photos), workdir)
-    # The discriminator took part, and moved, from its own weights.
+    # The discriminator was trained from its own weights.
     theirs = reference.state("ae_c16")["disc.main.2.weight"].transpose(2, 3, 1, 0)
     moved = np.abs(np.asarray(state.discriminator["params"]["main_2"]["kernel"]) - theirs)
     assert 0 < moved.max() < 1e-3
@@ -249,7 +249,7 @@ def test_a_converted_autoencoder_is_trained_on_with_its_discriminator(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["prior_class", "prior_text_cross"])
-def test_a_converted_prior_is_trained_on(converted, photos, tmp_path, name):
+def test_a_converted_prior_trains_further(converted, photos, tmp_path, name):
     workdir = shutil.copytree(converted(name), tmp_path / "workdir")
     experiment = fine_tuning(workdir, photos)
     if name == "prior_class":
@@ -271,14 +271,14 @@ def test_a_converted_prior_is_trained_on(converted, photos, tmp_path, name):
     head = np.asarray(state.params["params"]["head"]["kernel"]).T
     moved = np.abs(head - reference.state(name)["_denoise_fn.head.weight"])
     assert 0 < moved.max() < 1e-3
-    if name == "prior_text_cross":  # the text was read: its projection learned of it
+    if name == "prior_text_cross":  # the text was used: its projection changed
         kernel = np.asarray(state.params["params"]["blocks_0"]["cross"]["kv"]["kernel"]).T
         theirs = reference.state(name)["_denoise_fn.blocks.0.cross.kv.weight"]
         assert np.abs(kernel - theirs).max() > 0
 
 
 @pytest.mark.parametrize("name", reference.PRIORS)
-def test_a_workdir_is_exported_as_it_was(converted, name):
+def test_a_converted_workdir_is_exported_unchanged(converted, name):
     files, _ = export_workdir(converted(name))
     assert list(files) == ["binaryae_ema_1", "binaryae_1", "bld_ema_1", "bld_1"]
     for file, golden in (("binaryae_ema_1", "ae_c16"), ("bld_ema_1", name)):
@@ -287,14 +287,14 @@ def test_a_workdir_is_exported_as_it_was(converted, name):
         for key, x in reference.state(golden).items():
             if "num_batches" not in key and key not in ("embedding_weight", "scheduler.cumbeta"):
                 np.testing.assert_array_equal(state[key], x)
-    # Their training loads this one into a model wrapped for several GPUs.
+    # Their training loads this file into a model wrapped for several GPUs.
     assert set(files["bld_1"]) == {f"module.{key}" for key in reference.SHAPES[name]}
     embed = reference.state("ae_c16")["ae.quantize.embed.weight"]
     np.testing.assert_array_equal(files["bld_ema_1"]["embedding_weight"], embed)
 
 
 def test_each_exported_file_has_its_own_weights(autoencoder, tmp_path):
-    """The averaged weights in one, the others in the other, once training has set them apart."""
+    """One file has the EMA weights, the other the trained ones, after a training step."""
     workdir = shutil.copytree(autoencoder, tmp_path / "workdir")
     convert_prior(reference.state("prior_class"), workdir, autoencoder=workdir, num_heads=4)
     for stage in ("autoencoder", "prior"):
@@ -316,7 +316,7 @@ def test_each_exported_file_has_its_own_weights(autoencoder, tmp_path):
     np.testing.assert_array_equal(files["bld_7"][f"module.{key}"], theirs[key] + 1)
 
 
-def test_training_the_autoencoder_on_does_not_spoil_a_prior_beside_it(converted, photos):
+def test_training_the_autoencoder_further_is_refused_beside_a_prior(converted, photos):
     workdir = converted("prior_uncond")
     with pytest.raises(UserError, match="belongs to its autoencoder as it is: to train"):
         stages.train_autoencoder(fine_tuning(workdir, photos), workdir)
@@ -339,7 +339,7 @@ def test_images_without_the_labels_of_a_prior_are_judged_without(converted, phot
         report.test_images(BinaryLatentDiffusion(experiment, params), 2)
 
 
-def test_the_command_reports_what_it_found_and_what_it_left(tmp_path, monkeypatch, capsys):
+def test_the_command_logs_hyperparameters_and_unused_tensors(tmp_path, monkeypatch, capsys):
     state = reference.state("ae_c16")
     monkeypatch.setattr(state_dicts, "read", lambda path: state)
     for name in ("binaryae_7.th", "binaryae_ema_7.th"):

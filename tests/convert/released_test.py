@@ -1,4 +1,4 @@
-"""The authors' layout: names and shapes as they were, to ours and back without loss."""
+"""Names and shapes of the authors' layout, and conversion to ours and back without loss."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from binlatent.runtime.errors import UserError
 
 
 def experiment_of(name, **changes):
-    """The experiment of a reference checkpoint; of a prior, with a fitting autoencoder."""
+    """The experiment of a reference checkpoint; for a prior, with an autoencoder that fits."""
     like = name if name in reference.AUTOENCODERS else "ae_c16"
     values = {**hyperparameters.of_autoencoder(checkpoint(like), 32), "data.num_classes": 0}
     if name in reference.PRIORS:
@@ -41,7 +41,7 @@ def shapes(state):
 
 
 @pytest.mark.parametrize("name", reference.AUTOENCODERS)
-def test_an_autoencoder_comes_back_as_it_was(name):
+def test_an_autoencoder_survives_the_round_trip(name):
     found, spec = checkpoint(name), autoencoder_of(name)
     params, discriminator = released.read_autoencoder(found, spec)
     assert found.unused(released.AUTOENCODER_UNUSED) == {
@@ -51,14 +51,14 @@ def test_an_autoencoder_comes_back_as_it_was(name):
     }
     again = released.autoencoder_state(spec, params, discriminator)
     assert shapes(again) == reference.SHAPES[name]
-    for key, x in reference.state(name).items():  # what is not used is 0 in both
+    for key, x in reference.state(name).items():  # unused tensors are 0 in both
         assert again[key].dtype == x.dtype
-        if "num_batches_tracked" not in key:  # which counts, and nothing reads
+        if "num_batches_tracked" not in key:  # a counter that is never read
             np.testing.assert_array_equal(again[key], x)
 
 
 @pytest.mark.parametrize("name", reference.PRIORS)
-def test_a_prior_comes_back_as_it_was(name):
+def test_a_prior_survives_the_round_trip(name):
     found, spec, state = checkpoint(name), prior_of(name), reference.state(name)
     params = released.read_prior(found, spec)
     assert set(found.unused(released.PRIOR_UNUSED)) == {"scheduler", "embedding_weight"}
@@ -68,8 +68,8 @@ def test_a_prior_comes_back_as_it_was(name):
         np.testing.assert_allclose(again[key], x, rtol=0, atol=1e-6 * key.startswith("scheduler."))
 
 
-def test_a_tree_of_another_layout_would_not_come_back():
-    # Kernels are transposed in all of their dimensions: an order that is wrong moves numbers.
+def test_kernels_are_transposed():
+    # Kernels are transposed in all dimensions: a wrong order would change the numbers.
     params = released.read_prior(checkpoint("prior_uncond"), prior_of("prior_uncond"))["params"]
     state = reference.state("prior_uncond")
     kernel = params["blocks_1"]["attn"]["qkv"]["kernel"]
@@ -137,7 +137,7 @@ def test_lpips_in_a_checkpoint_is_not_used():
         ("autoencoder.bottleneck", "vq", "has only the bottleneck binary, not 'vq'"),
     ],
 )
-def test_what_their_code_does_not_have_is_not_exported(key, value, message):
+def test_what_their_code_lacks_is_not_exported(key, value, message):
     spec = autoencoder_of("ae_c16", **{key: value})
     with pytest.raises(UserError, match=message):
         released.autoencoder_state(spec, reference.zeros(spec), {})
@@ -161,7 +161,7 @@ def test_the_buffers_of_a_schedule_are_theirs(schedule):
     np.testing.assert_allclose(state["scheduler.cumbeta"], np.cumprod(beta), atol=1e-6)
 
 
-def test_a_schedule_of_ones_own_goes_with_the_weights():
+def test_a_custom_schedule_is_exported_with_the_weights():
     keep = (1.0, 0.5, 0.25, 0.125)
     changes = {"num_timesteps": 3, "schedule": "given", "keep": keep}
     changes = {f"prior.bernoulli.{key}": value for key, value in changes.items()}
@@ -172,7 +172,7 @@ def test_a_schedule_of_ones_own_goes_with_the_weights():
 
 
 def test_a_prior_trained_here_has_their_names(tiny_config):
-    """The digits' prior, with classes, in the layout of the reference checkpoint with classes."""
+    """The class-conditional prior of the digits has the layout of the reference checkpoint."""
     spec = resolve(tiny_config).change({"data.num_classes": 10}).prior
     state = released.prior_state(spec, spec.init(jax.random.key(0)), np.zeros((8, 16)))
     expected = {

