@@ -53,8 +53,8 @@ def adaptive_weight(
 def r1_penalty(logits_of: Callable[[Array], Array], images: Array) -> Array:
     """Returns half of the mean squared gradient norm at real images (Mescheder et al., 2018, (9)).
 
-    For each image, the gradient is that of its mean logit. The penalty can be differentiated with
-    respect to the parameters in `logits_of`.
+    The gradient is that of the sum over images of each image's mean logit. The penalty can be
+    differentiated with respect to the parameters in `logits_of`.
 
     Args:
       logits_of: (n, height, width, channels) -> (n, ...).

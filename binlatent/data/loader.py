@@ -33,8 +33,8 @@ def train_batches(
       source: of images with labels, or of other dictionaries of equally shaped arrays.
       batch_size: examples per batch on this host. It may exceed the number of examples.
       seed: of the shuffling and the augmentation, 0 to 2**32 - 1.
-      num_threads: threads that prepare batches ahead; None for one per core, and at least 4. With
-        0, each batch is prepared on request. Up to 8 batches, or one per thread, are held ready.
+      num_threads: threads that prepare batches ahead; None for one per core, and at least 4. They
+        hold 8 batches ready, or one per thread if that is more. 0 prepares batches on request.
       shard: (index, count) of this host. It gets a contiguous part of each global batch, so that
         global batches and the iterator's state do not depend on the number of hosts.
       random_crop: whether to crop at a random place along the longer side, not at the centre.

@@ -261,7 +261,7 @@ def test_the_autoencoder_learns_to_copy_a_batch(tiny_experiment):
         state, metrics = step(state, images, {})
         # With more than 32 queued steps, JAX's fake CPU devices can deadlock.
         jax.block_until_ready(metrics)
-    # The images' variance is 0.64; the codes must explain most of it.
+    # The images' mean square is 0.64; the codes must explain most of it.
     assert float(metrics["loss"]) < 0.15
 
 
