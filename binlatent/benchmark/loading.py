@@ -20,9 +20,8 @@ def measure_loading(data: Data, seed: int, batch_size: int, seconds: float = 20.
     `images_per_second` is the median over up to ten parts of the `seconds`. Time starts after the
     prefetched batches. JAX's devices are not used.
     """
-    source = splits.open_split(
-        data, "train", keep=False
-    )  # keep=False: each is decoded, as for large data
+    # Each image is decoded, as for large data.
+    source = splits.open_split(data, "train", keep=False)
     augment = {"random_crop": data.crop == "random", "random_flip": data.flip}
     batches = loader.train_batches(source, batch_size, seed, **augment)
     log.info("Measuring %s at batch size %d", data.name, batch_size)

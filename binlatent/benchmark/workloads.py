@@ -51,9 +51,8 @@ class Program(NamedTuple):
         stats = self.compiled.memory_analysis()
         if stats is None:
             return None
-        own = (
-            stats.output_size_in_bytes - stats.alias_size_in_bytes
-        )  # outputs that do not reuse arguments
+        # Outputs that do not reuse arguments.
+        own = stats.output_size_in_bytes - stats.alias_size_in_bytes
         return stats.argument_size_in_bytes + stats.temp_size_in_bytes + own
 
 

@@ -38,9 +38,8 @@ class ImageSet(NamedTuple):
     """A set of images of one height and width."""
 
     count: int  # n
-    batches: Callable[
-        [int], Iterator[np.ndarray]
-    ]  # batch size -> uint8 (b, h, w, 1 or 3), in order
+    # Batch size -> uint8 (b, h, w, 1 or 3), in order.
+    batches: Callable[[int], Iterator[np.ndarray]]
     protocol: dict[str, Any]  # describes the images
     # How many of the images read so far were unreadable and were replaced by others.
     num_unreadable: Callable[[], int] = lambda: 0

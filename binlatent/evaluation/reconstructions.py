@@ -168,9 +168,8 @@ def compare_reconstructions(
     names = [name.removeprefix("r") for name in metrics]
     for codes in decoded:
         found = features_of_reconstructions(pipeline, network, workdir, codes, limit)
-        called = (
-            "reconstructions" if codes == decoded[0] else None
-        )  # warn once: the numbers of images are equal
+        # Warn once: the numbers of images are equal.
+        called = "reconstructions" if codes == decoded[0] else None
         numbers, how = comparison.compare(real, found, names, network.suffix, called)
         for name, value in numbers.items():
             std = "_std" if name.endswith("_std") else ""

@@ -1,1 +1,1 @@
-"""The paper's figures and tables by one command each; ablations."""
+"""Commands for the figures and tables of the paper, and for ablations."""

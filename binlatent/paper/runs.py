@@ -32,9 +32,8 @@ log = logging.getLogger(__name__)
 
 Options = dict[str, Any]  # of the sampler, by name
 
-Measured = dict[
-    tuple[str, str, int], dict[str, Any]
-]  # keyed by variant, what was measured, and seed
+# Keyed by variant, what was measured, and seed.
+Measured = dict[tuple[str, str, int], dict[str, Any]]
 
 # Name of a number -> its title and format.
 _COLUMNS = {

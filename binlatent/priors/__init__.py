@@ -1,1 +1,1 @@
-"""Stage 2: priors over binary codes, a folder a kind (paper, Section 4)."""
+"""Stage 2: priors over binary codes, with a folder for each kind (paper, Section 4)."""

@@ -207,9 +207,8 @@ class DiT(nn.Module):
         angles = None
         if self.positions == "rotary":
             angles = rotary_angles(h, w, d // self.num_heads)
-            angles = np.pad(
-                angles, ((0, x.shape[1] - h * w), (0, 0))
-            )  # other tokens are not rotated
+            # Other tokens are not rotated.
+            angles = np.pad(angles, ((0, x.shape[1] - h * w), (0, 0)))
 
         x = x.reshape(-1, d)
         text_width = self.text_width if self.condition == "text_cross" else 0

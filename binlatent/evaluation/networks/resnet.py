@@ -48,12 +48,8 @@ class ResNet50(nn.Module):
     num_classes: int
     dtype: Any = jnp.float32  # to compute in; parameters, statistics and logits are float32
     axis_name: str | None = None  # of pmap: training averages batch statistics over it
-    stage_sizes: tuple[int, ...] = (
-        3,
-        4,
-        6,
-        3,
-    )  # blocks per stage; a stage halves the grid and doubles the width
+    # Blocks per stage; a stage halves the grid and doubles the width.
+    stage_sizes: tuple[int, ...] = (3, 4, 6, 3)
     width: int = 64  # of the first convolution and the first stage
 
     @nn.compact
