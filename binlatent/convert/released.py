@@ -53,9 +53,8 @@ def _tensors(tree: Any, rename: Callable[[str], str], kernel: tuple) -> dict[str
         axes = tuple(range(len(x.shape) + extra))
         if leaf == "kernel" and module != "tok_emb":
             axes = kernel
-        full = (1,) * (len(axes) - len(x.shape)) + tuple(
-            x.shape
-        )  # our 1x1 kernels may be (in, out)
+        # 1x1 kernels of the package may be (in, out).
+        full = (1,) * (len(axes) - len(x.shape)) + tuple(x.shape)
         shape = tuple(full[i] for i in np.argsort(axes))
         tensors[path] = Tensor(f"{rename(module)}.{LEAVES.get(leaf, leaf)}", shape, axes)
     return tensors

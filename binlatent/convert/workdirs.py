@@ -172,9 +172,8 @@ def convert_prior(
             unfinished = out / "autoencoder.unfinished"
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.copytree(autoencoder / "autoencoder", unfinished)
-            shutil.rmtree(
-                out / "autoencoder", ignore_errors=True
-            )  # left by an interrupted conversion
+            # It may be left by an interrupted conversion.
+            shutil.rmtree(out / "autoencoder", ignore_errors=True)
             unfinished.rename(out / "autoencoder")
         _save(out / "prior", state, experiment, encoder=model.encoder_fingerprint)
     _report(experiment, (*_PRIOR_KEYS, *found, *texts), unused)
