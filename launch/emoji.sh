@@ -22,5 +22,5 @@ Done. In $workdir:
   reconstructions.png  held-out emoji above their reconstructions
   inpainting.png       held-out emoji with masked parts filled in
   report.json          metrics
-Next: ${activate}python -m binlatent.main --workdir=$workdir --mode=sample --prompt="a green heart"
+Next: ${activate}python -m binlatent.main --workdir=$workdir --mode=sample --prompt="a green heart" --out=hearts.png
 EOF

@@ -20,5 +20,5 @@ Done. In $workdir:
   inpainting.png       test digits with masked parts filled in
   trajectory.png       from random bits to digits
   report.json          metrics
-Next: ${activate}python -m binlatent.main --workdir=$workdir --mode=sample --label=7 --num=20
+Next: ${activate}python -m binlatent.main --workdir=$workdir --mode=sample --label=7 --num=20 --out=sevens.png
 EOF
