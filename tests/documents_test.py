@@ -250,10 +250,10 @@ def made(tmp_path_factory, text_encoder, digits_dir):
         for name in {"seven.png", *re.findall(r"[\w/]+\.(?:png|jpg)\b", text)}:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(folder / name)
-        for name in ("photos", "path/to/images"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-            for i in range(2):
-                Image.fromarray(pixels).resize((64, 64)).save(folder / name / f"{i}.png")
+        images = folder / "path/to/images"
+        images.mkdir(parents=True, exist_ok=True)
+        for name in "ab":
+            Image.fromarray(pixels).resize((64, 64)).save(images / f"{name}.png")
         return folder
 
     return make
@@ -292,7 +292,7 @@ def site(made, untrained, monkeypatch):
 
     def enter(page, *workdirs):
         monkeypatch.chdir(made(page))
-        for workdir in filter(None, workdirs):
+        for workdir in workdirs:
             if not Path(workdir).exists():
                 on_it = [x for x in COMMANDS if x.workdir == workdir]
                 trains = [x for x in on_it if x.page == page and x.trains]
@@ -310,7 +310,7 @@ def site(made, untrained, monkeypatch):
 def workdirs_of(flags):
     """The workdirs that flags name, also by --config=workdir:DIR."""
     text = " ".join(flags)
-    return re.findall(r"(?:--workdir[= ]|workdir(?:\.py)?:|--autoencoder )([^\s]+)", text)
+    return re.findall(r"(?:--workdir=|workdir(?:\.py)?:)(\S+)", text)
 
 
 # The commands
