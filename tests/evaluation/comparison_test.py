@@ -174,11 +174,11 @@ def test_grey_images_are_counted(caplog):
 def test_too_few_images_for_the_features(caplog):
     with caplog.at_level(logging.WARNING):
         values, _ = comparison.compare(drawn(0, 10, 64), drawn(1, 10, 64), ["fid"])
-    told = "There are 10 reference images and 10 generated images for 64 features: "
+    told = "There are 10 reference images and 10 generated images for 64 features, so "
     assert caplog.text.count("singular") == 1 and told in caplog.text
     caplog.clear()
     comparison.compare(drawn(0, 100, 64), drawn(1, 10, 64), ["fid"])
-    assert "There are 10 generated images for 64 features: " in caplog.text
+    assert "There are 10 generated images for 64 features, so " in caplog.text
     a, b = (Statistics.of(drawn(seed, 10, 64).pool).gaussian for seed in (0, 1))
     assert values["fid"] == pytest.approx(frechet_distance(a, b), rel=1e-5)
 
