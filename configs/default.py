@@ -34,7 +34,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
 
     config.texts = texts = ml_collections.ConfigDict()  # captions and prompts; see docs/text.md
     texts.encoder = ""  # "minilm" or "clip"
-    texts.weights = ""  # "": ENCODER.npz, which `python -m binlatent.convert` writes
+    texts.weights = ""  # its file; "": ENCODER.npz, written by `python -m binlatent.convert`
     texts.sha256 = ""  # of that file; "": any file, whose hash the checkpoint then stores
 
     config.autoencoder = autoencoder = ml_collections.ConfigDict()
@@ -50,7 +50,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoencoder.base_width = 128
     autoencoder.multipliers = (1, 1, 2, 2, 4)  # per level; sides halve between levels: k = 16
     autoencoder.patch = 1  # side in pixels of the blocks that first become channels
-    autoencoder.refine_width = 0  # of two last convolutions on pixels, for a patch above 1; 0: none
+    autoencoder.refine_width = 0  # of two last convolutions on pixels, if patch > 1; 0: none
     autoencoder.num_blocks = 2  # per level
     autoencoder.decoder_depth = 1.0  # the decoder has int(num_blocks * decoder_depth) per level
     autoencoder.attention_resolutions = (16,)  # sides of the grids with attention
@@ -66,10 +66,10 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoencoder.loss.adaptive = False  # weight by the ratio of gradients, at most `adversarial`
     autoencoder.loss.start_step = 0  # of the adversarial loss and the discriminator
     autoencoder.loss.r1 = 0.0  # weight of the discriminator's gradient penalty
-    autoencoder.loss.entropy = 0.0  # pushes bits to be certain per image, balanced over the batch
+    autoencoder.loss.entropy = 0.0  # makes bits certain per image and balanced over the batch
     autoencoder.loss.commitment = 0.25  # for "vq"
     autoencoder.loss.kl = 1e-6  # for "real", if variational; a mean over channels
-    autoencoder.discriminator = ml_collections.ConfigDict()  # of patches
+    autoencoder.discriminator = ml_collections.ConfigDict()  # PatchGAN
     autoencoder.discriminator.width = 64
     autoencoder.discriminator.num_layers = 3
     autoencoder.discriminator.norm = "batch"  # or "group", for small batches
@@ -120,7 +120,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     autoregressive.group = 8  # for "joint": bits per softmax, over the 2^group values
     prior.condition = "class"  # if the data has classes; or "text_token", "text_cross"
     prior.text_width = 0  # of text features; 0: as the encoder or the features have it
-    prior.label_dropout = 0.1
+    prior.label_dropout = 0.1  # share of labels dropped in training, for guidance
     prior.cache_codes = False  # encode the training set once, to workdir/codes
     prior.codes = ""  # or a folder of codes to train on, made elsewhere
     prior.train = ml_collections.ConfigDict()
@@ -131,7 +131,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     prior.train.decay = "constant"
     prior.train.max_grad_norm = 1.0
     prior.train.ema_decay = 0.9999
-    prior.train.accumulate = 0  # as above; 0: chosen by the number of cores
+    prior.train.accumulate = 0  # as for the autoencoder; 0: chosen from the number of cores
 
     config.sample = sample = ml_collections.ConfigDict()
     sample.steps = 64
@@ -146,13 +146,13 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     sample.ddim = 0.0  # in [0, 1]: 0 is ancestral sampling, 1 the multinomial DDIM, less random
     sample.known = "kept"  # or "noised": known bits of inpainting at t > 0
     sample.keep_pixels = True  # return the known pixels of inpainting unchanged
+    sample.batch_size = 16  # images at a time, over all devices
     # For prior.kind "absorbing" only, where `steps` are network calls, at most one per unit.
     sample.guidance_schedule = "constant"  # or "rising", from 0
     sample.order = "random"  # or "confidence": which units a call keeps
     sample.score = "certainty"  # or "likelihood"; for the order "confidence"
     sample.order_temperature = 1.0  # of the Gumbel noise in that order; it falls to 0
     sample.revise = False  # in that order, hide the least certain units again
-    sample.batch_size = 16
 
     config.evaluate = evaluate = ml_collections.ConfigDict()
     evaluate.num_images = 1_000  # of the test split, at most
@@ -160,7 +160,7 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     evaluate.bound_draws = 1  # of noise per step, for the likelihood bound of a test code
     evaluate.classifier_images = 10_000  # of the training split, at most, for its classifier
     evaluate.network = "inception"  # or "efficientnet", "classifier": whose features are compared
-    evaluate.weights = ""  # "": NETWORK.npz, which `python -m binlatent.convert` writes
+    evaluate.weights = ""  # its file; "": NETWORK.npz, written by `python -m binlatent.convert`
     evaluate.reference = "train"  # or "test", a folder, an .npz file of images or statistics
     evaluate.labels = "balanced"  # of samples: classes in turn; or "data": as in training images
     evaluate.every = 0  # steps of the prior between measurements of `metrics`; 0: none
