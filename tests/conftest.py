@@ -21,7 +21,7 @@ import pytest
 
 
 def xla_flags(num_devices):
-    """Returns XLA_FLAGS for so many fake devices."""
+    """Returns XLA_FLAGS for this number of fake devices."""
     flags = f"--xla_force_host_platform_device_count={num_devices}"
     # Without XLA's fusion emitters, which compile slowly, tests take two thirds of the time. JAX
     # 0.10 knows these flags and 0.12 does not: an unknown one ends the process.
@@ -288,7 +288,7 @@ def held(path):
 
 @pytest.fixture
 def small_disk(tmp_path, request):
-    """A file system of so many bytes as the test says, "6m"."""
+    """A file system of the size that the test gives, such as "6m"."""
     path = tmp_path / "small"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}", "tmpfs", str(path)]

@@ -1,6 +1,6 @@
-"""Files that are damaged or made by someone hostile: one sentence or a result, never a traceback.
+"""Files that are damaged or hostile: a result or a one-line error, never a traceback.
 
-FUZZ=1000 pytest tests/fuzz_test.py tries so many cases a test.
+FUZZ=1000 pytest tests/fuzz_test.py tries 1,000 cases per test.
 """
 
 import io

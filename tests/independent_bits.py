@@ -1,4 +1,4 @@
-"""A kind of prior of one's own: every bit by itself, with a frequency for each class."""
+"""A complete kind of prior: independent bits, with a learned frequency for each class."""
 
 import dataclasses
 

@@ -146,9 +146,9 @@ def test_two_processes_end_with_the_parameters_of_one(
             for workdir in (tmp_path / "run", trained_workdir)
         )
         assert int(two.step) == int(one.step) == 6
-        # The root mean square of each gradient. That of a bias before a norm of one channel a
-        # group, or of an attention's keys, is 0 but for rounding, 2e-9 at most, and Adam makes full
-        # steps of that: such parameters are not compared.
+        # The root mean square of each gradient. For a bias before a norm of one channel per group,
+        # and for an attention's keys, it is 0 up to rounding, at most 2e-9, of which Adam makes
+        # full steps: such parameters are not compared.
         second = optax.tree.get(one.opt_state, "nu")
         compared = jax.tree.map(lambda nu: np.sqrt(nu / (1 - 0.999**6)) > 1e-7, second)
         share = np.mean(np.concatenate([x.ravel() for x in jax.tree.leaves(compared)]))

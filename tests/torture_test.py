@@ -1,4 +1,4 @@
-"""Training of both networks of stage 1 that is killed again and again loses nothing but time.
+"""A training of stage 1 with its discriminator, killed again and again, loses only time.
 
 KILLS=20 pytest tests/torture_test.py kills more often.
 """

@@ -81,7 +81,7 @@ def test_main_job_leaves_the_pictures_and_the_report(trained):
     }
     assert report["autoencoder"]["bit_rate"] == 4 * 4 * 8
     assert 0 < report["prior"]["bce"] < 1
-    # A classifier of 40 images judges nothing.
+    # A classifier of 40 images is near chance and is not used.
     assert {"unjudged", "classifier_accuracy"} <= set(report["samples"])
     assert not {"accuracy", "frechet_distance", "accuracy_unguided"} & set(report["samples"])
     assert report["samples"]["steps"] == 4 and "num_samples" not in report["samples"]
@@ -300,7 +300,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_training_ends_the_same(
 
     # Who only reads takes the one before, and leaves the folder as it is.
     pipeline = from_workdir(tmp_path)
-    assert f"{folder}/6 " in caplog.text and "whole: step 4" in caplog.text
+    assert f"{folder}/6 " in caplog.text and "step 4 is used instead" in caplog.text
     shutil.copytree(folder, tmp_path / "copy" / "autoencoder")
     shutil.rmtree(tmp_path / "copy" / "autoencoder" / "6")
     assert_same(pipeline.autoencoder_params, from_workdir(tmp_path / "copy").autoencoder_params)
@@ -313,7 +313,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_training_ends_the_same(
     experiment = tiny_experiment.change({"data.path": str(moved)})
     again = stages.train_autoencoder(experiment, tmp_path)
     assert "images or labels differ" not in caplog.text
-    assert f"{folder}/6 is now 6.damaged" in caplog.text
+    assert f"{folder}/6 was renamed to 6.damaged" in caplog.text
     assert_same(whole.replace(key=None), again.replace(key=None))
     assert sorted(p.name for p in folder.iterdir()) == ["2", "4", "6", "6.damaged"]
     caplog.clear()
