@@ -174,7 +174,9 @@ def save(name, *lines):
         for number, cell in enumerate(c for c in notebook.cells if c.cell_type == "code"):
             cell.metadata.pop("execution", None)
             cell.execution_count = number + 1
+            cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]  # warnings
             for output in cell.outputs:
+                output.get("data", {}).pop("image/jpeg", None)  # the same picture as the PNG
                 if "execution_count" in output:
                     output.execution_count = number + 1
         notebook.metadata.language_info = {"name": "python"}
