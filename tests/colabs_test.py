@@ -28,6 +28,7 @@ NOTEBOOKS = (
     "text_to_image",
     "your_images",
 )
+SAVED = ("inpainting_and_likelihood", "quickstart")  # with outputs
 STEPS = {"autoencoder_steps": 2, "prior_steps": 2}
 # Of any data and any shape of code.
 NETWORKS = {
@@ -97,12 +98,14 @@ def quickstart(run, digits_dir, tmp_path_factory):
     return run("quickstart", workdir=str(workdir), overrides=overrides, **STEPS), workdir, overrides
 
 
+@pytest.mark.slow
 def test_quickstart(quickstart):
     outputs, workdir, _ = quickstart
     assert pictures_in(outputs) == 9
     assert (workdir / "sevens.png").exists()
 
 
+@pytest.mark.slow
 def test_inpainting_and_likelihood(run, quickstart):
     _, workdir, overrides = quickstart
     sizes = {"num_images": 60, "num_classified": 5, "workdir": str(workdir)}
@@ -111,6 +114,7 @@ def test_inpainting_and_likelihood(run, quickstart):
     assert "The prior is trained: 2 steps" in text_of(outputs)
 
 
+@pytest.mark.slow
 def test_your_images(run, tmp_path):
     sizes = {"workdir": str(tmp_path), "num_examples": 60}
     outputs = run("your_images", overrides=NETWORKS, **sizes, **STEPS)
@@ -119,6 +123,7 @@ def test_your_images(run, tmp_path):
     assert "refused: " in text and "too coarse" in text and "nothing is compressed" in text
 
 
+@pytest.mark.slow
 def test_text_to_image(run, tmp_path):
     rng, emoji, workdir = np.random.default_rng(0), tmp_path / "emoji", tmp_path / "workdir"
     emoji.mkdir()
@@ -136,6 +141,7 @@ def test_text_to_image(run, tmp_path):
     assert pictures_in(outputs) == 8
 
 
+@pytest.mark.slow
 def test_pretrained_with_stand_ins(run, digits_dir, tmp_path):
     overrides = {**NETWORKS, "data.path": digits_dir}
     places = {name: str(tmp_path / name) for name in ("workdir", "standin_workdir")}
@@ -150,7 +156,7 @@ def test_the_notebooks_begin_alike():
     assert len(setups) == 1
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", SAVED)
 def test_a_notebook_is_saved_with_its_outputs(name):
     notebook = read(name)
     nbformat.validate(notebook)
