@@ -143,7 +143,6 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     sample.corrector_steps = 0  # after each step; each is one network call
     sample.corrector_size = 0.1  # share of bits that a corrector step draws anew
     sample.renoise = 0.0  # in [0, 1): share of bits that each step draws anew from its prediction
-    sample.ddim = 0.0  # in [0, 1]: 0 is ancestral sampling, 1 the multinomial DDIM, less random
     sample.known = "kept"  # or "noised": known bits of inpainting at t > 0
     sample.keep_pixels = True  # return the known pixels of inpainting unchanged
     sample.batch_size = 16  # images at a time, over all devices

@@ -740,6 +740,18 @@ def test_a_checkpoint_gets_the_keys_that_were_added_since():
     assert found == resolve(config)
 
 
+@pytest.mark.parametrize("value, warnings", [(0.0, 0), (0.5, 1)])
+def test_a_checkpoints_config_loses_keys_that_were_removed(value, warnings, caplog):
+    config = digits.get_config().to_dict()
+    stored = json.loads(json.dumps({"config": config, "version": "0.2.0"}))
+    stored["config"]["sample"]["ddim"] = value
+    found = of_checkpoint(stored, "runs/x/prior")
+    assert found == resolve(config) and "ddim" not in found.config["sample"]
+    assert stored["config"]["sample"]["ddim"] == value
+    sentence = "config.sample.ddim=0.5 in runs/x/prior is ignored: binlatent has no such setting."
+    assert caplog.text.count(sentence) == len(caplog.records) == warnings
+
+
 def test_the_config_of_a_workdir_has_the_keys_that_were_added_since(tiny_experiment, tmp_path):
     config, without = tiny_experiment.config, tiny_experiment.config
     del without["prior"]["bernoulli"]["groups"], without["texts"]

@@ -7,6 +7,7 @@ the object is built.
 import copy
 import dataclasses
 import functools
+import logging
 import operator
 import os
 import textwrap
@@ -36,6 +37,7 @@ from binlatent.training.loop import Run
 from binlatent.training.optimizer import Training
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,7 +307,8 @@ def _prior(
 
 # Configs of checkpoints
 
-_OLDEST = (0, 2, 0)  # since this version, keys of the config were only added
+_OLDEST = (0, 2, 0)  # configs since this version differ by added keys and by those in _REMOVED
+_REMOVED = {"sample.ddim": 0.0}  # with the value that changes nothing
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -323,6 +326,22 @@ def _with_added_keys(content: Content, defaults: Content) -> Content:
     return {**content, **added, **sections}
 
 
+def _without_removed_keys(content: Content, where: Any) -> Content:
+    """Returns a config without removed keys; warns if one has a value that had an effect."""
+    content = copy.deepcopy(dict(content))
+    for name, neutral in _REMOVED.items():
+        *sections, key = name.split(".")
+        section = functools.reduce(operator.getitem, sections, content)
+        value = section.pop(key, neutral)
+        if value != neutral:
+            log.warning(
+                "config.%s=%s in %s is ignored: binlatent has no such setting. The other settings "
+                "apply.",
+                *(name, value, where),
+            )
+    return content
+
+
 def of_checkpoint(meta: Mapping[str, Any], where: Any) -> Experiment:
     """Returns the experiment of a checkpoint, whose config may be invalid.
 
@@ -334,6 +353,7 @@ def of_checkpoint(meta: Mapping[str, Any], where: Any) -> Experiment:
         content, version = meta["config"], meta.get("version", "0.1.0")
         if _OLDEST <= _numbers(version) <= _numbers(VERSION):
             content = _with_added_keys(content, default.get_config().to_dict())
+            content = _without_removed_keys(content, where)
         return resolve(content, tuple(map(str, meta.get("classes", ()))))
     except KeyError as error:
         raise UserError(

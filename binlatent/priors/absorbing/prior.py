@@ -86,7 +86,6 @@ class AbsorbingPrior(prior_lib.Prior):
     lacks: ClassVar[dict[str, str]] = {
         "renoise": "An absorbing prior has no renoise: use revise, with the order confidence, to "
         "draw bits again.",
-        "ddim": "An absorbing prior never changes a bit that is known: leave out ddim.",
     }
 
     unit: str | int = "token"

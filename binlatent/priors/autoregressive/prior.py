@@ -57,7 +57,6 @@ class AutoregressivePrior(Prior):
     lacks: ClassVar[dict[str, str]] = {
         "steps": "An autoregressive prior always takes one step per token: leave out steps.",
         "renoise": "An autoregressive prior draws every bit once: leave out renoise.",
-        "ddim": "An autoregressive prior draws every bit once: leave out ddim.",
     }
 
     head: str = "joint"

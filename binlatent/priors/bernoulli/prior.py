@@ -36,7 +36,6 @@ class BernoulliSettings(prior_lib.Settings):
       corrector_steps: number after each step; each is one network call.
       corrector_size: share of bits that a corrector step draws anew.
       renoise: in [0, 1), share of bits that each step draws anew from its prediction.
-      ddim: in [0, 1], from ancestral sampling to multinomial DDIM. One of renoise and ddim is 0.
       known: "kept" or "noised": the known bits of inpainting at t > 0.
     """
 
@@ -50,7 +49,6 @@ class BernoulliSettings(prior_lib.Settings):
     corrector_steps: int = 0
     corrector_size: float = 0.1
     renoise: float = 0.0
-    ddim: float = 0.0
     known: str = "kept"
 
     def __post_init__(self):
@@ -64,13 +62,6 @@ class BernoulliSettings(prior_lib.Settings):
         if not 0 <= self.renoise < 1:
             raise UserError(
                 f"The sampling option renoise must be at least 0 and below 1; got {self.renoise}."
-            )
-        if not 0 <= self.ddim <= 1:
-            raise UserError(f"The sampling option ddim must be between 0 and 1; got {self.ddim}.")
-        if self.renoise and self.ddim:
-            raise UserError(
-                "Set renoise or ddim to 0: renoise makes a step more random, ddim less; "
-                f"got {self.renoise} and {self.ddim}."
             )
         if self.known not in ("kept", "noised"):
             raise UserError(f'known must be "kept" or "noised"; got {self.known!r}.')
@@ -118,10 +109,9 @@ class BernoulliPrior(Denoiser):
             settings = dataclasses.replace(settings, pair=self.pair)
         if settings.pair != "plain_mixture" and self.target == "z_s":
             raise UserError('A prior with the target "z_s" needs sample.pair "plain_mixture".')
-        if self.groups > 1 and (settings.renoise or settings.ddim):
+        if self.groups > 1 and settings.renoise:
             raise UserError(
-                "renoise and ddim do not work with config.prior.bernoulli.groups above 1: set them "
-                "to 0."
+                "renoise does not work with config.prior.bernoulli.groups above 1: set it to 0."
             )
         self.times(settings)
         return settings
@@ -180,7 +170,6 @@ class BernoulliPrior(Denoiser):
             float(settings.temperature),  # an integer would compile another program
             float(settings.corrector_size),
             float(settings.renoise) or None,
-            float(settings.ddim) or None,
             denoiser=self,
             pair=settings.pair,
             threshold_last=settings.threshold_last,
@@ -203,7 +192,7 @@ class BernoulliPrior(Denoiser):
         settings: BernoulliSettings,
         known: Known | None = None,
     ) -> Array:
-        """Draws codes by ancestral sampling (Algorithm 2), or with `renoise` or `ddim`."""
+        """Draws codes by ancestral sampling (Algorithm 2), or with `renoise`."""
         return self._draw(params, keys, condition, settings, known=known)[0]
 
     def trajectory(

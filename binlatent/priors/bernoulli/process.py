@@ -167,27 +167,6 @@ def renoised_probs(probs: Array, p_0: Array, k_s: Array, renoise: float | Array)
     return probs + renoise * (forward_probs(p_0, k_s) - probs)
 
 
-def ddim_probs(
-    probs: Array, z_t: Array, p_0: Array, k_t: Array, k_s: Array, ddim: float | Array
-) -> Array:
-    """Returns (1 - d) probs + d (a z_t + (1 - a) p_0), a = b_s / b_t: towards multinomial DDIM.
-
-    In multinomial DDIM a bit is that of z_t with probability a = (1 - k_s) / (1 - k_t), and that of
-    z_0 otherwise. Of all steps after which z_s follows q(z_s | z_0), it is the least random (Song
-    et al., DDIM, appendix A, with the largest sigma).
-
-    Args:
-      probs: P(z_s = 1) of the ancestral step, codes' shape.
-      z_t: bits at time t.
-      p_0: P(z_0 = 1 | z_t), including the bit's own evidence.
-      k_t, k_s: the schedule at t and s < t.
-      ddim: d in [0, 1]; 0 returns `probs`.
-    """
-    _, b_s, _, b_t = _noise(k_t, k_s)
-    same = _share(b_s, b_t)
-    return probs + ddim * (same * at_least_float32(z_t) + (1 - same) * p_0 - probs)
-
-
 def corrector_flip_probs(balanced_logit: Array, k_t: Array, size: float | Array) -> Array:
     """Returns the probability that a corrector step flips each bit of z_t.
 

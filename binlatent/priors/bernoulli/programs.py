@@ -28,7 +28,6 @@ def sample_codes(
     temperature: Array,
     corrector_size: Array,
     renoise: Array | None = None,
-    ddim: Array | None = None,
     *,
     denoiser: Denoiser,
     pair: str,
@@ -48,7 +47,7 @@ def sample_codes(
       times: (S + 1,), decreasing to 0.
       guidance: (S,), w at each step.
       temperature, corrector_size: scalars.
-      renoise, ddim: scalars, or None for a program without them.
+      renoise: a scalar, or None for a program without it.
       denoiser, pair, threshold_last, corrector_steps, return_trajectory: static.
 
     Arguments from `known` on are described in `sampling.reverse_process`, and so is the result.
@@ -94,7 +93,6 @@ def sample_codes(
         corrector_steps=corrector_steps,
         corrector_size=corrector_size,
         renoise=renoise,
-        ddim=ddim,
         self_conditioning=denoiser.self_conditioning,
         draw_in_groups=draw_in_groups if denoiser.groups > 1 else None,
         return_trajectory=return_trajectory,

@@ -52,7 +52,6 @@ def reverse_process(
     corrector_steps: int = 0,
     corrector_size: float | Array = 0.0,
     renoise: float | Array | None = None,
-    ddim: float | Array | None = None,
     self_conditioning: bool = False,
     draw_in_groups: Callable[..., tuple[Array, Array]] | None = None,
     return_trajectory: bool = False,
@@ -78,7 +77,6 @@ def reverse_process(
         q(z_s) to first order in their size, and so correct errors. Each costs one network call.
       corrector_size: in [0, 1], share of bits that a corrector step draws anew.
       renoise: see `process.renoised_probs`, in [0, 1); None for 0.
-      ddim: see `process.ddim_probs`, in [0, 1]; None for 0.
       self_conditioning: whether each call gets the P(z_0 = 1 | z_t) of the call before, of a step
         or a corrector step, with guidance and temperature as in drawing; 1/2 for the first call.
       draw_in_groups: `joint.draw_in_groups` with its keyword arguments, to draw bits in groups;
@@ -134,8 +132,6 @@ def reverse_process(
             uniform, given = others
             prediction, p_0 = predict(z_t, k_t, logit)
             probs = posterior(z_t, prediction, k_t, k_s)
-            if ddim is not None:
-                probs = process.ddim_probs(probs, z_t, p_0, k_t, k_s, ddim)
             if renoise is not None:
                 probs = process.renoised_probs(probs, p_0, k_s, renoise)
             z_s = process.draw(uniform, probs)

@@ -1,10 +1,9 @@
-"""`renoise` and `ddim`: the formulas, bits together, and the sampler with them."""
+"""`renoise`: the formula, bits together, and the sampler with it."""
 
 import functools
 import itertools
 
 import chain
-import chain_conditionals
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,15 +20,14 @@ from binlatent.priors.guidance import noise_from_keys
 from binlatent.priors.settings import with_options
 from binlatent.runtime.errors import UserError
 
-SAMPLERS = [{}, {"renoise": 0.3}, {"renoise": 0.9}, {"ddim": 0.4}, {"ddim": 1.0}]
+SAMPLERS = [{}, {"renoise": 0.3}, {"renoise": 0.9}]
 KEEP = schedules.keep_schedule("linear", 8)
 
 
 @jax.jit
-def step_probs(z_t, p_0, k_t, k_s, renoise=0.0, ddim=0.0):
+def step_probs(z_t, p_0, k_t, k_s, renoise=0.0):
     """P(z_s = 1) by the formulas of the process."""
     probs = process.mixture_posterior_probs(z_t, p_0, k_t, k_s)
-    probs = process.ddim_probs(probs, z_t, p_0, k_t, k_s, ddim)
     return process.renoised_probs(probs, p_0, k_s, renoise)
 
 
@@ -46,22 +44,12 @@ def test_a_step_from_noise_of_z_0_gives_noise_of_z_0(options):
             np.testing.assert_allclose(to_t @ np.array(ones), expected, atol=1e-6)
 
 
-def test_ddim_keeps_bits_of_z_t_and_takes_the_others_from_z_0():
-    z_t, p_0 = jnp.array([0.0, 0, 0, 1, 1, 1]), jnp.array([0, 0.3, 1, 0, 0.3, 1])
-    for s, t in itertools.combinations(range(9), 2):
-        kept = (1 - KEEP[s]) / (1 - KEEP[t])
-        taken = KEEP[s] - KEEP[t] * kept
-        got = step_probs(z_t, p_0, KEEP[t], KEEP[s], ddim=1.0)
-        np.testing.assert_allclose(got, kept * z_t + taken * p_0, atol=1e-6)
-        np.testing.assert_allclose(kept + taken, 1)
-
-
-def test_renoise_makes_bits_leave_and_ddim_makes_them_stay():
+def test_renoise_makes_bits_leave():
     # The reversed formula would not preserve q(z_s | z_0) for both values of z_0.
     for z_0, (s, t) in itertools.product((0.0, 1.0), itertools.combinations(range(1, 8), 2)):
         stay = [step_probs(1.0, z_0, KEEP[t], KEEP[s], **options) for options in SAMPLERS]
-        ancestral, little, much, part, whole = map(float, stay)
-        assert much < little < ancestral < part < whole
+        ancestral, little, much = map(float, stay)
+        assert much < little < ancestral
 
 
 @pytest.mark.parametrize("options", SAMPLERS)
@@ -101,7 +89,7 @@ def correlation(steps, last=1.0, **options):
     return functools.reduce(np.matmul, kernels, np.full(4, 0.25)) @ EQUAL
 
 
-def closed_form(steps, last=1.0, renoise=0.0, ddim=0.0):
+def closed_form(steps, last=1.0, renoise=0.0):
     """The same in closed form: given z_t, bits of z_s are independent; m is their agreement."""
 
     def agreement(k, c, v):  # E[z_0 z_t] as signs, of bits with correlation c where z_t's is v
@@ -112,9 +100,7 @@ def closed_form(steps, last=1.0, renoise=0.0, ddim=0.0):
         after = 0.0
         for v in (1, -1):
             z_0 = agreement(k_t, C, v)
-            kept = (1 - k_s) / (1 - k_t)
-            m = (1 - ddim) * agreement(k_t / k_s, C * k_s**2, v)
-            m += ddim * (kept + (1 - kept) * z_0)
+            m = agreement(k_t / k_s, C * k_s**2, v)
             m = (1 - renoise) * m + renoise * k_s * z_0
             after += (1 + v * now) / 2 * v * m**2
         now = after
@@ -135,12 +121,10 @@ def errors(steps, last=1.0, **options):
     return np.array([C * last**2 - correlation(n, last, **options) for n in steps])
 
 
-@pytest.mark.parametrize("ddim", [0.0, 0.5, 1.0])
-def test_ddim_converges_with_the_number_of_steps_as_ancestral_sampling(ddim):
-    found = errors((16, 64, 256), ddim=ddim)
+def test_ancestral_sampling_converges_with_the_number_of_steps():
+    found = errors((16, 64, 256))
     assert np.all(found > 0) and found[-1] < 0.005
     np.testing.assert_allclose(found[:-1] / found[1:], 4, rtol=0.1)  # first order
-    assert np.all(found <= errors((16, 64, 256)) + 1e-6)
 
 
 def test_renoise_has_an_error_of_its_own_on_the_way():
@@ -185,23 +169,20 @@ def sample(n, steps, denoise=true_denoise, **options):
     return jax.jit(draw)()
 
 
-def by_definition(z_t, k_t, k_s, renoise=0.0, ddim=0.0):
+def by_definition(z_t, k_t, k_s, renoise=0.0):
     """(n, 6), P(z_s = 1) with the truth, from the definitions, in float64."""
     rows = (np.reshape(z_t, (-1, 6)) @ 2 ** np.arange(5, -1, -1)).astype(int)
-    z_0, kept = chain.bits_given(k_t, 1.0), (1 - k_s) / (1 - k_t)
-    probs = (1 - ddim) * chain.bits_given(k_t, k_s)
-    probs += ddim * (kept * chain.STATES + (1 - kept) * z_0)
+    z_0, probs = chain.bits_given(k_t, 1.0), chain.bits_given(k_t, k_s)
     return ((1 - renoise) * probs + renoise * (k_s * z_0 + (1 - k_s) / 2))[rows]
 
 
 @pytest.mark.parametrize("pair", ["plain_mixture", "balanced_plugin"])
-@pytest.mark.parametrize("options", [{"renoise": 0.3}, {"ddim": 0.8}])
-def test_every_bit_is_drawn_by_the_definition_with_both_pairs(options, pair):
+def test_every_bit_is_drawn_by_the_definition_with_both_pairs(pair):
     denoise = true_denoise if pair == "plain_mixture" else without_evidence
     noise = noise_from_keys(jax.random.split(jax.random.key(0), 200), (1, 1, 6))
-    codes, passed = sample(200, 8, denoise, pair=pair, noise=noise, **options)
+    codes, passed = sample(200, 8, denoise, pair=pair, noise=noise, renoise=0.3)
     for i in range(8):
-        probs = by_definition(passed.z_t[i], i / 8, (i + 1) / 8, **options)
+        probs = by_definition(passed.z_t[i], i / 8, (i + 1) / 8, renoise=0.3)
         uniform = np.asarray(noise(i + 1)).reshape(-1, 6)
         sure = np.abs(uniform - probs) > 1e-5  # rounding
         drawn = np.asarray(passed.z_t[i + 1]).reshape(-1, 6)
@@ -212,50 +193,33 @@ def test_every_bit_is_drawn_by_the_definition_with_both_pairs(options, pair):
     np.testing.assert_array_equal(codes, passed.z_t[-1])
 
 
-def test_six_bits_come_to_the_data_distribution_by_ddim():
-    far = []
-    for steps in (8, 32, 128):
-        p = np.full(64, 1 / 64)
-        for k_t, k_s in itertools.pairwise(np.linspace(0, 1, steps + 1)):
-            p = p @ chain.product_kernel(by_definition(chain.STATES, k_t, k_s, ddim=1.0))
-        far.append(chain_conditionals.distance(p, chain.P_DATA))
-    np.testing.assert_allclose(np.array(far[:-1]) / far[1:], 4, rtol=0.25)
-    assert far[-1] < 0.01
-
-
 def test_zero_is_ancestral_sampling_bit_for_bit():
     plain, passed = sample(500, 8)
-    zeros, others = sample(500, 8, renoise=0.0, ddim=0.0)
+    zeros, others = sample(500, 8, renoise=0.0)
     np.testing.assert_array_equal(plain, zeros)
     np.testing.assert_array_equal(passed.z_t, others.z_t)
 
 
-def test_one_step_is_the_same_by_all_samplers():
-    plain, drawn_anew, ddim = (
-        sample(500, 1, **options)[0] for options in ({}, {"renoise": 0.9}, {"ddim": 1.0})
-    )
-    np.testing.assert_array_equal(drawn_anew, plain)
-    np.testing.assert_array_equal(ddim, plain)
+def test_one_step_is_that_of_ancestral_sampling():
+    np.testing.assert_array_equal(sample(500, 1, renoise=0.9)[0], sample(500, 1)[0])
 
 
-@pytest.mark.parametrize("options", [{"renoise": 0.5}, {"ddim": 1.0}])
-def test_bits_of_a_sure_prediction_are_as_noisy_as_they_should_be(options):
-    _, passed = sample(5_000, 4, lambda z_t, t, w: 40 * (1 - 2 * z_t), **options)  # of ones
+def test_bits_of_a_sure_prediction_are_as_noisy_as_they_should_be():
+    _, passed = sample(5_000, 4, lambda z_t, t, w: 40 * (1 - 2 * z_t), renoise=0.5)  # of ones
     ones = np.mean(passed.z_t, axis=(1, 2, 3, 4))
     np.testing.assert_allclose(ones, [0.5, 0.625, 0.75, 0.875, 1], atol=0.012)
-    lost = np.mean(passed.z_t[1:-1] < passed.z_t[:-2])
-    # With ddim no bit changes once it is certain; with renoise bits do.
-    assert lost == 0 if "ddim" in options else lost > 0.05
+    # Bits that agree with the prediction are drawn anew too.
+    assert np.mean(passed.z_t[1:-1] < passed.z_t[:-2]) > 0.05
 
 
-def test_they_go_with_known_bits_correctors_and_a_rounded_last_step():
+def test_it_works_with_known_bits_correctors_and_a_rounded_last_step():
     mask = jnp.broadcast_to(jnp.array([1.0, 1, 1, 0, 0, 0]), (200, 1, 1, 6))
     known = sampling.Known(jnp.broadcast_to(jnp.array([1.0, 0, 1, 0, 0, 0]), mask.shape), mask)
     found = []
-    for options in ({}, {"renoise": 0.5}, {"ddim": 1.0}):
+    for renoise in (None, 0.5):
         codes, passed = sample(
             *(200, 8),
-            **options,
+            renoise=renoise,
             known=known,
             corrector_steps=1,
             corrector_size=0.5,
@@ -266,7 +230,7 @@ def test_they_go_with_known_bits_correctors_and_a_rounded_last_step():
         rounded = np.where(mask > 0, known.z_0, passed.p_0[-1] > 0.5)
         np.testing.assert_array_equal(codes, rounded)
         found.append(np.asarray(passed.z_t))
-    assert np.any(found[0] != found[1]) and np.any(found[0] != found[2])
+    assert np.any(found[0] != found[1])
 
 
 # End to end
@@ -277,27 +241,27 @@ def pipeline(untrained_workdir):
     return BinaryLatentDiffusion.from_workdir(untrained_workdir)
 
 
-def test_options_change_samples_and_neither_calls_nor_the_bound(pipeline):
+def test_renoise_changes_samples_and_neither_calls_nor_the_bound(pipeline):
     key = jax.random.key(0)
     draw = functools.partial(pipeline.sample_codes, 20, key, 0, steps=4)
-    plain, changed = draw(), [draw(renoise=0.5), draw(ddim=1)]
-    np.testing.assert_array_equal(draw(renoise=0, ddim=0), plain)
-    assert np.any(changed[0] != plain) and np.any(changed[1] != plain)
+    plain = draw()
+    np.testing.assert_array_equal(draw(renoise=0), plain)
+    assert np.any(draw(renoise=0.5) != plain)
     # The bound is that of ancestral sampling.
     of_bound = functools.partial(pipeline.code_lengths, plain, key, 0, steps=4)
     np.testing.assert_array_equal(of_bound(renoise=0.5), of_bound())
     prior = pipeline.experiment.prior.prior
-    ancestral, ddim = (pipeline.settings({"steps": 4, "ddim": d}) for d in (0.0, 1.0))
-    assert prior.network_calls(ddim, True) == prior.network_calls(ancestral, True)
+    ancestral, renoised = (pipeline.settings({"steps": 4, "renoise": r}) for r in (0.0, 0.5))
+    assert prior.network_calls(renoised, True) == prior.network_calls(ancestral, True)
 
 
-def test_they_are_options_of_guided_variations_and_completions(pipeline):
+def test_renoise_is_an_option_of_guided_variations_and_completions(pipeline):
     key, images = jax.random.key(1), np.zeros((4, 28, 28, 1), np.float32)
     mask = np.arange(28)[:, None] < np.full(28, 14)
     vary = functools.partial(pipeline.vary, images, key, 0, strength=0.9, guidance=1.0)
     inpaint = functools.partial(pipeline.inpaint, images, mask, key, 0, guidance=1.0)
     assert np.any(vary(renoise=0.9) != vary())
-    assert np.any(inpaint(ddim=1.0) != inpaint())
+    assert np.any(inpaint(renoise=0.9) != inpaint())
 
 
 @pytest.mark.parametrize(
@@ -306,10 +270,7 @@ def test_they_are_options_of_guided_variations_and_completions(pipeline):
         ({"renoise": 1.0}, "option renoise must be at least 0 and below 1; got 1"),
         ({"renoise": -0.1}, "option renoise must be at least 0 and below 1; got -0.1"),
         ({"renoise": float("nan")}, "option renoise must be at least 0 and below 1; got nan"),
-        ({"ddim": 1.5}, "option ddim must be between 0 and 1; got 1.5"),
-        ({"ddim": -0.5}, "option ddim must be between 0 and 1; got -0.5"),
-        ({"ddim": "much"}, "ddim must be like 0.0, not 'much'"),
-        ({"ddim": 0.5, "renoise": 0.3}, "Set renoise or ddim to 0: .*; got 0.3 and 0.5"),
+        ({"renoise": "much"}, "renoise must be like 0.0, not 'much'"),
     ],
 )
 def test_what_is_out_of_range_is_refused(options, sentence):
@@ -325,7 +286,6 @@ def test_the_command_line_refuses_in_one_sentence(untrained_workdir, capsys):
     assert "option renoise must be at least 0 and below 1; got 1" in line
 
 
-@pytest.mark.parametrize("name", ["renoise", "ddim"])
 @pytest.mark.parametrize(
     "prior, settings",
     [
@@ -333,6 +293,6 @@ def test_the_command_line_refuses_in_one_sentence(untrained_workdir, capsys):
         (AutoregressivePrior((4, 4, 8), None), AutoregressiveSettings()),
     ],
 )
-def test_other_kinds_say_why_they_have_none(prior, settings, name):
-    with pytest.raises(UserError, match=f"^An a.* prior .*{name}"):
-        with_options(prior, settings, {name: 0.5})
+def test_other_kinds_say_why_they_have_none(prior, settings):
+    with pytest.raises(UserError, match="^An a.* prior .*renoise"):
+        with_options(prior, settings, {"renoise": 0.5})
