@@ -29,6 +29,8 @@ def get_config(variant: str = "cpu") -> ml_collections.ConfigDict:
     config = images32.get_config()
     config.data.name = "cifar10"
     config.data.num_classes = 10
+    config.sample.steps = 16
+    config.sample.guidance = 1.0
     if variant == "gpu":
         _for_gpu(config)
     elif variant != "cpu":
