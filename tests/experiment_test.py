@@ -144,7 +144,8 @@ def test_a_stage_says_its_sizes():
     )
     own = {"prior.kind": "absorbing", "prior.train.num_steps": 2, "prior.train.batch_size": 4}
     assert describe_stage(experiment.change(own), "prior", 999_999) == (
-        "prior: absorbing, 8x8 tokens of 32 bits, 999,999 parameters, 8 images in 2 steps"
+        "prior: absorbing, 8x8 tokens of 32 bits (2,048 bits per image), 999,999 parameters, "
+        "8 images in 2 steps"
     )
 
 
@@ -189,6 +190,14 @@ def test_a_code_as_large_as_its_image_is_warned_of():
     assert not size_warning(resolve(real))  # its float32 values are not bits of a code
 
 
+def test_a_coarse_grid_with_too_many_bits_has_both_warnings():
+    # 2 * 2 tokens of 6,144 bits; an image of 32 * 32 * 3 * 8 = 24,576.
+    both = {"data.image_size": 32, "autoencoder.num_bits": 6_144}
+    grid, _, bits = size_warning(resolved(both)).partition("See docs/sizes.md. ")
+    assert "2x2 tokens" in grid and bits.startswith("A code has 24,576 bits")
+    assert "multipliers" not in bits  # the grid must not become coarser
+
+
 def test_the_warning_comes_before_any_work(tmp_path, caplog):
     experiment = resolved({"data.image_size": 32, "autoencoder.loss.vgg16": str(tmp_path / "no")})
     with pytest.raises(UserError, match="vgg16"):
@@ -207,7 +216,8 @@ def test_both_stages_say_their_sizes_as_they_start(trained_workdir):
         f"autoencoder: 28x28 images, {tokens} (128 bits per image, from 6,272), "
         f"{params['autoencoder']:,} parameters, {images}\n"
     ) in said
-    assert f"prior: bernoulli, {tokens}, {params['prior']:,} parameters, {images}\n" in said
+    prior = f"prior: bernoulli, {tokens} (128 bits per image), {params['prior']:,} parameters"
+    assert f"{prior}, {images}\n" in said
     assert "A grid below" not in said
 
 

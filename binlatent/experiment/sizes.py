@@ -17,11 +17,11 @@ def describe_stage(experiment: Experiment, stage: str, num_params: int) -> str:
     spec = experiment.autoencoder
     (height, width, _), (h, w, _) = spec.image_shape, spec.code_shape
     tokens = f"{h}x{w} tokens of {round(spec.bottleneck.bits, 2):,g} bits"
+    bits = f"{_code_bits(experiment):,.0f} bits per image"
     if stage == "autoencoder":
-        bits = f"{_code_bits(experiment):,.0f} bits per image, from {_image_bits(experiment):,}"
-        own = f"{height}x{width} images, {tokens} ({bits})"
+        own = f"{height}x{width} images, {tokens} ({bits}, from {_image_bits(experiment):,})"
     else:
-        own = f"{experiment.prior.kind}, {tokens}"
+        own = f"{experiment.prior.kind}, {tokens} ({bits})"
     count = f"{num_params / 1e6:,.1f} million" if num_params >= 1e6 else f"{num_params:,}"
     train = getattr(experiment, stage).train
     images = train.num_steps * train.batch_size
@@ -29,11 +29,12 @@ def describe_stage(experiment: Experiment, stage: str, num_params: int) -> str:
 
 
 def size_warning(experiment: Experiment) -> str:
-    """Returns a warning of too coarse a grid or too many bits, with what to change; or ""."""
+    """Returns a warning of too coarse a grid and too many bits, with what to change; or ""."""
     spec = experiment.autoencoder
     (height, width, _), (h, w, _) = spec.image_shape, spec.code_shape
+    warnings = []
     if min(h, w) < MIN_SIDE:
-        return (
+        warnings.append(
             f"Images of {height}x{width} become {h}x{w} tokens of {height // h}x{width // w} "
             f"pixels. A grid below {MIN_SIDE}x{MIN_SIDE} is too coarse for an image: use fewer "
             "levels in config.autoencoder.multipliers or a smaller config.autoencoder.patch, or "
@@ -41,13 +42,16 @@ def size_warning(experiment: Experiment) -> str:
         )
     bits, of_image = _code_bits(experiment), _image_bits(experiment)
     if isinstance(spec.bottleneck, Binary) and bits >= of_image:
-        return (
-            f"A code has {bits:,} bits and an image {of_image:,}, at 8 bits per channel, so "
-            "nothing is compressed: lower config.autoencoder.num_bits, use more levels in "
-            "config.autoencoder.multipliers, or increase config.autoencoder.patch. See "
-            "docs/sizes.md."
+        coarser = (
+            ", use more levels in config.autoencoder.multipliers, or increase "
+            "config.autoencoder.patch"
         )
-    return ""
+        warnings.append(
+            f"A code has {bits:,} bits and an image {of_image:,}, at 8 bits per channel, so "
+            "nothing is compressed: lower config.autoencoder.num_bits"
+            f"{'' if warnings else coarser}. See docs/sizes.md."
+        )
+    return " ".join(warnings)
 
 
 def _code_bits(experiment: Experiment) -> float:
