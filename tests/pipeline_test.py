@@ -10,6 +10,7 @@ from binlatent.evaluation import pictures
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.priors.bernoulli.programs import sample_codes
 from binlatent.priors.conditions import Condition
+from binlatent.runtime import png
 from binlatent.runtime.devices import map_batches
 from binlatent.runtime.errors import UserError
 from binlatent.runtime.keys import sample_keys
@@ -387,7 +388,19 @@ def test_sample_sheet_has_a_row_a_class(pipeline):
     assert sheet.shape == (10 * 30 + 2, 10 * 30 + 2 + margin, 1) and margin > 5
     for row in range(10):
         assert (sheet[2 + 30 * row : 30 + 30 * row, :margin] > 200).any()
-    assert pictures.samples(pipeline, jax.random.key(0), num=3).shape == (32, 3 * 30 + 2, 1)
+
+
+def test_samples_of_given_number_or_label_have_the_names_of_their_classes(pipeline):
+    # The expected text is drawn by `png.grid` around the same images.
+    for num, label, text in (
+        (12, None, {"captions": ["0, 1, 2, 3, 4, 5, 6, 7, 8, 9", "0, 1"]}),
+        (3, "2", {"titles": ["2"]}),
+    ):
+        labels = np.arange(12) % 10 if label is None else label
+        drawn = pipeline.sample(num, jax.random.key(0), labels)
+        expected = png.grid(pictures.as_rows(drawn), **text)
+        sheet = pictures.samples(pipeline, jax.random.key(0), num=num, label=label)
+        np.testing.assert_array_equal(sheet, expected)
 
 
 def test_rows_are_filled_up_black():
@@ -412,4 +425,8 @@ def test_sheets_have_their_columns(pipeline, images):
     np.testing.assert_array_equal(given[~keep[0]], 128)
     np.testing.assert_array_equal(given[keep[0]], sheet[2:30, 2:30][keep[0]])
     sheet = pictures.variations(pipeline, images, 1, jax.random.key(0), num=3)
-    assert sheet.shape == (5 * 30 + 2, 4 * 30 + 2, 1)
+    margin = sheet.shape[1] - (4 * 30 + 2)
+    assert sheet.shape[0] == 5 * 30 + 2 and margin > 5
+    plain = [np.full((4, 28, 28, 1), 96, np.uint8)] * 5
+    titles = png.grid(plain, titles=["1"] * 5)[:, :margin]
+    np.testing.assert_array_equal(sheet[:, :margin], titles)

@@ -50,7 +50,7 @@ def samples(
 
     Without `num`, a row of ten for each class (at most ten classes). With `num`, that number of
     images, of the classes in turn. With a label, all have that label. With prompts, a row of
-    `num` images, or eight, for each.
+    `num` images, or eight, for each. The names of classes and the prompts are next to their rows.
     """
     if prompts:
         columns = 8 if num is None else num
@@ -58,13 +58,29 @@ def samples(
         drawn = pipeline.sample(len(every), key, label, prompt=every, **options)
         return png.grid(as_rows(drawn, columns), captions=prompts)
     all_classes, labels = class_rows(pipeline.num_classes)
-    titles = row_titles(pipeline, labels) if num is None and label is None else None
     if label is not None:
         labels = label
     elif num is not None and pipeline.num_classes:
         labels = np.arange(num) % pipeline.num_classes
     num = all_classes if num is None else num
-    return png.grid(as_rows(pipeline.sample(num, key, labels, **options)), titles)
+    rows = as_rows(pipeline.sample(num, key, labels, **options))
+    return png.grid(rows, **_names_of_rows(pipeline, labels, num, columns=10))
+
+
+def _names_of_rows(
+    pipeline: BinaryLatentDiffusion, label: Any, num: int, columns: int
+) -> dict[str, list[str] | None]:
+    """Returns the classes of rows of images as arguments of `png.grid`; {} without classes.
+
+    They are titles where each row has a single class, and else captions with a name per image.
+    """
+    if label is None or not pipeline.num_classes:
+        return {}
+    labels, names = pipeline.experiment.prior.conditioning.labels(label, num), pipeline.class_names
+    rows = [labels[i : i + columns] for i in range(0, num, columns)]
+    if all(np.all(row == row[0]) for row in rows):
+        return {"titles": row_titles(pipeline, labels, columns)}
+    return {"captions": [", ".join(names[i] for i in row) for row in rows]}
 
 
 def row_titles(
@@ -99,7 +115,8 @@ def inpaintings(
     keys = [jax.random.fold_in(key, i) for i in range(num)]
     completions = [pipeline.inpaint(images, keep, k, label, **options) for k in keys]
     given = np.where(keep[..., None], images, 0.0)  # grey where hidden
-    return _columns(images, given, *completions)
+    titles = _names_of_rows(pipeline, label, len(images), columns=1)
+    return _columns(images, given, *completions, **titles)
 
 
 def variations(
@@ -112,11 +129,12 @@ def variations(
 ) -> np.ndarray:
     """Draws a row for each image, float in [-1, 1]: the image and `num` variations of it."""
     keys = [jax.random.fold_in(key, i) for i in range(num)]
-    return _columns(images, *(pipeline.vary(images, k, label, **options) for k in keys))
+    titles = _names_of_rows(pipeline, label, len(images), columns=1)
+    return _columns(images, *(pipeline.vary(images, k, label, **options) for k in keys), **titles)
 
 
-def _columns(*columns: np.ndarray) -> np.ndarray:
-    return png.grid(list(np.stack([to_uint8(column) for column in columns], axis=1)))
+def _columns(*columns: np.ndarray, titles: Sequence[str] | None = None) -> np.ndarray:
+    return png.grid(list(np.stack([to_uint8(column) for column in columns], axis=1)), titles)
 
 
 def trajectory(pipeline: BinaryLatentDiffusion, key: jax.Array, columns: int = 9) -> np.ndarray:
