@@ -43,6 +43,11 @@ fi
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # one GPU by default
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cuda}  # fails without a GPU
 run=$work/run  # the workdir of binlatent.main
+if [ ! -d "$work/images" ] && [ ! -f "$images" ]; then
+  echo "There is no archive $images: set IMAGES=... to it, or make one of a folder DIR with" \
+    "train/CLASS/*.jpg and test/CLASS/*.jpg: tar czf cifar10.tar.gz -C DIR train test" >&2
+  exit 1
+fi
 mkdir -p "$out" "$work/done" "$run"
 exec > >(tee -a "$work/log.txt") 2>&1
 
@@ -97,7 +102,14 @@ if [ -n "$wheels" ]; then
 fi
 timeout --foreground 120 python3 -c "
 import jax
-print(f'JAX {jax.__version__}: {jax.device_count()} of the kind {jax.devices()[0].device_kind}')"
+try:
+    devices = jax.devices()
+except (AssertionError, RuntimeError) as error:  # without CUDA jaxlib has no driver to assert
+    reason = ' '.join(str(error).split()) or 'jax has no CUDA'
+    raise SystemExit(
+        f'JAX {jax.__version__} finds no GPU ({reason}): run this where nvidia-smi lists one, '
+        'with jax[cuda13] installed, or set JAX_PLATFORMS=cpu for a test.')
+print(f'JAX {jax.__version__}: {len(devices)} of the kind {devices[0].device_kind}')"
 
 if [ ! -d "$work/images" ]; then
   rm -rf "$work/unpacked"

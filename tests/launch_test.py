@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -92,6 +93,27 @@ def test_an_address_makes_no_folder(name, tmp_path):
     )
     assert result.returncode == 1 and "gs://bucket/x is not a local path" in result.stderr
     assert not list(tmp_path.iterdir()) and not Path("gs:").exists()
+
+
+def test_gpu_needs_the_archive_and_a_gpu(tmp_path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    own = {"VIRTUAL_ENV": "none", "PATH": path, "JAX_PLATFORMS": "cuda"}
+    own |= {"CUDA_VISIBLE_DEVICES": "-1"}  # hides the GPUs of a machine that has some
+    command = {"cwd": tmp_path, "capture_output": True, "text": True}
+
+    def start():
+        result = subprocess.run(
+            ["bash", str(LAUNCH / "gpu.sh")], env=os.environ | own, timeout=100, **command
+        )
+        (line,) = (result.stdout + result.stderr).splitlines()
+        return result.returncode, line
+
+    code, line = start()
+    assert code == 1 and f"There is no archive {tmp_path}/cifar10.tar.gz: set IMAGES=" in line
+    assert "tar czf cifar10.tar.gz -C DIR train test" in line and not list(tmp_path.iterdir())
+    (tmp_path / "cifar10.tar.gz").touch()
+    code, line = start()
+    assert code == 1 and "finds no GPU" in line and "set JAX_PLATFORMS=cpu" in line
 
 
 @pytest.mark.parametrize("name", ["slurm", "tpu", "gpus"])
