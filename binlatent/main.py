@@ -155,7 +155,6 @@ MODES = {
 
 def main(_: list[str]) -> None:
     """Runs --mode; an error that the user caused prints one line, and the exit code is 1."""
-    command.prepare_jax()
     with processes.together(), command.reporting():
         processes.join(FLAGS.coordinator, FLAGS.num_processes, FLAGS.process_id)
         mode, config = MODES[FLAGS.mode], command.given_config()

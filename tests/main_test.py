@@ -127,6 +127,8 @@ REFUSED_WITHOUT_DIGITS = [
     ),
     ("--config=configs/nothing.py", 1, "no config file configs/nothing.py"),
     ("--config=configs/nothing.py --config.seed=1", 2, "No such file or directory"),
+    ("--config={files}/workdir.py:runs/x", 1, "write --config=workdir:runs/x."),
+    ("--config={files}/workdir.py:runs/x --config.seed=1", 2, "write --config=workdir:runs/x"),
     ("--config=README.md", 2, "README.md, line "),
     ("--config={files}/json.py", 2, "json.py, line 1: NameError: name 'true'"),
     ("--config={files}/null.py", 2, "the file is not valid Python: "),

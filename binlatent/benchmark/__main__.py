@@ -70,7 +70,6 @@ def define_flags() -> None:
 
 def main(argv: list[str]) -> None:
     """Prints a table row by row; an error that the user caused prints one line, exit code 1."""
-    command.prepare_jax()
     with command.reporting():
         *names, last = ["memory", "data", "paper", *workloads.PROGRAMS]
         if len(argv) != 2 or argv[1] not in (*names, last):

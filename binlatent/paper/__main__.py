@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from matplotlib import pyplot as plt
 
-from binlatent.experiment import PATHS
-from binlatent.paper import bottlenecks, figures, neighbours, networks, table5, tables
+from binlatent.configs import workdir as workdir_config
+from binlatent.experiment import PATHS, resolve
+from binlatent.paper import bottlenecks, figures, neighbours, networks, runs, table5, tables
 from binlatent.pipeline import BinaryLatentDiffusion
 from binlatent.runtime import command, keys, strict_json
 from binlatent.runtime.errors import UserError
@@ -111,14 +112,28 @@ def _joined_keys(argv: list[str]) -> list[str]:
     return joined
 
 
+def _open(
+    workdir: Path, changes: list[str], moved: dict[str, str], *, prior: bool
+) -> BinaryLatentDiffusion:
+    """Opens a workdir with changes of its config, as KEY=VALUE, and with other paths by key."""
+    experiment = None
+    if changes:
+        trained = resolve(workdir_config.get_config(str(workdir)))
+        experiment = runs.base_experiment(trained, changes)
+    pipeline = BinaryLatentDiffusion.from_workdir(workdir, experiment, prior=prior)
+    if moved:
+        pipeline.experiment = pipeline.experiment.change(moved)
+    return pipeline
+
+
 def _write(
-    item: Item, workdir: Path | None, out: Path, options: dict[str, Any], moved: dict[str, str]
+    item: Item,
+    workdir: Path | None,
+    out: Path,
+    options: dict[str, Any],
+    **config: Any,
 ) -> None:
-    pipeline = None
-    if item.reads:
-        pipeline = BinaryLatentDiffusion.from_workdir(workdir, prior=item.reads == "prior")
-        if moved:
-            pipeline.experiment = pipeline.experiment.change(moved)
+    pipeline = _open(workdir, **config, prior=item.reads == "prior") if item.reads else None
     if item.reads == "prior":
         _ = pipeline.prior_params  # raises without a prior, before any work
     out.parent.mkdir(parents=True, exist_ok=True)  # before the work, in case it fails
@@ -154,8 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--seeds", type=_seeds, help="seeds of the priors of table5 and networks. Default: 0")
     about = "seconds of training per prior of networks, in place of prior.train.num_steps"
     flag("--seconds", type=_whole_number, help=about)
-    about = "replaces a path in the workdir's config, such as --config.data.path=DIR; for table5 "
-    about += "and networks any key, such as --config.prior.train.num_steps=500"
+    about = "replaces a value of the workdir's config, such as --config.evaluate.network=classifier"
     flag("--config.KEY", dest="keys", metavar="VALUE", action="append", default=[], help=about)
     flags = parser.parse_args(_joined_keys(sys.argv[1:] if argv is None else argv))
     name, item = flags.figure, ITEMS[flags.figure]
@@ -163,8 +177,11 @@ def main(argv: list[str] | None = None) -> None:
     options = {option: value for option, value in given.items() if value is not None}
     keys_given = dict(entry.split("=", 1) for entry in flags.keys)
     moved = {key: value for key, value in keys_given.items() if key in PATHS}
-    if others := [f"{key}={value}" for key, value in keys_given.items() if key not in PATHS]:
-        options["config"] = others
+    changes = [f"{key}={value}" for key, value in keys_given.items() if key not in PATHS]
+    if changes and not item.reads:
+        parser.error(f"{name} reads no config: leave out --config.{changes[0]}")
+    if changes and "config" in item.flags:  # its variants are checked, not the workdir's model
+        options["config"], changes = changes, []
     for option in options:
         if option not in item.flags:
             takers = [taker for taker, other in ITEMS.items() if option in other.flags]
@@ -178,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         if out.suffix.lower() not in item.suffixes:
             endings = " or ".join(", ".join(item.suffixes).rsplit(", ", 1))
             raise UserError(f"--out must end in {endings}, not {out}.")
-        _write(item, flags.workdir, out, options, moved)
+        _write(item, flags.workdir, out, options, changes=changes, moved=moved)
         log.info("Wrote %s", out)
 
 

@@ -6,6 +6,7 @@ import functools
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
@@ -75,7 +76,11 @@ _PLAINER = (
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """Parses absl's flags and returns the other arguments; an error ends with `bad_usage`."""
+    """Parses absl's flags and returns the other arguments; an error ends with `bad_usage`.
+
+    It calls `prepare_jax` first, because the config file may use JAX.
+    """
+    prepare_jax()
     try:
         return flags.FLAGS(argv)
     except SystemExit as end:  # absl's --help exits with code 1; a config file may exit too
@@ -96,6 +101,8 @@ def parse_flags(argv: list[str]) -> list[str]:
             message = "--config is not a config file: it must define a function get_config()"
     except OSError as error:  # from ml_collections: --config.KEY=VALUE without the config file
         message = f"--config: {str(error).splitlines()[-1].strip()}"
+        of_workdir = [x.partition("=")[2] or x for x in argv if "workdir.py:" in x]
+        message += "".join(f": {_instead(filename)}" for filename in of_workdir)
     except SyntaxError as error:
         where = f"{error.filename}, line {error.lineno}," if error.filename else "the file"
         message = f"--config: {where} is not valid Python: {error.msg}"
@@ -106,6 +113,13 @@ def parse_flags(argv: list[str]) -> list[str]:
     bad_usage(message)
 
 
+def _instead(filename: str) -> str:
+    """Returns what to do about a config file that does not exist."""
+    name, _, variant = filename.partition(":")
+    workdir = variant if Path(name).name == "workdir.py" else ""
+    return f"write {shlex.quote(f'--config=workdir:{workdir}')}" if workdir else "check --config"
+
+
 def given_config() -> ml_collections.ConfigDict | None:
     """Returns the config that --config names, or None without the flag."""
     flag = flags.FLAGS["config"]
@@ -113,7 +127,7 @@ def given_config() -> ml_collections.ConfigDict | None:
         return None
     filename = config_flags.get_config_filename(flag)
     if not Path(filename.split(":")[0]).is_file():
-        raise UserError(f"There is no config file {filename}: check --config.")
+        raise UserError(f"There is no config file {filename}: {_instead(filename)}.")
     if not isinstance(flag.value, ml_collections.ConfigDict):
         raise UserError(f"{filename}: get_config() must return an ml_collections.ConfigDict.")
     return flag.value

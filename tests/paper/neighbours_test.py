@@ -151,9 +151,7 @@ def test_lpips_ranks_the_nearest_by_features(pipeline, train_images, workdir, mo
 
 
 def test_the_command_draws_them_and_writes_how_many(pipeline, workdir, monkeypatch):
-    monkeypatch.setattr(
-        plots.BinaryLatentDiffusion, "from_workdir", lambda workdir, prior: pipeline
-    )
+    monkeypatch.setattr(plots.BinaryLatentDiffusion, "from_workdir", lambda *_, **__: pipeline)
     drawn = []
     monkeypatch.setattr(
         neighbours,
@@ -185,7 +183,7 @@ def test_what_is_missing_is_said_first(pipeline, tmp_path, monkeypatch, capsys):
     pipeline = BinaryLatentDiffusion(pipeline.experiment.change({"data.image_size": 14}), params)
     with pytest.raises(UserError, match="at least 16 pixels"):
         neighbours.find(pipeline, tmp_path, by="lpips")
-    monkeypatch.setattr(BinaryLatentDiffusion, "from_workdir", lambda workdir, prior: pipeline)
+    monkeypatch.setattr(BinaryLatentDiffusion, "from_workdir", lambda *_, **__: pipeline)
     with pytest.raises(SystemExit):
         plots.main(["neighbours", f"--workdir={tmp_path}"])
     assert "has no prior yet" in capsys.readouterr().err

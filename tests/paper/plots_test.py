@@ -99,6 +99,7 @@ def test_without_classes_the_bound_is_drawn_and_guidance_is_refused(tiny_experim
         (["neighbours", "--workdir=x", "--by=eye"], 2, "invalid choice"),
         (["neighbours", "--workdir=x", "--steps=4"], 2, "--steps is for table6"),
         (["schedules", "--seed=1"], 2, "not for schedules"),
+        (["schedules", "--config.seed=1"], 2, "reads no config: leave out --config.seed=1"),
     ],
 )
 def test_wrong_flags_are_one_sentence(tmp_path, monkeypatch, capsys, flags, code, message):
@@ -107,6 +108,27 @@ def test_wrong_flags_are_one_sentence(tmp_path, monkeypatch, capsys, flags, code
         plots.main(flags)
     assert exit.value.code == code and message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_figure_takes_changes_of_the_config(untrained_workdir, tmp_path, monkeypatch, capsys):
+    drawn = []
+    item = plots.ITEMS["neighbours"]
+    item = plots.Item(lambda pipeline, *_: drawn.append(pipeline) or plt.figure())
+    monkeypatch.setitem(plots.ITEMS, "neighbours", item)
+    flags = ["neighbours", f"--workdir={untrained_workdir}", f"--out={tmp_path / 'a.png'}"]
+    own = ["--config.evaluate.network=efficientnet", f"--config.evaluate.weights={tmp_path}/b.npz"]
+    plots.main([*flags, *own])
+    evaluate = drawn[0].experiment.evaluate
+    assert (evaluate.network, evaluate.weights) == ("efficientnet", f"{tmp_path}/b.npz")
+    assert drawn[0].num_classes == 10 and drawn[0].has_prior
+    for change, message in (
+        ("evaluate.network=eye", "config.evaluate.network must be"),
+        ("evaluate.nets=eye", "The config has no key evaluate.nets"),
+        ("prior.network.width=32", "does not fit the trained prior"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            plots.main([*flags, f"--config.{change}"])
+        assert end.value.code == 1 and message in capsys.readouterr().err
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path, capsys):

@@ -214,6 +214,23 @@ print("ynn_fusion" in os.environ.get("XLA_FLAGS", ""), jax.config.jax_compilatio
     assert found.stderr.count("\n") == 1
 
 
+def test_a_config_file_may_use_jax(tmp_path):
+    config = "import jax, ml_collections\njax.devices()\nget_config = ml_collections.ConfigDict\n"
+    (tmp_path / "config.py").write_text(config)
+    parse = f"""
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # of ml_collections, as it imports the file
+from ml_collections import config_flags
+from binlatent.runtime import command
+config_flags.DEFINE_config_file("config")
+command.parse_flags(["binlatent", "--config={tmp_path}/config.py"])
+command.prepare_jax()
+print(jax.config.jax_compilation_cache_dir)
+"""
+    found = _python(parse, XDG_CACHE_HOME=str(tmp_path))
+    assert (found.stdout, found.stderr) == (f"{tmp_path}/binlatent/compiled\n", "")
+
+
 def test_without_a_cache_no_folder_is_made(tmp_path):
     off = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XDG_CACHE_HOME": str(tmp_path)}
     assert _prepared(f"print({_COMPILE})", **off) == ["2"]
