@@ -412,6 +412,11 @@ def test_reconstruction_sheet_alternates_images_and_reconstructions(pipeline, im
     sheet = pictures.reconstructions(pipeline, images)
     assert sheet.shape == (2 * 30 + 2, 5 * 30 + 2, 1)
     np.testing.assert_allclose(sheet[2:30, 2:30] / 127.5 - 1, images[0], atol=0.01)
+    rows = [sheet[top : top + 28, 2:].reshape(28, 5, 30, 1)[:, :, :28] for top in (2, 32)]
+    rows = [row.transpose(1, 0, 2, 3) for row in rows]
+    named = png.grid(rows, captions=["3, 1, 4, 1, 5", "reconstructions"])
+    labels = np.array([3, 1, 4, 1, 5])
+    np.testing.assert_array_equal(pictures.reconstructions(pipeline, images, labels), named)
 
 
 def test_sheets_have_their_columns(pipeline, images):

@@ -74,7 +74,7 @@ def _names_of_rows(
 
     They are titles where each row has a single class, and else captions with a name per image.
     """
-    if label is None or not pipeline.num_classes:
+    if label is None or pipeline.num_classes < 1:  # -1: not yet read from the data
         return {}
     labels, names = pipeline.experiment.prior.conditioning.labels(label, num), pipeline.class_names
     rows = [labels[i : i + columns] for i in range(0, num, columns)]
@@ -93,10 +93,16 @@ def row_titles(
     return [name if name == number else f"{number} {name}" for number, name in named]
 
 
-def reconstructions(pipeline: BinaryLatentDiffusion, images: np.ndarray) -> np.ndarray:
-    """Draws images above their reconstructions, ten per row."""
+def reconstructions(
+    pipeline: BinaryLatentDiffusion, images: np.ndarray, labels: np.ndarray | None = None
+) -> np.ndarray:
+    """Draws images above their reconstructions, ten per row, with the classes of `labels`."""
     pairs = zip(as_rows(images), as_rows(pipeline.reconstruct(images)), strict=True)
-    return png.grid([row for pair in pairs for row in pair])
+    rows = [row for pair in pairs for row in pair]
+    names = _names_of_rows(pipeline, labels, len(images), columns=10)
+    texts = names.get("captions") or names.get("titles")
+    captions = texts and [text for name in texts for text in (name, "reconstructions")]
+    return png.grid(rows, captions=captions)
 
 
 def inpaintings(
@@ -230,7 +236,8 @@ def _trajectory(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
 
 
 def _reconstructions(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
-    return reconstructions(pipeline, _subjects(pipeline, asked, asked.num or 20)[0])
+    own = asked._replace(label=None, features=None)  # the images' classes, not a wanted one
+    return reconstructions(pipeline, *_subjects(pipeline, own, asked.num or 20))
 
 
 def _inpaintings(pipeline: BinaryLatentDiffusion, asked: Request) -> np.ndarray:
