@@ -42,7 +42,8 @@ log = logging.getLogger(__name__)
 def with_classes(experiment: Experiment, source: Source) -> Experiment:
     """Returns a copy of the experiment with the classes of the training images."""
     listed = f": {classes.numbered(source.classes)}" if source.classes else ""
-    log.info("%d training images, %d classes%s", len(source.examples), source.num_classes, listed)
+    count = {0: "no classes", 1: "1 class"}.get(source.num_classes, f"{source.num_classes} classes")
+    log.info("%d training images, %s%s", len(source.examples), count, listed)
     asked = experiment.data.num_classes
     if asked:
         classes.check_same_classes(source.classes, experiment.prior.conditioning.names, "model")

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +148,16 @@ def test_a_stage_says_its_sizes():
         "prior: absorbing, 8x8 tokens of 32 bits (2,048 bits per image), 999,999 parameters, "
         "8 images in 2 steps"
     )
+    own["prior.train.num_steps"] = 1
+    assert describe_stage(experiment.change(own), "prior", 1).endswith(", 4 images in 1 step")
+
+
+@pytest.mark.parametrize("num, said", [(0, "no classes"), (1, "1 class"), (2, "2 classes")])
+def test_the_classes_of_the_images_are_counted(tiny_experiment, caplog, num, said):
+    caplog.set_level("INFO", "binlatent")
+    ignoring = tiny_experiment.change({"data.num_classes": 0})
+    stages.with_classes(ignoring, SimpleNamespace(examples=[0] * 3, num_classes=num, classes=()))
+    assert caplog.messages == [f"3 training images, {said}"]
 
 
 @pytest.mark.parametrize(

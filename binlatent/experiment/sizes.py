@@ -25,7 +25,8 @@ def describe_stage(experiment: Experiment, stage: str, num_params: int) -> str:
     count = f"{num_params / 1e6:,.1f} million" if num_params >= 1e6 else f"{num_params:,}"
     train = getattr(experiment, stage).train
     images = train.num_steps * train.batch_size
-    return f"{stage}: {own}, {count} parameters, {images:,} images in {train.num_steps:,} steps"
+    steps = f"{train.num_steps:,} step{'s' if train.num_steps != 1 else ''}"
+    return f"{stage}: {own}, {count} parameters, {images:,} images in {steps}"
 
 
 def size_warning(experiment: Experiment) -> str:
