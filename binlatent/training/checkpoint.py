@@ -12,13 +12,15 @@ checkpoint is complete, but does not detect every flipped bit.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import logging
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,19 +72,29 @@ class Checkpoints:
           keep: the number of checkpoints to keep, the last ones; None for all.
           alone: for reading in this process only; the folder must exist.
         """
+        self.directory = directory
+        self._keep, self._alone = keep, alone
+        self._damaged = set()  # steps
+        if alone:  # listed once, since a training may add and remove some meanwhile
+            self._steps = sorted(ocp.utils.checkpoint_steps(directory))
+        else:
+            _ = self._manager  # all processes create it together
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's reader and writer, which starts JAX; the steps and `meta` are read without it."""
         this = jax.process_index()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep and ocp.checkpoint_managers.LatestN(keep),
-            create=not alone,
+            preservation_policy=self._keep and ocp.checkpoint_managers.LatestN(self._keep),
+            create=not self._alone,
             # Saving asynchronously would also lose, on a kill, the steps trained during the save.
             enable_async_checkpointing=False,
             multiprocessing_options=ocp.options.MultiprocessingOptions(
-                primary_host=this if alone else 0, active_processes={this} if alone else None
+                primary_host=this if self._alone else 0,
+                active_processes={this} if self._alone else None,
             ),
         )
-        self.directory = directory
-        self._damaged = set()  # steps
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        return ocp.CheckpointManager(self.directory.absolute(), options=options)
 
     @classmethod
     def open(cls, workdir: Path, stage: str) -> "Checkpoints":
@@ -107,7 +119,7 @@ class Checkpoints:
 
     def all_steps(self) -> list[int]:
         """Returns the steps of all checkpoints, oldest first."""
-        return sorted(self._manager.all_steps())
+        return self._steps if self._alone else sorted(self._manager.all_steps())
 
     def newest(self, read: Callable[["Checkpoints"], T], set_aside: bool = False) -> T:
         """Returns the result of `read` for the newest checkpoint that is not damaged.
@@ -152,7 +164,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Stops Orbax's threads."""
-        self._manager.close()
+        if "_manager" in vars(self):
+            self._manager.close()
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Saves a checkpoint; returns when it is on disk."""
@@ -186,8 +199,14 @@ class Checkpoints:
           Damaged: if a part cannot be read.
         """
         step = self.latest_step()
-        try:
+        with self._reporting_damage():
             return self._manager.restore(step, args=ocp.args.Composite(**args))
+
+    @contextmanager
+    def _reporting_damage(self) -> Iterator[None]:
+        """Raises Damaged if the block cannot read the newest checkpoint."""
+        try:
+            yield
         except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise  # not caused by the files
         except Exception as error:  # of many types, depending on the damage
@@ -197,7 +216,9 @@ class Checkpoints:
         return Damaged(f"The checkpoint {self.directory / str(self.latest_step())} {what}.")
 
     def _meta_and_fingerprints(self) -> tuple[dict[str, Any], dict[str, str]]:
-        stored = self._read(meta=ocp.args.JsonRestore()).meta
+        path = self.directory / str(self.latest_step()) / "meta" / "metadata"
+        with self._reporting_damage():
+            stored = json.loads(path.read_text("utf-8"))
         try:
             meta, fingerprints = stored["content"], stored["fingerprints"]
             expected = fingerprints["meta"], fingerprints["state"], fingerprints["ema_params"]

@@ -231,6 +231,16 @@ print(jax.config.jax_compilation_cache_dir)
     assert (found.stdout, found.stderr) == (f"{tmp_path}/binlatent/compiled\n", "")
 
 
+def test_the_config_of_a_workdir_is_read_without_jax(untrained_workdir):
+    # `jax.distributed.initialize` comes after the flags, and must be JAX's first use.
+    read = f"""
+from binlatent.configs import workdir
+from binlatent.runtime import command
+print(workdir.get_config({str(untrained_workdir)!r}).data.name, command._jax_has_started())
+"""
+    assert _python(read).stdout.split() == ["digits", "False"]
+
+
 def test_without_a_cache_no_folder_is_made(tmp_path):
     off = {"JAX_ENABLE_COMPILATION_CACHE": "false", "XDG_CACHE_HOME": str(tmp_path)}
     assert _prepared(f"print({_COMPILE})", **off) == ["2"]
