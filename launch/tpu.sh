@@ -25,6 +25,7 @@ elif [ $# -gt 0 ]; then
     exit 1
   fi
   rm -f ~/binlatent.code
+  : > ~/binlatent.log  # tail may start first
   setsid nohup bash -c 'trap : TERM; python3 -m binlatent.main "$@"; echo $? > ~/binlatent.code' \
     binlatent "$@" > ~/binlatent.log 2>&1 < /dev/null &
   pid=$!

@@ -131,7 +131,7 @@ REFUSED_WITHOUT_DIGITS = [
     ("--config={files}/workdir.py:runs/x --config.seed=1", 2, "write --config=workdir:runs/x"),
     ("--config=README.md", 2, "README.md, line "),
     ("--config={files}/json.py", 2, "json.py, line 1: NameError: name 'true'"),
-    ("--config={files}/null.py", 2, "the file is not valid Python: "),
+    ("--config={files}/null.py", 2, "null bytes"),
     ("--config={files}/no_config.py", 2, "it must define a function get_config()"),
     ("--config={files}/number.py", 1, "must return an ml_collections.ConfigDict"),
     ("--mode=all", 2, "--mode=all needs --config: --config=digits, or a file"),

@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
             raise UserError(f"Give what to measure: {which}.")
         name, config = argv[1], command.given_config()
         if name == "paper" and config is not None:
-            raise UserError("paper has its own configs: leave out --config.")
+            raise UserError("The table paper has its own configs: leave out --config.")
         if name != "paper" and config is None:
             raise UserError("Give a config, for example --config=configs/churches256.py.")
         experiment = None if config is None else experiments.resolve(config)

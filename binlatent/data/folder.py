@@ -104,7 +104,7 @@ def _read_features(file: str) -> np.ndarray:
             f"data.texts needs the features of each image's text: there is no {file!r}"
         ) from error
     except Exception as error:  # of many types, depending on the damage
-        raise UnreadableImage(f"{file!r} is not an .npy file of numbers: {error}") from error
+        raise UnreadableImage(f"{file!r} is not a .npy file of numbers: {error}") from error
     numbers = isinstance(features, np.ndarray) and features.dtype.kind in "fiu"
     if not numbers or features.ndim not in (1, 2) or not np.isfinite(features).all():
         raise UnreadableImage(f"{file!r} must hold finite numbers of shape (e,) or (m, e)")

@@ -307,7 +307,7 @@ def test_the_papers_table_goes_on_where_it_was(all_there):
     assert result.stdout == table(there) and "already has 18 of 18 rows" in result.stderr
     assert len(out.read_text().splitlines()) == 18  # which were there before
     for flag, message in (
-        ("--config=configs/digits.py", "paper has its own configs: leave out --config"),
+        ("--config=configs/digits.py", "The table paper has its own configs"),
         ("--batch_size=2", ", not for paper"),
         (f"--out={out.parent}", "Cannot write --out="),
     ):

@@ -86,7 +86,7 @@ def test_a_converted_prior_samples_inpaints_and_measures(converted, name):
     assert model.experiment.prior.prior.pair == "balanced_plugin"
     assert model.experiment.sample.settings.threshold_last
     label = label_of(name)
-    draw = dict(steps=4, guidance=2.0)
+    draw = dict(steps=4, guidance=0.0 if label is None else 2.0)
     codes = model.sample_codes(3, jax.random.key(0), label, **draw)
     assert codes.shape == (3, 8, 8, 16) and set(np.unique(codes)) == {0, 1}
     assert 0.2 < codes.mean() < 0.8
@@ -367,7 +367,7 @@ def test_features_of_a_text_are_a_flag(converted, tmp_path, capsys):
     assert call_main(*flags, f"--features={features}", "--guidance=3") == 0 and out.exists()
     capsys.readouterr()
     for asked, message in (
-        ([f"--features={out}"], "is not an .npy file of numbers"),
+        ([f"--features={out}"], "is not a .npy file of numbers"),
         ([f"--features={features}", "--label=1"], "not both"),
         ([f"--features={tmp_path / 'none.npy'}"], "No such file"),
     ):

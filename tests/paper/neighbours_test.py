@@ -181,7 +181,7 @@ def test_what_is_missing_is_said_first(pipeline, tmp_path, monkeypatch, capsys):
         neighbours.find(pipeline, tmp_path, by="lpips")
     params = pipeline.autoencoder_params
     pipeline = BinaryLatentDiffusion(pipeline.experiment.change({"data.image_size": 14}), params)
-    with pytest.raises(UserError, match="at least 16 pixels"):
+    with pytest.raises(UserError, match="at least 16x16 pixels"):
         neighbours.find(pipeline, tmp_path, by="lpips")
     monkeypatch.setattr(BinaryLatentDiffusion, "from_workdir", lambda *_, **__: pipeline)
     with pytest.raises(SystemExit):

@@ -139,7 +139,7 @@ def test_the_table_shows_what_was_measured():
     assert "compare with" not in text
     protocol |= {"floors": {"real": 2.5}, "floors_of_sweep": {"real": 3.5, "reconstructions": 0.5}}
     told = table5.text_of(content)
-    assert "0.12. Frechet distances to compare with: 3.5 for real images of the other split" in told
+    assert "values. Frechet distances to compare with: 3.5 for real images of the other" in told
     assert told.endswith("; 0.5 for test images and their reconstructions.\n")
     assert "1,700 steps of 128 codes" in text and "2 x TPU v4" in text and "300 samples" in text
 
