@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     moved = {key: value for key, value in keys_given.items() if key in PATHS}
     changes = [f"{key}={value}" for key, value in keys_given.items() if key not in PATHS]
     if changes and not item.reads:
-        parser.error(f"{name} reads no config: leave out --config.{changes[0]}")
+        parser.error(f"{name} reads no config: leave out config.{changes[0]}")
     if changes and "config" in item.flags:  # its variants are checked, not the workdir's model
         options["config"], changes = changes, []
     for option in options:

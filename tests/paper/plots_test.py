@@ -99,7 +99,7 @@ def test_without_classes_the_bound_is_drawn_and_guidance_is_refused(tiny_experim
         (["neighbours", "--workdir=x", "--by=eye"], 2, "invalid choice"),
         (["neighbours", "--workdir=x", "--steps=4"], 2, "--steps is for table6"),
         (["schedules", "--seed=1"], 2, "not for schedules"),
-        (["schedules", "--config.seed=1"], 2, "reads no config: leave out --config.seed=1"),
+        (["schedules", "--config.seed=1"], 2, "reads no config: leave out config.seed=1"),
     ],
 )
 def test_wrong_flags_are_one_sentence(tmp_path, monkeypatch, capsys, flags, code, message):
