@@ -985,7 +985,7 @@ def test_unreadable_texts_are_named(tmp_path):
             read(2)
         path.write_bytes(good)
     np.save(other, np.array([{}]), allow_pickle=True)
-    with pytest.raises(UserError, match=r"003\.npy' is not an \.npy file of numbers"):
+    with pytest.raises(UserError, match=r"003\.npy' is not a \.npy file of numbers"):
         read(2)
     other.unlink()
     with pytest.raises(UserError, match=r"each image's text: there is no .*003\.npy"):

@@ -171,9 +171,7 @@ def test_table6_times_one_sample_after_another(pipeline, monkeypatch):
 
 
 def test_the_command_writes_table6(pipeline, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        plots.BinaryLatentDiffusion, "from_workdir", lambda workdir, prior: pipeline
-    )
+    monkeypatch.setattr(plots.BinaryLatentDiffusion, "from_workdir", lambda *_, **__: pipeline)
     plots.main(["table6", f"--workdir={tmp_path}", "--num=2", "--steps=1,4"])
     rows = json.loads((tmp_path / "table6.json").read_text())
     assert [row["steps"] for row in rows] == [1, 4]
