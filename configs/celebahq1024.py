@@ -13,7 +13,7 @@ from binlatent.configs import ffhq1024
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
-    """Returns the config, variant "paper" or "released"; see `configs/default.py`."""
+    """Returns the config, "paper", "released" or "modern"; see `configs/default.py`."""
     config = ffhq1024.get_config(variant)
     config.data.name = "celeb_a_hq/1024"
     return config

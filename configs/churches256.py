@@ -13,7 +13,7 @@ from binlatent.configs import default
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
-    """Returns the config, variant "paper" or "released"; see `configs/default.py`."""
+    """Returns the config, "paper", "released" or "modern"; see `configs/default.py`."""
     config = default.get_config(variant)
     config.data.name = "lsun/church_outdoor"
     config.data.num_classes = 0

@@ -5,7 +5,8 @@ Every other config starts from this one and lists what differs. To run this one,
 
 The autoencoder is trained as in the paper (supplement B: Adam at 5e-4 after 10k steps of warm-up,
 batches of 8, MSE + LPIPS + adversarial loss with weights of 1). `--config=configs/X.py:released`
-trains it as the authors' released code does.
+trains it as the authors' released code does; `:modern` is the paper's with a newer prior, the
+network "dit" and the target z_0 (docs/priors.md).
 
 The default of a new key must keep the behaviour without that key: a checkpoint that was written
 without it gets the default.
@@ -15,7 +16,7 @@ import ml_collections
 
 
 def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
-    """Returns the defaults of a variant, "paper" or "released"."""
+    """Returns the defaults of a variant, "paper", "released" or "modern"."""
     config = ml_collections.ConfigDict()
     config.seed = 0
     config.dtype = "float32"  # or "bfloat16", to compute in; parameters and losses stay float32
@@ -184,6 +185,9 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
         autoencoder.train.warmup_steps = 0
         autoencoder.train.max_grad_norm = 1e6  # no clipping
         autoencoder.train.ema_decay = 0.9995  # the authors: 0.995 every ten steps
+    elif variant == "modern":
+        prior.network.name = "dit"
+        prior.bernoulli.target = "z_0"
     elif variant != "paper":
-        raise ValueError(f"the variant must be :paper or :released, not :{variant}")
+        raise ValueError(f"the variant must be :paper, :released or :modern, not :{variant}")
     return config.lock()

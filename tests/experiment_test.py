@@ -18,8 +18,10 @@ from binlatent.experiment import of_checkpoint, resolve, resume
 from binlatent.experiment.resume import check_same_model
 from binlatent.experiment.sizes import describe_stage, size_warning
 from binlatent.pipeline.loading import load_stage
+from binlatent.priors.dit import DiT
 from binlatent.priors.kinds import KINDS
 from binlatent.priors.prior import Prior, Settings
+from binlatent.priors.transformer import Transformer
 from binlatent.runtime.errors import UserError
 from binlatent.training.checkpoint import Checkpoints
 from binlatent.training.state import create_state
@@ -72,13 +74,17 @@ def test_every_config_is_tested():
     assert files == set(CODES) | set(STARTERS)
 
 
-@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("variant", ["paper", "released", "modern"])
 @pytest.mark.parametrize("name", CODES)
 def test_a_config_of_the_paper(name, variant):
-    spec = resolve(load(name, variant)).autoencoder
+    experiment = resolve(load(name, variant))
+    prior, modern = experiment.prior.prior, variant == "modern"
+    assert isinstance(prior.network, DiT if modern else Transformer)
+    assert prior.target == ("z_0" if modern else "flip")
+    spec = experiment.autoencoder
     assert spec.code_shape == CODES[name]
     train, loss = spec.train, spec.objective
-    if variant == "paper":
+    if variant != "released":
         assert (train.learning_rate, train.warmup_steps, train.batch_size) == (5e-4, 10_000, 8)
         assert (loss.mse, loss.l1, loss.perceptual, loss.adversarial) == (1, 0, 1, 1)
         assert not loss.adaptive
@@ -88,7 +94,7 @@ def test_a_config_of_the_paper(name, variant):
 
 
 def test_another_variant_is_refused():
-    with pytest.raises(ValueError, match=":paper or :released, not :realesed"):
+    with pytest.raises(ValueError, match=":paper, :released or :modern, not :realesed"):
         load("churches256", "realesed")
 
 
