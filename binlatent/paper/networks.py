@@ -69,6 +69,7 @@ ROWS = {
     "released": ("released", _with()),
     **{part: (f"released + {title}", _with(part)) for part, (title, *_) in PARTS.items()},
     "groups_c": ("released + one group per bit", _with("groups", groups=_ALL_BITS)),
+    "dit": ("the network dit", _with("adaln", "qk_norm", "swiglu", "rotary")),
     "all": ("all", _with(*PARTS)),
     **{
         f"without_{part}": (

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from binlatent import stages
@@ -186,6 +187,8 @@ class Numbers:
         check_budget(own, self.of(name, seed), "prior")
 
     def _train(self, name: str, seed: int) -> BinaryLatentDiffusion:
+        # Without this the programs of a dozen priors use up the memory maps of a process.
+        jax.clear_caches()
         log.info("Training %s, seed %d", name, seed)
         return train_prior_in(self.variant(name, seed), self._workdir, self.of(name, seed))
 

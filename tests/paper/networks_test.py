@@ -44,7 +44,7 @@ def command(workdir, *flags):
 
 def test_a_row_is_the_released_network_with_a_part_or_all_without_one():
     titles = [title for title, _ in networks.ROWS.values()]
-    assert len(set(titles)) == len(titles) == 1 + 7 + 1 + 6 + 1
+    assert len(set(titles)) == len(titles) == 1 + 7 + 1 + 1 + 6 + 1
     released, whole = networks.ROWS["released"][1], networks.ROWS["all"][1]
     assert released["network.name"] == "released" and whole["network.name"] == "dit"
     for name, (_, key, value) in networks.PARTS.items():
