@@ -92,7 +92,8 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     prior.network.width = 512
     prior.network.num_layers = 24
     prior.network.num_heads = 8
-    prior.network.name = "released"  # the authors' network; or "dit", see docs/priors.md
+    # The authors' network; or "dit", see docs/priors.md. Autoregression has its own.
+    prior.network.name = "released"
     prior.network.dit = ml_collections.ConfigDict()  # for "dit"
     prior.network.dit.adaln = True  # time and label modulate norms; False: they are tokens
     prior.network.dit.qk_norm = True  # RMS norms of queries and keys

@@ -36,9 +36,11 @@ def _model_keys(here: Experiment, there: Experiment, stage: str) -> list[str]:
         keys += ["data.num_classes", "prior.kind", "prior.condition", "prior.text_width"]
         keys += ["texts.encoder", "texts.sha256"] if there.texts.encoder else []
         network = here.content["prior"]["network"]
-        keys += [f"prior.network.{key}" for key in network if key != "dit"]
-        if network["name"] == "dit":
-            keys += [f"prior.network.dit.{key}" for key in network["dit"]]
+        keys += [f"prior.network.{key}" for key in network if key not in ("name", "dit")]
+        if kind != "autoregressive":  # which has its own network
+            keys.append("prior.network.name")
+            if network["name"] == "dit":
+                keys += [f"prior.network.dit.{key}" for key in network["dit"]]
         if there.prior.kind == kind:
             keys += [f"prior.{kind}.{key}" for key in here.prior.prior.trained]
     return keys

@@ -67,12 +67,8 @@ class AutoregressivePrior(Prior):
         cls, code_shape: tuple[int, int, int], section: Mapping[str, Any], **fields: Any
     ) -> nn.Module:
         """Returns a causal transformer with the head of the kind's section."""
-        if fields.pop("name", "released") != "released":
-            raise UserError(
-                "An autoregressive prior has its own network: set config.prior.network.name to "
-                '"released", or choose the kind bernoulli or absorbing.'
-            )
-        fields.pop("dit", None)
+        for other in ("name", "dit"):  # of the networks of other kinds
+            fields.pop(other, None)
         head = make_head(section["head"], code_shape[-1], section["group"], fields["dtype"])
         return CausalTransformer(code_shape, head, **fields)
 
