@@ -23,8 +23,9 @@ def get_config() -> ml_collections.ConfigDict:
     config.autoencoder.embedding_width = 128
     config.autoencoder.loss.perceptual = 0.0
     config.autoencoder.loss.adversarial = 0.0
-    config.autoencoder.train.batch_size = 64
-    config.autoencoder.train.num_steps = 1_000
+    config.autoencoder.loss.entropy = 0.01
+    config.autoencoder.train.batch_size = 32
+    config.autoencoder.train.num_steps = 1_300
     config.autoencoder.train.learning_rate = 6e-3
     config.autoencoder.train.warmup_steps = 100
     config.autoencoder.train.decay = "cosine"
@@ -33,10 +34,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.network.width = 128
     config.prior.network.num_layers = 4
     config.prior.network.num_heads = 2  # 64 wide each, as in the paper
+    config.prior.network.name = "dit"
     config.prior.bernoulli.target = "z_0"  # the best target with evidence; see docs/results.md
     config.prior.cache_codes = True
-    config.prior.train.batch_size = 128
-    config.prior.train.num_steps = 1_700
+    config.prior.train.batch_size = 64
+    config.prior.train.num_steps = 1_600
     config.prior.train.learning_rate = 4e-3
     config.prior.train.warmup_steps = 100
     config.prior.train.decay = "cosine"
