@@ -16,7 +16,6 @@ from binlatent.autoencoder.discriminator import Discriminator
 from binlatent.autoencoder.modules import Autoencoder, Decoder, Encoder, Levels
 from binlatent.autoencoder.step import Networks
 from binlatent.priors.autoregressive.network import CausalTransformer
-from binlatent.priors.bernoulli.joint import JointNetwork
 from binlatent.priors.dit import DiT, swiglu_width
 from binlatent.priors.prior import Prior
 from binlatent.priors.transformer import Transformer
@@ -87,18 +86,6 @@ def count_causal_transformer(
     return _blocks_and_label(network, n, labelled, text_tokens) + ends
 
 
-def count_joint_network(
-    network: JointNetwork, code_shape: Shape, labelled: bool, text_tokens: int = 1
-) -> int:
-    """Returns the FLOPs of a forward pass, or of a step that draws the groups in order; as above.
-
-    The head has a linear layer, as the trunk without it.
-    """
-    (h, w, c), d = code_shape, network.width
-    head = matmul(h * w, d, d) + 2 * matmul(h * w, c, d) + 2 * matmul(1, d, d)
-    return count_network(network.trunk, code_shape, labelled, text_tokens) + head
-
-
 def _blocks_and_label(
     network: Transformer | DiT | CausalTransformer,
     n: int,
@@ -123,7 +110,6 @@ def _blocks_and_label(
 _OF_NETWORKS = {
     Transformer: count_transformer,
     DiT: count_dit,
-    JointNetwork: count_joint_network,
     CausalTransformer: count_causal_transformer,
 }
 

@@ -1,4 +1,4 @@
-"""Compares the parts of the Bernoulli prior's network and head, at an equal budget.
+"""Compares the parts of the Bernoulli prior's network, at an equal budget.
 
 `python -m binlatent.paper networks --workdir=DIR --seeds=0,1` uses the autoencoder of DIR, encodes
 the training images once, and trains the Bernoulli diffusion with each of `ROWS` (or some, with
@@ -41,24 +41,19 @@ PARTS = {
     "swiglu": ("SwiGLU", "network.dit.swiglu", True),
     "rotary": ("rotary positions", "network.dit.positions", "rotary"),
     "self_conditioning": ("self-conditioning", "bernoulli.self_conditioning", True),
-    "groups": ("bits in 4 groups", "bernoulli.groups", 4),
 }
-
-_ALL_BITS = "c"  # groups: one per bit
 
 _RELEASED = {
     **{"kind": "bernoulli", "network.name": "released"},
     **{"network.dit.adaln": False, "network.dit.qk_norm": False, "network.dit.swiglu": False},
     **{"network.dit.positions": "learned"},
-    **{"bernoulli.self_conditioning": False, "bernoulli.groups": 1},
+    "bernoulli.self_conditioning": False,
 }
 
 
-def _with(*parts: str, groups: int | str = 4) -> dict[str, Any]:
+def _with(*parts: str) -> dict[str, Any]:
     """Returns values of `config.prior` for the released network with some parts."""
     values = dict(PARTS[part][1:] for part in parts)
-    if "bernoulli.groups" in values:
-        values["bernoulli.groups"] = groups
     if any(key.startswith("network.dit.") for key in values):
         values["network.name"] = "dit"
     return _RELEASED | values
@@ -68,7 +63,6 @@ def _with(*parts: str, groups: int | str = 4) -> dict[str, Any]:
 ROWS = {
     "released": ("released", _with()),
     **{part: (f"released + {title}", _with(part)) for part, (title, *_) in PARTS.items()},
-    "groups_c": ("released + one group per bit", _with("groups", groups=_ALL_BITS)),
     "dit": ("the network dit", _with("adaln", "qk_norm", "swiglu", "rotary")),
     "all": ("all", _with(*PARTS)),
     **{
@@ -78,7 +72,6 @@ ROWS = {
         )
         for part, (title, *_) in PARTS.items()
     },
-    "all_groups_c": ("all, with one group per bit", _with(*PARTS, groups=_ALL_BITS)),
 }
 
 STEPS = (4, 8, 16, 64)  # of the sampler
@@ -89,10 +82,7 @@ _STEPS_FILE = "steps.jsonl"
 
 def row_experiment(experiment: Experiment, name: str, seed: int) -> Experiment:
     """Returns the experiment of a row and seed, with the steps of `config.prior.train`."""
-    changes = dict(ROWS[name][1])
-    if changes["bernoulli.groups"] == _ALL_BITS:
-        changes["bernoulli.groups"] = experiment.autoencoder.code_shape[2]
-    return runs.of_changes(experiment, changes, seed, STEPS[0])
+    return runs.of_changes(experiment, ROWS[name][1], seed, STEPS[0])
 
 
 def seconds_a_step(stage: Stage) -> float:

@@ -152,6 +152,7 @@ class DiT(nn.Module):
     positions: str = "rotary"
     self_conditioning: bool = False
 
+    @nn.compact
     def __call__(
         self,
         z_t: Array,
@@ -168,21 +169,6 @@ class DiT(nn.Module):
         Returns:
           (n, h, w, c), float32. Zero at initialisation.
         """
-        return self._apply(z_t, time, label, given, estimate, head=True)
-
-    def features(
-        self,
-        z_t: Array,
-        time: Array,
-        label: Array | None = None,
-        given: Array | None = None,
-        estimate: Array | None = None,
-    ) -> Array:
-        """Returns the input of the head, (n, h, w, d), float32; arguments as in `__call__`."""
-        return self._apply(z_t, time, label, given, estimate, head=False)
-
-    @nn.compact
-    def _apply(self, z_t, time, label, given, estimate, *, head):
         (n, h, w, c), d, dtype = z_t.shape, self.width, self.dtype
         text = label if self.condition == "text_cross" else None
         text_tokens = None if text is None else count_tokens(text, given)
@@ -221,10 +207,9 @@ class DiT(nn.Module):
             x = modulated_norm(x, *modulation(condition, 2, dtype))
         else:
             x = layer_norm(jnp.float32, "ln_f")(x)
-        if head:
-            zeros = nn.initializers.zeros  # as in `Transformer`
-            x = nn.Dense(c, dtype=jnp.float32, kernel_init=zeros, name="head")(x)
-        return x.reshape(n, h, w, -1)
+        zeros = nn.initializers.zeros  # as in `Transformer`
+        x = nn.Dense(c, dtype=jnp.float32, kernel_init=zeros, name="head")(x)
+        return x.reshape(z_t.shape)
 
     def _embed_label(self, label: Array) -> Array:
         """(n,) int or (n, e) -> (n, d)."""

@@ -253,6 +253,7 @@ class Transformer(nn.Module):
     dtype: Any = jnp.float32
     self_conditioning: bool = False
 
+    @nn.compact
     def __call__(
         self,
         z_t: Array,
@@ -276,29 +277,6 @@ class Transformer(nn.Module):
         Returns:
           (n, h, w, c), float32. Zero at initialisation.
         """
-        return self._apply(z_t, time, label, given, estimate, head=True)
-
-    def features(
-        self,
-        z_t: Array,
-        time: Array,
-        label: Array | None = None,
-        given: Array | None = None,
-        estimate: Array | None = None,
-    ) -> Array:
-        """Returns the input of the last layer, float32 (n, h, w, d); arguments as in `__call__`."""
-        return self._apply(z_t, time, label, given, estimate, head=False)
-
-    @nn.compact
-    def _apply(
-        self,
-        z_t: Array,
-        time: Array,
-        label: Array | None,
-        given: Array | None,
-        estimate: Array | None,
-        head: bool,
-    ) -> Array:
         n, h, w, c = z_t.shape
         tok_emb = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="tok_emb")
         x = tok_emb(2 * z_t.reshape(-1, c) - 1).reshape(n, h * w, self.width)
@@ -324,8 +302,6 @@ class Transformer(nn.Module):
             x = block(x, n, num_keys, text, text_tokens)
         x = x.reshape(n, -1, self.width)[:, : h * w].reshape(n * h * w, self.width)
         x = layer_norm(jnp.float32, "ln_f")(x)
-        if not head:
-            return x.reshape(n, h, w, self.width)
         # Zero: the untrained network then predicts a probability of 1/2 or, with `evidence`, the
         # flip probability b_t of a bit alone.
         x = nn.Dense(c, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head")(x)

@@ -96,9 +96,9 @@ def test_a_training_step_is_measured(tiny_experiment):
     assert 0.2 < work.flops / work.xla_flops <= 1  # XLA also counts Adam, norms and activations
 
 
-def test_it_goes_with_self_conditioning_and_bits_in_groups(tiny_experiment):
-    options = {"prior.bernoulli.self_conditioning": True, "prior.bernoulli.groups": 4}
-    prior = tiny_experiment.change({**DIT, **options}).prior.prior
+def test_it_goes_with_self_conditioning(tiny_experiment):
+    options = {**DIT, "prior.bernoulli.self_conditioning": True}
+    prior = tiny_experiment.change(options).prior.prior
     rng = np.random.default_rng(0)
     n, label = 8, np.arange(8)
     shapes = jax.eval_shape(

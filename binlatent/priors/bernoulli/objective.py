@@ -20,8 +20,6 @@ class Noise(NamedTuple):
     estimated: Array | None = (
         None  # bool (n,), with self-conditioning: which images get an estimate
     )
-    z_s: Array | None = None  # (n, h, w, c) uniform in [0, 1), with groups of bits
-    s: Array | None = None  # (n,) uniform in [0, 1), with groups: for the times of z_s
 
 
 def draw_times(
@@ -57,26 +55,7 @@ def draw_noise(denoiser: Denoiser, keys: Array, n: int) -> Noise:
     if denoiser.self_conditioning:
         t = jnp.concatenate([t[::2], t[1::2]])  # each half gets evenly spread times
         estimated = jnp.arange(n) < (n + 1) // 2
-    noise = Noise(jax.random.uniform(keys[0], (n, *denoiser.code_shape)), t, estimated)
-    if denoiser.groups == 1:
-        return noise
-    more = [jax.random.fold_in(key, 1) for key in keys]
-    return noise._replace(
-        z_s=jax.random.uniform(more[0], noise.z_t.shape), s=jax.random.uniform(more[1], (n,))
-    )
-
-
-def earlier_times(denoiser: Denoiser, noise: Noise) -> Array:
-    """Returns the times s at the end of steps from t, (n,): max(t - 1, 0).
-
-    With groups of bits, s is random in [0, t], because samplers take steps of any length and the
-    information in the groups before depends on s. s = t trains the prediction from z_t alone.
-    """
-    if noise.s is None:
-        return jnp.maximum(noise.t - 1, 0)
-    if denoiser.continuous:
-        return noise.s * noise.t
-    return jnp.minimum(jnp.floor(noise.s * (noise.t + 1)), noise.t)
+    return Noise(jax.random.uniform(keys[0], (n, *denoiser.code_shape)), t, estimated)
 
 
 class Prediction(NamedTuple):
@@ -87,7 +66,7 @@ class Prediction(NamedTuple):
     output: Array  # (n, h, w, c), of the network
     flip_logit: Array  # (n, h, w, c), the log-odds of a flip
     k_t: Array  # (n, 1, 1, 1)
-    k_s: Array  # (n, 1, 1, 1), at the times of `earlier_times`
+    k_s: Array  # (n, 1, 1, 1), at s = max(t - 1, 0)
 
 
 def _estimate_half(
@@ -119,20 +98,16 @@ def predict(
     """Adds noise to codes and applies the network (supplement, Algorithm 1, 6 to 8).
 
     With self-conditioning, the images in `noise.estimated` get an estimate, or all if it is None.
-    With groups of bits, the output of a group is given z_s in the groups before.
     """
-    s = earlier_times(denoiser, noise)
-    k_t, k_s = (by_image(denoiser.keep_at(x)) for x in (noise.t, s))
+    k_t = by_image(denoiser.keep_at(noise.t))
+    k_s = by_image(denoiser.keep_at(jnp.maximum(noise.t - 1, 0)))
     z_t = process.draw(noise.z_t, process.forward_probs(z_0, k_t))
     inputs = (params, z_t, noise.t, condition)
     if noise.estimated is None:
         estimate = denoiser.first_estimate(*inputs)
     else:
         estimate = _estimate_half(denoiser, *inputs, noise.estimated)
-    z_s = None
-    if noise.z_s is not None:
-        z_s = process.draw(noise.z_s, process.posterior_probs(z_t, z_0, k_t, k_s))
-    output = denoiser.output(*inputs, estimate, z_s, s)
+    output = denoiser.output(*inputs, estimate)
     return Prediction(z_0, z_t, output, denoiser.flip_logit(output, z_t, noise.t), k_t, k_s)
 
 
@@ -181,9 +156,8 @@ def flip_bce(
     """Returns each image's flip BCE in nats per bit, (n,), for any target of the network.
 
     With self-conditioning each image has an estimate, as in all sampling steps except the first.
-    With groups of bits, predictions are given z_t only.
     """
-    noise = noise._replace(estimated=None, z_s=None, s=None)
+    noise = noise._replace(estimated=None)
     prediction = predict(denoiser, params, z_0, condition, noise)
     flipped = process.flip_target(prediction.z_t, prediction.z_0)
     return jnp.mean(losses.bce(prediction.flip_logit, flipped), axis=(1, 2, 3))

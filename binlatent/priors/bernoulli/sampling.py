@@ -53,7 +53,6 @@ def reverse_process(
     corrector_size: float | Array = 0.0,
     renoise: float | Array | None = None,
     self_conditioning: bool = False,
-    draw_in_groups: Callable[..., tuple[Array, Array]] | None = None,
     return_trajectory: bool = False,
 ) -> tuple[Array, Trajectory | None]:
     """Draws codes by ancestral sampling (paper, (8); Algorithm 2).
@@ -79,23 +78,19 @@ def reverse_process(
       renoise: see `process.renoised_probs`, in [0, 1); None for 0.
       self_conditioning: whether each call gets the P(z_0 = 1 | z_t) of the call before, of a step
         or a corrector step, with guidance and temperature as in drawing; 1/2 for the first call.
-      draw_in_groups: `joint.draw_in_groups` with its keyword arguments, to draw bits in groups;
-        corrector steps see z_t only. None for one group.
       return_trajectory: whether to return the states.
 
     Returns:
       The codes z_0, float32 in {0, 1}, and the trajectory, or None.
     """
 
-    given = None if known is None else (known.z_0, known.mask)
-
-    def put_known(z_t, k_t, uniform, given=given):
-        if given is None:
+    def put_known(z_t, k_t, uniform):
+        if known is None:
             return z_t
         # Draws from q(z_t | z_0); k = 1 leaves the bits unchanged.
-        k_t, (z_0, mask) = jnp.where(known.noised, k_t, 1.0), given
-        noised = process.draw(uniform, process.forward_probs(z_0, k_t))
-        return jnp.where(mask > 0, noised, z_t)
+        k_t = jnp.where(known.noised, k_t, 1.0)
+        noised = process.draw(uniform, process.forward_probs(known.z_0, k_t))
+        return jnp.where(known.mask > 0, noised, z_t)
 
     def evidence(k_t):
         # The difference of a flip logit and a balanced one.
@@ -126,25 +121,15 @@ def reverse_process(
     def reverse_step(state, step):
         z_t, estimate = state
         i, t, s, k_t, k_s, w, w_s = step
+        prediction, p_0 = predict(z_t, k_t, call(z_t, t, w, estimate))
+        probs = posterior(z_t, prediction, k_t, k_s)
+        if renoise is not None:
+            probs = process.renoised_probs(probs, p_0, k_s, renoise)
         uniform = noise(i)
-
-        def draw(logit, z_t, others):
-            uniform, given = others
-            prediction, p_0 = predict(z_t, k_t, logit)
-            probs = posterior(z_t, prediction, k_t, k_s)
-            if renoise is not None:
-                probs = process.renoised_probs(probs, p_0, k_s, renoise)
-            z_s = process.draw(uniform, probs)
-            if threshold_last:
-                z_s = jnp.where(s == 0, (prediction > 0.5).astype(z_s.dtype), z_s)
-            return put_known(z_s, k_s, uniform, given)
-
-        if draw_in_groups is None:
-            logit = call(z_t, t, w, estimate)
-            z_s = draw(logit, z_t, (uniform, given))
-        else:
-            z_s, logit = draw_in_groups(z_t, t, s, w, estimate, (uniform, given), draw)
-        _, p_0 = predict(z_t, k_t, logit)
+        z_s = process.draw(uniform, probs)
+        if threshold_last:
+            z_s = jnp.where(s == 0, (prediction > 0.5).astype(z_s.dtype), z_s)
+        z_s = put_known(z_s, k_s, uniform)
         state = z_s, p_0 if self_conditioning else None
         if corrector_steps:
 
