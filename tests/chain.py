@@ -8,7 +8,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import rel_entr
 
 BITS = 6
 STATES = np.array(list(itertools.product((0, 1), repeat=BITS)), np.float64)
@@ -54,17 +53,6 @@ def bits_given_others(k_t: float) -> np.ndarray:
         joint = P_DATA[:, None] * np.delete(noise, i, axis=-1).prod(axis=-1)
         result[:, i] = (joint * STATES[:, None, i]).sum(0) / joint.sum(0)
     return result
-
-
-def expected_bound(keep: np.ndarray) -> float:
-    """The smallest bound in bits; k grows from 0 at T to 1."""
-    total = 0.0
-    for k_t, k_s in itertools.pairwise(np.sort(keep)):
-        joint = P_DATA[:, None] * transition(k_t)  # [z_0, z_t]
-        q = transition(k_s)[:, None] * transition(k_t / k_s).T[None] / transition(k_t)[..., None]
-        kl = rel_entr(q, product_kernel(bits_given(k_t, k_s))[None]).sum(axis=-1)
-        total += np.sum(joint * kl)
-    return total / np.log(2)
 
 
 def product_kernel(probs: np.ndarray) -> np.ndarray:

@@ -768,10 +768,10 @@ def test_a_checkpoint_gets_the_keys_that_were_added_since():
     assert found == resolve(config)
 
 
-def with_removed_keys(config, ddim=0.0, groups=1):
+def with_removed_keys(config, ddim=0.0, **options):
     stored = json.loads(json.dumps({"config": config, "version": "0.2.0"}))
     stored["config"]["sample"]["ddim"] = ddim
-    stored["config"]["prior"]["bernoulli"]["groups"] = groups
+    stored["config"]["prior"]["bernoulli"] |= {"groups": 1, "self_conditioning": False, **options}
     return stored
 
 
@@ -787,11 +787,12 @@ def test_a_checkpoints_config_loses_keys_that_were_removed(value, warnings, capl
     assert caplog.text.count(sentence) == len(caplog.records) == warnings
 
 
-def test_a_prior_with_a_removed_option_is_refused():
-    stored = with_removed_keys(digits.get_config().to_dict(), groups=4)
+@pytest.mark.parametrize("key, value", [("groups", 4), ("self_conditioning", True)])
+def test_a_prior_with_a_removed_option_is_refused(key, value):
+    stored = with_removed_keys(digits.get_config().to_dict(), **{key: value})
     sentence = (
         "The config in runs/x/prior is invalid: binlatent no longer has "
-        "config.prior.bernoulli.groups, which is 4 there."
+        f"config.prior.bernoulli.{key}, which is {value} there."
     )
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
         of_checkpoint(stored, "runs/x/prior")

@@ -56,7 +56,7 @@ def count_transformer(
     d = network.width
     appended = labelled and network.condition in ("class", "text_token")
     n = h * w + 1 + appended  # including the tokens of time and label
-    ends = (2 + network.self_conditioning) * matmul(h * w, c, d) + 2 * matmul(1, d, d)
+    ends = 2 * matmul(h * w, c, d) + 2 * matmul(1, d, d)
     return _blocks_and_label(network, n, labelled, text_tokens) + ends
 
 
@@ -65,7 +65,7 @@ def count_dit(network: DiT, code_shape: Shape, labelled: bool, text_tokens: int 
     h, w, c = code_shape
     n, d = h * w, network.width
     mlp = 3 * swiglu_width(d) if network.swiglu else 8 * d
-    ends = (2 + network.self_conditioning) * matmul(n, c, d) + 2 * matmul(1, d, d)
+    ends = 2 * matmul(n, c, d) + 2 * matmul(1, d, d)
     if network.adaln:
         ends += matmul(1, d, (6 * network.num_layers + 2) * d)
     else:
@@ -125,11 +125,7 @@ def count_network(
 
 def count_prior_step(prior: Prior, text_tokens: int = 1) -> int:
     """Returns the FLOPs of a training step of a prior per image, with a label."""
-    forward = count_network(prior.network, prior.code_shape, True, text_tokens)
-    total = 3 * forward
-    if getattr(prior, "self_conditioning", False):
-        total += forward // 2  # one more forward pass for half of the batch
-    return total
+    return 3 * count_network(prior.network, prior.code_shape, True, text_tokens)
 
 
 def _residual(side: int, width_in: int, width_out: int) -> int:

@@ -309,7 +309,11 @@ def _prior(
 
 _OLDEST = (0, 2, 0)  # configs since this version differ by added keys and by those in _REMOVED
 # Each with the value that changes nothing.
-_REMOVED = {"sample.ddim": 0.0, "prior.bernoulli.groups": 1}
+_REMOVED = {
+    "sample.ddim": 0.0,
+    "prior.bernoulli.groups": 1,
+    "prior.bernoulli.self_conditioning": False,
+}
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -2,10 +2,10 @@
 
 `python -m binlatent.paper networks --workdir=DIR --seeds=0,1` uses the autoencoder of DIR, encodes
 the training images once, and trains the Bernoulli diffusion with each of `ROWS` (or some, with
-`--rows`): the released network, the released network with each part of `PARTS`, all parts, and all
-parts without each one. The budget is the steps of `config.prior.train` or, with `--seconds=N`, the
-number of steps that take N seconds. Results in folders of DIR/networks are kept, so the command can
-be repeated.
+`--rows`): the released network, the released network with each part of `PARTS`, the network dit,
+which has all parts, and dit without each one. The budget is the steps of `config.prior.train` or,
+with `--seconds=N`, the number of steps that take N seconds. Results in folders of DIR/networks are
+kept, so the command can be repeated.
 """
 
 import itertools
@@ -40,34 +40,29 @@ PARTS = {
     "qk_norm": ("QK-norm", "network.dit.qk_norm", True),
     "swiglu": ("SwiGLU", "network.dit.swiglu", True),
     "rotary": ("rotary positions", "network.dit.positions", "rotary"),
-    "self_conditioning": ("self-conditioning", "bernoulli.self_conditioning", True),
 }
 
 _RELEASED = {
     **{"kind": "bernoulli", "network.name": "released"},
     **{"network.dit.adaln": False, "network.dit.qk_norm": False, "network.dit.swiglu": False},
     **{"network.dit.positions": "learned"},
-    "bernoulli.self_conditioning": False,
 }
 
 
 def _with(*parts: str) -> dict[str, Any]:
     """Returns values of `config.prior` for the released network with some parts."""
     values = dict(PARTS[part][1:] for part in parts)
-    if any(key.startswith("network.dit.") for key in values):
-        values["network.name"] = "dit"
-    return _RELEASED | values
+    return _RELEASED | values | ({"network.name": "dit"} if parts else {})
 
 
 # Name of a row -> its title and its values of `config.prior`.
 ROWS = {
     "released": ("released", _with()),
     **{part: (f"released + {title}", _with(part)) for part, (title, *_) in PARTS.items()},
-    "dit": ("the network dit", _with("adaln", "qk_norm", "swiglu", "rotary")),
-    "all": ("all", _with(*PARTS)),
+    "dit": ("dit", _with(*PARTS)),
     **{
         f"without_{part}": (
-            f"all without {title}",
+            f"dit without {title}",
             _with(*(other for other in PARTS if other != part)),
         )
         for part, (title, *_) in PARTS.items()
@@ -247,8 +242,7 @@ def networks_text(content: dict[str, Any]) -> str:
     return (
         f"### Parts of the network, {budget} of training\n\n{table}\n"
         f"Batches of {how['batch_size']} codes. GFLOP are of training, per image. Seconds are "
-        "without compilation. Bits per dimension are the bound for all T steps; with "
-        "self-conditioning, that of a sampler with two calls per step. Samples: "
+        "without compilation. Bits per dimension are the bound for all T steps. Samples: "
         f"{how['samples']:,} for each number of steps, at temperature 1 and without guidance, "
         f"compared by {how['network']} with at most {how['images']:,} test images. "
         f"{how['devices']} x {how['device']}, JAX {how['jax']}."

@@ -19,7 +19,6 @@ from binlatent.priors.transformer import (
     CrossAttention,
     SelfAttention,
     TimeEmbedding,
-    embed_estimate,
     layer_norm,
     rounded,
     sine_positions_2d,
@@ -136,7 +135,6 @@ class DiT(nn.Module):
       swiglu: whether the MLPs are SwiGLUs, with as many parameters.
       positions: one of `POSITIONS`. Both add a learned vector to each token. "rotary" also rotates
         queries and keys. Rotation alone would give equal tokens equal outputs at all places.
-      self_conditioning: whether the network also takes an earlier estimate of the code.
     """
 
     width: int
@@ -150,21 +148,15 @@ class DiT(nn.Module):
     qk_norm: bool = True
     swiglu: bool = True
     positions: str = "rotary"
-    self_conditioning: bool = False
 
     @nn.compact
     def __call__(
-        self,
-        z_t: Array,
-        time: Array,
-        label: Array | None = None,
-        given: Array | None = None,
-        estimate: Array | None = None,
+        self, z_t: Array, time: Array, label: Array | None = None, given: Array | None = None
     ) -> Array:
         """Applies the network.
 
         Args:
-          z_t, time, label, given, estimate: as in `transformer.Transformer`.
+          z_t, time, label, given: as in `transformer.Transformer`.
 
         Returns:
           (n, h, w, c), float32. Zero at initialisation.
@@ -178,8 +170,6 @@ class DiT(nn.Module):
         vector = TimeEmbedding(d, dtype, name="time_step_embedding")(time)
 
         x = nn.Dense(d, use_bias=False, dtype=dtype, name="tok_emb")(2 * z_t.reshape(-1, c) - 1)
-        if self.self_conditioning:
-            x = x + embed_estimate(z_t, estimate, d, dtype)
         positions = self.param("pos_emb", lambda _: sine_positions_2d(h, w, d))
         x = x.reshape(n, h * w, d) + positions.astype(dtype)[None]
         condition = num_keys = None

@@ -41,14 +41,13 @@ def command(workdir, *flags):
     return text, json.loads((workdir / "networks.json").read_text())
 
 
-def test_a_row_is_the_released_network_with_a_part_or_all_without_one():
+def test_a_row_is_the_released_network_with_a_part_or_dit_without_one():
     titles = [title for title, _ in networks.ROWS.values()]
-    assert len(set(titles)) == len(titles) == 1 + 5 + 1 + 1 + 5
-    released, whole = networks.ROWS["released"][1], networks.ROWS["all"][1]
+    assert len(set(titles)) == len(titles) == 1 + 4 + 1 + 4
+    released, whole = networks.ROWS["released"][1], networks.ROWS["dit"][1]
     assert released["network.name"] == "released" and whole["network.name"] == "dit"
     for name, (_, key, value) in networks.PARTS.items():
-        of_dit = {"network.name": "dit"} if key.startswith("network.dit") else {}
-        assert networks.ROWS[name][1] == released | of_dit | {key: value}
+        assert networks.ROWS[name][1] == released | {"network.name": "dit", key: value}
         assert networks.ROWS[f"without_{name}"][1] == whole | {key: released[key]}
         assert whole[key] == value != released[key]
 
@@ -61,14 +60,8 @@ def test_a_row_is_resolved_to_its_network(tiny_experiment):
     }
     priors = {name: own.prior.prior for name, own in found.items()}
     assert type(priors["released"].network) is Transformer
-    assert type(priors["self_conditioning"].network) is Transformer
-    assert priors["self_conditioning"].network.self_conditioning
     assert type(priors["without_rotary"].network) is DiT
-    # One more forward pass for half of the batch.
-    plain, twice = (flops.count_prior_step(priors[x]) for x in ("released", "self_conditioning"))
-    forward = flops.count_network(priors["self_conditioning"].network, (4, 4, 8), True)
-    assert plain == 3 * flops.count_network(priors["released"].network, (4, 4, 8), True)
-    assert twice == 3.5 * forward
+    assert priors["dit"].network == DiT(16, 1, 2, "class", num_classes=10)
 
 
 def test_a_killed_command_goes_on_and_a_finished_row_is_read(workdir, monkeypatch, capsys):

@@ -32,8 +32,6 @@ class Denoiser(Prior):
         L_vlb, with weight 1.
       time_weight: one of `losses.TIME_WEIGHTS`.
       stratified: whether the times of a batch are spread evenly.
-      self_conditioning: whether the network also gets the estimate of P(z_0 = 1) of an earlier call
-        (Chen et al., Analog Bits, 2023).
     """
 
     num_timesteps: int
@@ -46,7 +44,6 @@ class Denoiser(Prior):
     vlb_weight: float = 0.1
     time_weight: str = "mean"
     stratified: bool = False
-    self_conditioning: bool = False
 
     def __post_init__(self):
         named = {
@@ -82,12 +79,7 @@ class Denoiser(Prior):
         return schedules.keep_at(self.curve, jnp.asarray(t, jnp.float32) / self.num_timesteps)
 
     def output(
-        self,
-        params: Any,
-        z_t: Array,
-        t: Array,
-        condition: Condition | None = None,
-        estimate: Array | None = None,
+        self, params: Any, z_t: Array, t: Array, condition: Condition | None = None
     ) -> Array:
         """Returns the network's output, float32, (n, h, w, c).
 
@@ -96,25 +88,9 @@ class Denoiser(Prior):
           z_t: (n, h, w, c) in {0, 1}.
           t: (n,) in (0, T].
           condition: of the batch.
-          estimate: P(z_0 = 1) from an earlier call, (n, h, w, c), 1/2 for images without one; None
-            if no image has one, and without `self_conditioning`.
         """
-        inputs = (z_t, (t - 1) / self.num_timesteps, *label_and_given(condition))
-        if self.self_conditioning:
-            inputs = (*inputs, estimate)
-        return self.network.apply(params, *inputs)
-
-    def first_estimate(
-        self, params: Any, z_t: Array, t: Array, condition: Condition | None = None
-    ) -> Array | None:
-        """Returns P(z_0 = 1) from a call without an estimate; None without `self_conditioning`.
-
-        It is a function of z_t only, and no gradient passes through it. Arguments as in `output`.
-        """
-        if not self.self_conditioning:
-            return None
-        output = self.output(jax.lax.stop_gradient(params), z_t, t, condition)
-        return targets.z_0_probs(self.flip_logit(output, z_t, t), z_t)
+        label, given = label_and_given(condition)
+        return self.network.apply(params, z_t, (t - 1) / self.num_timesteps, label, given)
 
     def flip_logit(
         self,

@@ -17,9 +17,6 @@ class Noise(NamedTuple):
 
     z_t: Array  # (n, h, w, c) uniform in [0, 1), for the forward process
     t: Array  # (n,) float32: 1..T, or in (0, T] if continuous
-    estimated: Array | None = (
-        None  # bool (n,), with self-conditioning: which images get an estimate
-    )
 
 
 def draw_times(
@@ -45,17 +42,15 @@ def draw_times(
 
 
 def draw_noise(denoiser: Denoiser, keys: Array, n: int) -> Noise:
-    """Draws a batch's noise from two keys; with self-conditioning, half of it gets estimates."""
-    t = draw_times(
-        *(keys[1], n, denoiser.num_timesteps),
-        continuous=denoiser.continuous,
-        stratified=denoiser.stratified,
+    """Draws a batch's noise from two keys."""
+    return Noise(
+        z_t=jax.random.uniform(keys[0], (n, *denoiser.code_shape)),
+        t=draw_times(
+            *(keys[1], n, denoiser.num_timesteps),
+            continuous=denoiser.continuous,
+            stratified=denoiser.stratified,
+        ),
     )
-    estimated = None
-    if denoiser.self_conditioning:
-        t = jnp.concatenate([t[::2], t[1::2]])  # each half gets evenly spread times
-        estimated = jnp.arange(n) < (n + 1) // 2
-    return Noise(jax.random.uniform(keys[0], (n, *denoiser.code_shape)), t, estimated)
 
 
 class Prediction(NamedTuple):
@@ -69,45 +64,14 @@ class Prediction(NamedTuple):
     k_s: Array  # (n, 1, 1, 1), at s = max(t - 1, 0)
 
 
-def _estimate_half(
-    denoiser: Denoiser,
-    params: Any,
-    z_t: Array,
-    t: Array,
-    condition: Condition | None,
-    estimated: Array,
-) -> Array:
-    """Returns `first_estimate` for the images that get one and 1/2 for others, (n, h, w, c).
-
-    Args:
-      denoiser, params, z_t, t, condition: as in `Denoiser.first_estimate`.
-      estimated: bool (n,), True for at most half of them, rounded up. `train.state.accumulate`
-        distributes the images of `draw_noise` evenly.
-    """
-    # Only these images, because estimates of the others are not used.
-    first = jnp.argsort(~estimated)[: (len(z_t) + 1) // 2]
-    inputs = jax.tree.map(lambda x: x[first], (z_t, t, condition))
-    estimate = denoiser.first_estimate(params, *inputs)
-    estimate = jnp.full(z_t.shape, 0.5).at[first].set(estimate)
-    return jnp.where(by_image(estimated), estimate, 0.5)
-
-
 def predict(
     denoiser: Denoiser, params: Any, z_0: Array, condition: Condition | None, noise: Noise
 ) -> Prediction:
-    """Adds noise to codes and applies the network (supplement, Algorithm 1, 6 to 8).
-
-    With self-conditioning, the images in `noise.estimated` get an estimate, or all if it is None.
-    """
+    """Adds noise to codes and applies the network (supplement, Algorithm 1, 6 to 8)."""
     k_t = by_image(denoiser.keep_at(noise.t))
     k_s = by_image(denoiser.keep_at(jnp.maximum(noise.t - 1, 0)))
     z_t = process.draw(noise.z_t, process.forward_probs(z_0, k_t))
-    inputs = (params, z_t, noise.t, condition)
-    if noise.estimated is None:
-        estimate = denoiser.first_estimate(*inputs)
-    else:
-        estimate = _estimate_half(denoiser, *inputs, noise.estimated)
-    output = denoiser.output(*inputs, estimate)
+    output = denoiser.output(params, z_t, noise.t, condition)
     return Prediction(z_0, z_t, output, denoiser.flip_logit(output, z_t, noise.t), k_t, k_s)
 
 
@@ -153,11 +117,7 @@ def loss(
 def flip_bce(
     denoiser: Denoiser, params: Any, z_0: Array, condition: Condition | None, noise: Noise
 ) -> Array:
-    """Returns each image's flip BCE in nats per bit, (n,), for any target of the network.
-
-    With self-conditioning each image has an estimate, as in all sampling steps except the first.
-    """
-    noise = noise._replace(estimated=None)
+    """Returns each image's flip BCE in nats per bit, (n,), for any target of the network."""
     prediction = predict(denoiser, params, z_0, condition, noise)
     flipped = process.flip_target(prediction.z_t, prediction.z_0)
     return jnp.mean(losses.bce(prediction.flip_logit, flipped), axis=(1, 2, 3))

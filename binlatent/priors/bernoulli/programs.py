@@ -54,17 +54,16 @@ def sample_codes(
     """
     params, shape = denoiser.network.round_weights(params), denoiser.code_shape
 
-    def output(z_t, t, *estimate, condition=None):
-        return denoiser.output(params, z_t, jnp.full(len(z_t), t), condition, *estimate)
+    def output(z_t, t, condition=None):
+        return denoiser.output(params, z_t, jnp.full(len(z_t), t), condition)
 
     guided = guide(
         functools.partial(output, condition=condition),
         functools.partial(output, condition=negative(condition)),
     )
 
-    def denoise(z_t, t, w, *estimate):
-        labelled = condition is not None
-        logit = guided(z_t, t, w, *estimate) if labelled else output(z_t, t, *estimate)
+    def denoise(z_t, t, w):
+        logit = output(z_t, t) if condition is None else guided(z_t, t, w)
         return denoiser.flip_logit(logit, z_t, jnp.full(len(z_t), t), pair, temperature)
 
     keep = denoiser.keep_at(times)
@@ -85,7 +84,6 @@ def sample_codes(
         corrector_steps=corrector_steps,
         corrector_size=corrector_size,
         renoise=renoise,
-        self_conditioning=denoiser.self_conditioning,
         return_trajectory=return_trajectory,
     )
 
@@ -105,10 +103,8 @@ def bound_code_lengths(
     params = denoiser.network.round_weights(params)
 
     def denoise(z_t, t):
-        inputs = (params, z_t, jnp.full(len(z_t), t), condition)
-        # From this z_t: with the estimate of another step's z_t, the sum would not be a bound.
-        estimate = denoiser.first_estimate(*inputs)
-        return denoiser.flip_logit(denoiser.output(*inputs, estimate), *inputs[1:3])
+        t = jnp.full(len(z_t), t)
+        return denoiser.flip_logit(denoiser.output(params, z_t, t, condition), z_t, t)
 
     return likelihood.likelihood_bound(
         denoise,

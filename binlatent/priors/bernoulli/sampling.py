@@ -12,8 +12,8 @@ from binlatent.priors.guidance import Noise
 Array = jax.Array
 
 # (z_t, t, w) -> the flip logits for the pair, with temperature, float32, the shape of z_t. t is a
-# scalar in (0, T], w the guidance at t. With self-conditioning (z_t, t, w, estimate).
-Denoise = Callable[..., Array]
+# scalar in (0, T], w the guidance at t.
+Denoise = Callable[[Array, Array, Array], Array]
 
 
 class Known(NamedTuple):
@@ -52,7 +52,6 @@ def reverse_process(
     corrector_steps: int = 0,
     corrector_size: float | Array = 0.0,
     renoise: float | Array | None = None,
-    self_conditioning: bool = False,
     return_trajectory: bool = False,
 ) -> tuple[Array, Trajectory | None]:
     """Draws codes by ancestral sampling (paper, (8); Algorithm 2).
@@ -76,8 +75,6 @@ def reverse_process(
         q(z_s) to first order in their size, and so correct errors. Each costs one network call.
       corrector_size: in [0, 1], share of bits that a corrector step draws anew.
       renoise: see `process.renoised_probs`, in [0, 1); None for 0.
-      self_conditioning: whether each call gets the P(z_0 = 1 | z_t) of the call before, of a step
-        or a corrector step, with guidance and temperature as in drawing; 1/2 for the first call.
       return_trajectory: whether to return the states.
 
     Returns:
@@ -101,27 +98,17 @@ def reverse_process(
         "balanced_plugin": process.plugin_posterior_probs,
     }[pair]
 
-    def predict(z_t, k_t, logit):
-        prediction = targets.z_0_probs(logit, z_t)
-        return prediction, posterior(z_t, prediction, k_t, jnp.ones_like(k_t))
-
-    def call(z_t, t, w, estimate):
-        return denoise(z_t, t, w, *((estimate,) if self_conditioning else ()))
-
-    def correct(state, s, k_s, w, index):
-        z_s, estimate = state
-        logit = call(z_s, s, w, estimate)
-        if self_conditioning:
-            _, estimate = predict(z_s, k_s, logit)
-        flip_probs = process.corrector_flip_probs(logit - evidence(k_s), k_s, corrector_size)
+    def correct(z_s, s, k_s, w, index):
+        balanced_logit = denoise(z_s, s, w) - evidence(k_s)
+        flip_probs = process.corrector_flip_probs(balanced_logit, k_s, corrector_size)
         uniform = noise(index)
         flips = process.draw(uniform, flip_probs)
-        return put_known(process.flip_target(z_s, flips), k_s, uniform), estimate
+        return put_known(process.flip_target(z_s, flips), k_s, uniform)
 
-    def reverse_step(state, step):
-        z_t, estimate = state
+    def reverse_step(z_t, step):
         i, t, s, k_t, k_s, w, w_s = step
-        prediction, p_0 = predict(z_t, k_t, call(z_t, t, w, estimate))
+        prediction = targets.z_0_probs(denoise(z_t, t, w), z_t)
+        p_0 = posterior(z_t, prediction, k_t, jnp.ones_like(k_t))
         probs = posterior(z_t, prediction, k_t, k_s)
         if renoise is not None:
             probs = process.renoised_probs(probs, p_0, k_s, renoise)
@@ -130,24 +117,22 @@ def reverse_process(
         if threshold_last:
             z_s = jnp.where(s == 0, (prediction > 0.5).astype(z_s.dtype), z_s)
         z_s = put_known(z_s, k_s, uniform)
-        state = z_s, p_0 if self_conditioning else None
         if corrector_steps:
 
-            def correct_all(state):
+            def correct_all(z_s):
                 return jax.lax.fori_loop(
-                    0, corrector_steps, lambda j, x: correct(x, s, k_s, w_s, i + 1 + j), state
+                    0, corrector_steps, lambda j, z: correct(z, s, k_s, w_s, i + 1 + j), z_s
                 )
 
-            state = jax.lax.cond(s > 0, correct_all, lambda x: x, state)
-        return state, (state[0].astype(bool), p_0) if return_trajectory else None
+            z_s = jax.lax.cond(s > 0, correct_all, lambda z: z, z_s)
+        return z_s, (z_s.astype(bool), p_0) if return_trajectory else None
 
     uniform = noise(jnp.zeros((), jnp.int32))
     z_T = put_known(process.draw(uniform, start_probs), keep[0], uniform)
     indices = 1 + jnp.arange(len(times) - 1) * (1 + corrector_steps)
     guidance_after = jnp.append(guidance[1:], 0.0)  # not used at t = 0
     steps = (indices, times[:-1], times[1:], keep[:-1], keep[1:], guidance, guidance_after)
-    state = z_T, jnp.full_like(z_T, 0.5) if self_conditioning else None
-    (z_0, _), passed = jax.lax.scan(reverse_step, state, steps)
+    z_0, passed = jax.lax.scan(reverse_step, z_T, steps)
     if passed is None:
         return z_0, None
     states, p_0 = passed
