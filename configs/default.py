@@ -110,8 +110,6 @@ def get_config(variant: str = "paper") -> ml_collections.ConfigDict:
     bernoulli.vlb_weight = 0.1  # lambda of (13); the target "z_s" uses L_vlb alone
     bernoulli.time_weight = "mean"  # or "falling", 1 - (t - 1)/T
     bernoulli.stratified = False  # spread the times of a batch evenly
-    bernoulli.self_conditioning = False  # feed an earlier estimate of z_0 to the network
-    bernoulli.groups = 1  # of a token's bits, drawn in order, each given those before
     prior.absorbing = absorbing = ml_collections.ConfigDict()
     absorbing.unit = "token"  # or "bit", or "8": bits that are hidden together
     absorbing.schedule = "linear"  # or "cos", "sigmoid", "given"; 1 - k is the share hidden

@@ -8,7 +8,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import rel_entr
 
 BITS = 6
 STATES = np.array(list(itertools.product((0, 1), repeat=BITS)), np.float64)
@@ -54,30 +53,6 @@ def bits_given_others(k_t: float) -> np.ndarray:
         joint = P_DATA[:, None] * np.delete(noise, i, axis=-1).prod(axis=-1)
         result[:, i] = (joint * STATES[:, None, i]).sum(0) / joint.sum(0)
     return result
-
-
-def drawn_in_groups(k_t: float, k_s: float, groups: int = 1) -> np.ndarray:
-    """(64, 64), the best p(z_s | z_t) that draws bits in groups, one row per z_t.
-
-    The bits of a group are independent given those of the groups before.
-    """
-    joint = marginal(k_s)[:, None] * transition(k_t / k_s)  # [z_s, z_t]
-    same, result = STATES[:, None] == STATES[None], np.ones_like(joint)
-    for i in range(BITS):
-        before = same[..., : i - i % (BITS // groups)].all(axis=-1)
-        result *= ((before & same[..., i]) @ joint) / (before @ joint)
-    return result.T
-
-
-def expected_bound(keep: np.ndarray, groups: int = 1) -> float:
-    """The smallest bound in bits of a sampler in groups; k grows from 0 at T to 1."""
-    total = 0.0
-    for k_t, k_s in itertools.pairwise(np.sort(keep)):
-        joint = P_DATA[:, None] * transition(k_t)  # [z_0, z_t]
-        q = transition(k_s)[:, None] * transition(k_t / k_s).T[None] / transition(k_t)[..., None]
-        kl = rel_entr(q, drawn_in_groups(k_t, k_s, groups)[None]).sum(axis=-1)
-        total += np.sum(joint * kl)
-    return total / np.log(2)
 
 
 def product_kernel(probs: np.ndarray) -> np.ndarray:

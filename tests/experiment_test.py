@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -767,21 +768,39 @@ def test_a_checkpoint_gets_the_keys_that_were_added_since():
     assert found == resolve(config)
 
 
+def with_removed_keys(config, ddim=0.0, **options):
+    stored = json.loads(json.dumps({"config": config, "version": "0.2.0"}))
+    stored["config"]["sample"]["ddim"] = ddim
+    stored["config"]["prior"]["bernoulli"] |= {"groups": 1, "self_conditioning": False, **options}
+    return stored
+
+
 @pytest.mark.parametrize("value, warnings", [(0.0, 0), (0.5, 1)])
 def test_a_checkpoints_config_loses_keys_that_were_removed(value, warnings, caplog):
     config = digits.get_config().to_dict()
-    stored = json.loads(json.dumps({"config": config, "version": "0.2.0"}))
-    stored["config"]["sample"]["ddim"] = value
+    stored = with_removed_keys(config, value)
     found = of_checkpoint(stored, "runs/x/prior")
-    assert found == resolve(config) and "ddim" not in found.config["sample"]
+    assert found == resolve(config)
+    assert found.config == resolve(config).config
     assert stored["config"]["sample"]["ddim"] == value
     sentence = "config.sample.ddim=0.5 in runs/x/prior is ignored: binlatent has no such setting."
     assert caplog.text.count(sentence) == len(caplog.records) == warnings
 
 
+@pytest.mark.parametrize("key, value", [("groups", 4), ("self_conditioning", True)])
+def test_a_prior_with_a_removed_option_is_refused(key, value):
+    stored = with_removed_keys(digits.get_config().to_dict(), **{key: value})
+    sentence = (
+        "The config in runs/x/prior is invalid: binlatent no longer has "
+        f"config.prior.bernoulli.{key}, which is {value} there."
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+        of_checkpoint(stored, "runs/x/prior")
+
+
 def test_the_config_of_a_workdir_has_the_keys_that_were_added_since(tiny_experiment, tmp_path):
     config, without = tiny_experiment.config, tiny_experiment.config
-    del without["prior"]["bernoulli"]["groups"], without["texts"]
+    del without["prior"]["bernoulli"]["evidence"], without["texts"]
     state = create_state(jax.random.key(0), {"x": jnp.zeros(1)}, optax.sgd(1.0))
     with Checkpoints(tmp_path / "prior", 1) as checkpoints:
         meta = {"config": without, "data": {}, "source": "", "encoder": "", "seconds": 1.0}

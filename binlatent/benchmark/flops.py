@@ -16,7 +16,6 @@ from binlatent.autoencoder.discriminator import Discriminator
 from binlatent.autoencoder.modules import Autoencoder, Decoder, Encoder, Levels
 from binlatent.autoencoder.step import Networks
 from binlatent.priors.autoregressive.network import CausalTransformer
-from binlatent.priors.bernoulli.joint import JointNetwork
 from binlatent.priors.dit import DiT, swiglu_width
 from binlatent.priors.prior import Prior
 from binlatent.priors.transformer import Transformer
@@ -57,7 +56,7 @@ def count_transformer(
     d = network.width
     appended = labelled and network.condition in ("class", "text_token")
     n = h * w + 1 + appended  # including the tokens of time and label
-    ends = (2 + network.self_conditioning) * matmul(h * w, c, d) + 2 * matmul(1, d, d)
+    ends = 2 * matmul(h * w, c, d) + 2 * matmul(1, d, d)
     return _blocks_and_label(network, n, labelled, text_tokens) + ends
 
 
@@ -66,7 +65,7 @@ def count_dit(network: DiT, code_shape: Shape, labelled: bool, text_tokens: int 
     h, w, c = code_shape
     n, d = h * w, network.width
     mlp = 3 * swiglu_width(d) if network.swiglu else 8 * d
-    ends = (2 + network.self_conditioning) * matmul(n, c, d) + 2 * matmul(1, d, d)
+    ends = 2 * matmul(n, c, d) + 2 * matmul(1, d, d)
     if network.adaln:
         ends += matmul(1, d, (6 * network.num_layers + 2) * d)
     else:
@@ -85,18 +84,6 @@ def count_causal_transformer(
     n, d = h * w, network.width
     ends = matmul(n, c, d) + 2 * n * network.head.products(d)
     return _blocks_and_label(network, n, labelled, text_tokens) + ends
-
-
-def count_joint_network(
-    network: JointNetwork, code_shape: Shape, labelled: bool, text_tokens: int = 1
-) -> int:
-    """Returns the FLOPs of a forward pass, or of a step that draws the groups in order; as above.
-
-    The head has a linear layer, as the trunk without it.
-    """
-    (h, w, c), d = code_shape, network.width
-    head = matmul(h * w, d, d) + 2 * matmul(h * w, c, d) + 2 * matmul(1, d, d)
-    return count_network(network.trunk, code_shape, labelled, text_tokens) + head
 
 
 def _blocks_and_label(
@@ -123,7 +110,6 @@ def _blocks_and_label(
 _OF_NETWORKS = {
     Transformer: count_transformer,
     DiT: count_dit,
-    JointNetwork: count_joint_network,
     CausalTransformer: count_causal_transformer,
 }
 
@@ -139,11 +125,7 @@ def count_network(
 
 def count_prior_step(prior: Prior, text_tokens: int = 1) -> int:
     """Returns the FLOPs of a training step of a prior per image, with a label."""
-    forward = count_network(prior.network, prior.code_shape, True, text_tokens)
-    total = 3 * forward
-    if getattr(prior, "self_conditioning", False):
-        total += forward // 2  # one more forward pass for half of the batch
-    return total
+    return 3 * count_network(prior.network, prior.code_shape, True, text_tokens)
 
 
 def _residual(side: int, width_in: int, width_out: int) -> int:

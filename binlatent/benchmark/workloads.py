@@ -100,7 +100,7 @@ def describe_size(name: str, experiment: Experiment) -> str:
     prior = experiment.prior.prior
     h, w, _ = prior.code_shape
     network = prior.network
-    name = "dit " if isinstance(getattr(network, "trunk", network), DiT) else ""
+    name = "dit " if isinstance(network, DiT) else ""
     return f"{name}{network.num_layers}x{network.width}, {h * w} tokens"
 
 

@@ -243,10 +243,6 @@ def prior_state(spec: PriorSpec, params: Any, embed: np.ndarray) -> State:
         raise UserError('The authors\' code cannot sample a prior with the target "z_s".')
     if isinstance(prior.network, DiT):
         raise UserError('The authors\' code has no network "dit", so it cannot load this.')
-    if prior.self_conditioning:
-        raise UserError("The authors' code has no self-conditioning, so it cannot load this.")
-    if prior.groups > 1:
-        raise UserError("The authors' code draws bits in one group, so it cannot load this.")
     state = _to_theirs(params["params"], prior_tensors(params["params"]))
     keep = schedules.keep_schedule(prior.curve, prior.num_timesteps)
     beta = np.append(1.0, keep[1:] / keep[:-1])

@@ -308,7 +308,12 @@ def _prior(
 # Configs of checkpoints
 
 _OLDEST = (0, 2, 0)  # configs since this version differ by added keys and by those in _REMOVED
-_REMOVED = {"sample.ddim": 0.0}  # with the value that changes nothing
+# Each with the value that changes nothing.
+_REMOVED = {
+    "sample.ddim": 0.0,
+    "prior.bernoulli.groups": 1,
+    "prior.bernoulli.self_conditioning": False,
+}
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -327,12 +332,17 @@ def _with_added_keys(content: Content, defaults: Content) -> Content:
 
 
 def _without_removed_keys(content: Content, where: Any) -> Content:
-    """Returns a config without removed keys; warns if one has a value that had an effect."""
+    """Returns a config without removed keys.
+
+    If the value of one had an effect, warns for a sampling option and refuses others.
+    """
     content = copy.deepcopy(dict(content))
     for name, neutral in _REMOVED.items():
         *sections, key = name.split(".")
         section = functools.reduce(operator.getitem, sections, content)
         value = section.pop(key, neutral)
+        if value != neutral and sections != ["sample"]:
+            raise UserError(f"binlatent no longer has config.{name}, which is {value} there.")
         if value != neutral:
             log.warning(
                 "config.%s=%s in %s is ignored: binlatent has no such setting. The other settings "

@@ -1,11 +1,11 @@
-"""Compares the parts of the Bernoulli prior's network and head, at an equal budget.
+"""Compares the parts of the Bernoulli prior's network, at an equal budget.
 
 `python -m binlatent.paper networks --workdir=DIR --seeds=0,1` uses the autoencoder of DIR, encodes
 the training images once, and trains the Bernoulli diffusion with each of `ROWS` (or some, with
-`--rows`): the released network, the released network with each part of `PARTS`, all parts, and all
-parts without each one. The budget is the steps of `config.prior.train` or, with `--seconds=N`, the
-number of steps that take N seconds. Results in folders of DIR/networks are kept, so the command can
-be repeated.
+`--rows`): the released network, the released network with each part of `PARTS`, the network dit,
+which has all parts, and dit without each one. The budget is the steps of `config.prior.train` or,
+with `--seconds=N`, the number of steps that take N seconds. Results in folders of DIR/networks are
+kept, so the command can be repeated.
 """
 
 import itertools
@@ -40,45 +40,33 @@ PARTS = {
     "qk_norm": ("QK-norm", "network.dit.qk_norm", True),
     "swiglu": ("SwiGLU", "network.dit.swiglu", True),
     "rotary": ("rotary positions", "network.dit.positions", "rotary"),
-    "self_conditioning": ("self-conditioning", "bernoulli.self_conditioning", True),
-    "groups": ("bits in 4 groups", "bernoulli.groups", 4),
 }
-
-_ALL_BITS = "c"  # groups: one per bit
 
 _RELEASED = {
     **{"kind": "bernoulli", "network.name": "released"},
     **{"network.dit.adaln": False, "network.dit.qk_norm": False, "network.dit.swiglu": False},
     **{"network.dit.positions": "learned"},
-    **{"bernoulli.self_conditioning": False, "bernoulli.groups": 1},
 }
 
 
-def _with(*parts: str, groups: int | str = 4) -> dict[str, Any]:
+def _with(*parts: str) -> dict[str, Any]:
     """Returns values of `config.prior` for the released network with some parts."""
     values = dict(PARTS[part][1:] for part in parts)
-    if "bernoulli.groups" in values:
-        values["bernoulli.groups"] = groups
-    if any(key.startswith("network.dit.") for key in values):
-        values["network.name"] = "dit"
-    return _RELEASED | values
+    return _RELEASED | values | ({"network.name": "dit"} if parts else {})
 
 
 # Name of a row -> its title and its values of `config.prior`.
 ROWS = {
     "released": ("released", _with()),
     **{part: (f"released + {title}", _with(part)) for part, (title, *_) in PARTS.items()},
-    "groups_c": ("released + one group per bit", _with("groups", groups=_ALL_BITS)),
-    "dit": ("the network dit", _with("adaln", "qk_norm", "swiglu", "rotary")),
-    "all": ("all", _with(*PARTS)),
+    "dit": ("dit", _with(*PARTS)),
     **{
         f"without_{part}": (
-            f"all without {title}",
+            f"dit without {title}",
             _with(*(other for other in PARTS if other != part)),
         )
         for part, (title, *_) in PARTS.items()
     },
-    "all_groups_c": ("all, with one group per bit", _with(*PARTS, groups=_ALL_BITS)),
 }
 
 STEPS = (4, 8, 16, 64)  # of the sampler
@@ -89,10 +77,7 @@ _STEPS_FILE = "steps.jsonl"
 
 def row_experiment(experiment: Experiment, name: str, seed: int) -> Experiment:
     """Returns the experiment of a row and seed, with the steps of `config.prior.train`."""
-    changes = dict(ROWS[name][1])
-    if changes["bernoulli.groups"] == _ALL_BITS:
-        changes["bernoulli.groups"] = experiment.autoencoder.code_shape[2]
-    return runs.of_changes(experiment, changes, seed, STEPS[0])
+    return runs.of_changes(experiment, ROWS[name][1], seed, STEPS[0])
 
 
 def seconds_a_step(stage: Stage) -> float:
@@ -257,8 +242,7 @@ def networks_text(content: dict[str, Any]) -> str:
     return (
         f"### Parts of the network, {budget} of training\n\n{table}\n"
         f"Batches of {how['batch_size']} codes. GFLOP are of training, per image. Seconds are "
-        "without compilation. Bits per dimension are the bound for all T steps; with "
-        "self-conditioning, that of a sampler with two calls per step. Samples: "
+        "without compilation. Bits per dimension are the bound for all T steps. Samples: "
         f"{how['samples']:,} for each number of steps, at temperature 1 and without guidance, "
         f"compared by {how['network']} with at most {how['images']:,} test images. "
         f"{how['devices']} x {how['device']}, JAX {how['jax']}."

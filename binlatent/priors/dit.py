@@ -19,7 +19,6 @@ from binlatent.priors.transformer import (
     CrossAttention,
     SelfAttention,
     TimeEmbedding,
-    embed_estimate,
     layer_norm,
     rounded,
     sine_positions_2d,
@@ -136,7 +135,6 @@ class DiT(nn.Module):
       swiglu: whether the MLPs are SwiGLUs, with as many parameters.
       positions: one of `POSITIONS`. Both add a learned vector to each token. "rotary" also rotates
         queries and keys. Rotation alone would give equal tokens equal outputs at all places.
-      self_conditioning: whether the network also takes an earlier estimate of the code.
     """
 
     width: int
@@ -150,39 +148,19 @@ class DiT(nn.Module):
     qk_norm: bool = True
     swiglu: bool = True
     positions: str = "rotary"
-    self_conditioning: bool = False
 
+    @nn.compact
     def __call__(
-        self,
-        z_t: Array,
-        time: Array,
-        label: Array | None = None,
-        given: Array | None = None,
-        estimate: Array | None = None,
+        self, z_t: Array, time: Array, label: Array | None = None, given: Array | None = None
     ) -> Array:
         """Applies the network.
 
         Args:
-          z_t, time, label, given, estimate: as in `transformer.Transformer`.
+          z_t, time, label, given: as in `transformer.Transformer`.
 
         Returns:
           (n, h, w, c), float32. Zero at initialisation.
         """
-        return self._apply(z_t, time, label, given, estimate, head=True)
-
-    def features(
-        self,
-        z_t: Array,
-        time: Array,
-        label: Array | None = None,
-        given: Array | None = None,
-        estimate: Array | None = None,
-    ) -> Array:
-        """Returns the input of the head, (n, h, w, d), float32; arguments as in `__call__`."""
-        return self._apply(z_t, time, label, given, estimate, head=False)
-
-    @nn.compact
-    def _apply(self, z_t, time, label, given, estimate, *, head):
         (n, h, w, c), d, dtype = z_t.shape, self.width, self.dtype
         text = label if self.condition == "text_cross" else None
         text_tokens = None if text is None else count_tokens(text, given)
@@ -192,8 +170,6 @@ class DiT(nn.Module):
         vector = TimeEmbedding(d, dtype, name="time_step_embedding")(time)
 
         x = nn.Dense(d, use_bias=False, dtype=dtype, name="tok_emb")(2 * z_t.reshape(-1, c) - 1)
-        if self.self_conditioning:
-            x = x + embed_estimate(z_t, estimate, d, dtype)
         positions = self.param("pos_emb", lambda _: sine_positions_2d(h, w, d))
         x = x.reshape(n, h * w, d) + positions.astype(dtype)[None]
         condition = num_keys = None
@@ -221,10 +197,9 @@ class DiT(nn.Module):
             x = modulated_norm(x, *modulation(condition, 2, dtype))
         else:
             x = layer_norm(jnp.float32, "ln_f")(x)
-        if head:
-            zeros = nn.initializers.zeros  # as in `Transformer`
-            x = nn.Dense(c, dtype=jnp.float32, kernel_init=zeros, name="head")(x)
-        return x.reshape(n, h, w, -1)
+        zeros = nn.initializers.zeros  # as in `Transformer`
+        x = nn.Dense(c, dtype=jnp.float32, kernel_init=zeros, name="head")(x)
+        return x.reshape(z_t.shape)
 
     def _embed_label(self, label: Array) -> Array:
         """(n,) int or (n, e) -> (n, d)."""

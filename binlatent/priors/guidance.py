@@ -65,17 +65,17 @@ def guide(conditional: Callable, unconditional: Callable) -> Callable:
     program, so changing the guidance does not compile again.
 
     Args:
-      conditional, unconditional: (z_t, t, *others) -> logits. To guide away from a label c', the
+      conditional, unconditional: (z_t, t) -> logits. To guide away from a label c', the
         second is T(z_t, t, c').
 
     Returns:
-      (z_t, t, w, *others) -> logits.
+      (z_t, t, w) -> logits.
     """
 
-    def guided(z_t: Array, t: Array, w: Array, *others: Array) -> Array:
+    def guided(z_t: Array, t: Array, w: Array) -> Array:
         def combine():
-            return (1 + w) * conditional(z_t, t, *others) - w * unconditional(z_t, t, *others)
+            return (1 + w) * conditional(z_t, t) - w * unconditional(z_t, t)
 
-        return jax.lax.cond(w == 0, lambda: conditional(z_t, t, *others), combine)
+        return jax.lax.cond(w == 0, lambda: conditional(z_t, t), combine)
 
     return guided

@@ -72,24 +72,6 @@ def rounded(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(of_leaf, params)
 
 
-def embed_estimate(z_t: Array, estimate: Array | None, width: int, dtype: Any) -> Array:
-    """Returns the embedding of an estimate of z_0, rows (n l, width), to add to the tokens.
-
-    This is self-conditioning (Chen et al., Analog Bits, 2023). The embedding is zero at
-    initialisation and where the estimate is 1/2. The calling network owns the layer
-    `estimate_emb`.
-
-    Args:
-      z_t: (n, h, w, c); only its shape is used.
-      estimate: the same shape, in [0, 1]; None for no estimate.
-      width, dtype: of the embeddings.
-    """
-    signs = jnp.zeros_like(z_t) if estimate is None else 2 * estimate - 1
-    zeros, name = nn.initializers.zeros, "estimate_emb"
-    embed = nn.Dense(width, use_bias=False, dtype=dtype, kernel_init=zeros, name=name)
-    return embed(signs.reshape(-1, z_t.shape[-1]))
-
-
 class TimeEmbedding(nn.Module):
     """Maps times to tokens: (n,) -> (n, width)."""
 
@@ -241,7 +223,6 @@ class Transformer(nn.Module):
       condition: a key of `conditions.CONDITIONS`, or "none".
       num_classes: for the condition "class".
       text_width: e, for a condition on texts.
-      self_conditioning: whether the network also takes an earlier estimate of z_0.
     """
 
     width: int
@@ -251,15 +232,10 @@ class Transformer(nn.Module):
     num_classes: int = 0
     text_width: int = 0
     dtype: Any = jnp.float32
-    self_conditioning: bool = False
 
+    @nn.compact
     def __call__(
-        self,
-        z_t: Array,
-        time: Array,
-        label: Array | None = None,
-        given: Array | None = None,
-        estimate: Array | None = None,
+        self, z_t: Array, time: Array, label: Array | None = None, given: Array | None = None
     ) -> Array:
         """Applies the network.
 
@@ -270,40 +246,13 @@ class Transformer(nn.Module):
             zeros as in `conditions.Condition`; None if no image has one. Ignored without a
             condition.
           given: bool (n,), which images have a label; None for all.
-          estimate: (n, h, w, c) in [0, 1], an earlier estimate of P(z_0 = 1), 1/2 if unknown; None
-            for no estimate, and without `self_conditioning`.
 
         Returns:
           (n, h, w, c), float32. Zero at initialisation.
         """
-        return self._apply(z_t, time, label, given, estimate, head=True)
-
-    def features(
-        self,
-        z_t: Array,
-        time: Array,
-        label: Array | None = None,
-        given: Array | None = None,
-        estimate: Array | None = None,
-    ) -> Array:
-        """Returns the input of the last layer, float32 (n, h, w, d); arguments as in `__call__`."""
-        return self._apply(z_t, time, label, given, estimate, head=False)
-
-    @nn.compact
-    def _apply(
-        self,
-        z_t: Array,
-        time: Array,
-        label: Array | None,
-        given: Array | None,
-        estimate: Array | None,
-        head: bool,
-    ) -> Array:
         n, h, w, c = z_t.shape
         tok_emb = nn.Dense(self.width, use_bias=False, dtype=self.dtype, name="tok_emb")
         x = tok_emb(2 * z_t.reshape(-1, c) - 1).reshape(n, h * w, self.width)
-        if self.self_conditioning:
-            x = x + embed_estimate(z_t, estimate, self.width, self.dtype).reshape(x.shape)
         positions = self.param("pos_emb", lambda _: sine_positions_2d(h, w, self.width))
         x = x + positions.astype(self.dtype)[None]
         time_token = TimeEmbedding(self.width, self.dtype, name="time_step_embedding")(time)
@@ -324,8 +273,6 @@ class Transformer(nn.Module):
             x = block(x, n, num_keys, text, text_tokens)
         x = x.reshape(n, -1, self.width)[:, : h * w].reshape(n * h * w, self.width)
         x = layer_norm(jnp.float32, "ln_f")(x)
-        if not head:
-            return x.reshape(n, h, w, self.width)
         # Zero: the untrained network then predicts a probability of 1/2 or, with `evidence`, the
         # flip probability b_t of a bit alone.
         x = nn.Dense(c, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name="head")(x)

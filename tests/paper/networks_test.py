@@ -15,7 +15,6 @@ from binlatent.evaluation.judge import Judge
 from binlatent.paper import __main__ as plots
 from binlatent.paper import networks, runs
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.priors.bernoulli.joint import JointNetwork
 from binlatent.priors.dit import DiT
 from binlatent.priors.transformer import Transformer
 from binlatent.runtime.keys import key_for
@@ -42,14 +41,13 @@ def command(workdir, *flags):
     return text, json.loads((workdir / "networks.json").read_text())
 
 
-def test_a_row_is_the_released_network_with_a_part_or_all_without_one():
+def test_a_row_is_the_released_network_with_a_part_or_dit_without_one():
     titles = [title for title, _ in networks.ROWS.values()]
-    assert len(set(titles)) == len(titles) == 1 + 7 + 1 + 1 + 6 + 1
-    released, whole = networks.ROWS["released"][1], networks.ROWS["all"][1]
+    assert len(set(titles)) == len(titles) == 1 + 4 + 1 + 4
+    released, whole = networks.ROWS["released"][1], networks.ROWS["dit"][1]
     assert released["network.name"] == "released" and whole["network.name"] == "dit"
     for name, (_, key, value) in networks.PARTS.items():
-        of_dit = {"network.name": "dit"} if key.startswith("network.dit") else {}
-        assert networks.ROWS[name][1] == released | of_dit | {key: value}
+        assert networks.ROWS[name][1] == released | {"network.name": "dit", key: value}
         assert networks.ROWS[f"without_{name}"][1] == whole | {key: released[key]}
         assert whole[key] == value != released[key]
 
@@ -62,21 +60,8 @@ def test_a_row_is_resolved_to_its_network(tiny_experiment):
     }
     priors = {name: own.prior.prior for name, own in found.items()}
     assert type(priors["released"].network) is Transformer
-    assert type(priors["self_conditioning"].network) is Transformer
-    assert priors["self_conditioning"].network.self_conditioning
-    assert type(priors["without_groups"].network) is DiT
-    groups = {name: prior.groups for name, prior in priors.items() if prior.groups > 1}
-    assert groups.pop("groups_c") == groups.pop("all_groups_c") == 8
-    assert groups == dict.fromkeys(
-        ["groups", "all", *(f"without_{part}" for part in networks.PARTS if part != "groups")], 4
-    )
-    joint = priors["groups"].network
-    assert type(joint) is JointNetwork and type(joint.trunk) is Transformer
-    # One more forward pass for half of the batch.
-    plain, twice = (flops.count_prior_step(priors[x]) for x in ("released", "self_conditioning"))
-    forward = flops.count_network(priors["self_conditioning"].network, (4, 4, 8), True)
-    assert plain == 3 * flops.count_network(priors["released"].network, (4, 4, 8), True)
-    assert twice == 3.5 * forward
+    assert type(priors["without_rotary"].network) is DiT
+    assert priors["dit"].network == DiT(16, 1, 2, "class", num_classes=10)
 
 
 def test_a_killed_command_goes_on_and_a_finished_row_is_read(workdir, monkeypatch, capsys):
@@ -97,7 +82,7 @@ def test_a_killed_command_goes_on_and_a_finished_row_is_read(workdir, monkeypatc
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
             patch.setattr(cls, name, call)
-            command(workdir, "--rows=groups", *flags)
+            command(workdir, "--rows=swiglu", *flags)
         assert end.value.code == 130
 
     killed_after(Checkpoints, "save", 1)
@@ -105,15 +90,16 @@ def test_a_killed_command_goes_on_and_a_finished_row_is_read(workdir, monkeypatc
     assert "The prior resumes at step 1" in capsys.readouterr().err
     (path,) = folder.glob("results_*.jsonl")
     before = path.read_text()
-    _, content = command(workdir, "--rows=groups", *flags)
+    _, content = command(workdir, "--rows=swiglu", *flags)
     assert path.read_text().startswith(before)
     assert list(content["protocol"]["floors"]) == ["real", "reconstructions"]
 
     # Each number belongs to the prior in its folder.
     ((found,),) = (row["seeds"] for row in content["rows"])
-    pipeline = BinaryLatentDiffusion.from_workdir(folder / "groups_3")
+    pipeline = BinaryLatentDiffusion.from_workdir(folder / "swiglu_3")
     prior = pipeline.experiment.prior.prior
-    assert prior.groups == 4 and found["steps"] == pipeline.experiment.prior.train.num_steps == 2
+    assert type(prior.network) is DiT
+    assert found["steps"] == pipeline.experiment.prior.train.num_steps == 2
     test = report.HeldOut.read(pipeline)
     expected = report.likelihood_metrics(pipeline, test.probs, test.labels)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-4)
@@ -121,7 +107,7 @@ def test_a_killed_command_goes_on_and_a_finished_row_is_read(workdir, monkeypatc
     assert found["flops"] == flops.count_prior_step(prior)
     speeds = [
         entry["images_per_second"]
-        for line in (folder / "groups_3" / "metrics.jsonl").read_text().splitlines()
+        for line in (folder / "swiglu_3" / "metrics.jsonl").read_text().splitlines()
         if "images_per_second" in (entry := json.loads(line))
     ]
     assert found["seconds"] == pytest.approx(2 * 8 / np.median(speeds))
@@ -134,11 +120,11 @@ def test_a_killed_command_goes_on_and_a_finished_row_is_read(workdir, monkeypatc
     numbers = runs.read_rows(path)
     other = {("released", *row[1:]): x | {"steps": 7} for row, x in numbers.items()}
     runs.write_rows(path, numbers | other)
-    shutil.rmtree(folder / "groups_3")
-    _, both = command(workdir, "--rows=released,groups", *flags)
+    shutil.rmtree(folder / "swiglu_3")
+    _, both = command(workdir, "--rows=released,swiglu", *flags)
     assert both["rows"][1:] == content["rows"] and both["rows"][0]["title"] == "released"
     assert both["rows"][0]["seeds"][0]["steps"] == 7
-    assert not (folder / "released_3").exists() and not (folder / "groups_3").exists()
+    assert not (folder / "released_3").exists() and not (folder / "swiglu_3").exists()
 
 
 def test_priors_of_texts_share_the_features_and_their_encoder(tmp_path):

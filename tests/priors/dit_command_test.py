@@ -16,7 +16,6 @@ from binlatent.convert import released
 from binlatent.experiment import of_checkpoint, resolve
 from binlatent.experiment.resume import check_same_model
 from binlatent.pipeline import BinaryLatentDiffusion
-from binlatent.priors.conditions import Condition
 from binlatent.priors.dit import DiT
 from binlatent.priors.transformer import Transformer
 from binlatent.runtime.errors import UserError
@@ -99,35 +98,6 @@ def test_a_training_step_is_measured(tiny_experiment):
     work = workloads.train_prior_work(experiment, 8, 2)
     assert all(np.all(np.isfinite(x)) for x in work.call().values())
     assert 0.2 < work.flops / work.xla_flops <= 1  # XLA also counts Adam, norms and activations
-
-
-def test_it_goes_with_self_conditioning_and_bits_in_groups(tiny_experiment):
-    options = {"prior.bernoulli.self_conditioning": True, "prior.bernoulli.groups": 4}
-    prior = tiny_experiment.change({**DIT, **options}).prior.prior
-    rng = np.random.default_rng(0)
-    n, label = 8, np.arange(8)
-    shapes = jax.eval_shape(
-        lambda key: prior.init(key, jax.ShapeDtypeStruct((1,), np.int32)), jax.random.key(0)
-    )
-    params = jax.tree.map(lambda x: 0.3 * rng.standard_normal(x.shape, np.float32), shapes)
-    bits = rng.integers(0, 2, (n, *prior.code_shape)).astype(np.float32)
-
-    @jax.jit
-    def gradient(params, bits, label):
-        noise = prior.draw_noise(jax.random.split(jax.random.key(1)), n)
-        return jax.grad(lambda *x: prior.loss(*x)[0])(params, bits, Condition(label), noise)
-
-    found = {
-        jax.tree_util.keystr(path): np.abs(x).max()
-        for path, x in jax.tree_util.tree_leaves_with_path(gradient(params, bits, label))
-    }
-    assert all(np.isfinite(x) for x in found.values())
-    for name in ("modulation", "q_norm", "estimate_emb", "mlp_2"):
-        assert any(name in path and x > 0 for path, x in found.items()), name
-    settings = prior.check_settings(prior.Settings(steps=2, guidance=1.0))
-    keys = jax.random.split(jax.random.key(2), n)
-    codes = prior.sample(params, keys, Condition(label), settings)
-    assert codes.shape == bits.shape and set(np.unique(codes)) == {0, 1}
 
 
 def test_the_command_trains_it_goes_on_and_samples(digits_dir, trained_workdir, tmp_path):

@@ -47,7 +47,7 @@ def make_prior(kind, condition="text_cross"):
     """A prior, and random weights for it."""
     network = KINDS[kind].make_network(
         SHAPE,
-        {"head": "independent", "group": 1, "self_conditioning": False, "groups": 1},
+        {"head": "independent", "group": 1},
         name="dit" if kind == "dit" else "released",
         width=16,
         num_layers=1,

@@ -32,10 +32,6 @@ class Denoiser(Prior):
         L_vlb, with weight 1.
       time_weight: one of `losses.TIME_WEIGHTS`.
       stratified: whether the times of a batch are spread evenly.
-      self_conditioning: whether the network also gets the estimate of P(z_0 = 1) of an earlier call
-        (Chen et al., Analog Bits, 2023).
-      groups: G, which divides c. A step draws the bits of a token in G groups, each given the
-        groups before; see `joint`. With 1, all bits are independent given z_t.
     """
 
     num_timesteps: int
@@ -48,8 +44,6 @@ class Denoiser(Prior):
     vlb_weight: float = 0.1
     time_weight: str = "mean"
     stratified: bool = False
-    self_conditioning: bool = False
-    groups: int = 1
 
     def __post_init__(self):
         named = {
@@ -68,20 +62,10 @@ class Denoiser(Prior):
                 'config.prior.bernoulli.pair "balanced_plugin" needs '
                 'config.prior.bernoulli.target "flip".'
             )
-        if self.groups > 1 and (self.target == "z_s" or self.pair != "plain_mixture"):
-            raise UserError(
-                'config.prior.bernoulli.groups above 1 needs the target "flip" or "z_0" and the '
-                'pair "plain_mixture".'
-            )
         if self.evidence and (self.target == "z_s" or self.pair != "plain_mixture"):
             raise UserError(
                 'config.prior.bernoulli.evidence needs the target "flip" or "z_0" and the pair '
                 '"plain_mixture"; set it to False.'
-            )
-        if self.groups < 1 or self.code_shape[2] % self.groups:
-            raise UserError(
-                f"config.prior.bernoulli.groups is {self.groups}, which does not divide the "
-                f"{self.code_shape[2]} bits of a token."
             )
         schedules.keep_schedule(self.curve, self.num_timesteps)  # refuses invalid schedules
 
@@ -94,21 +78,8 @@ class Denoiser(Prior):
         """Returns k_t in float32 for times in [0, T], integers or not, of any shape."""
         return schedules.keep_at(self.curve, jnp.asarray(t, jnp.float32) / self.num_timesteps)
 
-    def _inputs(
-        self, z_t: Array, t: Array, condition: Condition | None, estimate: Array | None
-    ) -> tuple[Array | None, ...]:
-        inputs = (z_t, (t - 1) / self.num_timesteps, *label_and_given(condition))
-        return (*inputs, estimate) if self.self_conditioning else inputs
-
     def output(
-        self,
-        params: Any,
-        z_t: Array,
-        t: Array,
-        condition: Condition | None = None,
-        estimate: Array | None = None,
-        z_s: Array | None = None,
-        s: Array | None = None,
+        self, params: Any, z_t: Array, t: Array, condition: Condition | None = None
     ) -> Array:
         """Returns the network's output, float32, (n, h, w, c).
 
@@ -117,38 +88,9 @@ class Denoiser(Prior):
           z_t: (n, h, w, c) in {0, 1}.
           t: (n,) in (0, T].
           condition: of the batch.
-          estimate: P(z_0 = 1) from an earlier call, (n, h, w, c), 1/2 for images without one; None
-            if no image has one, and without `self_conditioning`.
-          z_s: (n, h, w, c) in {0, 1}; each group of bits sees the groups before it. None: groups
-            see z_t only.
-          s: (n,) in [0, t], with z_s.
         """
-        drawn = {} if z_s is None else {"z_s": z_s, "time_s": (s - 1) / self.num_timesteps}
-        return self.network.apply(params, *self._inputs(z_t, t, condition, estimate), **drawn)
-
-    def features(
-        self,
-        params: Any,
-        z_t: Array,
-        t: Array,
-        condition: Condition | None = None,
-        estimate: Array | None = None,
-    ) -> Array:
-        """Returns the input of the network's last layer, float32, (n, h, w, d); see `output`."""
-        inputs = self._inputs(z_t, t, condition, estimate)
-        return self.network.apply(params, *inputs, method="features")
-
-    def first_estimate(
-        self, params: Any, z_t: Array, t: Array, condition: Condition | None = None
-    ) -> Array | None:
-        """Returns P(z_0 = 1) from a call without an estimate; None without `self_conditioning`.
-
-        It is a function of z_t only, and no gradient passes through it. Arguments as in `output`.
-        """
-        if not self.self_conditioning:
-            return None
-        output = self.output(jax.lax.stop_gradient(params), z_t, t, condition)
-        return targets.z_0_probs(self.flip_logit(output, z_t, t), z_t)
+        label, given = label_and_given(condition)
+        return self.network.apply(params, z_t, (t - 1) / self.num_timesteps, label, given)
 
     def flip_logit(
         self,

@@ -17,11 +17,6 @@ class Noise(NamedTuple):
 
     z_t: Array  # (n, h, w, c) uniform in [0, 1), for the forward process
     t: Array  # (n,) float32: 1..T, or in (0, T] if continuous
-    estimated: Array | None = (
-        None  # bool (n,), with self-conditioning: which images get an estimate
-    )
-    z_s: Array | None = None  # (n, h, w, c) uniform in [0, 1), with groups of bits
-    s: Array | None = None  # (n,) uniform in [0, 1), with groups: for the times of z_s
 
 
 def draw_times(
@@ -47,36 +42,15 @@ def draw_times(
 
 
 def draw_noise(denoiser: Denoiser, keys: Array, n: int) -> Noise:
-    """Draws a batch's noise from two keys; with self-conditioning, half of it gets estimates."""
-    t = draw_times(
-        *(keys[1], n, denoiser.num_timesteps),
-        continuous=denoiser.continuous,
-        stratified=denoiser.stratified,
+    """Draws a batch's noise from two keys."""
+    return Noise(
+        z_t=jax.random.uniform(keys[0], (n, *denoiser.code_shape)),
+        t=draw_times(
+            *(keys[1], n, denoiser.num_timesteps),
+            continuous=denoiser.continuous,
+            stratified=denoiser.stratified,
+        ),
     )
-    estimated = None
-    if denoiser.self_conditioning:
-        t = jnp.concatenate([t[::2], t[1::2]])  # each half gets evenly spread times
-        estimated = jnp.arange(n) < (n + 1) // 2
-    noise = Noise(jax.random.uniform(keys[0], (n, *denoiser.code_shape)), t, estimated)
-    if denoiser.groups == 1:
-        return noise
-    more = [jax.random.fold_in(key, 1) for key in keys]
-    return noise._replace(
-        z_s=jax.random.uniform(more[0], noise.z_t.shape), s=jax.random.uniform(more[1], (n,))
-    )
-
-
-def earlier_times(denoiser: Denoiser, noise: Noise) -> Array:
-    """Returns the times s at the end of steps from t, (n,): max(t - 1, 0).
-
-    With groups of bits, s is random in [0, t], because samplers take steps of any length and the
-    information in the groups before depends on s. s = t trains the prediction from z_t alone.
-    """
-    if noise.s is None:
-        return jnp.maximum(noise.t - 1, 0)
-    if denoiser.continuous:
-        return noise.s * noise.t
-    return jnp.minimum(jnp.floor(noise.s * (noise.t + 1)), noise.t)
 
 
 class Prediction(NamedTuple):
@@ -87,52 +61,17 @@ class Prediction(NamedTuple):
     output: Array  # (n, h, w, c), of the network
     flip_logit: Array  # (n, h, w, c), the log-odds of a flip
     k_t: Array  # (n, 1, 1, 1)
-    k_s: Array  # (n, 1, 1, 1), at the times of `earlier_times`
-
-
-def _estimate_half(
-    denoiser: Denoiser,
-    params: Any,
-    z_t: Array,
-    t: Array,
-    condition: Condition | None,
-    estimated: Array,
-) -> Array:
-    """Returns `first_estimate` for the images that get one and 1/2 for others, (n, h, w, c).
-
-    Args:
-      denoiser, params, z_t, t, condition: as in `Denoiser.first_estimate`.
-      estimated: bool (n,), True for at most half of them, rounded up. `train.state.accumulate`
-        distributes the images of `draw_noise` evenly.
-    """
-    # Only these images, because estimates of the others are not used.
-    first = jnp.argsort(~estimated)[: (len(z_t) + 1) // 2]
-    inputs = jax.tree.map(lambda x: x[first], (z_t, t, condition))
-    estimate = denoiser.first_estimate(params, *inputs)
-    estimate = jnp.full(z_t.shape, 0.5).at[first].set(estimate)
-    return jnp.where(by_image(estimated), estimate, 0.5)
+    k_s: Array  # (n, 1, 1, 1), at s = max(t - 1, 0)
 
 
 def predict(
     denoiser: Denoiser, params: Any, z_0: Array, condition: Condition | None, noise: Noise
 ) -> Prediction:
-    """Adds noise to codes and applies the network (supplement, Algorithm 1, 6 to 8).
-
-    With self-conditioning, the images in `noise.estimated` get an estimate, or all if it is None.
-    With groups of bits, the output of a group is given z_s in the groups before.
-    """
-    s = earlier_times(denoiser, noise)
-    k_t, k_s = (by_image(denoiser.keep_at(x)) for x in (noise.t, s))
+    """Adds noise to codes and applies the network (supplement, Algorithm 1, 6 to 8)."""
+    k_t = by_image(denoiser.keep_at(noise.t))
+    k_s = by_image(denoiser.keep_at(jnp.maximum(noise.t - 1, 0)))
     z_t = process.draw(noise.z_t, process.forward_probs(z_0, k_t))
-    inputs = (params, z_t, noise.t, condition)
-    if noise.estimated is None:
-        estimate = denoiser.first_estimate(*inputs)
-    else:
-        estimate = _estimate_half(denoiser, *inputs, noise.estimated)
-    z_s = None
-    if noise.z_s is not None:
-        z_s = process.draw(noise.z_s, process.posterior_probs(z_t, z_0, k_t, k_s))
-    output = denoiser.output(*inputs, estimate, z_s, s)
+    output = denoiser.output(params, z_t, noise.t, condition)
     return Prediction(z_0, z_t, output, denoiser.flip_logit(output, z_t, noise.t), k_t, k_s)
 
 
@@ -178,12 +117,7 @@ def loss(
 def flip_bce(
     denoiser: Denoiser, params: Any, z_0: Array, condition: Condition | None, noise: Noise
 ) -> Array:
-    """Returns each image's flip BCE in nats per bit, (n,), for any target of the network.
-
-    With self-conditioning each image has an estimate, as in all sampling steps except the first.
-    With groups of bits, predictions are given z_t only.
-    """
-    noise = noise._replace(estimated=None, z_s=None, s=None)
+    """Returns each image's flip BCE in nats per bit, (n,), for any target of the network."""
     prediction = predict(denoiser, params, z_0, condition, noise)
     flipped = process.flip_target(prediction.z_t, prediction.z_0)
     return jnp.mean(losses.bce(prediction.flip_logit, flipped), axis=(1, 2, 3))

@@ -2,16 +2,14 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from flax import linen as nn
 
 from binlatent.priors import prior as prior_lib
 from binlatent.priors import schedules
-from binlatent.priors.bernoulli import joint, losses, objective, programs, sampling
+from binlatent.priors.bernoulli import losses, objective, programs, sampling
 from binlatent.priors.bernoulli.denoiser import Denoiser
 from binlatent.priors.conditions import Condition
 from binlatent.priors.guidance import check_guidance, guidance_weights
@@ -77,26 +75,11 @@ class BernoulliPrior(Denoiser):
     """The paper's prior, with the fields of `Denoiser`. Its code lengths are upper bounds (7)."""
 
     Settings = BernoulliSettings
-    trained = (
-        *("num_timesteps", "continuous", "schedule", "keep", "target", "pair", "evidence"),
-        *("self_conditioning", "groups"),
-    )
+    trained = ("num_timesteps", "continuous", "schedule", "keep", "target", "pair", "evidence")
     ranges: ClassVar[dict[str, tuple[float, float]]] = {
         "num_timesteps": (1, 1_000_000),
         "vlb_weight": (0, math.inf),
-        "groups": (1, math.inf),
     }
-
-    @classmethod
-    def make_network(
-        cls, code_shape: tuple[int, int, int], section: Mapping[str, Any], **fields: Any
-    ) -> nn.Module:
-        """Returns the network; self-conditioning adds an input, groups replace the last layer."""
-        fields["self_conditioning"] = section["self_conditioning"]
-        network = super().make_network(code_shape, section, **fields)
-        if section["groups"] == 1:
-            return network
-        return joint.JointNetwork(network, code_shape[2], section["groups"])
 
     @property
     def max_steps(self) -> int | None:
@@ -109,10 +92,6 @@ class BernoulliPrior(Denoiser):
             settings = dataclasses.replace(settings, pair=self.pair)
         if settings.pair != "plain_mixture" and self.target == "z_s":
             raise UserError('A prior with the target "z_s" needs sample.pair "plain_mixture".')
-        if self.groups > 1 and settings.renoise:
-            raise UserError(
-                "renoise does not work with config.prior.bernoulli.groups above 1: set it to 0."
-            )
         self.times(settings)
         return settings
 
@@ -225,9 +204,7 @@ class BernoulliPrior(Denoiser):
     ) -> Array:
         """Returns the variational bound (7) of ancestral sampling at the settings' times.
 
-        Other settings are ignored. With self-conditioning each term takes two network calls: the
-        estimate comes from a first call and is a function of z_t only. The bound is that of a
-        sampler with two calls per step.
+        Other settings are ignored.
         """
         times = self.times(settings)
         return programs.bound_code_lengths(
@@ -235,11 +212,7 @@ class BernoulliPrior(Denoiser):
         )
 
     def network_calls(self, settings: BernoulliSettings, labelled: bool) -> tuple[int, int]:
-        """Returns the calls with the label and without it; a guided step takes both.
-
-        Self-conditioning adds no calls, because its estimates come from earlier calls. Groups of
-        bits add only calls of the head.
-        """
+        """Returns the calls with the label and without it; a guided step takes both."""
         times = self.times(settings)
         calls = np.full(len(times) - 1, 1)
         calls[1:] += settings.corrector_steps  # after each step but the last

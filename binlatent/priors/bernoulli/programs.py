@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from binlatent.priors.bernoulli import joint, likelihood, process, sampling
+from binlatent.priors.bernoulli import likelihood, process, sampling
 from binlatent.priors.bernoulli.denoiser import Denoiser
 from binlatent.priors.conditions import Condition, negative
 from binlatent.priors.guidance import guide, noise_from_keys
@@ -54,27 +54,18 @@ def sample_codes(
     """
     params, shape = denoiser.network.round_weights(params), denoiser.code_shape
 
-    def output(z_t, t, *estimate, condition=None):
-        return denoiser.output(params, z_t, jnp.full(len(z_t), t), condition, *estimate)
+    def output(z_t, t, condition=None):
+        return denoiser.output(params, z_t, jnp.full(len(z_t), t), condition)
 
     guided = guide(
         functools.partial(output, condition=condition),
         functools.partial(output, condition=negative(condition)),
     )
 
-    def denoise(z_t, t, w, *estimate):
-        labelled = condition is not None
-        logit = guided(z_t, t, w, *estimate) if labelled else output(z_t, t, *estimate)
+    def denoise(z_t, t, w):
+        logit = output(z_t, t) if condition is None else guided(z_t, t, w)
         return denoiser.flip_logit(logit, z_t, jnp.full(len(z_t), t), pair, temperature)
 
-    draw_in_groups = functools.partial(
-        joint.draw_in_groups,
-        denoiser=denoiser,
-        params=params,
-        condition=condition,
-        pair=pair,
-        temperature=temperature,
-    )
     keep = denoiser.keep_at(times)
     if bits is None:
         start_probs = jnp.full((len(keys), *shape), 0.5)
@@ -93,8 +84,6 @@ def sample_codes(
         corrector_steps=corrector_steps,
         corrector_size=corrector_size,
         renoise=renoise,
-        self_conditioning=denoiser.self_conditioning,
-        draw_in_groups=draw_in_groups if denoiser.groups > 1 else None,
         return_trajectory=return_trajectory,
     )
 
@@ -113,13 +102,9 @@ def bound_code_lengths(
     """Returns the bound on each code's length in bits, (n,); see `likelihood.likelihood_bound`."""
     params = denoiser.network.round_weights(params)
 
-    def denoise(z_t, t, *drawn):
-        if drawn:
-            drawn = drawn[0], jnp.full(len(z_t), drawn[1])
-        inputs = (params, z_t, jnp.full(len(z_t), t), condition)
-        # From this z_t: with the estimate of another step's z_t, the sum would not be a bound.
-        estimate = denoiser.first_estimate(*inputs)
-        return denoiser.flip_logit(denoiser.output(*inputs, estimate, *drawn), *inputs[1:3])
+    def denoise(z_t, t):
+        t = jnp.full(len(z_t), t)
+        return denoiser.flip_logit(denoiser.output(params, z_t, t, condition), z_t, t)
 
     return likelihood.likelihood_bound(
         denoise,
@@ -128,5 +113,4 @@ def bound_code_lengths(
         times=times,
         keep=denoiser.keep_at(times),
         num_draws=num_draws,
-        in_groups=denoiser.groups > 1,
     )

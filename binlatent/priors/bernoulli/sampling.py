@@ -12,8 +12,8 @@ from binlatent.priors.guidance import Noise
 Array = jax.Array
 
 # (z_t, t, w) -> the flip logits for the pair, with temperature, float32, the shape of z_t. t is a
-# scalar in (0, T], w the guidance at t. With self-conditioning (z_t, t, w, estimate).
-Denoise = Callable[..., Array]
+# scalar in (0, T], w the guidance at t.
+Denoise = Callable[[Array, Array, Array], Array]
 
 
 class Known(NamedTuple):
@@ -52,8 +52,6 @@ def reverse_process(
     corrector_steps: int = 0,
     corrector_size: float | Array = 0.0,
     renoise: float | Array | None = None,
-    self_conditioning: bool = False,
-    draw_in_groups: Callable[..., tuple[Array, Array]] | None = None,
     return_trajectory: bool = False,
 ) -> tuple[Array, Trajectory | None]:
     """Draws codes by ancestral sampling (paper, (8); Algorithm 2).
@@ -77,25 +75,19 @@ def reverse_process(
         q(z_s) to first order in their size, and so correct errors. Each costs one network call.
       corrector_size: in [0, 1], share of bits that a corrector step draws anew.
       renoise: see `process.renoised_probs`, in [0, 1); None for 0.
-      self_conditioning: whether each call gets the P(z_0 = 1 | z_t) of the call before, of a step
-        or a corrector step, with guidance and temperature as in drawing; 1/2 for the first call.
-      draw_in_groups: `joint.draw_in_groups` with its keyword arguments, to draw bits in groups;
-        corrector steps see z_t only. None for one group.
       return_trajectory: whether to return the states.
 
     Returns:
       The codes z_0, float32 in {0, 1}, and the trajectory, or None.
     """
 
-    given = None if known is None else (known.z_0, known.mask)
-
-    def put_known(z_t, k_t, uniform, given=given):
-        if given is None:
+    def put_known(z_t, k_t, uniform):
+        if known is None:
             return z_t
         # Draws from q(z_t | z_0); k = 1 leaves the bits unchanged.
-        k_t, (z_0, mask) = jnp.where(known.noised, k_t, 1.0), given
-        noised = process.draw(uniform, process.forward_probs(z_0, k_t))
-        return jnp.where(mask > 0, noised, z_t)
+        k_t = jnp.where(known.noised, k_t, 1.0)
+        noised = process.draw(uniform, process.forward_probs(known.z_0, k_t))
+        return jnp.where(known.mask > 0, noised, z_t)
 
     def evidence(k_t):
         # The difference of a flip logit and a balanced one.
@@ -106,63 +98,41 @@ def reverse_process(
         "balanced_plugin": process.plugin_posterior_probs,
     }[pair]
 
-    def predict(z_t, k_t, logit):
-        prediction = targets.z_0_probs(logit, z_t)
-        return prediction, posterior(z_t, prediction, k_t, jnp.ones_like(k_t))
-
-    def call(z_t, t, w, estimate):
-        return denoise(z_t, t, w, *((estimate,) if self_conditioning else ()))
-
-    def correct(state, s, k_s, w, index):
-        z_s, estimate = state
-        logit = call(z_s, s, w, estimate)
-        if self_conditioning:
-            _, estimate = predict(z_s, k_s, logit)
-        flip_probs = process.corrector_flip_probs(logit - evidence(k_s), k_s, corrector_size)
+    def correct(z_s, s, k_s, w, index):
+        balanced_logit = denoise(z_s, s, w) - evidence(k_s)
+        flip_probs = process.corrector_flip_probs(balanced_logit, k_s, corrector_size)
         uniform = noise(index)
         flips = process.draw(uniform, flip_probs)
-        return put_known(process.flip_target(z_s, flips), k_s, uniform), estimate
+        return put_known(process.flip_target(z_s, flips), k_s, uniform)
 
-    def reverse_step(state, step):
-        z_t, estimate = state
+    def reverse_step(z_t, step):
         i, t, s, k_t, k_s, w, w_s = step
+        prediction = targets.z_0_probs(denoise(z_t, t, w), z_t)
+        p_0 = posterior(z_t, prediction, k_t, jnp.ones_like(k_t))
+        probs = posterior(z_t, prediction, k_t, k_s)
+        if renoise is not None:
+            probs = process.renoised_probs(probs, p_0, k_s, renoise)
         uniform = noise(i)
-
-        def draw(logit, z_t, others):
-            uniform, given = others
-            prediction, p_0 = predict(z_t, k_t, logit)
-            probs = posterior(z_t, prediction, k_t, k_s)
-            if renoise is not None:
-                probs = process.renoised_probs(probs, p_0, k_s, renoise)
-            z_s = process.draw(uniform, probs)
-            if threshold_last:
-                z_s = jnp.where(s == 0, (prediction > 0.5).astype(z_s.dtype), z_s)
-            return put_known(z_s, k_s, uniform, given)
-
-        if draw_in_groups is None:
-            logit = call(z_t, t, w, estimate)
-            z_s = draw(logit, z_t, (uniform, given))
-        else:
-            z_s, logit = draw_in_groups(z_t, t, s, w, estimate, (uniform, given), draw)
-        _, p_0 = predict(z_t, k_t, logit)
-        state = z_s, p_0 if self_conditioning else None
+        z_s = process.draw(uniform, probs)
+        if threshold_last:
+            z_s = jnp.where(s == 0, (prediction > 0.5).astype(z_s.dtype), z_s)
+        z_s = put_known(z_s, k_s, uniform)
         if corrector_steps:
 
-            def correct_all(state):
+            def correct_all(z_s):
                 return jax.lax.fori_loop(
-                    0, corrector_steps, lambda j, x: correct(x, s, k_s, w_s, i + 1 + j), state
+                    0, corrector_steps, lambda j, z: correct(z, s, k_s, w_s, i + 1 + j), z_s
                 )
 
-            state = jax.lax.cond(s > 0, correct_all, lambda x: x, state)
-        return state, (state[0].astype(bool), p_0) if return_trajectory else None
+            z_s = jax.lax.cond(s > 0, correct_all, lambda z: z, z_s)
+        return z_s, (z_s.astype(bool), p_0) if return_trajectory else None
 
     uniform = noise(jnp.zeros((), jnp.int32))
     z_T = put_known(process.draw(uniform, start_probs), keep[0], uniform)
     indices = 1 + jnp.arange(len(times) - 1) * (1 + corrector_steps)
     guidance_after = jnp.append(guidance[1:], 0.0)  # not used at t = 0
     steps = (indices, times[:-1], times[1:], keep[:-1], keep[1:], guidance, guidance_after)
-    state = z_T, jnp.full_like(z_T, 0.5) if self_conditioning else None
-    (z_0, _), passed = jax.lax.scan(reverse_step, state, steps)
+    z_0, passed = jax.lax.scan(reverse_step, z_T, steps)
     if passed is None:
         return z_0, None
     states, p_0 = passed
