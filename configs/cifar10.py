@@ -5,18 +5,19 @@ python -m binlatent.main --config=configs/cifar10.py --workdir=runs/cifar10 \\
     --config.data.name=folder --config.data.path=DIR
 bash launch/gpu.sh   # trains and measures :gpu
 
-Cost: autoencoder of 2.6 M parameters, 0.028 TFLOP per step of 32 images; prior of 4.9 M, 0.125
+Cost: autoencoder of 2.6 M parameters, 0.028 TFLOP per step of 32 images; prior of 7.4 M, 0.122
 TFLOP per step of 64 codes. docs/sizes.md describes how to choose other sizes.
 
-On JPEG files of unknown quality and one core of an AMD EPYC, the autoencoder took 42 minutes (127
+On JPEG files of unknown quality and one core of an AMD EPYC, with the prior
+--config.prior.network.name=released, the autoencoder took 42 minutes (127
 images/s) and the prior 85 (75 codes/s): PSNR 27.6 dB, SSIM 0.912, rFID 14.6; FID of 10,000 samples
 51.7, without guidance 54.3; at most 0.488 bits per dimension (docs/results.md). Samples are judged
 by efficientnet.npz or inception.npz; docs/evaluation.md describes how to make them.
 
 `--config=configs/cifar10.py:gpu` is sized for ten minutes of one H100. The estimates come from
 FLOPs; nothing was measured. The autoencoder has 12.5 M parameters and takes 16 PFLOP: 109 s at 15%
-of 989 TFLOP/s, if 23,000 images per second are read. The prior has 76 M parameters and takes 141
-PFLOP: 356 to 407 s at 40 to 35%, with up to 13,000 codes per second. Compiling, previews and
+of 989 TFLOP/s, if 23,000 images per second are read. The prior has 115 M parameters and takes 138
+PFLOP: 348 to 398 s at 40 to 35%, with up to 13,000 codes per second. Compiling, previews and
 checkpoints take the rest.
 """
 
@@ -65,5 +66,5 @@ def _for_gpu(config: ml_collections.ConfigDict) -> None:
 
     config.log_every = 100
     config.preview_every = 2_500
-    config.checkpoint_every = 1_000  # 1.2 GB for the prior, about every 40 s
+    config.checkpoint_every = 1_000  # 1.8 GB for the prior, about every 40 s
     config.keep_checkpoints = 2

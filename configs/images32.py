@@ -2,9 +2,10 @@
 
 python -m binlatent.main --config=configs/images32.py --workdir=runs/mine --config.data.path=DIR
 
-Cost: autoencoder of 2.6 M parameters, 0.028 TFLOP per step of 32 images; prior of 4.9 M, 0.123
-TFLOP per step of 64 codes. docs/sizes.md describes how to choose other sizes. With classes, on
-CIFAR-10 as JPEG files: rFID 14.6 and FID 51.7 after two hours of one CPU core (configs/cifar10.py).
+Cost: autoencoder of 2.6 M parameters, 0.028 TFLOP per step of 32 images; prior of 7.4 M, 0.122
+TFLOP per step of 64 codes. docs/sizes.md describes how to choose other sizes. With classes and
+--config.prior.network.name=released, on CIFAR-10 as JPEG files: rFID 14.6 and FID 51.7 after two
+hours of one CPU core (configs/cifar10.py).
 """
 
 import ml_collections
@@ -39,6 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.network.width = 256
     config.prior.network.num_layers = 6
     config.prior.network.num_heads = 4  # 64 wide each, as in the paper
+    config.prior.network.name = "dit"
     config.prior.bernoulli.target = "z_0"  # the best target with evidence; see docs/results.md
     config.prior.cache_codes = True
     config.prior.train.batch_size = 64

@@ -2,9 +2,9 @@
 
 python -m binlatent.main --config=configs/images64.py --workdir=runs/mine --config.data.path=DIR
 
-Cost: autoencoder of 2.7 M parameters, 0.049 TFLOP per step of 32 images; prior of 4.9 M, 0.123
+Cost: autoencoder of 2.7 M parameters, 0.049 TFLOP per step of 32 images; prior of 7.4 M, 0.122
 TFLOP per step of 64 codes. docs/sizes.md describes how to choose other sizes. No
-training of this config was measured; configs/emoji64.py has its networks and was.
+training of this config was measured; configs/emoji64.py has its autoencoder and was.
 """
 
 import ml_collections
