@@ -791,7 +791,7 @@ def test_a_checkpoints_config_loses_keys_that_were_removed(value, warnings, capl
 def test_a_prior_with_a_removed_option_is_refused(key, value):
     stored = with_removed_keys(digits.get_config().to_dict(), **{key: value})
     sentence = (
-        "The config in runs/x/prior is invalid: binlatent no longer has "
+        "The config in runs/x/prior is invalid: binlatent has no setting "
         f"config.prior.bernoulli.{key}, which is {value} there."
     )
     with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):

@@ -342,7 +342,7 @@ def _without_removed_keys(content: Content, where: Any) -> Content:
         section = functools.reduce(operator.getitem, sections, content)
         value = section.pop(key, neutral)
         if value != neutral and sections != ["sample"]:
-            raise UserError(f"binlatent no longer has config.{name}, which is {value} there.")
+            raise UserError(f"binlatent has no setting config.{name}, which is {value} there.")
         if value != neutral:
             log.warning(
                 "config.%s=%s in %s is ignored: binlatent has no such setting. The other settings "
