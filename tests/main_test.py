@@ -117,7 +117,7 @@ REFUSED = [
     ("--option=knwon=kept", 1, "no sampling option 'knwon' (did you mean 'known'?)"),
 ]
 REFUSED_WITHOUT_DIGITS = [
-    ("--config=configs/ffhq256.py:realesed", 2, "paper or :released, not :realesed"),
+    ("--config=configs/ffhq256.py:realesed", 2, ":released or :modern, not :realesed"),
     ("--config=digits:nothing", 2, "this config has no variants"),
     ("--config=digitz", 2, "--config=digitz is neither a file nor one of bedrooms256, "),
     (

@@ -172,8 +172,10 @@ def test_a_training_step_within_one_percent(tiny_config, r1):
     assert 0.99 < 16 * per_image / counted <= 1
 
 
-def test_the_priors_training_step_within_three_percent(tiny_config):
+@pytest.mark.parametrize("name", ["released", "dit"])
+def test_the_priors_training_step_within_three_percent(tiny_config, name):
     changes = {"data.num_classes": 10, "prior.network.width": 1024, "prior.train.accumulate": 1}
+    changes["prior.network.name"] = name
     spec, num = resolve(tiny_config).change(changes).prior, 64
     network, code = spec.prior.network, spec.prior.code_shape
     on_one = jax.vmap(spec.step(encode=None), axis_name="batch", in_axes=(None, 0, None))
@@ -183,7 +185,7 @@ def test_the_priors_training_step_within_three_percent(tiny_config):
     }
     state = jax.eval_shape(functools.partial(spec.init_state, 0))
     counted = by_xla(on_one, state, batch, None)
-    ours = num * 3 * flops.count_transformer(network, code, True)
+    ours = num * 3 * flops.count_network(network, code, True)
     assert 0.97 < ours / counted <= 1
 
 
@@ -192,8 +194,7 @@ def test_a_sample_is_its_calls_of_the_network(tiny_config):
     experiment = resolve(tiny_config).change({**changes, "sample.corrector_steps": 2})
     prior, model = experiment.prior.prior, experiment.autoencoder.networks.autoencoder
     with_label, without = (
-        flops.count_transformer(prior.network, prior.code_shape, labelled)
-        for labelled in (True, False)
+        flops.count_network(prior.network, prior.code_shape, labelled) for labelled in (True, False)
     )
     # Of four steps, at t/T of 1, 3/4, 1/2 and 1/4, the last two are guided. A step's two
     # correctors come after it, at the guidance of the next; none after the last.

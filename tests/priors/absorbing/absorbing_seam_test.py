@@ -117,8 +117,7 @@ def test_a_sample_costs_its_calls_of_the_network(tiny_config):
     experiment = resolve(tiny_config).change({**GUIDED, "data.num_classes": 10})
     prior, model = experiment.prior.prior, experiment.autoencoder.networks.autoencoder
     with_label, without = (
-        flops.count_transformer(prior.network, prior.code_shape, labelled)
-        for labelled in (True, False)
+        flops.count_network(prior.network, prior.code_shape, labelled) for labelled in (True, False)
     )
     # Rising guidance is 0 at the first of four calls.
     expected = 4 * with_label + 3 * without + flops.count_decoding(model, prior.code_shape)
