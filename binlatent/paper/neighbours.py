@@ -4,6 +4,7 @@
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Neighbours(NamedTuple):
       of_held_out: the same for as many test images, or all if there are fewer, (m,).
       metrics: those of the function `memorised`.
       protocol: how they were measured.
+      names: the class of each sample, "" without classes.
     """
 
     samples: np.ndarray
@@ -51,6 +53,7 @@ class Neighbours(NamedTuple):
     of_held_out: np.ndarray
     metrics: dict[str, float]
     protocol: dict[str, Any]
+    names: Sequence[str]
 
 
 def nearest_rows(queries: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -168,6 +171,8 @@ def find(
             found, distances[i] = found[order], distances[i, order]
         images.append(found[:NEIGHBOURS])
 
+    by_class = experiment.prior.conditioning.kind == "class"
+    names = [pipeline.class_names[label] for label in shown.labels()] if by_class else [""] * num
     how = f"LPIPS, of the {candidates} nearest by features" if by == "lpips" else "features"
     protocol = {
         "samples": many.protocol,
@@ -182,7 +187,7 @@ def find(
     }
     return Neighbours(
         *(samples, np.stack(images), distances[:, :NEIGHBOURS], of_samples, of_held_out),
-        *(memorised(of_samples, of_held_out), protocol),
+        *(memorised(of_samples, of_held_out), protocol, names),
     )
 
 
@@ -206,8 +211,13 @@ def figure(found: Neighbours) -> plt.Figure:
         xticks=(np.arange(k + 1) + 0.5) * width / (k + 1),
         xticklabels=["sample", *map(str, range(1, k + 1))],
         yticks=(np.arange(num) + 0.5) * height / num,
-        yticklabels=[f"{distance:.3g}" for distance in found.distances[:, 0]],
-        ylabel="distance of the nearest",
+        yticklabels=[
+            f"{name}\n{distance:.3g}".strip()
+            for name, distance in zip(found.names, found.distances[:, 0], strict=True)
+        ],
+        ylabel="class and distance of the nearest"
+        if any(found.names)
+        else "distance of the nearest",
     )
     searched, count = (found.protocol["training images"][name] for name in ("searched", "count"))
     of = f"{searched:,}" if searched == count else f"{searched:,} of {count:,}"

@@ -115,6 +115,9 @@ def test_samples_and_their_neighbours(pipeline, train_images, workdir):
     assert protocol["samples"]["count"] == protocol["held-out images"]["used"] == 20
     assert protocol["samples"]["seed"] == 1 and protocol["network"] == network.protocol
     json.dumps(protocol)
+    assert found.names == ["0", "1", "2"]  # the classes in turn
+    labels = [text.get_text() for text in neighbours.figure(found).axes[0].get_yticklabels()]
+    assert labels == [f"{i}\n{distance:.3g}" for i, distance in enumerate(found.distances[:, 0])]
 
 
 def test_copies_of_training_images_are_told(pipeline, train_images, workdir, tmp_path, monkeypatch):
