@@ -270,8 +270,8 @@ _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory"
 def reporting() -> Iterator[None]:
     """Turns on the package's log, and prints expected errors in one line.
 
-    Exits with code 1 on a UserError, a file system error, too little memory or a missing device,
-    and with code 130 on Ctrl-C. Other errors propagate.
+    Exits with code 1 on a UserError, a file system error, too little memory, a missing device or a
+    lost process, and with code 130 on Ctrl-C. Other errors propagate.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("binlatent").setLevel(logging.INFO)
@@ -307,6 +307,11 @@ def _sentence(error: Exception) -> str | None:
         return (
             f"{what.removeprefix('RESOURCE_EXHAUSTED: ')}: there is too little memory; take a "
             "smaller batch, or, in training, split it into more parts (train.accumulate)."
+        )
+    if by_xla and re.search("gloo|nccl", text, re.IGNORECASE) and jax.process_count() > 1:
+        return (
+            "Another process was lost, or the connection to it: start all of them again to resume "
+            "from the last checkpoint."
         )
     if by_xla or not isinstance(error, AssertionError | RuntimeError):
         return None

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 from jax.errors import JaxRuntimeError
 
@@ -39,6 +40,20 @@ def test_an_error_is_one_line(capsys, error, line, code):
         raise error
     assert exit_.value.code == code
     assert capsys.readouterr() == ("", line)
+
+
+def test_a_lost_process_is_one_line(capsys, monkeypatch):
+    error = JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer [10.0.0.2]")
+    with pytest.raises(JaxRuntimeError), command.reporting():  # there is no other process
+        raise error
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(SystemExit) as exit_, command.reporting():
+        raise error
+    assert exit_.value.code == 1
+    assert capsys.readouterr().err == (
+        "Error: Another process was lost, or the connection to it: start all of them again to "
+        "resume from the last checkpoint.\n"
+    )
 
 
 def test_only_the_package_logs_and_other_errors_propagate(capsys):
