@@ -42,7 +42,8 @@ _FLAGS = {
     "process_id": Flag(_int, None, (), "Index of this process, from 0."),
     "num": Flag(
         *(_int, None, (*_SAMPLED, "reconstruct")),
-        "Number of images: in all, per prompt, or (inpaint, vary) per given image.",
+        "Number of images: in all, per prompt, or (inpaint, vary) per given image. A single sample "
+        "is written as it is, others as a sheet.",
     ),
     "steps": Flag(_int, None, _SAMPLED, "Sampling steps, at most T or the number of units."),
     "temperature": Flag(_float, None, _SAMPLED, "Temperature tau > 0; lower is less diverse."),
@@ -51,7 +52,8 @@ _FLAGS = {
     "seed": Flag(_int, 0, _SAMPLED, "Random seed. Default: 0."),
     "label": Flag(
         *(_str, None, ("all", *_DRAWN)),
-        "A class by name or number. Default: a row per class, or the class of each test image.",
+        "A class by name or number. Default: a row per class, or the class of each test image; "
+        "none for --image.",
     ),
     "prompt": Flag(_multi, [], _DRAWN, "A text; may be repeated in sample, for a row each."),
     "prompts": Flag(_path, None, _DRAWN, "A text file with one prompt per line."),
@@ -106,7 +108,9 @@ def _draw(name: str) -> Callable[[_Run], None]:
         # A picture of the user's image must not replace one of `all`.
         own = f"_{Path(FLAGS.image).stem}" if FLAGS.image else ""
         path = Path(FLAGS.out or run.workdir / f"{file_name}{own}.png")
-        png.save_png(path, picture)
+        side = run.pipeline.experiment.data.image_size
+        single = picture.shape[:2] == (side, side)  # may be the --image of another command
+        png.save_png(path, picture, **({"min_side": 1} if single else {}))
         log.info("Wrote %s", path)
 
     return mode

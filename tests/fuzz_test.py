@@ -145,7 +145,7 @@ IMAGES = encoded_images()
 @given(content=damaged(IMAGES) | st.binary(max_size=200))
 def test_bytes_of_images(content):
     try:
-        image = images.read_image(io.BytesIO(content), "x", 12, 3)
+        image = images.read_image(io.BytesIO(content), 12, 3)
         assert image.shape == (12, 12, 3) and image.dtype == np.uint8
     except UnreadableImage as error:
         said(error)
@@ -210,7 +210,7 @@ def test_kept_walks(place, data):
     for file in check_listing(root):
         assert os.path.normpath(file).startswith(f"{root}{os.sep}")
         try:
-            images.read_image(file, repr(file), 12, 1)
+            images.read_image(file, 12, 1)
         except UnreadableImage as error:
             said(error)
 

@@ -11,8 +11,10 @@ from conftest import call_main, parse_main
 from PIL import Image
 
 import binlatent
-from binlatent import main
+from binlatent import BinaryLatentDiffusion, main
+from binlatent.data.transforms import to_uint8
 from binlatent.runtime import usage
+from binlatent.runtime.keys import key_for
 
 CONFIG = "--config=configs/digits.py"
 
@@ -195,6 +197,12 @@ def test_sample_writes_the_asked_number_of_digits(workdir, tmp_path):
         == 0
     )
     assert np.any(np.asarray(Image.open(out)) != first)
+    # A single image is written as it is, so that it can be the --image of another command.
+    one = ("--mode=sample", "--num=1", "--label=7", "--steps=2", "--seed=3", f"--out={out}")
+    assert call_main(f"--workdir={workdir}", *one) == 0
+    pipeline = BinaryLatentDiffusion.from_workdir(workdir)
+    drawn = pipeline.sample(1, key_for(3, "sample"), label=7, steps=2)
+    np.testing.assert_array_equal(np.asarray(Image.open(out)), to_uint8(drawn)[0, ..., 0])
 
 
 @pytest.mark.parametrize(

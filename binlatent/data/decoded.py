@@ -135,7 +135,7 @@ class DecodedImages:
         example = self._kept.get(index) if keep else None
         if example is None:
             file, what, label = self._encoded.read(index)
-            example = {"image": read_image(file, what, *self._size, position), "label": label}
+            example = {"image": read_image(file, *self._size, position, what), "label": label}
         if keep:
             self._kept[index] = example
         return dict(example)

@@ -39,14 +39,18 @@ class EncodedImages(NamedTuple):
 
 
 def read_image(
-    file: str | BinaryIO, what: str, image_size: int, channels: int, position: float = 0.5
+    file: str | BinaryIO,
+    image_size: int,
+    channels: int,
+    position: float = 0.5,
+    what: str | None = None,
 ) -> np.ndarray:
     """Reads an image in one of `FORMATS` and applies `transforms.to_square`.
 
     Raises:
-      UnreadableImage: if the image cannot be read; the message names it `what`.
+      UnreadableImage: if the image cannot be read; the message names it `what`, or by its path.
     """
-    with _opened(file, what) as image:
+    with _opened(file, what or repr(file)) as image:
         return transforms.to_square(image, image_size, channels, position)
 
 

@@ -68,7 +68,7 @@ def read_mask(path: str, image_path: str, image_size: int) -> np.ndarray:
         )
     side = min(sizes[0])
     # Thresholded at its own size: a pixel of the result is hidden if any part of it is.
-    values = read_image(path, repr(path), side, 1)[..., 0]
+    values = read_image(path, side, 1)[..., 0]
     shares = Image.fromarray((values >= _WHITE).astype(np.float32))
     hidden = np.asarray(shares.resize((image_size, image_size), Image.Resampling.BOX)) > 0
     if not hidden.any():

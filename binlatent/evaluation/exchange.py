@@ -102,7 +102,7 @@ def _open_folder(
 
     def decode(index: int) -> np.ndarray:
         if image_size is not None:
-            return read_image(files[index], repr(files[index]), image_size, channels)
+            return read_image(files[index], image_size, channels)
         file, image = whole(index)
         if image.shape[:2] != size:
             raise UserError(

@@ -13,7 +13,6 @@ from binlatent.data.transforms import to_float, to_uint8
 from binlatent.evaluation import reference
 from binlatent.evaluation.floors import floors
 from binlatent.evaluation.metrics.feature_metrics import Statistics, frechet_distance
-from binlatent.evaluation.networks import weights
 from binlatent.evaluation.networks.features import Network
 from binlatent.experiment import Evaluate, Experiment
 from binlatent.pipeline import BinaryLatentDiffusion
@@ -138,7 +137,7 @@ def near_chance(asked: Evaluate, accuracy: float, labels: np.ndarray) -> str | N
     if asked.network != "classifier" and Path(path).is_file():
         instead = "use --metrics=fid."
     elif asked.network == "efficientnet":
-        instead = f"use --metrics=fid. {weights.missing(asked.network, path)}"
+        instead = f"use --metrics=fid, which needs {path} (docs/evaluation.md)."
     return (
         f"The classifier's accuracy on {n} real images is {accuracy:.1%}, and always naming the "
         f"most frequent class gives {share:.1%} ± {error:.1%}, so it cannot judge samples: "

@@ -51,12 +51,14 @@ def samples(
     Without `num`, a row of ten for each class (at most ten classes). With `num`, that number of
     images, of the classes in turn. With a label, all have that label. With prompts, a row of
     `num` images, or eight, for each. The names of classes and the prompts are next to their rows.
+    A single image has neither name nor frame.
     """
     if prompts:
         columns = 8 if num is None else num
         every = [prompt for prompt in prompts for _ in range(columns)]
         drawn = pipeline.sample(len(every), key, label, prompt=every, **options)
-        return png.grid(as_rows(drawn, columns), captions=prompts)
+        rows = as_rows(drawn, columns)
+        return rows[0][0] if len(every) == 1 else png.grid(rows, captions=prompts)
     all_classes, labels = class_rows(pipeline.num_classes)
     if label is not None:
         labels = label
@@ -64,6 +66,8 @@ def samples(
         labels = np.arange(num) % pipeline.num_classes
     num = all_classes if num is None else num
     rows = as_rows(pipeline.sample(num, key, labels, **options))
+    if num == 1:
+        return rows[0][0]
     return png.grid(rows, **_names_of_rows(pipeline, labels, num, columns=10))
 
 
@@ -274,7 +278,7 @@ def _subjects(pipeline: BinaryLatentDiffusion, asked: Request, num: int) -> tupl
     """Returns the images of a picture and their labels: the user's own image, or test images."""
     if asked.image:
         data = pipeline.experiment.data
-        image = read_image(asked.image, repr(asked.image), data.image_size, data.channels)
+        image = read_image(asked.image, data.image_size, data.channels)
         return to_float(image[None]), _label(asked)
     images, labels = test_images(pipeline, num)
     label = _label(asked)

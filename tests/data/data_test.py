@@ -326,7 +326,7 @@ def test_no_image_starts_a_program_or_waits_for_one(tmp_path):
     for name, reason in reasons.items():
         path = str(tmp_path / name)
         with pytest.raises(UserError, match=f"{name}', replace or remove it: {reason}"):
-            read_image(path, repr(path), 4, 1)
+            read_image(path, 4, 1)
 
 
 def test_circular_links_are_followed_once(tmp_path):

@@ -53,7 +53,7 @@ def test_images_are_upright_however_they_are_read(tmp_path, ending, orientation)
     assert whole.shape == (48, 32, 3)
     np.testing.assert_allclose(blocks(whole[..., 0]), BLOCKS, atol=12)  # JPEG is lossy
     # From a stream, as for TFDS and LMDB, cropped to the top square.
-    square = images.read_image(io.BytesIO(path.read_bytes()), "x", 32, 1, position=0)
+    square = images.read_image(io.BytesIO(path.read_bytes()), 32, 1, position=0)
     np.testing.assert_allclose(blocks(square[..., 0]), BLOCKS[:4], atol=12)
     (batch,) = exchange.open_set(tmp_path).batches(1)
     np.testing.assert_array_equal(batch[0], whole)
@@ -181,9 +181,9 @@ _HIGH = 257 * 90
 def test_the_transparency_of_png(tmp_path, depth, colour_type, values, chunks, expected):
     rgb = np.array([x if isinstance(x, tuple) else (x, x, x) for x in expected])
     content = png(depth, colour_type, np.array(values).reshape(2, 2, -1), *chunks)
-    found = images.read_image(io.BytesIO(content), "x", 2, 3)
+    found = images.read_image(io.BytesIO(content), 2, 3)
     np.testing.assert_array_equal(found.reshape(4, 3), rgb)
-    grey = images.read_image(io.BytesIO(content), "x", 2, 1)
+    grey = images.read_image(io.BytesIO(content), 2, 1)
     np.testing.assert_allclose(grey.ravel(), rgb @ [0.299, 0.587, 0.114], atol=1)
     (tmp_path / "x.png").write_bytes(content)
     np.testing.assert_array_equal(images.read_whole(str(tmp_path / "x.png"), "x"), found)

