@@ -30,7 +30,6 @@ NOTEBOOKS = (
     "text_to_image",
     "your_images",
 )
-SAVED = ("inpainting_and_likelihood", "quickstart", "text_to_image", "your_images")
 STEPS = {"autoencoder_steps": 2, "prior_steps": 2}
 # Of any data and any shape of code.
 NETWORKS = {
@@ -161,7 +160,7 @@ def test_the_notebooks_begin_alike():
     assert len(setups) == 1
 
 
-@pytest.mark.parametrize("name", SAVED)
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_a_notebook_is_saved_with_its_outputs(name):
     notebook = read(name)
     nbformat.validate(notebook)
