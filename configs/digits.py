@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.network.num_layers = 4
     config.prior.network.num_heads = 2  # 64 wide each, as in the paper
     config.prior.network.name = "dit"
-    config.prior.bernoulli.target = "z_0"  # the best target with evidence; see docs/results.md
+    config.prior.bernoulli.target = "z_0"  # the best target; see docs/results.md
     config.prior.cache_codes = True
     config.prior.train.batch_size = 64
     config.prior.train.num_steps = 1_600

@@ -194,7 +194,8 @@ def measure_rows(
 def markdown_tables(measured: Measured, seeds: int) -> str:
     """Returns the tables in Markdown: means over seeds and standard deviations.
 
-    A table has the columns that all of its rows have. Rows that were not measured are left out.
+    A table has the columns that all of its rows have. Rows that were not measured are left out, and
+    tables without a row.
     """
     text = ""
     for caption, rows in TABLES.items():
@@ -203,6 +204,8 @@ def markdown_tables(measured: Measured, seeds: int) -> str:
             for label, *row in rows
         }
         found = {label: values for label, values in found.items() if values}
+        if not found:
+            continue
         every = [numbers for values in found.values() for numbers in values]
         titles = titles_of(every)
         lines = [[label, *(spread_cell(found[label], name) for name in titles)] for label in found]

@@ -68,3 +68,4 @@ def test_tables_show_means_and_spreads(tmp_path):
     text = ablations.markdown_tables(runs.read_rows(path), seeds=3)
     spread = np.std([0.5, 0.6, 0.7], ddof=1)
     assert f"| z_0 | 0.6000 ± {spread:.4f} | 60.0% ± 10.0% | 1.00 ± 0.00 |" in text
+    assert text.count("###") == 1  # no table without a row
