@@ -10,8 +10,8 @@ TFLOP per step of 64 codes. docs/sizes.md describes how to choose other sizes.
 
 On JPEG files of unknown quality and one core of an AMD EPYC, the autoencoder took 42 minutes (127
 images/s) and the prior 90 (71 codes/s): PSNR 27.6 dB, SSIM 0.912, rFID 14.6; FID of 10,000 samples
-38.3, without guidance 44.6; at most 0.474 bits per dimension (docs/results.md). Samples are judged by
-efficientnet.npz or inception.npz; docs/evaluation.md describes how to make them.
+38.3, without guidance 44.6; at most 0.474 bits per dimension (docs/results.md). Samples are judged
+by efficientnet.npz or inception.npz; docs/evaluation.md describes how to make them.
 
 `--config=configs/cifar10.py:gpu` is sized for ten minutes of one H100. The estimates come from
 FLOPs; nothing was measured. The autoencoder has 12.5 M parameters and takes 16 PFLOP: 109 s at 15%
