@@ -183,6 +183,8 @@ def save(name, *lines):
         cell.metadata.pop("execution", None)
         cell.execution_count = number + 1
         cell.outputs = [x for x in cell.outputs if x.get("name") != "stderr"]  # warnings
+        if "originals" in cell.metadata.get("tags", ()):  # pictures of the data set itself
+            cell.outputs = []
         for output in cell.outputs:
             output.get("data", {}).pop("image/jpeg", None)  # the same picture as the PNG
             if "execution_count" in output:
