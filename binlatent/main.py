@@ -110,7 +110,7 @@ def _draw(name: str) -> Callable[[_Run], None]:
         path = Path(FLAGS.out or run.workdir / f"{file_name}{own}.png")
         side = run.pipeline.experiment.data.image_size
         single = picture.shape[:2] == (side, side)  # may be the --image of another command
-        png.save_png(path, picture, **({"min_side": 1} if single else {}))
+        png.save_png(path, picture, min_side=1 if single else png.MIN_SIDE)
         log.info("Wrote %s", path)
 
     return mode

@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.autoencoder.train.num_steps = 4_000
 
     config.prior.condition = "text_cross"
-    config.prior.network.name = "released"  # follows captions better; docs/text.md
+    config.prior.network.name = "released"  # docs/text.md compares it with dit
     config.prior.train.num_steps = 3_000
 
     config.sample.guidance = 2.0

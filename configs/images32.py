@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.prior.network.num_layers = 6
     config.prior.network.num_heads = 4  # 64 wide each, as in the paper
     config.prior.network.name = "dit"
-    config.prior.bernoulli.target = "z_0"  # the best target; see docs/results.md
+    config.prior.bernoulli.target = "z_0"  # the best on digits; see docs/results.md
     config.prior.cache_codes = True
     config.prior.train.batch_size = 64
     config.prior.train.num_steps = 6_000

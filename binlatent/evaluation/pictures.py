@@ -57,18 +57,18 @@ def samples(
         columns = 8 if num is None else num
         every = [prompt for prompt in prompts for _ in range(columns)]
         drawn = pipeline.sample(len(every), key, label, prompt=every, **options)
-        rows = as_rows(drawn, columns)
-        return rows[0][0] if len(every) == 1 else png.grid(rows, captions=prompts)
-    all_classes, labels = class_rows(pipeline.num_classes)
-    if label is not None:
-        labels = label
-    elif num is not None and pipeline.num_classes:
-        labels = np.arange(num) % pipeline.num_classes
-    num = all_classes if num is None else num
-    rows = as_rows(pipeline.sample(num, key, labels, **options))
-    if num == 1:
-        return rows[0][0]
-    return png.grid(rows, **_names_of_rows(pipeline, labels, num, columns=10))
+        names = {"captions": prompts}
+    else:
+        columns, (all_classes, labels) = 10, class_rows(pipeline.num_classes)
+        if label is not None:
+            labels = label
+        elif num is not None and pipeline.num_classes:
+            labels = np.arange(num) % pipeline.num_classes
+        num = all_classes if num is None else num
+        drawn = pipeline.sample(num, key, labels, **options)
+        names = _names_of_rows(pipeline, labels, num, columns)
+    rows = as_rows(drawn, columns)
+    return rows[0][0] if len(drawn) == 1 else png.grid(rows, **names)
 
 
 def _names_of_rows(

@@ -215,9 +215,7 @@ def figure(found: Neighbours) -> plt.Figure:
             f"{name}\n{distance:.3g}".strip()
             for name, distance in zip(found.names, found.distances[:, 0], strict=True)
         ],
-        ylabel="class and distance of the nearest"
-        if any(found.names)
-        else "distance of the nearest",
+        ylabel="distance of the nearest",
     )
     searched, count = (found.protocol["training images"][name] for name in ("searched", "count"))
     of = f"{searched:,}" if searched == count else f"{searched:,} of {count:,}"

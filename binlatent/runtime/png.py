@@ -8,6 +8,8 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+MIN_SIDE = 400  # pixels of the longer side that a picture is enlarged to
+
 _GAP = 2
 _BACKGROUND = 96
 
@@ -97,7 +99,7 @@ def _letters(
     return np.asarray(margin)
 
 
-def picture(image: np.ndarray, min_side: int = 400) -> Image.Image:
+def picture(image: np.ndarray, min_side: int = MIN_SIDE) -> Image.Image:
     """Returns uint8 (height, width, 1 or 3) as a Pillow image, which a notebook shows.
 
     An image whose longer side has fewer than `min_side` pixels is enlarged by a whole factor.
@@ -107,7 +109,7 @@ def picture(image: np.ndarray, min_side: int = 400) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def save_png(path: Path, image: np.ndarray, min_side: int = 400) -> None:
+def save_png(path: Path, image: np.ndarray, min_side: int = MIN_SIDE) -> None:
     """Writes what `picture` returns as PNG; makes the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     picture(image, min_side).save(path)
